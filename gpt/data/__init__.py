@@ -1,0 +1,3 @@
+"""Text to batches: corpora, tokenizers, shards of token ids, and the order in which they are
+read.
+"""

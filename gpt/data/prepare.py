@@ -1,0 +1,155 @@
+"""Documents to shards: once for a text and a tokenizer, found again by their fingerprints.
+
+The text's last part is held out for validation. Where it begins depends on the text alone, so it is
+the same whatever the tokenizer. Each document ends with the tokenizer's end-of-text.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from gpt.config import DataConfig, TokenizerKind, UsageError
+from gpt.data import tokenizer as tokenizers
+from gpt.data.corpus import Corpus, open_corpus
+from gpt.data.shards import Shard, ShardWriter, read_shard
+from gpt.data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Ids, Tokenizer
+
+Split = Literal["train", "validation"]
+Progress = Callable[[float], None]
+"""Told the share of the work that is done, from 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A text as tokens, ready to train on."""
+
+    tokenizer: Tokenizer
+    train: Shard
+    validation: Shard
+
+
+def prepare(
+    config: DataConfig, cache_dir: Path, *, progress: Progress = lambda share: None
+) -> Prepared:
+    """The shards of ``config.source`` under ``cache_dir``, made if they are not there yet."""
+    corpus = open_corpus(config.source)
+    fingerprint = corpus.fingerprint()
+    key = hashlib.sha256(
+        fingerprint + f"{config.tokenizer} {config.validation_fraction!r}".encode()
+    )
+    folder = cache_dir / f"{Path(config.source).stem}-{config.tokenizer}-{key.hexdigest()[:12]}"
+    if not folder.exists():
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".preparing-", dir=cache_dir))
+        try:
+            _write(config, corpus, fingerprint, work, progress)
+            work.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another run has prepared the same text meanwhile
+                raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return read_prepared(folder)
+
+
+def read_prepared(folder: Path) -> Prepared:
+    """What :func:`prepare` has written into ``folder``."""
+    tokenizer = tokenizers.load(folder / "tokenizer.json")
+    fingerprint = tokenizers.fingerprint(tokenizer)
+    train, validation = (
+        read_shard(folder / f"{split}.bin", tokenizer=fingerprint)
+        for split in ("train", "validation")
+    )
+    return Prepared(tokenizer, train, validation)
+
+
+def _write(
+    config: DataConfig, corpus: Corpus, fingerprint: bytes, folder: Path, progress: Progress
+) -> None:
+    length, characters = _survey(corpus)
+    if length == 0:
+        raise UsageError(f"data.source is {config.source!r}, which has no text in it")
+    tokenizer = _make_tokenizer(config.tokenizer, characters)
+    (folder / "tokenizer.json").write_text(tokenizers.to_json(tokenizer), encoding="utf-8")
+    writers = {
+        split: ShardWriter(
+            folder / f"{split}.bin",
+            vocab_size=tokenizer.vocab_size,
+            tokenizer=tokenizers.fingerprint(tokenizer),
+            corpus=fingerprint,
+        )
+        for split in ("train", "validation")
+    }
+    boundary = round(length * (1 - config.validation_fraction))
+    done = 0
+    for split, piece, ids in _encoded(tokenizer, _pieces(corpus, boundary)):
+        writers[split].write(ids)
+        done += len(piece)
+        progress(done / length)
+    for writer in writers.values():
+        writer.close()
+
+
+def _survey(corpus: Corpus) -> tuple[int, set[str]]:
+    """The number of characters in the corpus, and which they are."""
+    length, characters = 0, set[str]()
+    for document in corpus.documents():
+        for piece in document:
+            length += len(piece)
+            characters.update(piece)
+    return length, characters
+
+
+def _make_tokenizer(kind: TokenizerKind, characters: set[str]) -> Tokenizer:
+    match kind:
+        case "char":
+            return CharTokenizer(characters)
+        case "byte":
+            return ByteTokenizer()
+        case "gpt2":
+            return GPT2Tokenizer.released()
+
+
+def _pieces(corpus: Corpus, boundary: int) -> Iterator[tuple[Split, str]]:
+    """The text before and after the character ``boundary``; an empty piece ends a document."""
+    position = 0
+    for document in corpus.documents():
+        start = position
+        for piece in document:
+            cut = boundary - position
+            position += len(piece)
+            if piece[: max(cut, 0)]:
+                yield "train", piece[:cut]
+            if piece[max(cut, 0) :]:
+                yield "validation", piece[max(cut, 0) :]
+        if position > start:
+            yield "train" if position <= boundary else "validation", ""
+
+
+def _encoded(
+    tokenizer: Tokenizer, pieces: Iterator[tuple[Split, str]]
+) -> Iterator[tuple[Split, str, Ids]]:
+    """Each piece with its ids, in order: a few are encoded at once (tiktoken leaves Python's
+    lock).
+    """
+    end_of_text = np.array([tokenizer.end_of_text], np.uint32)
+    workers = os.cpu_count() or 1
+    waiting: deque[tuple[Split, str, Future[Ids]]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for split, piece in pieces:
+            encode = tokenizer.encode if piece else lambda _: end_of_text
+            waiting.append((split, piece, pool.submit(encode, piece)))
+            if len(waiting) > 2 * workers:
+                split, piece, ids = waiting.popleft()
+                yield split, piece, ids.result()
+        for split, piece, ids in waiting:
+            yield split, piece, ids.result()

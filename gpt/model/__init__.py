@@ -1,0 +1,1 @@
+"""The network: torch only, no tokenizer, file, process group, logger or optimizer."""

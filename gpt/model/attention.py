@@ -1,0 +1,67 @@
+"""Causal self-attention (Vaswani et al., 2017, https://arxiv.org/abs/1706.03762).
+
+:func:`attend` is the only place that calls fused attention. "Causal" means something else when the
+queries are fewer than the keys: query ``i`` of ``Tq`` sits at key position ``Tk - Tq + i``, while
+``is_causal`` of the fused kernel starts at key 0. Hence its three paths.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt.config import ModelConfig
+from gpt.model.cache import KVCache
+
+
+def causal_mask(n_query: int, n_key: int, *, device: torch.device | str | None = None) -> Tensor:
+    """True where a query may look: ``[n_query, n_key]``, the last query at the last key."""
+    ones = torch.ones(n_query, n_key, dtype=torch.bool, device=device)
+    return ones.tril(n_key - n_query)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
+    """Softmax attention of ``q`` ``[B, H, Tq, D]`` over ``k`` and ``v`` ``[B, Hkv, Tk, D]``.
+
+    Without ``mask``, either ``Tq == Tk`` (square causal) or ``Tq == 1`` (one query sees every key).
+    ``mask`` is True where a query may look. ``Hkv`` divides ``H``. Returns ``[B, H, Tq, D]``.
+    """
+    n_query, n_key = q.shape[-2], k.shape[-2]
+    assert mask is not None or n_query in (1, n_key), "fewer queries than keys need a mask"
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=mask is None and n_query > 1,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+
+
+class CausalSelfAttention(nn.Module):
+    """Heads that look at their own position and the ones before it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.n_head, self.kv_heads, self.head_dim = config.n_head, config.kv_heads, config.head_dim
+        self.dropout = config.dropout
+        qkv_width = (config.n_head + 2 * config.kv_heads) * config.head_dim
+        self.qkv = nn.Linear(config.n_embd, qkv_width, bias=config.bias)
+        self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(
+        self, x: Tensor, *, mask: Tensor | None, cache: KVCache | None, layer: int
+    ) -> Tensor:
+        """``[B, T, C]`` to ``[B, T, C]``; with a cache, over the keys it holds for ``layer``
+        too.
+        """
+        B, T, C = x.shape
+        heads = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # B, H + 2 Hkv, T, D
+        q, k, v = heads.split((self.n_head, self.kv_heads, self.kv_heads), dim=1)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        y = attend(q, k, v, mask=mask, dropout=self.dropout if self.training else 0.0)
+        out: Tensor = self.out(y.transpose(1, 2).reshape(B, T, C))
+        return out

@@ -1,0 +1,111 @@
+"""GPT: a decoder-only transformer, as GPT-2 has it (Radford et al., 2019).
+
+Tokens and positions are embedded, go through the blocks and a last norm, and the head gives a score
+for each token of the vocabulary to come next. One forward serves training and decoding: training
+passes no cache and pays nothing for its existence.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from gpt.config import ModelConfig
+from gpt.model.attention import causal_mask
+from gpt.model.block import Block
+from gpt.model.cache import KVCache
+
+
+class GPT(nn.Module):
+    """A GPT of the shape that ``config`` gives, initialised as GPT-2 was."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if config.vocab_size < 1:
+            raise ValueError("model.vocab_size is 0, and a model needs at least 1 token")
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.position = nn.Embedding(config.context_length, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.tie_weights()
+        self.initialise()
+
+    def forward(
+        self, tokens: Tensor, *, cache: KVCache | None = None, last_only: bool = False
+    ) -> Tensor:
+        """The logits of what follows each token: ``tokens`` ``[B, T]`` of int64 to ``[B, T, V]``.
+
+        With a ``cache``, ``tokens`` continue the ones it holds, and are added to it. ``last_only``
+        gives the last position's logits alone, ``[B, 1, V]``. Raises ``ValueError`` past
+        ``context_length``.
+        """
+        T = tokens.shape[1]
+        past = 0 if cache is None else cache.length
+        if past + T > self.config.context_length:
+            raise ValueError(
+                f"{past + T} tokens are longer than the model's context_length "
+                f"({self.config.context_length})"
+            )
+        positions = torch.arange(past, past + T, device=tokens.device)
+        x = self.dropout(self.embed(tokens) + self.position(positions))
+        mask = causal_mask(T, past + T, device=tokens.device) if past and T > 1 else None
+        for layer, block in enumerate(self.blocks):
+            x = block(x, mask=mask, cache=cache, layer=layer)
+        if cache is not None:
+            cache.advance(T)
+        logits: Tensor = self.head(self.norm(x[:, -1:] if last_only else x))
+        return logits
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """GPT-2's initial weights: N(0, 0.02), no biases, and what writes to the residual stream
+        smaller.
+
+        ``attn.out`` and ``mlp.down`` are scaled by ``1 / sqrt(2 n_layer)``, so that the stream's
+        variance does not grow with the number of the branches that add to it.
+        """
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                writes_residual = name.endswith(("attn.out", "mlp.down"))
+                scale = 1 / math.sqrt(2 * self.config.n_layer) if writes_residual else 1.0
+                nn.init.normal_(module.weight, std=0.02 * scale)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def tie_weights(self) -> None:
+        """Make the head's matrix the embedding's, where the configuration says so."""
+        if self.config.tie_embeddings:
+            self.head.weight = self.embed.weight
+
+    def new_cache(self, batch_size: int = 1, *, capacity: int | None = None) -> KVCache:
+        """An empty :class:`KVCache` for this model, of its dtype and on its device."""
+        weight = self.embed.weight
+        return KVCache(
+            self.config,
+            batch_size=batch_size,
+            capacity=capacity,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+
+    def parameter_count(self, *, embeddings: bool = True) -> int:
+        """Parameters, a tied head counted once; without ``embeddings``, what the blocks and norms
+        hold.
+
+        The head counts as an embedding, tied or not.
+        """
+        tables = {id(m.weight) for m in (self.embed, self.position, self.head)}
+        return sum(p.numel() for p in self.parameters() if embeddings or id(p) not in tables)
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations of a forward and a backward pass for one token at full context.
+
+        Six for each parameter of a matrix product, and 12 * n_layer * n_embd * context_length for
+        attention, the causal half counted whole (PaLM, arXiv:2204.02311, appendix B).
+        """
+        head = self.head.weight.numel()
+        attention = 12 * self.config.n_layer * self.config.n_embd * self.config.context_length
+        return 6 * (self.parameter_count(embeddings=False) + head) + attention

@@ -1,0 +1,171 @@
+"""What a run tells: ``metrics.jsonl`` always, a progress bar or plain lines, and wandb if asked
+for.
+"""
+
+import dataclasses
+import json
+import math
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from gpt.config import LogConfig
+
+Record = dict[str, Any]
+
+
+class Reporter:
+    """Takes the records of a run: to the file, the terminal, and wandb.
+
+    ``first_step`` is the step the run starts from: records of later steps, which a killed process
+    left in the file, are dropped, so that each step stands in it once.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        config: LogConfig,
+        *,
+        console: Console,
+        first_step: int,
+        max_steps: int,
+        settings: Record,
+    ) -> None:
+        self._console = console
+        self._first_step, self._max_steps = first_step, max_steps
+        self._start = time.monotonic()
+        self._smooth = Smoothed()
+        self._validation = math.nan
+        path = run / "metrics.jsonl"
+        drop_later_records(path, first_step)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._wandb = _start_wandb(run, config, settings) if config.wandb != "off" else None
+        self._progress = Progress(
+            BarColumn(bar_width=20),
+            TextColumn("{task.description}"),
+            console=console,
+            transient=True,
+        )
+        self._task = self._progress.add_task("", total=max_steps, completed=first_step)
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def say(self, text: str) -> None:
+        """One line for the person who watches."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def step(self, record: Record) -> None:
+        """A training step: ``step``, ``loss``, ``learning_rate``, ``tokens_per_second``, perhaps
+        ``mfu``.
+        """
+        self._write(record)
+        self._smooth.add(record["loss"])
+        line = self._line(record)
+        if self._console.is_terminal:
+            self._progress.update(self._task, completed=record["step"], description=line)
+        else:
+            self.say(line)
+
+    def evaluation(self, record: Record, *, best: bool, sample: str) -> None:
+        """An evaluation: ``step``, ``validation_loss``, ``bits_per_byte``; and the text of a
+        sample.
+        """
+        self._validation = record["validation_loss"]
+        self._write(record | ({"sample": sample} if sample else {}))
+        self.say(
+            f"step {record['step']:,}: validation {self._validation:.4f} nats/token, "
+            f"{record['bits_per_byte']:.4f} bits/byte{' (best so far)' if best else ''}"
+        )
+        if sample:
+            self._console.print(
+                "\n".join(f"  │ {line}" for line in sample.splitlines()),
+                style="dim",
+                highlight=False,
+                markup=False,
+            )
+
+    def _write(self, record: Record) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        if self._wandb is not None:
+            self._wandb.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+
+    def _line(self, record: Record) -> str:
+        step = record["step"]
+        elapsed = time.monotonic() - self._start
+        left = elapsed / (step - self._first_step) * (self._max_steps - step)
+        parts = [
+            f"step {step:>{len(str(self._max_steps))}}/{self._max_steps}",
+            f"loss {self._smooth.value:.4f}",
+            f"val {self._validation:.4f}" if self._validation == self._validation else "val   -   ",
+            f"lr {record['learning_rate']:.2e}",
+            f"{record['tokens_per_second']:,.0f} tok/s",
+            *([f"MFU {record['mfu']:.1%}"] if "mfu" in record else []),
+            f"{_clock(elapsed)} < {_clock(left)}",
+        ]
+        return "  ".join(parts)
+
+
+class Smoothed:
+    """An exponential mean that starts unbiased (as Adam's do)."""
+
+    def __init__(self, decay: float = 0.9) -> None:
+        self._decay, self._sum, self._weight = decay, 0.0, 0.0
+
+    def add(self, value: float) -> None:
+        """Count one more value."""
+        self._sum = self._decay * self._sum + (1 - self._decay) * value
+        self._weight = self._decay * self._weight + (1 - self._decay)
+
+    @property
+    def value(self) -> float:
+        """The mean so far; NaN before the first value."""
+        return self._sum / self._weight if self._weight else math.nan
+
+
+def drop_later_records(path: Path, step: int) -> None:
+    """Remove from a metrics file the records past ``step``, and a last line that was cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n") and json.loads(line)["step"] <= step:
+            kept.append(line)
+    work = path.with_name(f".{path.name}.new")
+    work.write_text("".join(kept), encoding="utf-8")
+    work.replace(path)
+
+
+def _start_wandb(run: Path, config: LogConfig, settings: Record) -> Any:
+    import wandb
+
+    return wandb.init(
+        project=config.wandb_project,
+        name=run.name,
+        dir=run,
+        mode="offline" if config.wandb == "offline" else "online",
+        config=settings,
+        settings=wandb.Settings(silent=True),
+    )
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+def as_settings(config: Any) -> Record:
+    """A configuration as plain values."""
+    record: Record = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return record

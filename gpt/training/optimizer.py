@@ -1,0 +1,59 @@
+"""The optimizers and their groups: weight decay on matrices only, never on biases and norms."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
+
+from gpt.config import OptimizerConfig
+from gpt.model.gpt import GPT
+
+
+def make_optimizers(model: GPT, config: OptimizerConfig) -> list[Optimizer]:
+    """AdamW (arXiv:1711.05101) over all parameters, or Muon for the blocks' matrices beside it.
+
+    Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon) makes each update of a
+    matrix nearly orthogonal; embeddings, biases and norms stay with AdamW. Each group keeps its
+    highest learning rate as ``peak_lr``, which the schedule scales.
+    """
+    optimizers: list[Optimizer] = []
+    rest = dict(model.named_parameters())
+    if config.name == "muon":
+        matrices = {n: p for n, p in rest.items() if n.startswith("blocks.") and p.ndim == 2}
+        rest = {n: p for n, p in rest.items() if n not in matrices}
+        optimizers.append(
+            Muon(
+                matrices.values(),
+                lr=config.muon_learning_rate,
+                weight_decay=config.weight_decay,
+                adjust_lr_fn="original",
+            )
+        )
+    groups = [
+        {"params": [p for p in rest.values() if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest.values() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizers.append(
+        AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+    )
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def set_learning_rate(optimizers: Iterable[Optimizer], factor: float) -> None:
+    """Set each group's rate to ``factor`` of its highest."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = factor * group["peak_lr"]
+
+
+def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:
+    """Scale the gradients to a norm of at most ``limit`` (0: leave them); the norm before it."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if limit:
+        nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
+    return norm

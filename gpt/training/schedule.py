@@ -1,0 +1,25 @@
+"""The learning rate as a function of the step: a factor from 0 to 1 of each group's highest
+rate.
+"""
+
+import math
+
+from gpt.config import OptimizerConfig
+
+
+def learning_rate_factor(step: int, *, max_steps: int, config: OptimizerConfig) -> float:
+    """The factor for ``step`` (from 0): a warmup in a line, then cosine, constant, or wsd.
+
+    Cosine (arXiv:1608.03983) falls from the warmup's end to the floor; warmup-stable-decay
+    (arXiv:2404.06395) holds, and falls in a line over the last ``decay_fraction`` of ``max_steps``.
+    """
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
+    if config.schedule == "constant":
+        return 1.0
+    start = config.warmup_steps
+    if config.schedule == "wsd":
+        start = max(start, round(max_steps * (1 - config.decay_fraction)))
+    left = 1 - min(1.0, max(0, step - start) / max(1, max_steps - start))
+    shape = left if config.schedule == "wsd" else 0.5 * (1 - math.cos(math.pi * left))
+    return config.floor + (1 - config.floor) * shape

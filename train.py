@@ -1,0 +1,10 @@
+"""Train a GPT: ``python train.py [CONFIG.toml] [--group.field VALUE ...]``, by default
+configs/shakespeare.toml.
+"""
+
+import sys
+
+from gpt.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]], prog="train.py"))
