@@ -1,0 +1,47 @@
+import os
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the claims are about the CPU; GPU tests ask for theirs
+os.environ["WANDB_MODE"] = "offline"
+
+import pytest
+import torch
+
+from gpt.config import ModelConfig
+from gpt.model.gpt import GPT
+
+torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+
+LINES = [
+    "FIRST CITIZEN:\nBefore we proceed any further, hear me speak.\n\n",
+    "ALL:\nSpeak, speak.\n\n",
+    "MENENIUS:\nWhat work's, my countrymen, in hand? where go you\nWith bats and clubs?\n\n",
+    "VOLUMNIA:\nI pray you, daughter, sing; or express yourself in a more comfortable sort.\n\n",
+]
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    """A corpus of some 10,000 characters."""
+    path = tmp_path / "text.txt"
+    path.write_text("".join(LINES[i % 3 + (i % 7 == 0)] for i in range(160)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def tiny_config():
+    return ModelConfig(vocab_size=61, context_length=16, n_layer=2, n_head=4, n_embd=32)
+
+
+def make_model(config: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> GPT:
+    """A model in evaluation mode whose every weight, biases and norms too, is far from its default."""
+    torch.manual_seed(seed)
+    model = GPT(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3).add_(0.1 if parameter.ndim == 1 else 0)
+    return model.to(dtype).eval()
+
+
+@pytest.fixture
+def tiny_model(tiny_config):
+    return make_model(tiny_config)

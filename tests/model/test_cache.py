@@ -1,0 +1,171 @@
+"""The law: decoding with the cache gives the full forward's logits, whatever the chunking."""
+
+import dataclasses
+import random
+
+import pytest
+import torch
+
+from gpt.config import ModelConfig
+from gpt.model.cache import KVCache
+from tests.conftest import make_model
+
+CONTEXT = 16
+VARIANTS = {
+    "gpt2": {},
+    "grouped-query": {"n_kv_head": 2},
+    "multi-query": {"n_kv_head": 1},
+    "no bias": {"bias": False},
+    "untied": {"tie_embeddings": False},
+    "one layer": {"n_layer": 1},
+}
+
+
+def ragged(length: int, seed: int) -> list[int]:
+    draw, chunks = random.Random(seed), []
+    while sum(chunks) < length:
+        chunks.append(min(draw.randint(1, 5), length - sum(chunks)))
+    return chunks
+
+
+CHUNKINGS = {
+    "ones": [1] * CONTEXT,
+    "threes": [3] * 5 + [1],
+    "whole": [CONTEXT],
+    "prefill, then ones": [7] + [1] * 9,
+    "prefill, then the rest": [7, 9],
+    **{f"ragged {seed}": ragged(CONTEXT, seed) for seed in range(3)},
+    "short of the context": [4, 1, 1, 5],
+}
+
+
+def model_of(variant: str, dtype: torch.dtype = torch.float32):
+    config = ModelConfig(vocab_size=61, context_length=CONTEXT, n_layer=3, n_head=4, n_embd=32)
+    return make_model(dataclasses.replace(config, **VARIANTS[variant]), dtype=dtype)
+
+
+def some_tokens(batch_size: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(61, (batch_size, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("chunks", CHUNKINGS.values(), ids=CHUNKINGS)
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.inference_mode()
+def test_cached_logits_are_the_full_forwards(variant, batch_size, chunks):
+    model = model_of(variant)
+    tokens = some_tokens(batch_size, sum(chunks))
+    cache = model.new_cache(batch_size)
+    cached = [model(chunk, cache=cache) for chunk in tokens.split(chunks, dim=1)]
+    full = model(tokens)
+    # relative to the logits' size, which the tests' large weights make about 10
+    torch.testing.assert_close(torch.cat(cached, 1), full, rtol=0, atol=1e-5 * full.abs().max())
+    assert cache.length == sum(chunks)
+
+
+@pytest.mark.parametrize("chunks", CHUNKINGS.values(), ids=CHUNKINGS)
+@pytest.mark.parametrize("variant", ["gpt2", "grouped-query"])
+@torch.inference_mode()
+def test_the_law_holds_in_bfloat16_to_its_rounding(variant, chunks):
+    model = model_of(variant, torch.bfloat16)
+    exact = model_of(variant)(some_tokens(2, sum(chunks)))
+    tokens = some_tokens(2, sum(chunks))
+    cache = model.new_cache(2)
+    assert cache.keys.dtype == torch.bfloat16
+    cached = torch.cat([model(c, cache=cache) for c in tokens.split(chunks, dim=1)], 1)
+    # bfloat16 keeps 8 bits: the cached logits are as near to float32's as the full forward's are
+    full_error = (model(tokens).float() - exact).abs().max()
+    assert (cached.float() - exact).abs().max() < 2 * full_error
+    assert full_error < 0.1 * exact.abs().max()
+
+
+@torch.inference_mode()
+def test_the_cache_takes_exactly_the_context_and_refuses_one_token_more():
+    model = model_of("gpt2")
+    cache = model.new_cache()
+    model(some_tokens(1, CONTEXT), cache=cache)
+    with pytest.raises(ValueError, match=r"17 tokens are longer .* context_length \(16\)"):
+        model(some_tokens(1, 1), cache=cache)
+    assert cache.length == CONTEXT
+
+
+@torch.inference_mode()
+def test_a_cache_of_less_capacity_refuses_what_does_not_fit():
+    model = model_of("gpt2")
+    cache = model.new_cache(capacity=5)
+    model(some_tokens(1, 4), cache=cache)
+    with pytest.raises(ValueError, match="holds 4 of 5 tokens, and 2 more do not fit"):
+        model(some_tokens(1, 2), cache=cache)
+
+
+@pytest.mark.parametrize("capacity", [0, CONTEXT + 1])
+def test_a_capacity_that_the_model_cannot_use_is_refused(capacity):
+    with pytest.raises(ValueError, match=rf"capacity is {capacity}"):
+        KVCache(ModelConfig(context_length=CONTEXT), capacity=capacity)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 6, 9])
+@torch.inference_mode()
+def test_after_truncate_the_cache_is_one_of_the_kept_tokens_alone(kept):
+    model = model_of("gpt2")
+    tokens, others = some_tokens(2, 9), some_tokens(2, 4, seed=1)
+    cache = model.new_cache(2)
+    model(tokens, cache=cache)
+    cache.truncate(kept)
+    got = model(others, cache=cache)
+    expected = model(torch.cat([tokens[:, :kept], others], 1))[:, kept:]
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [-1, 4])
+def test_truncate_refuses_a_length_that_the_cache_does_not_have(length, tiny_model):
+    cache = tiny_model.new_cache()
+    cache.advance(3)
+    with pytest.raises(ValueError, match=f"3 tokens to {length}"):
+        cache.truncate(length)
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2], [2, 0, 1], [1, 1, 0], [2, 2, 2]], ids=str)
+@torch.inference_mode()
+def test_after_reorder_each_row_continues_the_row_it_came_from(rows):
+    model = model_of("gpt2")
+    tokens, others = some_tokens(3, 6), some_tokens(3, 3, seed=1)
+    cache = model.new_cache(3)
+    model(tokens, cache=cache)
+    cache.reorder(torch.tensor(rows))
+    got = model(others, cache=cache)
+    expected = model(torch.cat([tokens[rows], others], 1))[:, 6:]
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_expand_gives_each_row_n_times_side_by_side_and_leaves_the_old_cache_alone():
+    model = model_of("gpt2")
+    tokens, others = some_tokens(2, 6), some_tokens(6, 3, seed=1)
+    cache = model.new_cache(2)
+    model(tokens, cache=cache)
+    wide = cache.expand(3)
+    assert (wide.batch_size, wide.length, wide.capacity) == (6, 6, CONTEXT)
+    got = model(others, cache=wide)
+    expected = model(torch.cat([tokens.repeat_interleave(3, 0), others], 1))[:, 6:]
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+    assert (cache.batch_size, cache.length) == (2, 6)
+    got = model(others[:2], cache=cache)
+    expected = model(torch.cat([tokens, others[:2]], 1))[:, 6:]
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_the_cache_takes_its_memory_once(tiny_model):
+    cache = tiny_model.new_cache(2)
+    before = cache.keys.data_ptr(), cache.values.data_ptr()
+    for _ in range(16):
+        tiny_model(some_tokens(2, 1), cache=cache)
+    assert (cache.keys.data_ptr(), cache.values.data_ptr()) == before
+
+
+def test_grouped_query_attention_makes_the_cache_smaller():
+    config = ModelConfig(n_layer=1, n_head=12, n_kv_head=3)
+    assert KVCache(config, capacity=2).keys.numel() * 4 == (
+        KVCache(dataclasses.replace(config, n_kv_head=0), capacity=2).keys.numel()
+    )

@@ -1,0 +1,189 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from gpt.config import ModelConfig
+from gpt.model.gpt import GPT
+from tests.conftest import make_model
+
+HF_NAMES = {
+    "embed": "transformer.wte",
+    "position": "transformer.wpe",
+    "norm": "transformer.ln_f",
+    "attn_norm": "ln_1",
+    "attn.qkv": "attn.c_attn",
+    "attn.out": "attn.c_proj",
+    "mlp_norm": "ln_2",
+    "mlp.up": "mlp.c_fc",
+    "mlp.down": "mlp.c_proj",
+}
+
+
+def with_hugging_face_weights(config: ModelConfig, seed: int = 0) -> tuple[GPT, GPT2LMHeadModel]:
+    """A random GPT-2 of transformers, and this project's model with its weights."""
+    torch.manual_seed(seed)
+    theirs = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=config.vocab_size,
+            n_positions=config.context_length,
+            n_embd=config.n_embd,
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            layer_norm_epsilon=config.norm_eps,
+        )
+    )
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(std=0.3)
+    ours = GPT(config)
+    state = theirs.state_dict()
+    weights = {}
+    for name, parameter in ours.named_parameters():
+        module, kind = name.rsplit(".", 1)
+        if module.startswith("blocks."):
+            _, layer, part = module.split(".", 2)
+            source = state[f"transformer.h.{layer}.{HF_NAMES[part]}.{kind}"]
+            is_matrix = part in ("attn.qkv", "attn.out", "mlp.up", "mlp.down") and kind == "weight"
+            weights[name] = source.T if is_matrix else source
+        else:
+            weights[name] = state[f"{HF_NAMES[module]}.{kind}"]
+        assert weights[name].shape == parameter.shape
+    ours.load_state_dict(weights, strict=False)
+    return ours.eval(), theirs.eval()
+
+
+def test_the_logits_and_gradients_are_those_of_hugging_faces_gpt2():
+    config = ModelConfig(vocab_size=97, context_length=24, n_layer=3, n_head=4, n_embd=48)
+    ours, theirs = with_hugging_face_weights(config)
+    ours, theirs = ours.double(), theirs.double()
+    tokens = torch.randint(97, (3, 24), generator=torch.Generator().manual_seed(1))
+    mine, its = ours(tokens), theirs(tokens).logits
+    torch.testing.assert_close(mine, its, rtol=1e-10, atol=1e-10)
+    F.cross_entropy(mine[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    F.cross_entropy(its[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    down = ours.blocks[0].mlp.down.weight.grad
+    torch.testing.assert_close(down, theirs.transformer.h[0].mlp.c_proj.weight.grad.T)
+    torch.testing.assert_close(ours.embed.weight.grad, theirs.transformer.wte.weight.grad)
+
+
+def test_the_default_configuration_is_gpt2():
+    with torch.device("meta"):
+        model = GPT(ModelConfig())
+    assert model.parameter_count() == 124_439_808  # as transformers counts openai-community/gpt2
+    assert model.parameter_count(embeddings=False) == 124_439_808 - (50_257 + 1_024) * 768
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_parameter_count_counts_a_tied_head_once(tied, tiny_config):
+    import dataclasses
+
+    config = dataclasses.replace(tiny_config, tie_embeddings=tied)
+    model = GPT(config)
+    table = config.vocab_size * config.n_embd
+    positions = config.context_length * config.n_embd
+    tables = table * (1 if tied else 2) + positions
+    assert model.parameter_count() - model.parameter_count(embeddings=False) == tables
+    assert (model.head.weight is model.embed.weight) == tied
+
+
+def test_nothing_leaks_from_the_future(tiny_model):
+    tokens = torch.randint(61, (1, 16), generator=torch.Generator().manual_seed(0))
+    logits = tiny_model(tokens)
+    for position in range(15):
+        changed = tokens.clone()
+        changed[:, position + 1 :] = (changed[:, position + 1 :] + 1) % 61
+        torch.testing.assert_close(
+            tiny_model(changed)[:, : position + 1], logits[:, : position + 1], rtol=0, atol=1e-6
+        )
+
+
+def test_every_past_token_matters(tiny_model):
+    tokens = torch.randint(61, (1, 16), generator=torch.Generator().manual_seed(0))
+    logits = tiny_model(tokens)[:, -1]
+    for position in range(16):
+        changed = tokens.clone()
+        changed[:, position] = (changed[:, position] + 1) % 61
+        assert not torch.allclose(tiny_model(changed)[:, -1], logits, atol=1e-3)
+
+
+def test_last_only_gives_the_last_positions_logits(tiny_model):
+    tokens = torch.randint(61, (2, 9))
+    last = tiny_model(tokens, last_only=True)
+    assert last.shape == (2, 1, 61)
+    torch.testing.assert_close(last, tiny_model(tokens)[:, -1:])
+
+
+def test_a_sequence_longer_than_the_context_is_refused(tiny_model):
+    with pytest.raises(ValueError, match=r"17 tokens are longer .* context_length \(16\)"):
+        tiny_model(torch.zeros(1, 17, dtype=torch.int64))
+
+
+def test_initial_weights_are_gpt2s():
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(vocab_size=1000, context_length=256, n_layer=8, n_head=4, n_embd=256))
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            residual = name.endswith(("attn.out", "mlp.down"))
+            expected = 0.02 / math.sqrt(2 * 8) if residual else 0.02
+            assert module.weight.std().item() == pytest.approx(expected, rel=0.03), name
+            assert abs(module.weight.mean().item()) < 0.001
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            assert not module.bias.any()
+        if isinstance(module, nn.LayerNorm):
+            assert (module.weight == 1).all()
+            assert not module.bias.any()
+
+
+def test_an_untrained_model_knows_nothing():
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(vocab_size=500, context_length=32, n_layer=2, n_head=2, n_embd=64))
+    tokens = torch.randint(500, (8, 32))
+    loss = F.cross_entropy(model(tokens).flatten(0, 1), torch.randint(500, (8 * 32,)))
+    assert loss.item() == pytest.approx(math.log(500), abs=0.05)
+
+
+def test_dropout_is_where_gpt2_has_it(tiny_config, monkeypatch):
+    import dataclasses
+
+    model = GPT(dataclasses.replace(tiny_config, dropout=0.3)).train()
+    calls = []
+    dropout, attention = F.dropout, F.scaled_dot_product_attention
+
+    def record_dropout(x, p=0.5, training=True, inplace=False):
+        calls.append((tuple(x.shape), p if training else 0.0))
+        return dropout(x, p, training, inplace)
+
+    def record_attention(*args, **kwargs):
+        calls.append(("attention", kwargs["dropout_p"]))
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr(F, "dropout", record_dropout)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record_attention)
+    model(torch.zeros(2, 5, dtype=torch.int64))
+    stream = ((2, 5, 32), 0.3)
+    assert calls == [stream] + 2 * [("attention", 0.3), stream, stream]
+    calls.clear()
+    model.eval()(torch.zeros(2, 5, dtype=torch.int64))
+    assert {p for _, p in calls} == {0.0}
+
+
+def test_a_model_without_biases_has_none(tiny_config):
+    import dataclasses
+
+    model = GPT(dataclasses.replace(tiny_config, bias=False))
+    assert not [name for name, _ in model.named_parameters() if "bias" in name]
+    assert model(torch.zeros(1, 3, dtype=torch.int64)).shape == (1, 3, 61)
+
+
+def test_flops_per_token_match_a_count_by_hand():
+    config = ModelConfig(
+        vocab_size=10, context_length=8, n_layer=2, n_head=2, n_embd=4, bias=False
+    )
+    matrices = 2 * (4 * 12 + 4 * 4 + 4 * 16 + 16 * 4) + 10 * 4
+    norms = 5 * 4
+    attention = 2 * 2 * 3 * 2 * 8 * 4  # 2 products of 2 T C operations, thrice, in 2 layers
+    assert make_model(config).flops_per_token() == 6 * (matrices + norms) + attention

@@ -1,0 +1,148 @@
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from gpt.config import (
+    ModelConfig,
+    PrepareConfig,
+    SampleConfig,
+    SamplingConfig,
+    TrainConfig,
+    UsageError,
+    parse,
+    to_toml,
+)
+
+CONFIGS = sorted(Path(__file__).parent.parent.joinpath("configs").glob("*.toml"))
+
+
+def test_there_are_configurations():
+    assert any(path.name == "shakespeare.toml" for path in CONFIGS)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_every_configuration_of_the_project_parses(path):
+    assert isinstance(parse(TrainConfig, [str(path)], prog="train.py"), TrainConfig)
+
+
+def test_the_command_line_beats_the_toml_and_the_toml_beats_the_defaults(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("[model]\nn_layer = 3\nn_embd = 96\n[optimizer]\nname = 'muon'\n")
+    config = parse(TrainConfig, [str(path), "--model.n_layer", "5"], prog="train.py")
+    assert (config.model.n_layer, config.model.n_embd, config.model.n_head) == (5, 96, 12)
+    assert config.optimizer.name == "muon"
+
+
+def test_hyphens_and_underscores_are_the_same():
+    one = parse(TrainConfig, ["--model.n-layer=3", "--training.max-steps", "7"], prog="train.py")
+    two = parse(TrainConfig, ["--model.n_layer=3", "--training.max_steps", "7"], prog="train.py")
+    assert one == two
+    assert one.model.n_layer == 3
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TrainConfig(),
+        TrainConfig(
+            run_dir='runs/a "quoted" \\ name\x7f é',
+            resume=True,
+            model=ModelConfig(bias=False, dropout=0.25, norm_eps=1e-6),
+        ),
+        PrepareConfig(out=Path("some/where")),
+    ],
+)
+def test_a_configuration_written_as_toml_is_read_back_equal(config, tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text(to_toml(config), encoding="utf-8")
+    assert parse(type(config), [str(path)], prog="train.py") == config
+
+
+def test_lists_in_toml_are_read(tmp_path):
+    path = tmp_path / "sample.toml"
+    path.write_text('stop = ["a b", "c"]\n')
+    assert parse(SampleConfig, [str(path)], prog="sample.py").stop == ("a b", "c")
+
+
+@pytest.mark.parametrize("where", ["command line", "toml"])
+def test_a_misspelt_field_gets_the_nearest_right_one_and_status_2(where, tmp_path, capsys):
+    path = tmp_path / "run.toml"
+    path.write_text("[model]\nn_layr = 3\n" if where == "toml" else "")
+    words = [] if where == "toml" else ["--model.n_layr=3"]
+    with pytest.raises(SystemExit) as exit_:
+        parse(TrainConfig, [str(path), *words], prog="train.py")
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert "n_layr" in error
+    assert "--model.n_layer INT" in error
+    if where == "toml":
+        assert "run.toml" in error.replace("\n", "").replace("│", "").replace(" ", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--training.precision=float8"], "'float16'"),
+        (["--model.n_layer=many"], "'many'"),
+        (["--model.n_layer=0"], "model.n_layer is 0, and must be at least 1"),
+    ],
+)
+def test_a_wrong_value_is_told_with_what_is_allowed(words, said, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse(TrainConfig, words, prog="train.py")
+    assert exit_.value.code == 2
+    assert said in " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().err).split())
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("[model", "not valid TOML"), (None, "cannot be read: No such file"), (b"\xff", "not valid")],
+)
+def test_a_toml_that_cannot_be_read_is_named(text, said, tmp_path):
+    path = tmp_path / "run.toml"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UsageError, match=said) as error:
+        parse(TrainConfig, [str(path)], prog="train.py")
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("schema", "values", "field"),
+    [
+        (ModelConfig, {"n_embd": 10, "n_head": 4}, "model.n_embd"),
+        (ModelConfig, {"n_head": 4, "n_embd": 8, "n_kv_head": 3}, "model.n_kv_head"),
+        (ModelConfig, {"dropout": 1.0}, "model.dropout"),
+        (ModelConfig, {"dropout": float("nan")}, "model.dropout"),
+        (ModelConfig, {"norm_eps": 0.0}, "model.norm_eps"),
+        (ModelConfig, {"vocab_size": -1}, "model.vocab_size"),
+        (ModelConfig, {"context_length": 0}, "model.context_length"),
+        (SamplingConfig, {"temperature": -0.1}, "temperature"),
+        (SamplingConfig, {"temperature": float("inf")}, "temperature"),
+        (SamplingConfig, {"top_k": -1}, "top_k"),
+        (SamplingConfig, {"top_p": 0.0}, "top_p"),
+        (SamplingConfig, {"top_p": 1.5}, "top_p"),
+        (SampleConfig, {"num_samples": 0}, "num_samples"),
+        (SampleConfig, {"max_new_tokens": 0}, "max_new_tokens"),
+        (SampleConfig, {"stop": ("",)}, "stop"),
+        (SampleConfig, {"prompt": "a", "prompt_file": Path("b")}, "prompt_file"),
+    ],
+)
+def test_an_impossible_value_is_refused_and_its_field_named(schema, values, field):
+    with pytest.raises(UsageError, match=field.replace(".", r"\.")):
+        schema(**values)
+
+
+def test_batch_tokens_that_do_not_divide_are_refused_with_the_nearest_that_do():
+    config = TrainConfig()
+    training = dataclasses.replace(config.training, batch_tokens=40_000)
+    with pytest.raises(UsageError, match=r"training\.batch_tokens is 40000.*32768 is the nearest"):
+        dataclasses.replace(config, training=training)
+
+
+def test_a_run_is_named_for_its_source():
+    config = parse(TrainConfig, ["--data.source", "books/my_book.txt"], prog="train.py")
+    assert config.run == Path("runs/my_book")
+    assert config.cache_dir == Path("runs/my_book/data")
