@@ -6,9 +6,9 @@
     RUN/best  RUN/last               names of checkpoints, in text files
 
 What is killed half-way is never mistaken for a checkpoint: it has no ``meta.json`` that fits it, or
-not yet its name. ``meta.json`` has the format's version, the model's configuration and each file's
-SHA-256. Weights are safetensors; ``training.pt`` is loaded with ``weights_only=True``. Nothing here
-unpickles.
+not yet its name. ``meta.json`` has the format's version, the model's configuration, and
+the SHA-256 of each file and of itself. Weights are safetensors; ``training.pt`` is loaded with
+``weights_only=True``. Nothing here unpickles.
 """
 
 import dataclasses
@@ -68,6 +68,7 @@ def save(
             "metrics": dict(metrics),
             "files": {name: _sha256(work / name) for name in (WEIGHTS, TRAINING)},
         }
+        meta["sha256"] = _checksum(meta)
         (work / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
         for name in (WEIGHTS, TRAINING, META):
             _flush(work / name)
@@ -103,6 +104,8 @@ def prune(run: Path, *, keep: int) -> None:
     for path in list(_newest_first(run))[keep:]:
         if path.name not in named:
             shutil.rmtree(path)
+    for path in (run / "checkpoints").glob(".step-*"):  # what a killed save has left
+        shutil.rmtree(path)
 
 
 def find(path: Path, name: Pointer = "best", *, say: Say = lambda text: None) -> Checkpoint | None:
@@ -143,6 +146,8 @@ def verify(path: Path) -> Checkpoint:
             raise UsageError(
                 f"the checkpoint {path} has format {version}, and this program reads {FORMAT}"
             )
+        if meta.pop("sha256") != _checksum(meta):
+            raise UsageError(f"the checkpoint {path} is damaged: {META} is not what was saved")
         for name, expected in meta["files"].items():
             if _sha256(path / name) != expected:
                 raise UsageError(f"the checkpoint {path} is damaged: {name} is not what was saved")
@@ -167,9 +172,10 @@ def load_model(
     with torch.device("meta"):
         model = GPT(checkpoint.model)
     weights = dict(_tensors(checkpoint.path / WEIGHTS, device=device, dtype=dtype))
-    names = {name for name, _ in model.named_parameters()}
-    if weights.keys() != names:
-        odd = ", ".join(sorted(weights.keys() ^ names))
+    has = {(name, weight.shape) for name, weight in weights.items()}
+    wants = {(name, parameter.shape) for name, parameter in model.named_parameters()}
+    if has != wants:
+        odd = ", ".join(sorted({name for name, _ in has ^ wants}))
         raise UsageError(f"the checkpoint {checkpoint.path} does not fit its configuration: {odd}")
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
@@ -217,6 +223,11 @@ def _pointed(run: Path, name: Pointer) -> str | None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checksum(meta: Mapping[str, Any]) -> str:
+    """SHA-256 of what ``meta.json`` says beside it."""
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def _flush(path: Path) -> None:

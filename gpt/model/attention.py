@@ -2,7 +2,8 @@
 
 :func:`attend` is the only place that calls fused attention. "Causal" means something else when the
 queries are fewer than the keys: query ``i`` of ``Tq`` sits at key position ``Tk - Tq + i``, while
-``is_causal`` of the fused kernel starts at key 0. Hence its three paths.
+``is_causal`` of the fused kernel starts at key 0. Hence its paths: square causal, one query, a
+mask; and the plain formula where a CPU trains faster with it.
 """
 
 import torch
@@ -11,6 +12,10 @@ from torch import Tensor, nn
 
 from gpt.config import ModelConfig
 from gpt.model.cache import KVCache
+from gpt.model.dropout import dropout as drop
+
+PLAIN_UP_TO = 1024
+"""Keys. Above, the plain formula's T * T numbers are too many to keep for the backward pass."""
 
 
 def causal_mask(n_query: int, n_key: int, *, device: torch.device | str | None = None) -> Tensor:
@@ -29,6 +34,8 @@ def attend(
     """
     n_query, n_key = q.shape[-2], k.shape[-2]
     assert mask is not None or n_query in (1, n_key), "fewer queries than keys need a mask"
+    if mask is None and n_query > 1 and _trains_faster_plainly(q, dropout):
+        return _plain(q, k, v, dropout)
     return F.scaled_dot_product_attention(
         q,
         k,
@@ -38,6 +45,25 @@ def attend(
         is_causal=mask is None and n_query > 1,
         enable_gqa=q.shape[1] != k.shape[1],
     )
+
+
+def _trains_faster_plainly(q: Tensor, dropout: float) -> bool:
+    """On a CPU the fused kernel knows no dropout, and its bfloat16 backward pass takes 2 to 4 times
+    as long as the plain formula's (benchmarks/RESULTS.md).
+    """
+    if not (q.requires_grad and q.device.type == "cpu"):
+        return False
+    return dropout > 0 or (q.dtype == torch.bfloat16 and q.shape[-2] <= PLAIN_UP_TO)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """Square causal attention, operation by operation."""
+    T, group = q.shape[-2], q.shape[1] // k.shape[1]
+    if group > 1:
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    future = torch.full((T, T), -torch.inf, dtype=q.dtype).triu_(1)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + future
+    return drop(scores.softmax(dim=-1), dropout) @ v
 
 
 class CausalSelfAttention(nn.Module):

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from gpt.config import ModelConfig
 from gpt.model.attention import CausalSelfAttention
 from gpt.model.cache import KVCache
+from gpt.model.dropout import Dropout
 from gpt.model.mlp import MLP
 
 
@@ -17,7 +18,7 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config)
         self.mlp_norm = nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
         self.mlp = MLP(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self, x: Tensor, *, mask: Tensor | None, cache: KVCache | None, layer: int

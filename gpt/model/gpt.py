@@ -14,6 +14,7 @@ from gpt.config import ModelConfig
 from gpt.model.attention import causal_mask
 from gpt.model.block import Block
 from gpt.model.cache import KVCache
+from gpt.model.dropout import Dropout
 
 
 class GPT(nn.Module):
@@ -26,7 +27,7 @@ class GPT(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.position = nn.Embedding(config.context_length, config.n_embd)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)

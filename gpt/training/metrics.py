@@ -58,7 +58,8 @@ class Reporter:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
+        if self._console.is_terminal:
+            self._progress.stop()
         self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
@@ -121,7 +122,7 @@ class Reporter:
 class Smoothed:
     """An exponential mean that starts unbiased (as Adam's do)."""
 
-    def __init__(self, decay: float = 0.9) -> None:
+    def __init__(self, decay: float = 0.6) -> None:
         self._decay, self._sum, self._weight = decay, 0.0, 0.0
 
     def add(self, value: float) -> None:

@@ -6,15 +6,18 @@ import torch
 from gpt.model.attention import attend, causal_mask
 
 
-def plain_attention(q, k, v):
-    """Causal attention by the formula, the last query at the last key; grouped heads repeated."""
+def plain_attention(q, k, v, weights=1):
+    """Causal attention by the formula, the last query at the last key; grouped heads repeated.
+
+    ``weights`` multiply the probabilities, as dropout does.
+    """
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = torch.einsum("bhid,bhjd->bhij", q, k) / math.sqrt(q.shape[-1])
     n_query, n_key = scores.shape[-2:]
     for i in range(n_query):
         scores[..., i, n_key - n_query + i + 1 :] = -torch.inf
-    return torch.einsum("bhij,bhjd->bhid", scores.softmax(-1), v)
+    return torch.einsum("bhij,bhjd->bhid", scores.softmax(-1) * weights, v)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -27,6 +30,47 @@ def test_each_path_of_attention_is_the_plain_formula(n_query, n_key, kv_heads):
     k, v = torch.randn(2, 2, kv_heads, n_key, 8, generator=generator, dtype=torch.float64)
     mask = causal_mask(n_query, n_key) if n_query not in (1, n_key) else None
     torch.testing.assert_close(attend(q, k, v, mask=mask), plain_attention(q, k, v))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("dtype", "dropout", "tolerance"),
+    [(torch.bfloat16, 0.0, 0.03), (torch.float64, 0.4, 1e-12), (torch.float32, 0.4, 1e-5)],
+    ids=str,
+)
+def test_attention_in_training_has_the_plain_formulas_value_and_gradients(
+    dtype, dropout, tolerance, kv_heads, monkeypatch
+):
+    generator = torch.Generator().manual_seed(0)
+    keep = torch.rand(2, 4, 7, 7, generator=generator, dtype=torch.float64) >= dropout
+    keep = keep.double()
+    monkeypatch.setattr("gpt.model.attention.drop", lambda x, p: x * keep / (1 - p) if p else x)
+    monkeypatch.setattr("gpt.model.attention.F", None)  # the fused kernel takes no part in it
+    exact = [
+        torch.randn(2, heads, 7, 8, generator=generator, dtype=torch.float64)
+        for heads in (4, kv_heads, kv_heads, 4)
+    ]
+
+    def run(attention, dtype):
+        q, k, v = (x.to(dtype).requires_grad_() for x in exact[:3])
+        y = attention(q, k, v)
+        y.backward(exact[3].to(y.dtype))
+        return [x.double() for x in (y.detach(), q.grad, k.grad, v.grad)]
+
+    def plainly(q, k, v):
+        weights = keep / (1 - dropout)
+        return plain_attention(q, k, v, weights)
+
+    got = run(lambda q, k, v: attend(q, k, v, dropout=dropout), dtype)
+    for mine, expected in zip(got, run(plainly, torch.float64), strict=True):
+        assert (mine - expected).norm() <= tolerance * expected.norm()
+
+
+def test_evaluation_and_decoding_take_the_fused_kernel(monkeypatch):
+    monkeypatch.setattr("gpt.model.attention._plain", None)
+    q = torch.zeros(1, 2, 5, 8, dtype=torch.bfloat16)
+    attend(q, q, q)
+    attend(q[:, :, :1], q, q)
 
 
 def test_the_mask_puts_the_last_query_at_the_last_key():

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -79,8 +80,6 @@ def test_the_default_configuration_is_gpt2():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_parameter_count_counts_a_tied_head_once(tied, tiny_config):
-    import dataclasses
-
     config = dataclasses.replace(tiny_config, tie_embeddings=tied)
     model = GPT(config)
     table = config.vocab_size * config.n_embd
@@ -147,42 +146,37 @@ def test_an_untrained_model_knows_nothing():
 
 
 def test_dropout_is_where_gpt2_has_it(tiny_config, monkeypatch):
-    import dataclasses
-
     model = GPT(dataclasses.replace(tiny_config, dropout=0.3)).train()
     calls = []
-    dropout, attention = F.dropout, F.scaled_dot_product_attention
 
-    def record_dropout(x, p=0.5, training=True, inplace=False):
-        calls.append((tuple(x.shape), p if training else 0.0))
-        return dropout(x, p, training, inplace)
+    def record(x, p):
+        calls.append((tuple(x.shape), p))
+        return x
 
-    def record_attention(*args, **kwargs):
-        calls.append(("attention", kwargs["dropout_p"]))
-        return attention(*args, **kwargs)
-
-    monkeypatch.setattr(F, "dropout", record_dropout)
-    monkeypatch.setattr(F, "scaled_dot_product_attention", record_attention)
+    monkeypatch.setattr("gpt.model.dropout.dropout", record)
+    monkeypatch.setattr("gpt.model.attention.drop", record)
     model(torch.zeros(2, 5, dtype=torch.int64))
-    stream = ((2, 5, 32), 0.3)
-    assert calls == [stream] + 2 * [("attention", 0.3), stream, stream]
-    calls.clear()
-    model.eval()(torch.zeros(2, 5, dtype=torch.int64))
-    assert {p for _, p in calls} == {0.0}
+    stream, probabilities = ((2, 5, 32), 0.3), ((2, 4, 5, 5), 0.3)
+    assert calls == [stream] + 2 * [probabilities, stream, stream]
+
+
+def test_dropout_is_off_in_evaluation_and_in_training_each_forward_draws_anew(tiny_config):
+    model = GPT(dataclasses.replace(tiny_config, dropout=0.3))
+    tokens = torch.zeros(2, 5, dtype=torch.int64)
+    assert not torch.equal(model.train()(tokens), model(tokens))
+    without = GPT(tiny_config)
+    without.load_state_dict(model.state_dict())
+    assert torch.equal(model.eval()(tokens), without.eval()(tokens))
 
 
 def test_a_model_without_biases_has_none(tiny_config):
-    import dataclasses
-
     model = GPT(dataclasses.replace(tiny_config, bias=False))
     assert not [name for name, _ in model.named_parameters() if "bias" in name]
     assert model(torch.zeros(1, 3, dtype=torch.int64)).shape == (1, 3, 61)
 
 
 def test_flops_per_token_match_a_count_by_hand():
-    config = ModelConfig(
-        vocab_size=10, context_length=8, n_layer=2, n_head=2, n_embd=4, bias=False
-    )
+    config = ModelConfig(vocab_size=10, context_length=8, n_layer=2, n_head=2, n_embd=4, bias=False)
     matrices = 2 * (4 * 12 + 4 * 4 + 4 * 16 + 16 * 4) + 10 * 4
     norms = 5 * 4
     attention = 2 * 2 * 3 * 2 * 8 * 4  # 2 products of 2 T C operations, thrice, in 2 layers

@@ -1,0 +1,95 @@
+import os
+
+import pytest
+
+from gpt.config import DataConfig, UsageError
+from gpt.data import corpus as corpora
+from gpt.data.prepare import prepare
+from gpt.data.tokenizer import decode
+
+
+def texts(prepared):
+    return [
+        decode(prepared.tokenizer, s.ids.tolist()) for s in (prepared.train, prepared.validation)
+    ]
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "byte", "gpt2"])
+def test_the_held_out_text_is_the_end_whatever_the_tokenizer(tokenizer, text_file, tmp_path):
+    text = text_file.read_text()
+    config = DataConfig(source=str(text_file), tokenizer=tokenizer, validation_fraction=0.1)
+    train, validation = texts(prepare(config, tmp_path / "cache"))
+    assert (train, validation) == (text[: len(train)], text[len(train) :])
+    assert len(validation) == round(0.1 * len(text))
+
+
+@pytest.mark.parametrize("piece", [7, 1 << 20])
+def test_each_document_ends_with_end_of_text_on_its_side_of_the_boundary(
+    piece, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(corpora, "PIECE_CHARACTERS", piece)
+    source = tmp_path / "source"
+    source.mkdir()
+    for name, text in {"a": "a b c d e", "b": "", "c": "f g h i j", "d": "k l m n o"}.items():
+        (source / name).write_text(text)
+    config = DataConfig(source=str(source), tokenizer="byte", validation_fraction=8 / 27)
+    prepared = prepare(config, tmp_path / "cache")
+    end = [256]
+    assert prepared.train.ids.tolist() == [*b"a b c d e", *end, *b"f g h i j", *end, *b"k"]
+    assert prepared.validation.ids.tolist() == [*b" l m n o", *end]
+    config = DataConfig(source=str(source), tokenizer="byte", validation_fraction=9 / 27)
+    prepared = prepare(config, tmp_path / "cache")
+    assert prepared.train.ids.tolist() == [*b"a b c d e", *end, *b"f g h i j", *end]
+
+
+def test_a_prepared_text_is_found_again_by_its_content(text_file, tmp_path):
+    config = DataConfig(source=str(text_file))
+    first = prepare(config, tmp_path / "cache")
+    stamp = first.train.path.stat().st_mtime_ns
+    os.utime(text_file)
+    assert prepare(config, tmp_path / "cache").train.path.stat().st_mtime_ns == stamp
+    text_file.write_text(text_file.read_text() + "More.\n")
+    second = prepare(config, tmp_path / "cache")
+    assert second.train.path != first.train.path
+    assert texts(second)[1].endswith("More.\n")
+    assert prepare(
+        DataConfig(source=str(text_file), tokenizer="byte"), tmp_path / "cache"
+    ).train.path
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+
+
+def test_a_preparation_that_fails_leaves_nothing_behind(tmp_path):
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes(b"good text " * 10 + b"\xff")
+    with pytest.raises(UsageError, match="not UTF-8"):
+        prepare(DataConfig(source=str(bad)), tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("source", ["file", "folder"])
+def test_an_empty_text_is_refused(source, tmp_path):
+    path = tmp_path / "source"
+    if source == "folder":
+        path.mkdir()
+        (path / "a.txt").touch()
+    else:
+        path.touch()
+    with pytest.raises(UsageError, match="has no text in it"):
+        prepare(DataConfig(source=str(path)), tmp_path / "cache")
+
+
+def test_progress_rises_to_one(text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "PIECE_CHARACTERS", 1000)
+    shares = []
+    prepare(DataConfig(source=str(text_file)), tmp_path / "cache", progress=shares.append)
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+    assert len(shares) > 5
+
+
+def test_shards_whose_tokenizer_was_changed_are_refused(text_file, tmp_path):
+    config = DataConfig(source=str(text_file))
+    folder = prepare(config, tmp_path / "cache").train.path.parent
+    (folder / "tokenizer.json").write_text('{"kind": "byte"}')
+    with pytest.raises(UsageError, match="was made with tokenizer"):
+        prepare(config, tmp_path / "cache")

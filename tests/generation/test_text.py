@@ -1,0 +1,160 @@
+import random
+
+import pytest
+import torch
+
+import gpt
+from gpt.config import ModelConfig, UsageError
+from gpt.data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, decode
+from gpt.generation.text import Sample, encode_prompt
+from tests.conftest import make_model
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return GPT2Tokenizer.released()
+
+
+@pytest.fixture
+def byte_model():
+    config = ModelConfig(vocab_size=257, context_length=32, n_layer=2, n_head=2, n_embd=32)
+    return make_model(config)
+
+
+def streamed(tokenizer, ids, stop=()):
+    sample = Sample(tokenizer, stop)
+    pieces = [sample.add(i) for i in ids]
+    return [*pieces, sample.finish()]
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("kind", ["byte", "gpt2"])
+def test_streamed_text_is_decoded_text(kind, seed, gpt2):
+    tokenizer = {"byte": ByteTokenizer(), "gpt2": gpt2}[kind]
+    draw = random.Random(seed)
+    noise = draw.choices(range(tokenizer.end_of_text), k=80)
+    text = tokenizer.encode("héllo wörld 東京 \U0001f469‍\U0001f467 ").tolist()
+    for ids in (noise, text, noise[:5] + text + noise[5:9]):
+        assert "".join(streamed(tokenizer, ids)) == decode(tokenizer, ids)
+
+
+def test_no_piece_has_a_broken_character():
+    text = "é東\U0001f600"
+    pieces = streamed(ByteTokenizer(), text.encode())
+    assert pieces == ["", "é", "", "", "東", "", "", "", "\U0001f600", ""]
+
+
+def test_a_character_that_never_becomes_whole_is_shown_at_the_end():
+    assert streamed(ByteTokenizer(), "é".encode()[:1]) == ["", "\ufffd"]
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "shown"),
+    [
+        ("one END two", ["END"], "one "),
+        ("one EN two END", ["END"], "one EN two "),
+        ("one EEND", ["END"], "one E"),
+        ("one EN", ["END"], "one EN"),
+        ("ENENEND", ["ENEND"], "EN"),
+        ("abc", ["c", "b"], "a"),
+        ("END", ["END"], ""),
+        ("a\n\nb", ["\n\n"], "a"),
+        ("é東x", ["東"], "é"),
+        ("plain", [], "plain"),
+    ],
+)
+@pytest.mark.parametrize("chunk", [1, 2, 3, 100])
+def test_nothing_of_a_stop_text_is_shown_and_nothing_else_is_lost(text, stop, shown, chunk):
+    # tokens of `chunk` characters each: a stop text may lie in one, or span several
+    class Chunks(CharTokenizer):
+        def decode_bytes(self, ids):
+            return b"".join(text[chunk * i : chunk * (i + 1)].encode() for i in ids)
+
+    n = -(-len(text) // chunk)
+    pieces = streamed(Chunks(""), range(n), stop) if n else []
+    tokenizer = Chunks("")
+    tokenizer.end_of_text = -1
+    pieces = streamed(tokenizer, range(n), stop)
+    assert "".join(pieces) == shown
+
+
+def test_text_is_held_back_no_longer_than_it_may_become_a_stop_text():
+    pieces = streamed(ByteTokenizer(), b"aENbENDc", ["END"])
+    assert pieces == ["a", "", "", "ENb", "", "", "", "", ""]
+
+
+def test_end_of_text_ends_a_sample():
+    assert streamed(ByteTokenizer(), [97, 256, 98]) == ["a", "", "", ""]
+
+
+def test_the_same_seed_gives_the_same_text_and_another_one_another(byte_model):
+    def text(seed):
+        return gpt.generate(byte_model, ByteTokenizer(), "x", max_new_tokens=30, seed=seed)
+
+    assert text(1) == text(1)
+    assert text(1) != text(2)
+
+
+def test_without_a_seed_each_text_is_new(byte_model):
+    texts = {
+        gpt.generate(byte_model, ByteTokenizer(), "x", max_new_tokens=40, temperature=2.0)[0]
+        for _ in range(4)
+    }
+    assert len(texts) == 4
+
+
+def test_samples_differ_from_their_first_token_on(byte_model):
+    texts = gpt.generate(
+        byte_model,
+        ByteTokenizer(),
+        "x",
+        num_samples=8,
+        max_new_tokens=1,
+        temperature=5.0,
+        seed=0,
+    )
+    assert len(set(texts)) > 4
+
+
+def test_streaming_gives_the_generated_text(byte_model):
+    options = {"max_new_tokens": 60, "seed": 3, "temperature": 1.0}
+    pieces = list(gpt.stream(byte_model, ByteTokenizer(), "x", **options))
+    assert len(pieces) > 10
+    assert ["".join(pieces)] == gpt.generate(byte_model, ByteTokenizer(), "x", **options)
+
+
+def test_generation_stops_at_a_stop_text(byte_model):
+    options = {"max_new_tokens": 60, "seed": 3, "temperature": 1.0}
+    [text] = gpt.generate(byte_model, ByteTokenizer(), "x", **options)
+    # one whose first character came before, so that a text is not taken for a list of characters
+    stop = next(text[i : i + 2] for i in range(10, 50) if text[i] in text[:i])
+    expected = text[: text.find(stop)]
+    assert gpt.generate(byte_model, ByteTokenizer(), "x", stop=stop, **options) == [expected]
+    assert gpt.generate(byte_model, ByteTokenizer(), "x", stop=[stop], **options) == [expected]
+
+
+def test_rows_of_a_padded_vocabulary_are_never_drawn():
+    config = ModelConfig(vocab_size=320, context_length=32, n_layer=1, n_head=2, n_embd=32)
+    model = make_model(config)
+    with torch.no_grad():
+        model.embed.weight[257:] *= 100  # the padding would win each draw
+    for temperature in (0.0, 1.0):
+        gpt.generate(model, ByteTokenizer(), "x", max_new_tokens=50, temperature=temperature)
+
+
+def test_an_empty_prompt_is_the_start_of_a_document():
+    assert encode_prompt(ByteTokenizer(), "") == [256]
+
+
+def test_a_prompt_that_is_no_text_is_refused():
+    with pytest.raises(UsageError, match="not UTF-8 text: surrogates not allowed at character 1"):
+        encode_prompt(ByteTokenizer(), "a\udcff")
+
+
+def test_impossible_settings_are_refused(byte_model):
+    with pytest.raises(UsageError, match="temperature is -1"):
+        gpt.generate(byte_model, ByteTokenizer(), "x", temperature=-1)
+    with pytest.raises(UsageError, match="num_samples is 0"):
+        gpt.generate(byte_model, ByteTokenizer(), "x", num_samples=0)
+    with pytest.raises(UsageError, match="max_new_tokens is 0"):
+        gpt.generate(byte_model, ByteTokenizer(), "x", max_new_tokens=0)

@@ -1,0 +1,190 @@
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt import checkpoint as checkpoints
+from gpt.config import ModelConfig, UsageError
+from tests.conftest import make_model
+
+COMMITTED = Path(__file__).parent / "checkpoints"
+
+
+@pytest.fixture
+def run(tmp_path, tiny_model):
+    for step in (10, 20, 30):
+        path = checkpoints.save(
+            tmp_path, step, model=tiny_model, training={"note": step}, metrics={"loss": 1.5}
+        )
+        checkpoints.point(tmp_path, "last", path)
+        if step == 20:
+            checkpoints.point(tmp_path, "best", path)
+    return tmp_path
+
+
+def folder(run, step):
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_loaded_is_what_was_saved(tied, tiny_config, tmp_path):
+    model = make_model(dataclasses.replace(tiny_config, tie_embeddings=tied, n_kv_head=2))
+    training = {"tensor": torch.arange(3), "nested": [{"x": 1.5}]}
+    path = checkpoints.save(tmp_path, 7, model=model, training=training, metrics={"loss": 2.0})
+    found = checkpoints.verify(path)
+    assert (found.step, found.metrics, found.model) == (7, {"loss": 2.0}, model.config)
+    loaded = checkpoints.load_model(found)
+    tokens = torch.randint(61, (2, 9))
+    assert torch.equal(loaded(tokens), model(tokens))
+    assert (loaded.head.weight is loaded.embed.weight) == tied
+    assert not loaded.training
+    learned = checkpoints.load_training(found)
+    assert torch.equal(learned["tensor"], torch.arange(3))
+    assert learned["nested"] == [{"x": 1.5}]
+
+
+def test_weights_are_loaded_in_the_dtype_that_is_asked_for(run, tiny_model):
+    found = checkpoints.find(run)
+    loaded = checkpoints.load_model(found, dtype=torch.bfloat16)
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, tiny_model.get_parameter(name).bfloat16())
+
+
+def test_a_run_has_its_best_and_its_last_checkpoint(run):
+    assert checkpoints.find(run, "best").step == 20
+    assert checkpoints.find(run, "last").step == 30
+    assert checkpoints.find(folder(run, 10)).step == 10
+
+
+def test_a_run_without_checkpoints_has_none(tmp_path):
+    assert checkpoints.find(tmp_path) is None
+
+
+def damage(path, how):
+    match how:
+        case "flipped bit":
+            raw = bytearray(path.read_bytes())
+            raw[len(raw) // 2] ^= 1
+            path.write_bytes(raw)
+        case "truncated":
+            path.write_bytes(path.read_bytes()[:-2])
+        case "empty":
+            path.write_bytes(b"")
+        case "missing":
+            path.unlink()
+
+
+@pytest.mark.parametrize("how", ["flipped bit", "truncated", "empty", "missing"])
+@pytest.mark.parametrize("file", ["model.safetensors", "training.pt", "meta.json"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_newest_valid_one_and_it_is_said(
+    file, how, run
+):
+    damage(folder(run, 30) / file, how)
+    said = []
+    assert checkpoints.find(run, "last", say=said.append).step == 20
+    assert "step-00000030" in said[0]
+    assert said[-1].endswith("last names step-00000030, which is not valid; taking step-00000020")
+
+
+def test_a_run_with_no_valid_checkpoint_is_refused(run):
+    for step in (10, 20, 30):
+        damage(folder(run, step) / "model.safetensors", "truncated")
+    with pytest.raises(UsageError, match="has no valid checkpoint: .* is damaged"):
+        checkpoints.find(run)
+
+
+def test_a_checkpoint_that_is_named_itself_and_damaged_is_refused(run):
+    damage(folder(run, 20) / "model.safetensors", "flipped bit")
+    with pytest.raises(UsageError, match=r"step-00000020 is damaged: model\.safetensors"):
+        checkpoints.find(folder(run, 20))
+
+
+def test_a_killed_save_is_no_checkpoint(run, tiny_model, monkeypatch):
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    for name in ("save_file", "_sha256", "_flush"):
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoints, name, killed)
+            with pytest.raises(KeyboardInterrupt):
+                checkpoints.save(run, 40, model=tiny_model, training={}, metrics={})
+        assert not folder(run, 40).exists()
+        assert checkpoints.find(run, "last").step == 30
+
+
+def test_a_temporary_folder_that_a_kill_left_is_no_checkpoint(run):
+    shutil.copytree(folder(run, 30), run / "checkpoints" / ".step-00000040-abc")
+    (run / "last").write_text("step-00000040\n")
+    assert checkpoints.find(run, "last").step == 30
+
+
+def test_saving_a_step_again_replaces_it(run, tiny_config):
+    other = make_model(tiny_config, seed=9)
+    checkpoints.save(run, 30, model=other, training={}, metrics={})
+    loaded = checkpoints.load_model(checkpoints.find(run, "last"))
+    assert torch.equal(loaded.embed.weight, other.embed.weight)
+    assert {p.name for p in folder(run, 30).iterdir()} == {
+        "model.safetensors",
+        "training.pt",
+        "meta.json",
+    }
+
+
+def test_pruning_keeps_the_newest_and_the_best(run, tiny_model):
+    for step in (40, 50):
+        path = checkpoints.save(run, step, model=tiny_model, training={}, metrics={})
+        checkpoints.point(run, "last", path)
+    (run / "checkpoints" / ".step-00000035-left").mkdir()
+    checkpoints.prune(run, keep=2)
+    left = sorted(p.name for p in (run / "checkpoints").iterdir())
+    assert left == ["step-00000020", "step-00000040", "step-00000050"]
+
+
+def test_a_later_format_is_refused(run):
+    meta = folder(run, 30) / "meta.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"format": 2}))
+    with pytest.raises(UsageError, match="has format 2, and this program reads 1"):
+        checkpoints.verify(folder(run, 30))
+
+
+def test_weights_that_do_not_fit_the_configuration_are_refused(run):
+    found = checkpoints.find(run)
+    other = dataclasses.replace(found, model=dataclasses.replace(found.model, n_layer=3))
+    with pytest.raises(UsageError, match=r"does not fit its configuration: blocks\.2\."):
+        checkpoints.load_model(other)
+    other = dataclasses.replace(found, model=dataclasses.replace(found.model, n_embd=64))
+    with pytest.raises(UsageError, match=r"does not fit its configuration: .*embed\.weight"):
+        checkpoints.load_model(other)
+
+
+def test_a_training_file_that_would_run_code_is_not_run(run):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (run / "executed",))
+
+    found = checkpoints.find(run)
+    torch.save({"x": Evil()}, found.path / "training.pt")
+    with pytest.raises(Exception, match="Weights only load failed"):
+        checkpoints.load_training(found)
+    assert not (run / "executed").exists()
+
+
+@pytest.mark.parametrize("path", sorted(COMMITTED.iterdir()), ids=lambda p: p.name)
+def test_a_checkpoint_of_every_format_so_far_still_loads(path):
+    import gpt
+
+    expected = json.loads((path / "expected.json").read_text())
+    model, tokenizer = gpt.load(path)
+    logits = model(torch.tensor([tokenizer.encode(expected["prompt"]).tolist()]))[0, -1]
+    assert logits[:5].tolist() == pytest.approx(expected["logits"], abs=1e-5)
+    assert gpt.generate(model, tokenizer, expected["prompt"], temperature=0, max_new_tokens=12) == [
+        expected["text"]
+    ]
+
+
+def test_model_configurations_survive_the_meta_file():
+    config = ModelConfig(n_kv_head=3, dropout=0.1, bias=False, tie_embeddings=False)
+    assert ModelConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config

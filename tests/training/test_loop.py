@@ -1,0 +1,344 @@
+import dataclasses
+import io
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+from rich.console import Console
+
+from gpt import checkpoint as checkpoints
+from gpt.config import (
+    DataConfig,
+    EvaluationConfig,
+    LogConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    TrainingConfig,
+    UsageError,
+    parse,
+)
+from gpt.data.prepare import prepare
+from gpt.interop.load import load
+from gpt.training.loop import Trainer, train
+
+
+@pytest.fixture
+def config(text_file, tmp_path):
+    return TrainConfig(
+        run_dir=str(tmp_path / "run"),
+        model=ModelConfig(
+            vocab_size=0, context_length=16, n_layer=2, n_head=2, n_embd=32, dropout=0.1
+        ),
+        data=DataConfig(source=str(text_file)),
+        training=TrainingConfig(
+            max_steps=12, batch_tokens=128, micro_batch_size=4, precision="float32", device="cpu"
+        ),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
+        evaluation=EvaluationConfig(every=4, windows=8),
+        log=LogConfig(every=2),
+    )
+
+
+def change(config, group, **values):
+    return dataclasses.replace(
+        config, **{group: dataclasses.replace(getattr(config, group), **values)}
+    )
+
+
+def elsewhere(config, name):
+    return dataclasses.replace(config, run_dir=config.run_dir + name)
+
+
+def run(config, **options):
+    console = Console(file=io.StringIO(), width=200)
+    return train(config, console=console, **options), console.file.getvalue()
+
+
+def records(config):
+    return [json.loads(line) for line in (config.run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(config):
+    found = checkpoints.find(config.run, "last")
+    return dict(checkpoints.load_model(found).named_parameters())
+
+
+def assert_equal_weights(one, two):
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+
+
+def trainer_of(config):
+    data = prepare(config.data, config.cache_dir)
+    model = dataclasses.replace(config.model, vocab_size=data.tokenizer.vocab_size)
+    return Trainer(dataclasses.replace(config, model=model), data)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_training_learns(optimizer, config):
+    config = change(config, "training", max_steps=60)
+    config = change(config, "optimizer", name=optimizer)
+    result, _ = run(config)
+    losses = [r["loss"] for r in records(config) if "loss" in r]
+    assert losses[0] > 3
+    assert losses[-1] < losses[0] - 0.8
+    assert result.best_loss < 2.7
+
+
+def test_a_run_leaves_the_folder_that_the_design_names(config):
+    result, output = run(config)
+    assert (result.step, result.interrupted) == (12, False)
+    assert {p.name for p in config.run.iterdir()} == {
+        "config.toml", "tokenizer.json", "metrics.jsonl", "checkpoints", "best", "last", "data",
+    }  # fmt: skip
+    assert (config.run / "last").read_text() == "step-00000012\n"
+    assert [r["step"] for r in records(config) if "loss" in r] == [2, 4, 6, 8, 10, 12]
+    assert [r["step"] for r in records(config) if "validation_loss" in r] == [4, 8, 12]
+    assert "step 12: validation" in output
+
+
+def test_the_resolved_configuration_runs_again_as_it_stands(config):
+    run(config)
+    again = parse(TrainConfig, [str(config.run / "config.toml")], prog="train.py")
+    assert again.model.vocab_size == prepare(config.data, config.cache_dir).tokenizer.vocab_size
+    first = weights(config)
+    again = elsewhere(again, "-again")
+    run(again)
+    assert_equal_weights(weights(again), first)
+
+
+def test_the_same_seed_gives_the_same_run_bit_for_bit_and_another_seed_another(config):
+    run(config)
+    same = elsewhere(config, "-same")
+    run(same)
+    assert_equal_weights(weights(config), weights(same))
+    keys = ("step", "loss", "validation_loss", "gradient_norm")
+    pick = lambda c: [[r.get(k) for k in keys] for r in records(c)]  # noqa: E731
+    assert pick(config) == pick(same)
+    other = elsewhere(change(config, "training", seed=1), "-other")
+    run(other)
+    assert not torch.equal(weights(config)["embed.weight"], weights(other)["embed.weight"])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_resumed_run_is_the_uninterrupted_one(optimizer, config):
+    config = change(config, "optimizer", name=optimizer, schedule="constant")
+    whole = elsewhere(config, "-whole")
+    run(whole)
+    run(change(config, "training", max_steps=8))
+    resumed = dataclasses.replace(config, resume=True)
+    result, output = run(resumed)
+    assert result.step == 12
+    assert "going on from step 8" in output
+    assert_equal_weights(weights(config), weights(whole))
+    assert [r["step"] for r in records(config)] == [r["step"] for r in records(whole)]
+    assert records(config)[-1]["validation_loss"] == records(whole)[-1]["validation_loss"]
+
+
+def test_dropout_draws_go_on_where_they_stopped(config):
+    """The claim above would hold for any random state if there were no dropout."""
+    assert config.model.dropout > 0
+    trainer = trainer_of(config)
+    assert not torch.equal(trainer.update()[0], trainer_of(config).update()[0] + 1)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+def test_accumulation_changes_no_gradient(micro_batch_size, config):
+    config = change(config, "model", dropout=0.0)
+    config = change(config, "training", gradient_clip=0.0)
+
+    def gradients(size):
+        trainer = trainer_of(change(config, "training", micro_batch_size=size))
+        trainer.optimizers = []
+        loss, _ = trainer.update()
+        return loss, {n: p.grad for n, p in trainer.model.named_parameters()}
+
+    whole_loss, whole = gradients(8)
+    loss, split = gradients(micro_batch_size)
+    torch.testing.assert_close(loss, whole_loss)
+    for name in whole:
+        error = (split[name] - whole[name]).norm() / whole[name].norm()
+        assert error < 1e-5, name
+
+
+def test_the_loss_that_is_reported_is_the_mean_over_the_steps_tokens(config):
+    trainer = trainer_of(change(config, "model", dropout=0.0))
+    batch = trainer.windows.batch(trainer.order.step(0))
+    logits = trainer.model(batch.tokens).detach().double()
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
+    assert trainer.update()[0].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_smaller_precisions_train_with_float32_weights(precision, config):
+    config = change(config, "training", precision=precision, max_steps=60)
+    run(config)
+    assert {p.dtype for p in weights(config).values()} == {torch.float32}
+    losses = [r["loss"] for r in records(config) if "loss" in r]
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_best_names_the_checkpoint_with_the_least_validation_loss(config):
+    config = change(config, "optimizer", learning_rate=0.3, schedule="constant")  # it gets worse
+    config = change(config, "checkpoint", keep=1)
+    result, _ = run(config)
+    evaluations = [r for r in records(config) if "validation_loss" in r]
+    best = min(evaluations, key=lambda r: r["validation_loss"])
+    assert checkpoints.find(config.run, "best").step == best["step"]
+    assert result.best_loss == best["validation_loss"]
+    assert checkpoints.find(config.run, "last").step == 12
+
+
+def test_checkpoints_are_written_between_evaluations_when_asked_for(config):
+    config = change(config, "checkpoint", every=3, keep=9)
+    run(config)
+    names = sorted(p.name for p in (config.run / "checkpoints").iterdir())
+    assert [int(name[5:]) for name in names] == [3, 4, 6, 8, 9, 12]
+
+
+def test_a_run_that_is_there_is_not_started_over(config):
+    run(config)
+    before = weights(config)
+    with pytest.raises(UsageError, match=r"holds a run at step 12 already: --resume"):
+        run(config)
+    assert_equal_weights(weights(config), before)
+
+
+def test_resume_without_a_checkpoint_starts_and_says_so(config):
+    result, output = run(dataclasses.replace(config, resume=True))
+    assert result.step == 12
+    assert "no checkpoint to resume from; starting at step 0" in output
+
+
+def test_resuming_a_finished_run_does_nothing_to_it(config):
+    run(config)
+    before = (config.run / "metrics.jsonl").read_text()
+    result, _ = run(dataclasses.replace(config, resume=True))
+    assert result.step == 12
+    assert (config.run / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("group", "values", "said"),
+    [
+        ("model", {"n_layer": 3}, "model.n_layer 2, and cannot be resumed with 3"),
+        ("data", {"tokenizer": "byte"}, "model.vocab_size"),
+    ],
+)
+def test_what_does_not_fit_the_run_cannot_resume_it(group, values, said, config):
+    run(config)
+    with pytest.raises(UsageError, match=said):
+        run(dataclasses.replace(change(config, group, **values), resume=True))
+
+
+def test_another_text_cannot_resume_a_run(config, text_file):
+    run(config)
+    text = text_file.read_text()
+    text_file.write_text(text.replace("V", "\u00e9"))  # as many characters, but not the same
+    with pytest.raises(UsageError, match="trained with another tokenizer"):
+        run(dataclasses.replace(config, resume=True))
+
+
+def test_dropout_may_change_on_resuming(config):
+    run(config)
+    more = change(change(config, "model", dropout=0.0), "training", max_steps=14)
+    result, _ = run(dataclasses.replace(more, resume=True))
+    assert result.step == 14
+
+
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(config, monkeypatch):
+    update = Trainer.update
+
+    def interrupted(self):
+        if self.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(self)
+
+    monkeypatch.setattr(Trainer, "update", interrupted)
+    result, output = run(config)
+    assert (result.step, result.interrupted) == (5, True)
+    assert checkpoints.find(config.run, "last").step == 5
+    assert f"go on with: python train.py {config.run / 'config.toml'} --resume" in output
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.undo()
+    run(dataclasses.replace(config, resume=True))
+    whole = elsewhere(config, "-whole")
+    run(whole)
+    assert_equal_weights(weights(config), weights(whole))
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step(config, monkeypatch):
+    def twice(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "update", twice)
+    with pytest.raises(KeyboardInterrupt):
+        run(config)
+
+
+def test_a_diverged_run_is_stopped_and_not_saved(config):
+    config = change(config, "optimizer", learning_rate=1e30)
+    with pytest.raises(UsageError, match="loss is nan at step .*: training has diverged"):
+        run(config)
+    assert checkpoints.find(config.run, "last") is None
+
+
+def test_a_sample_goes_with_each_evaluation(config):
+    modes = []
+
+    def sample(model, tokenizer):
+        modes.append(model.training)
+        return f"a sample of {tokenizer.kind}"
+
+    _, output = run(config, sample=sample)
+    assert output.count("│ a sample of char") == 3
+    assert records(config)[-1]["sample"] == "a sample of char"
+
+
+def test_a_vocabulary_may_be_padded_and_not_cut(config):
+    run(change(config, "model", vocab_size=64))
+    assert weights(config)["embed.weight"].shape == (64, 32)
+    with pytest.raises(UsageError, match=r"model\.vocab_size is 5, and the char tokenizer"):
+        run(elsewhere(change(config, "model", vocab_size=5), "-small"))
+
+
+def test_a_held_out_text_too_short_for_a_window_is_refused(config):
+    config = change(config, "data", validation_fraction=0.001)
+    with pytest.raises(UsageError, match="validation.bin has .* tokens, and one window"):
+        run(config)
+
+
+def test_the_trained_run_is_loaded_for_sampling(config):
+    run(config)
+    model, tokenizer = load(config.run)
+    assert tokenizer.kind == "char"
+    assert not model.training
+    assert_equal_weights(dict(model.named_parameters()), weights(config))
+
+
+def test_an_untrained_models_loss_is_that_of_guessing(config):
+    trainer = trainer_of(config)
+    loss, _ = trainer.update()
+    assert loss.item() == pytest.approx(math.log(trainer.config.model.vocab_size), abs=0.1)
+
+
+def test_without_a_working_compiler_auto_goes_on_and_on_refuses(monkeypatch):
+    from gpt.training.compilation import compiled
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("no compiler\nin many lines")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    model, said = torch.nn.Linear(1, 1), []
+    cpu = torch.device("cpu")
+    assert compiled(model, "off", device=cpu, say=said.append) is model
+    assert compiled(model, "auto", device=cpu, say=said.append) is model
+    assert said == []
+    with pytest.raises(UsageError, match="does not work here: no compiler$"):
+        compiled(model, "on", device=cpu, say=said.append)

@@ -1,0 +1,96 @@
+import io
+import json
+import math
+
+import pytest
+from rich.console import Console
+
+from gpt.config import LogConfig, TrainConfig
+from gpt.training.metrics import Reporter, Smoothed, as_settings, drop_later_records
+
+
+def record(step, **more):
+    return {"step": step, "loss": 2.5, "learning_rate": 1e-3, "tokens_per_second": 12345.6, **more}
+
+
+def reporter_on(run, *, terminal=False, first_step=0, **log):
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=200)
+    reporter = Reporter(
+        run,
+        LogConfig(**log),
+        console=console,
+        first_step=first_step,
+        max_steps=100,
+        settings=as_settings(TrainConfig()),
+    )
+    return reporter, console.file
+
+
+def test_plain_output_has_a_line_a_record(tmp_path):
+    reporter, output = reporter_on(tmp_path)
+    with reporter:
+        reporter.step(record(10))
+        reporter.evaluation(
+            {"step": 10, "validation_loss": 2.25, "bits_per_byte": 3.25}, best=True, sample="a\nb"
+        )
+        reporter.step(record(20, mfu=0.415))
+    first, validation, a, b, last = output.getvalue().splitlines()
+    assert first.startswith(
+        "step  10/100  loss 2.5000  val   -     lr 1.00e-03  12,346 tok/s  0:00"
+    )
+    assert validation == "step 10: validation 2.2500 nats/token, 3.2500 bits/byte (best so far)"
+    assert (a, b) == ("  │ a", "  │ b")
+    assert "val 2.2500" in last
+    assert "MFU 41.5%" in last
+    assert "\x1b" not in output.getvalue()
+
+
+def test_on_a_terminal_there_is_a_bar_with_the_same_figures(tmp_path):
+    reporter, output = reporter_on(tmp_path, terminal=True)
+    with reporter:
+        reporter.step(record(50))
+        reporter._progress.refresh()
+    assert "\x1b" in output.getvalue()
+    assert "step  50/100  loss 2.5000" in output.getvalue()
+    assert "━" in output.getvalue()
+
+
+def test_metrics_are_one_json_object_a_line(tmp_path):
+    reporter, _ = reporter_on(tmp_path)
+    with reporter:
+        reporter.step(record(10))
+        reporter.evaluation(
+            {"step": 10, "validation_loss": 2.25, "bits_per_byte": 3.25}, best=False, sample=""
+        )
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()  # there while the run goes
+    assert json.loads(lines[0]) == record(10)
+    assert json.loads(lines[1]) == {"step": 10, "validation_loss": 2.25, "bits_per_byte": 3.25}
+
+
+def test_a_resumed_run_writes_each_step_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": s}) + "\n" for s in (10, 20, 30)) + '{"step": 4')
+    drop_later_records(path, 20)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 20]
+
+
+def test_smoothing_starts_unbiased_and_follows():
+    smooth = Smoothed(decay=0.5)
+    assert math.isnan(smooth.value)
+    smooth.add(4.0)
+    assert smooth.value == pytest.approx(4)
+    smooth.add(1.0)
+    assert smooth.value == pytest.approx((0.25 * 4 + 0.5 * 1) / 0.75)
+
+
+def test_wandb_offline_keeps_the_metrics_in_the_run(tmp_path):
+    reporter, _ = reporter_on(tmp_path, wandb="offline")
+    with reporter:
+        reporter.step(record(10))
+        reporter.evaluation(
+            {"step": 10, "validation_loss": 2.25, "bits_per_byte": 3.25}, best=True, sample="x"
+        )
+    [log] = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    content = log.read_bytes()
+    for field in (b"tokens_per_second", b"validation_loss", b"bits_per_byte", b"batch_tokens"):
+        assert field in content

@@ -1,0 +1,59 @@
+import pytest
+import torch
+
+from gpt.config import OptimizerConfig
+from gpt.training.optimizer import clip_gradients, make_optimizers, set_learning_rate
+
+
+def names_of(model, parameters):
+    name = {id(p): n for n, p in model.named_parameters()}
+    return {name[id(p)] for p in parameters}
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_matrices_decay_and_nothing_else_does(kind, tiny_model):
+    decayed, plain = set(), set()
+    for optimizer in make_optimizers(tiny_model, OptimizerConfig(name=kind, weight_decay=0.3)):
+        for group in optimizer.param_groups:
+            side = decayed if group["weight_decay"] else plain
+            assert group["weight_decay"] in (0, 0.3)
+            side |= names_of(tiny_model, group["params"])
+    assert decayed == {n for n, p in tiny_model.named_parameters() if p.ndim == 2}
+    assert plain == {n for n, p in tiny_model.named_parameters() if p.ndim == 1}
+
+
+def test_muon_takes_the_blocks_matrices_and_adamw_the_rest(tiny_model):
+    muon, adamw = make_optimizers(tiny_model, OptimizerConfig(name="muon"))
+    assert isinstance(muon, torch.optim.Muon)
+    assert names_of(tiny_model, muon.param_groups[0]["params"]) == {
+        f"blocks.{layer}.{part}.weight"
+        for layer in range(2)
+        for part in ("attn.qkv", "attn.out", "mlp.up", "mlp.down")
+    }
+    assert names_of(tiny_model, adamw.param_groups[0]["params"]) == {
+        "embed.weight",
+        "position.weight",
+    }
+
+
+def test_adamw_is_fused(tiny_model):
+    [adamw] = make_optimizers(tiny_model, OptimizerConfig())
+    assert all(group["fused"] for group in adamw.param_groups)
+
+
+def test_the_schedule_scales_each_groups_own_highest_rate(tiny_model):
+    config = OptimizerConfig(name="muon", learning_rate=0.004, muon_learning_rate=0.02)
+    optimizers = make_optimizers(tiny_model, config)
+    for factor in (0.5, 0.25):
+        set_learning_rate(optimizers, factor)
+        rates = [group["lr"] for o in optimizers for group in o.param_groups]
+        assert rates == pytest.approx([0.02 * factor, 0.004 * factor, 0.004 * factor])
+
+
+@pytest.mark.parametrize(("limit", "norm_after"), [(0.0, 5.0), (1.0, 1.0), (10.0, 5.0)])
+def test_clipping_bounds_the_norm_over_all_parameters(limit, norm_after):
+    model = torch.nn.ParameterList([torch.zeros(1), torch.zeros(1)])
+    model[0].grad, model[1].grad = torch.tensor([3.0]), torch.tensor([4.0])
+    assert clip_gradients(model, limit).item() == pytest.approx(5)
+    norm = torch.cat([p.grad for p in model]).norm().item()
+    assert norm == pytest.approx(norm_after, rel=1e-5)
