@@ -4,6 +4,7 @@ The text's last part is held out for validation. Where it begins depends on the 
 the same whatever the tokenizer. Each document ends with the tokenizer's end-of-text.
 """
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -80,23 +81,24 @@ def _write(
         raise UsageError(f"data.source is {config.source!r}, which has no text in it")
     tokenizer = _make_tokenizer(config.tokenizer, characters)
     (folder / "tokenizer.json").write_text(tokenizers.to_json(tokenizer), encoding="utf-8")
-    writers = {
-        split: ShardWriter(
-            folder / f"{split}.bin",
-            vocab_size=tokenizer.vocab_size,
-            tokenizer=tokenizers.fingerprint(tokenizer),
-            corpus=fingerprint,
-        )
-        for split in ("train", "validation")
-    }
     boundary = round(length * (1 - config.validation_fraction))
     done = 0
-    for split, piece, ids in _encoded(tokenizer, _pieces(corpus, boundary)):
-        writers[split].write(ids)
-        done += len(piece)
-        progress(done / length)
-    for writer in writers.values():
-        writer.close()
+    with contextlib.ExitStack() as stack:
+        writers = {
+            split: stack.enter_context(
+                ShardWriter(
+                    folder / f"{split}.bin",
+                    vocab_size=tokenizer.vocab_size,
+                    tokenizer=tokenizers.fingerprint(tokenizer),
+                    corpus=fingerprint,
+                )
+            )
+            for split in ("train", "validation")
+        }
+        for split, piece, ids in _encoded(tokenizer, _pieces(corpus, boundary)):
+            writers[split].write(ids)
+            done += len(piece)
+            progress(done / length)
 
 
 def _survey(corpus: Corpus) -> tuple[int, set[str]]:

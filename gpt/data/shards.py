@@ -9,7 +9,7 @@ own.
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +38,8 @@ class Shard:
 class ShardWriter:
     """Writes ids to a new shard at ``path``; the fingerprints go into its header.
 
-    The header is written by :meth:`close`: a file that was cut off has none.
+    A context manager: the header is written when it is left without an exception, so a file that was
+    cut off has none.
     """
 
     def __init__(self, path: Path, *, vocab_size: int, tokenizer: bytes, corpus: bytes) -> None:
@@ -53,13 +54,19 @@ class ShardWriter:
         self._file.write(ids.astype(_DTYPES[self._item_bytes]).tobytes())
         self._count += len(ids)
 
-    def close(self) -> None:
-        """Complete the file."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        with self._file:
+            if kind is None:
+                self._file.seek(0)
+                self._file.write(self._header())
+
+    def _header(self) -> bytes:
         vocab_size, tokenizer, corpus = self._fields
         fields = VERSION, self._item_bytes, vocab_size, self._count, tokenizer, corpus
-        with self._file:
-            self._file.seek(0)
-            self._file.write(_HEADER.pack(MAGIC, *fields))
+        return _HEADER.pack(MAGIC, *fields)
 
 
 def read_shard(path: Path, *, tokenizer: bytes) -> Shard:

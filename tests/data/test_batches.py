@@ -9,9 +9,8 @@ from gpt.data.shards import ShardWriter, read_shard
 
 def windows_of(tmp_path, n_tokens, context_length):
     path = tmp_path / "train.bin"
-    writer = ShardWriter(path, vocab_size=1 << 20, tokenizer=bytes(32), corpus=bytes(32))
-    writer.write(np.arange(n_tokens))
-    writer.close()
+    with ShardWriter(path, vocab_size=1 << 20, tokenizer=bytes(32), corpus=bytes(32)) as writer:
+        writer.write(np.arange(n_tokens))
     return Windows(read_shard(path, tokenizer=bytes(32)), context_length)
 
 

@@ -8,10 +8,9 @@ TOKENIZER, CORPUS = bytes(range(32)), bytes(range(32, 64))
 
 
 def write(path, chunks, vocab_size=300):
-    writer = ShardWriter(path, vocab_size=vocab_size, tokenizer=TOKENIZER, corpus=CORPUS)
-    for chunk in chunks:
-        writer.write(np.array(chunk, np.uint32))
-    writer.close()
+    with ShardWriter(path, vocab_size=vocab_size, tokenizer=TOKENIZER, corpus=CORPUS) as writer:
+        for chunk in chunks:
+            writer.write(np.array(chunk, np.uint32))
 
 
 @pytest.mark.parametrize(("vocab_size", "item_bytes"), [(300, 2), (65_536, 2), (65_537, 4)])
@@ -41,10 +40,13 @@ def test_a_truncated_shard_is_refused(tmp_path):
             read_shard(path, tokenizer=TOKENIZER)
 
 
-def test_a_shard_that_was_never_closed_is_refused(tmp_path):
-    writer = ShardWriter(tmp_path / "a.bin", vocab_size=9, tokenizer=TOKENIZER, corpus=CORPUS)
-    writer.write(np.arange(9))
-    writer._file.close()
+def test_a_shard_whose_writing_failed_is_refused(tmp_path):
+    def chunks():
+        yield range(9)
+        raise OSError
+
+    with pytest.raises(OSError):  # noqa: PT011
+        write(tmp_path / "a.bin", chunks())
     with pytest.raises(UsageError, match="its writing was cut off"):
         read_shard(tmp_path / "a.bin", tokenizer=TOKENIZER)
 

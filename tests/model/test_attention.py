@@ -44,7 +44,7 @@ def test_attention_in_training_has_the_plain_formulas_value_and_gradients(
     generator = torch.Generator().manual_seed(0)
     keep = torch.rand(2, 4, 7, 7, generator=generator, dtype=torch.float64) >= dropout
     keep = keep.double()
-    monkeypatch.setattr("gpt.model.attention.drop", lambda x, p: x * keep / (1 - p) if p else x)
+    monkeypatch.setattr("gpt.model.attention.drop", lambda x, p: x * keep.to(x) / (1 - p))
     monkeypatch.setattr("gpt.model.attention.F", None)  # the fused kernel takes no part in it
     exact = [
         torch.randn(2, heads, 7, 8, generator=generator, dtype=torch.float64)

@@ -14,10 +14,10 @@ from gpt.training.validation import score
 
 @pytest.fixture
 def windows(tmp_path):
-    writer = ShardWriter(tmp_path / "v.bin", vocab_size=61, tokenizer=bytes(32), corpus=bytes(32))
-    writer.write(np.random.Generator(np.random.Philox(0)).integers(0, 61, 500))
-    writer.close()
-    return Windows(read_shard(tmp_path / "v.bin", tokenizer=bytes(32)), 16)
+    path = tmp_path / "v.bin"
+    with ShardWriter(path, vocab_size=61, tokenizer=bytes(32), corpus=bytes(32)) as writer:
+        writer.write(np.random.Generator(np.random.Philox(0)).integers(0, 61, 500))
+    return Windows(read_shard(path, tokenizer=bytes(32)), 16)
 
 
 def scored(model, windows, batch_size):
