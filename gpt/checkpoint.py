@@ -71,6 +71,7 @@ def save(
         meta["sha256"] = _checksum(meta)
         (work / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
         for name in (WEIGHTS, TRAINING, META):
+            (work / name).chmod(0o644)
             _flush(work / name)
         _flush(work)
         work.chmod(0o755)

@@ -48,7 +48,7 @@ class ModelConfig:
     context_length: int = 1024
     """The most tokens the model sees at once."""
     n_layer: int = 12
-    """Blocks."""
+    """Blocks, each of attention and a feed-forward layer."""
     n_head: int = 12
     """Attention heads in a block; they share n_embd."""
     n_kv_head: int = 0

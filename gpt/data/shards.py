@@ -38,8 +38,8 @@ class Shard:
 class ShardWriter:
     """Writes ids to a new shard at ``path``; the fingerprints go into its header.
 
-    A context manager: the header is written when it is left without an exception, so a file that was
-    cut off has none.
+    A context manager: the header is written when it is left without an exception, so a file that
+    was cut off has none.
     """
 
     def __init__(self, path: Path, *, vocab_size: int, tokenizer: bytes, corpus: bytes) -> None:

@@ -128,11 +128,13 @@ class Trainer:
         """Train to ``max_steps``, or to the first Ctrl-C."""
         config, last = self.config, self.config.training.max_steps
         losses: list[Tensor] = []
+        if self.step == 0:  # what is learned is seen against it, and a wrong setting comes to light
+            self.evaluate(reporter, sample)
         clock = time.monotonic()
         with Interrupt() as interrupt:
             while self.step < last and not interrupt.requested:
-                loss, norm = self.update()
-                losses.append(loss)
+                step_loss, norm = self.update()
+                losses.append(step_loss)
 
                 if self.step % config.log.every == 0 or self.step == last:
                     mean_loss = torch.stack(losses).mean().item()
@@ -142,7 +144,10 @@ class Trainer:
 
                 paused = time.monotonic()
                 if self.step % config.evaluation.every == 0 or self.step == last:
-                    self.evaluate(reporter, sample)
+                    loss = self.evaluate(reporter, sample)
+                    best = loss < self.best_loss
+                    self.best_loss = min(loss, self.best_loss)
+                    self.save(best=best, metrics={"validation_loss": loss})
                 elif config.checkpoint.every and self.step % config.checkpoint.every == 0:
                     self.save()
                 clock += time.monotonic() - paused
@@ -197,8 +202,8 @@ class Trainer:
             record["mfu"] = tokens_per_second * self.model.flops_per_token() / peak
         return record
 
-    def evaluate(self, reporter: Reporter, sample: Sample | None) -> None:
-        """Measure the model on the held-out text, show a sample of its own, and save it."""
+    def evaluate(self, reporter: Reporter, sample: Sample | None) -> float:
+        """The model's loss on the held-out text, reported with a sample of its own."""
         result = score(
             self.forward,
             self.validation,
@@ -208,16 +213,14 @@ class Trainer:
             device=self.device,
             autocast=self.autocast,
         )
-        best = result.loss < self.best_loss
-        self.best_loss = min(result.loss, self.best_loss)
-        text = sample(self.model, self.data.tokenizer) if sample else ""
         record = {
             "step": self.step,
             "validation_loss": result.loss,
             "bits_per_byte": result.bits_per_byte,
         }
-        reporter.evaluation(record, best=best, sample=text)
-        self.save(best=best, metrics={"validation_loss": result.loss})
+        text = sample(self.model, self.data.tokenizer) if sample else ""
+        reporter.evaluation(record, best=result.loss < self.best_loss, sample=text)
+        return result.loss
 
     def save(self, *, best: bool = False, metrics: Record | None = None) -> None:
         """Write a checkpoint, let ``last`` (and ``best``) name it, and delete those that are not

@@ -98,7 +98,7 @@ def test_a_run_leaves_the_folder_that_the_design_names(config):
     }  # fmt: skip
     assert (config.run / "last").read_text() == "step-00000012\n"
     assert [r["step"] for r in records(config) if "loss" in r] == [2, 4, 6, 8, 10, 12]
-    assert [r["step"] for r in records(config) if "validation_loss" in r] == [4, 8, 12]
+    assert [r["step"] for r in records(config) if "validation_loss" in r] == [0, 4, 8, 12]
     assert "step 12: validation" in output
 
 
@@ -187,7 +187,7 @@ def test_best_names_the_checkpoint_with_the_least_validation_loss(config):
     config = change(config, "optimizer", learning_rate=0.3, schedule="constant")  # it gets worse
     config = change(config, "checkpoint", keep=1)
     result, _ = run(config)
-    evaluations = [r for r in records(config) if "validation_loss" in r]
+    evaluations = [r for r in records(config) if "validation_loss" in r and r["step"]]
     best = min(evaluations, key=lambda r: r["validation_loss"])
     assert checkpoints.find(config.run, "best").step == best["step"]
     assert result.best_loss == best["validation_loss"]
@@ -297,8 +297,17 @@ def test_a_sample_goes_with_each_evaluation(config):
         return f"a sample of {tokenizer.kind}"
 
     _, output = run(config, sample=sample)
-    assert output.count("│ a sample of char") == 3
+    assert output.count("│ a sample of char") == 4
     assert records(config)[-1]["sample"] == "a sample of char"
+
+
+def test_a_sample_that_cannot_be_made_is_told_before_training(config, monkeypatch):
+    def refuse(model, tokenizer):
+        raise UsageError("no such prompt")
+
+    monkeypatch.setattr(Trainer, "update", None)
+    with pytest.raises(UsageError, match="no such prompt"):
+        run(config, sample=refuse)
 
 
 def test_a_vocabulary_may_be_padded_and_not_cut(config):

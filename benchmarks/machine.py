@@ -1,0 +1,42 @@
+"""The machine and the versions that a figure belongs to, and the median of repeated timings."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def describe() -> str:
+    """One line: processor, threads, and versions."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    features = [f for f in ("avx512_bf16", "avx512_vnni", "amx_bf16") if capabilities.get(f)]
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return (
+        f"{capabilities.get('cpu_name', platform.processor())}, {torch.get_num_threads()} threads, "
+        f"{', '.join(features) or platform.machine()}, {gpu}; Python {platform.python_version()}, "
+        f"torch {torch.__version__}"
+    )
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """How long one call takes."""
+    start = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def medians(functions: dict[str, Callable[[], object]], *, runs: int) -> dict[str, float]:
+    """Median seconds of each function, run in turns after a warm-up, so that drift meets them
+    all.
+    """
+    for function in functions.values():
+        function()
+    times = {name: [] for name in functions}
+    for _ in range(runs):
+        for name, function in functions.items():
+            times[name].append(seconds(function))
+    return {name: statistics.median(values) for name, values in times.items()}

@@ -1,0 +1,258 @@
+"""The command line as a person meets it."""
+
+import dataclasses
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gpt import cli
+from gpt.cli import main
+from gpt.config import GenerationConfig, SampleConfig, TrainConfig
+
+ROOT = Path(__file__).parent.parent
+RUN = ROOT / "tests" / "checkpoints" / "format-1"
+TINY = [
+    "--model.n_layer=1", "--model.n_head=2", "--model.n_embd=16", "--model.context_length=16",
+    "--training.batch_tokens=128", "--training.micro_batch_size=8", "--training.device=cpu",
+    "--evaluation.windows=4", "--evaluation.sample_tokens=20", "--log.every=1",
+]  # fmt: skip
+
+
+def sampled(capsys, *words):
+    status = main(["sample", "--model", str(RUN), "--device", "cpu", *words], prog="sample.py")
+    return status, capsys.readouterr()
+
+
+def train_words(text_file, tmp_path, *words):
+    return [
+        "train", str(ROOT / "configs" / "shakespeare.toml"), *TINY, "--data.source", str(text_file),
+        "--run_dir", str(tmp_path / "run"), *words,
+    ]  # fmt: skip
+
+
+def test_train_then_sample_end_to_end(text_file, tmp_path, capsys):
+    words = train_words(text_file, tmp_path, "--training.max_steps", "3")
+    assert main(words, prog="train.py") == 0
+    output = capsys.readouterr().out
+    assert "step 3: validation" in output
+    words = ["sample", "--model", str(tmp_path / "run"), "--prompt", "ALL:", "--seed", "1"]
+    assert main([*words, "--max_new_tokens", "30"], prog="sample.py") == 0
+    assert capsys.readouterr().out.startswith("ALL:")
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+def test_help_names_every_field_with_its_default_and_a_line(script):
+    run = subprocess.run(
+        [sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True
+    )
+    words = " ".join(re.sub(r"[│╭╮╰╯─]", " ", run.stdout).split())
+    for name in field_names(TrainConfig if script == "train.py" else SampleConfig):
+        shown = re.search(rf"--{re.escape(name)}\b(?:, --\S+)?(.*?)(?= --|$)", words)
+        assert shown, name
+        assert "(default: " in shown[1], name
+        assert len(shown[1].split("(default")[0]) > 15, name
+
+
+def field_names(schema, group=""):
+    for field in dataclasses.fields(schema):
+        kind = field.default_factory() if callable(field.default_factory) else field.default
+        if dataclasses.is_dataclass(kind):
+            yield from field_names(type(kind), f"{field.name}.")
+        else:
+            yield group + field.name
+
+
+def test_the_commands_are_listed(capsys):
+    assert main(["--help"]) == 0
+    output = capsys.readouterr().out
+    for name in cli.COMMANDS:
+        assert f"  {name} " in output
+
+
+def test_the_default_configuration_is_found_from_any_folder(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["train", "--model.n_head", "5"])  # refused before anything starts
+    assert "model.n_embd is 192" in capsys.readouterr().err
+
+
+def test_the_same_seed_gives_the_same_text(capsys):
+    words = ["--prompt", "ROMEO:", "--max_new_tokens", "40", "--seed", "3"]
+    assert sampled(capsys, *words) == sampled(capsys, *words)
+    assert sampled(capsys, *words)[1].out != sampled(capsys, *words, "--seed", "4")[1].out
+
+
+def test_samples_are_shown_with_their_prompt_and_apart(capsys):
+    words = ["--prompt", "ROMEO:", "--max_new_tokens", "20", "--num_samples", "3"]
+    status, output = sampled(capsys, *words)
+    texts = output.out.rstrip("\n").split("\n---\n")
+    assert status == 0
+    assert len(texts) == 3
+    assert all(text.startswith("ROMEO:") for text in texts)
+
+
+def test_a_stop_text_ends_the_sample(capsys):
+    words = ["--prompt", "ROMEO:", "--temperature", "0", "--max_new_tokens", "60"]
+    _, output = sampled(capsys, *words, "--stop", "?", "\n\n")
+    assert output.out.startswith("ROMEO:")
+    assert "?" not in output.out
+    assert "\n\n" not in output.out.rstrip("\n")
+
+
+def test_the_prompt_may_come_from_a_file_or_a_pipe(capsys, tmp_path, monkeypatch):
+    words = ["--temperature", "0", "--max_new_tokens", "10"]
+    _, expected = sampled(capsys, "--prompt", "JULIET:\n", *words)
+    (tmp_path / "prompt.txt").write_text("JULIET:\n")
+    _, from_file = sampled(capsys, "--prompt_file", str(tmp_path / "prompt.txt"), *words)
+    with (tmp_path / "prompt.txt").open() as pipe:
+        monkeypatch.setattr(sys, "stdin", pipe)
+        _, from_pipe = sampled(capsys, *words)
+    assert expected.out == from_file.out == from_pipe.out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model", "runs/nothing"], "model is 'runs/nothing', which is no folder of a run"),
+        (["--model", "EMPTY"], "a folder with no checkpoint in it"),
+        (["--prompt_file", "missing.txt"], "missing.txt cannot be read: No such file"),
+        (["--prompt_file", "LATIN"], "latin.txt is not UTF-8 text"),
+        (["--prompt", "naïve"], "the character 'ï' (U+00EF) is not in the tokenizer's vocabulary"),
+        (
+            ["--prompt", "ROMEO: " * 9, "--past_context", "stop"],
+            "the prompt has 63 tokens, and the model's context_length is 16",
+        ),
+        (["--device", "cuda"], "device is 'cuda', which torch does not find here; it could be"),
+    ],
+)
+def test_a_mistake_gets_one_sentence_and_status_2(words, said, capsys, tmp_path, monkeypatch):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    places = {"EMPTY": str(tmp_path), "LATIN": str(tmp_path / "latin.txt")}
+    words = [places.get(word, word) for word in words]
+    if "--prompt" not in words and "--prompt_file" not in words:
+        words += ["--prompt", "x"]
+    status, output = sampled(capsys, *words)
+    assert status == 2
+    assert said in output.err
+    assert output.err.startswith("sample.py: ")
+    assert output.err.count("\n") == 1
+    monkeypatch.setenv("GPT_TRACEBACK", "1")
+    with pytest.raises(ValueError, match=re.escape(said)):
+        sampled(capsys, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--temperature", "-1"], "temperature is -1.0, and must be a number of at least 0"),
+        (["--top_p", "0"], "top_p is 0.0, and must be above 0 and at most 1"),
+        (["--top_p", "2"], "top_p is 2.0, and must be above 0 and at most 1"),
+        (["--max_new_tokens", "0"], "max_new_tokens is 0, and must be at least 1"),
+        (["--tempratur", "1"], "--temperature FLOAT"),
+    ],
+)
+def test_impossible_words_are_refused_with_status_2(words, said, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["sample", *words])
+    assert exit_.value.code == 2
+    assert said in " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().err).split())
+
+
+def test_an_unknown_command_is_refused(capsys):
+    assert main(["trian"]) == 2
+    assert "'trian' is no command; there are: train, sample, prepare" in capsys.readouterr().err
+
+
+def test_prepared_tokens_are_found_by_a_run(text_file, tmp_path, capsys):
+    words = ["prepare", "--data.source", str(text_file), "--out", str(tmp_path / "cache")]
+    assert main(words) == 0
+    assert "training and" in capsys.readouterr().out
+    [folder] = (tmp_path / "cache").iterdir()
+    stamp = folder.stat().st_mtime_ns
+    words = train_words(
+        text_file,
+        tmp_path,
+        "--training.max_steps",
+        "1",
+        "--data.cache_dir",
+        str(tmp_path / "cache"),
+    )
+    assert main(words) == 0
+    assert folder.stat().st_mtime_ns == stamp
+    assert not (tmp_path / "run" / "data").exists()
+
+
+def test_ctrl_c_ends_training_with_a_checkpoint_and_status_130(text_file, tmp_path):
+    words = train_words(text_file, tmp_path, "--training.max_steps", "100000")
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *words[1:]],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    lines = iter(process.stdout.readline, "")
+    assert any("step      2/" in line for line in lines)
+    process.send_signal(signal.SIGINT)
+    rest = "".join(lines)
+    assert process.wait() == 130
+    process.stdout.close()
+    stopped = re.search(r"stopped at step ([\d,]+), which is saved; go on with: (.*)", rest)
+    assert stopped, rest
+    step = int(stopped[1].replace(",", ""))
+    assert (tmp_path / "run" / "last").read_text() == f"step-{step:08d}\n"
+    run = subprocess.run(
+        [sys.executable, *stopped[2].split()[1:], "--training.max_steps", str(step + 2)],
+        capture_output=True, text=True, check=True, cwd=ROOT,
+    )  # fmt: skip
+    assert f"step {step + 2:,}: validation" in run.stdout
+
+
+def test_on_a_terminal_prompts_are_asked_for_until_ctrl_d():
+    words = ["--model", str(RUN), "--temperature", "0", "--max_new_tokens", "12"]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, str(ROOT / "sample.py"), *words])
+    seen = read_until(terminal, "> ")
+    assert "Ctrl-D ends" in seen
+    os.write(terminal, b"ROMEO:\n")
+    answer = read_until(terminal, "> ")
+    assert (
+        "ROMEO:" in answer.split("ROMEO:", 1)[1]
+    )  # the echo, then the prompt and its continuation
+    os.write(terminal, "naïve\n".encode())
+    assert "U+00EF" in read_until(terminal, "> ")  # a mistake does not end the session
+    os.write(terminal, b"\x04")
+    read_until(terminal, None)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def read_until(terminal, text):
+    """What the terminal shows up to a prompt at the start of a line, or up to its end."""
+    raw, end = b"", time.monotonic() + 60
+    while time.monotonic() < end:
+        if select.select([terminal], [], [], 1)[0]:
+            try:
+                raw += os.read(terminal, 4096)
+            except OSError:  # how Linux tells the end of a terminal
+                return raw.decode()
+        seen = raw.decode(errors="replace")
+        if text and re.search(rf"(^|\n){re.escape(text)}$", re.sub(r"\x1b\[[?\d]*[a-z]", "", seen)):
+            return seen
+    raise AssertionError(f"{text!r} did not come: {seen!r}")
+
+
+def test_generation_defaults_are_the_same_in_python_and_on_the_command_line():
+    import inspect
+
+    import gpt
+
+    shown = inspect.signature(gpt.generate).parameters
+    for field in dataclasses.fields(GenerationConfig):
+        if field.name != "max_new_tokens":  # a terminal shows more
+            assert shown[field.name].default == field.default
