@@ -26,6 +26,7 @@ from gpt.device import choose_device, choose_precision, peak_flops
 from gpt.model.gpt import GPT
 from gpt.training import state
 from gpt.training.compilation import compiled
+from gpt.training.curve import draw_curve
 from gpt.training.interrupt import Interrupt
 from gpt.training.loss import summed_loss
 from gpt.training.metrics import Record, Reporter, as_settings
@@ -82,6 +83,8 @@ def train(config: TrainConfig, *, console: Console, sample: Sample | None = None
             f"stopped at step {result.step:,}, which is saved; go on with: "
             f"python train.py {config.run / 'config.toml'} --resume"
         )
+    else:
+        say(draw_curve(config.run / "metrics.jsonl"))
     return result
 
 
@@ -219,7 +222,9 @@ class Trainer:
             "bits_per_byte": result.bits_per_byte,
         }
         text = sample(self.model, self.data.tokenizer) if sample else ""
-        reporter.evaluation(record, best=result.loss < self.best_loss, sample=text)
+        reporter.evaluation(
+            record, best=self.step > 0 and result.loss < self.best_loss, sample=text
+        )
         return result.loss
 
     def save(self, *, best: bool = False, metrics: Record | None = None) -> None:

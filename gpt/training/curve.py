@@ -1,0 +1,50 @@
+"""A run's training curve, drawn in characters from its ``metrics.jsonl``."""
+
+import itertools
+import json
+from pathlib import Path
+
+Points = list[tuple[int, float]]
+
+_DOTS = (
+    (0x01, 0x08),
+    (0x02, 0x10),
+    (0x04, 0x20),
+    (0x40, 0x80),
+)  # of a braille cell, by row and column
+
+
+def draw_curve(metrics: Path, *, width: int = 64, height: int = 12) -> str:
+    """The training loss as a line and each validation loss as a ``o`` over the steps.
+
+    ``width`` and ``height`` are those of the plot in characters, without its axes. Empty if there
+    are fewer than two records to draw.
+    """
+    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    training: Points = [(r["step"], r["loss"]) for r in records if "loss" in r]
+    validation: Points = [
+        (r["step"], r["validation_loss"]) for r in records if "validation_loss" in r
+    ]
+    values = [loss for _, loss in training + validation]
+    if len(training) < 2:
+        return ""
+    last = max(step for step, _ in training)
+    low, high = min(values), max(values)
+    scale = (high - low) or 1.0
+
+    cells = [[0] * width for _ in range(height)]
+    for (x0, y0), (x1, y1) in itertools.pairwise(training):
+        for i in range(33):  # dots along the line from one record to the next
+            x = (x0 + (x1 - x0) * i / 32) / last * (2 * width - 1)
+            y = (high - y0 - (y1 - y0) * i / 32) / scale * (4 * height - 1)
+            row, column = round(y), round(x)
+            cells[row // 4][column // 2] |= _DOTS[row % 4][column % 2]
+    rows = [[chr(0x2800 + cell) if cell else " " for cell in line] for line in cells]
+    for step, loss in validation:
+        row = round((high - loss) / scale * (4 * height - 1)) // 4
+        rows[row][round(step / last * (2 * width - 1)) // 2] = "o"
+
+    marks = {0: f"{high:.2f}", height - 1: f"{low:.2f}"}
+    lines = [f"{marks.get(i, ''):>6} ┤{''.join(row).rstrip()}" for i, row in enumerate(rows)]
+    axis = f"{'':>6} └{'─' * width}"
+    return "\n".join([*lines, axis, f"{'0':>8}{f'step {last:,}':>{width}}"])

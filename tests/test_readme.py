@@ -1,0 +1,102 @@
+"""What the README shows can be typed."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FAST = {
+    "train.py": "--model.n_layer 1 --training.max_steps 2 --evaluation.windows 2",
+    "sample.py": "--max_new_tokens 5",
+}
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands():
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    return [line for line in lines if not line.startswith("make")]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder like the checkout's root, in which the README's runs have been made."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name in ("train.py", "sample.py", "configs", "gpt"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "my_book.txt").write_text(
+        "Once upon a time, JULIET: ROMEO: To be, or not to be.\n" * 2000
+    )
+    (folder / "runs").mkdir()
+    return folder
+
+
+def run(line, place):
+    environment = os.environ | {
+        "PYTHONPATH": str(place),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.run(
+        ["bash", "-c", line],
+        cwd=place,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def shortened(line):
+    for script, words in FAST.items():
+        if script in line:
+            return f"{line} {words}"
+    return line
+
+
+def test_the_readmes_commands_run_in_their_order(place):
+    # `make demo` stands first in the README, and has made runs/shakespeare
+    (place / "runs" / "shakespeare").symlink_to(ROOT / "tests" / "checkpoints" / "format-1")
+    lines = commands()
+    assert len(lines) >= 7
+    for line in lines:
+        if "--resume" in line:
+            continue  # of the demo's run, which is not here
+        done = run(shortened(line), place)
+        assert done.returncode == 0, (line, done.stderr)
+        if "sample.py" in line:
+            assert done.stdout.strip(), line
+
+
+def test_the_readmes_python_runs(place, monkeypatch, capsys):
+    if not (place / "runs" / "shakespeare").exists():
+        (place / "runs" / "shakespeare").symlink_to(ROOT / "tests" / "checkpoints" / "format-1")
+    monkeypatch.chdir(place)
+    first, second = blocks("python")
+    scope = {}
+    exec(first, scope)
+    assert capsys.readouterr().out
+    assert len(scope["texts"]) == 3
+    exec(second, scope)
+    difference = (scope["last"] - scope["logits"][:, 19:]).abs().max()
+    assert difference < 1e-5
+
+
+def test_the_readme_names_every_file_of_the_house():
+    house = README[README.index("## The house") :]
+    for path in (ROOT / "gpt").iterdir():
+        if not path.name.startswith("__"):
+            assert f"  {path.name}" in house, path.name
+
+
+def test_what_make_offers_is_there():
+    shown = subprocess.run(["make", "-C", ROOT], capture_output=True, text=True, check=True).stdout
+    for target in ("demo", "test", "test-all", "lint", "format", "clean"):
+        assert f"make {target} " in shown
