@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from gpt import checkpoint as checkpoints
 from gpt.checkpoint import Checkpoint
-from gpt.config import ModelConfig, TrainConfig, UsageError, to_toml
+from gpt.config import TrainConfig, UsageError
 from gpt.data import tokenizer as tokenizers
 from gpt.data.batches import Order, Windows
 from gpt.data.prepare import Prepared, prepare
@@ -33,6 +32,7 @@ from gpt.training.metrics import Record, Reporter, as_settings
 from gpt.training.optimizer import clip_gradients, make_optimizers, set_learning_rate
 from gpt.training.precision import autocast, loss_scaler
 from gpt.training.schedule import learning_rate_factor
+from gpt.training.setup import checkpoint_to_resume, resolve
 from gpt.training.validation import score
 
 Sample = Callable[[GPT, Tokenizer], str]
@@ -58,14 +58,14 @@ def train(config: TrainConfig, *, console: Console, sample: Sample | None = None
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    checkpoint = _checkpoint_to_resume(config, say)
+    checkpoint = checkpoint_to_resume(config, say)
     with console.status("preparing the text") as status:
         data = prepare(
             config.data,
             config.cache_dir,
             progress=lambda share: status.update(f"preparing {config.data.source}: {share:.0%}"),
         )
-    config = _resolve(config, data, checkpoint)
+    config = resolve(config, data, checkpoint)
     trainer = Trainer(config, data, checkpoint=checkpoint, say=say)
     for line in trainer.describe():
         say(line)
@@ -263,57 +263,3 @@ class Trainer:
             f"{config.optimizer.name}, {self.device.type}, "
             f"{str(self.dtype).removeprefix('torch.')}",
         ]
-
-
-def _checkpoint_to_resume(config: TrainConfig, say: Callable[[str], None]) -> Checkpoint | None:
-    """The run's newest checkpoint if it is to be resumed; refuses to start over one that is
-    there.
-    """
-    checkpoint = checkpoints.find(config.run, "last", say=say) if config.run.exists() else None
-    if not config.resume:
-        if checkpoint is not None:
-            raise UsageError(
-                f"{config.run} holds a run at step {checkpoint.step:,} already: --resume goes on "
-                "with it, --run_dir starts another one elsewhere"
-            )
-        return None
-    if checkpoint is None:
-        say(f"{config.run} has no checkpoint to resume from; starting at step 0")
-    return checkpoint
-
-
-def _resolve(config: TrainConfig, data: Prepared, checkpoint: Checkpoint | None) -> TrainConfig:
-    """The configuration with every field known, written into the run's folder with the
-    tokenizer.
-    """
-    tokenizer = data.tokenizer
-    vocab_size = config.model.vocab_size or tokenizer.vocab_size
-    if vocab_size < tokenizer.vocab_size:
-        raise UsageError(
-            f"model.vocab_size is {vocab_size}, and the {tokenizer.kind} tokenizer of "
-            f"{config.data.source} needs {tokenizer.vocab_size} (0 takes that)"
-        )
-    model = dataclasses.replace(config.model, vocab_size=vocab_size)
-    config = dataclasses.replace(config, run_dir=str(config.run), resume=False, model=model)
-    if checkpoint is not None:
-        _check_same_model(config.run, checkpoint.model, model)
-        if tokenizers.fingerprint(tokenizers.load(config.run / "tokenizer.json")) != (
-            tokenizers.fingerprint(tokenizer)
-        ):
-            raise UsageError(
-                f"{config.run} was trained with another tokenizer than {config.data.source} "
-                "has now: resume with the text and data.tokenizer that it was started with"
-            )
-    config.run.mkdir(parents=True, exist_ok=True)
-    checkpoints.write_atomically(config.run / "tokenizer.json", tokenizers.to_json(tokenizer))
-    checkpoints.write_atomically(config.run / "config.toml", to_toml(config))
-    return config
-
-
-def _check_same_model(run: Path, saved: ModelConfig, wanted: ModelConfig) -> None:
-    for field in dataclasses.fields(ModelConfig):
-        old, new = getattr(saved, field.name), getattr(wanted, field.name)
-        if old != new and field.name != "dropout":
-            raise UsageError(
-                f"{run} was trained with model.{field.name} {old}, and cannot be resumed with {new}"
-            )
