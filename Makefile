@@ -40,5 +40,5 @@ format: $(READY)  ## rewrite the code as ruff has it
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## remove .venv, caches and runs/shakespeare
-	rm -rf $(VENV) runs/shakespeare build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+clean:  ## remove .venv and caches; runs/ stays
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -345,9 +345,11 @@ def test_without_a_working_compiler_auto_goes_on_and_on_refuses(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", broken)
     model, said = torch.nn.Linear(1, 1), []
-    cpu = torch.device("cpu")
-    assert compiled(model, "off", device=cpu, say=said.append) is model
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert compiled(model, "off", device=cuda, say=said.append) is model
     assert compiled(model, "auto", device=cpu, say=said.append) is model
     assert said == []
+    assert compiled(model, "auto", device=cuda, say=said.append) is model
+    assert said == ["torch.compile does not work here (no compiler); training goes on without it"]
     with pytest.raises(UsageError, match="does not work here: no compiler$"):
         compiled(model, "on", device=cpu, say=said.append)

@@ -1,0 +1,87 @@
+import pytest
+import torch
+
+from gpt import device as devices
+from gpt.config import UsageError
+from gpt.device import choose_device, choose_precision, peak_flops
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "chosen"),
+    [
+        (True, True, "cuda"),
+        (True, False, "cuda"),
+        (False, True, "mps"),
+        (False, False, "cpu"),
+    ],
+)
+def test_auto_takes_the_fastest_device_that_is_there(cuda, mps, chosen, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert choose_device("auto") == torch.device(chosen)
+    assert choose_device("cpu") == torch.device("cpu")
+    if not mps:
+        with pytest.raises(UsageError, match="device is 'mps', which torch does not find"):
+            choose_device("mps")
+
+
+@pytest.mark.parametrize(
+    ("device", "native", "capabilities", "chosen"),
+    [
+        ("cuda", True, {}, torch.bfloat16),
+        ("cuda", False, {}, torch.float16),
+        ("mps", None, {}, torch.float32),
+        ("cpu", None, {"avx512_bf16": True}, torch.bfloat16),
+        ("cpu", None, {"amx_bf16": True}, torch.bfloat16),
+        ("cpu", None, {"bf16": True}, torch.bfloat16),
+        ("cpu", None, {"avx512_bf16": False, "avx2": True}, torch.float32),
+        ("cpu", None, None, torch.float32),
+    ],
+)
+def test_auto_precision_is_bfloat16_where_the_hardware_multiplies_it(
+    device, native, capabilities, chosen, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    if capabilities is None:  # a torch from before it could be asked
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert choose_precision("auto", torch.device(device)) == chosen
+    assert choose_precision("float16", torch.device(device)) == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("Some other GPU", None),
+    ],
+)
+def test_the_peak_is_that_of_the_gpus_name(name, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == peak
+    assert peak_flops(torch.device("cpu")) is None
+
+
+def test_memory_is_kept_where_the_c_library_can_be_told_so(monkeypatch):
+    calls = []
+
+    class Glibc:
+        def mallopt(self, what, value):
+            calls.append((what, value))
+
+    monkeypatch.setattr(devices.ctypes, "CDLL", lambda name: Glibc())
+    monkeypatch.setattr(devices.sys, "platform", "linux")
+    devices.keep_freed_memory()
+    assert calls == [(-4, 0), (-1, 2**31 - 1)]
+    monkeypatch.setattr(devices.ctypes, "CDLL", lambda name: object())  # another C library
+    devices.keep_freed_memory()
+    monkeypatch.setattr(devices.sys, "platform", "darwin")
+    monkeypatch.setattr(devices.ctypes, "CDLL", None)
+    devices.keep_freed_memory()
+    assert len(calls) == 2
