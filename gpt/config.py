@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Activation = Literal["gelu_tanh", "gelu", "relu", "silu", "tanh"]
 TokenizerKind = Literal["char", "byte", "gpt2"]
 
 
@@ -63,9 +64,22 @@ class ModelConfig:
     """One matrix for the token embedding and the head."""
     norm_eps: float = 1e-5
     """Epsilon of the LayerNorms."""
+    n_inner: int = 0
+    """Width inside the feed-forward layers; 0: four times n_embd."""
+    activation: Activation = "gelu_tanh"
+    """What the feed-forward layers apply in their middle."""
+    scale_attention: bool = True
+    """Divide attention scores by the square root of the head's width."""
+    scale_attention_by_layer: bool = False
+    """Divide attention scores by the number of the layer, from 1, as well."""
 
     def __post_init__(self) -> None:
-        _at_least(0, model__vocab_size=self.vocab_size, model__n_kv_head=self.n_kv_head)
+        _at_least(
+            0,
+            model__vocab_size=self.vocab_size,
+            model__n_kv_head=self.n_kv_head,
+            model__n_inner=self.n_inner,
+        )
         _at_least(
             1,
             model__context_length=self.context_length,

@@ -25,17 +25,24 @@ def causal_mask(n_query: int, n_key: int, *, device: torch.device | str | None =
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, dropout: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    scale: float | None = None,
 ) -> Tensor:
     """Softmax attention of ``q`` ``[B, H, Tq, D]`` over ``k`` and ``v`` ``[B, Hkv, Tk, D]``.
 
     Without ``mask``, either ``Tq == Tk`` (square causal) or ``Tq == 1`` (one query sees every key).
-    ``mask`` is True where a query may look. ``Hkv`` divides ``H``. Returns ``[B, H, Tq, D]``.
+    ``mask`` is True where a query may look. ``Hkv`` divides ``H``. ``scale`` multiplies the scores;
+    it is ``1 / sqrt(D)`` unless given. Returns ``[B, H, Tq, D]``.
     """
     n_query, n_key = q.shape[-2], k.shape[-2]
     assert mask is not None or n_query in (1, n_key), "fewer queries than keys need a mask"
     if mask is None and n_query > 1 and _trains_faster_plainly(q, dropout):
-        return _plain(q, k, v, dropout)
+        return _plain(q, k, v, dropout, scale)
     return F.scaled_dot_product_attention(
         q,
         k,
@@ -43,6 +50,7 @@ def attend(
         attn_mask=mask,
         dropout_p=dropout,
         is_causal=mask is None and n_query > 1,
+        scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
 
@@ -56,13 +64,14 @@ def _trains_faster_plainly(q: Tensor, dropout: float) -> bool:
     return dropout > 0 or (q.dtype == torch.bfloat16 and q.shape[-2] <= PLAIN_UP_TO)
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+def _plain(q: Tensor, k: Tensor, v: Tensor, dropout: float, scale: float | None) -> Tensor:
     """Square causal attention, operation by operation."""
     T, group = q.shape[-2], q.shape[1] // k.shape[1]
     if group > 1:
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     future = torch.full((T, T), -torch.inf, dtype=q.dtype).triu_(1)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + future
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = (q * scale) @ k.transpose(-2, -1) + future
     return drop(scores.softmax(dim=-1), dropout) @ v
 
 
@@ -73,6 +82,8 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head, self.kv_heads, self.head_dim = config.n_head, config.kv_heads, config.head_dim
         self.dropout = config.dropout
+        self.scale = config.head_dim**-0.5 if config.scale_attention else 1.0
+        self.scale_by_layer = config.scale_attention_by_layer
         qkv_width = (config.n_head + 2 * config.kv_heads) * config.head_dim
         self.qkv = nn.Linear(config.n_embd, qkv_width, bias=config.bias)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
@@ -88,6 +99,8 @@ class CausalSelfAttention(nn.Module):
         q, k, v = heads.split((self.n_head, self.kv_heads, self.kv_heads), dim=1)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        y = attend(q, k, v, mask=mask, dropout=self.dropout if self.training else 0.0)
+        scale = self.scale / (layer + 1) if self.scale_by_layer else self.scale
+        dropout = self.dropout if self.training else 0.0
+        y = attend(q, k, v, mask=mask, dropout=dropout, scale=scale)
         out: Tensor = self.out(y.transpose(1, 2).reshape(B, T, C))
         return out

@@ -1,20 +1,34 @@
-"""The feed-forward half of a block: up to four times the width, a tanh-GELU, and down again."""
+"""The feed-forward half of a block: up to four times the width, an activation, and down again."""
 
+from collections.abc import Callable
+from functools import partial
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt.config import ModelConfig
+from gpt.config import Activation, ModelConfig
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),  # arXiv:1606.08415, as GPT-2 computes it
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
 
 
 class MLP(nn.Module):
-    """GPT-2's feed-forward layer, applied to every position alone (GELU: arXiv:1606.08415)."""
+    """GPT-2's feed-forward layer, applied to every position alone."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        width = config.n_inner or 4 * config.n_embd
+        self.activation = ACTIVATIONS[config.activation]
+        self.up = nn.Linear(config.n_embd, width, bias=config.bias)
+        self.down = nn.Linear(width, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, T, C]`` to ``[B, T, C]``."""
-        out: Tensor = self.down(F.gelu(self.up(x), approximate="tanh"))
+        out: Tensor = self.down(self.activation(self.up(x)))
         return out

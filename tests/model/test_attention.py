@@ -78,6 +78,15 @@ def test_the_mask_puts_the_last_query_at_the_last_key():
     assert causal_mask(2, 4).tolist() == expected
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_the_scale_may_be_given(training):
+    q, k, v = torch.randn(3, 1, 2, 5, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    q.requires_grad_(training)
+    got = attend(q, k, v, scale=0.1)
+    expected = plain_attention((q * 0.1 * math.sqrt(8)).double(), k.double(), v.double())
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=0.03)
+
+
 def test_fewer_queries_than_keys_without_a_mask_is_a_mistake_of_the_program():
     q, k = torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 3, 4)
     with pytest.raises(AssertionError, match="mask"):

@@ -18,6 +18,8 @@ VARIANTS = {
     "no bias": {"bias": False},
     "untied": {"tie_embeddings": False},
     "one layer": {"n_layer": 1},
+    "narrow, relu": {"n_inner": 40, "activation": "relu"},
+    "unscaled, by layer": {"scale_attention": False, "scale_attention_by_layer": True},
 }
 
 

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -7,8 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt.config import ModelConfig
+from gpt.config import Activation, ModelConfig
 from gpt.model.gpt import GPT
+from gpt.model.mlp import ACTIVATIONS
 from tests.conftest import make_model
 
 HF_NAMES = {
@@ -173,6 +175,10 @@ def test_a_model_without_biases_has_none(tiny_config):
     model = GPT(dataclasses.replace(tiny_config, bias=False))
     assert not [name for name, _ in model.named_parameters() if "bias" in name]
     assert model(torch.zeros(1, 3, dtype=torch.int64)).shape == (1, 3, 61)
+
+
+def test_the_configurations_activations_are_the_tables():
+    assert set(get_args(Activation)) == set(ACTIVATIONS)
 
 
 def test_flops_per_token_match_a_count_by_hand():
