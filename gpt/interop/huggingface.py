@@ -1,0 +1,81 @@
+"""A folder in Hugging Face's layout to a model, without a second copy of its weights."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gpt.config import UsageError
+from gpt.interop.files import WeightFiles
+from gpt.interop.gpt2 import hugging_face_name, is_buffer, is_transposed, model_config
+from gpt.model.gpt import GPT
+
+
+def load_folder(
+    folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> GPT:
+    """The GPT-2 in ``folder``, in evaluation mode; ``UsageError`` if it is not one, or not
+    whole.
+    """
+    try:
+        config = model_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UsageError(f"{folder / 'config.json'} cannot be read: {error.strerror}") from None
+    except UsageError as error:
+        raise UsageError(f"{folder / 'config.json'}: {error}") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UsageError(f"{folder / 'config.json'} is broken ({error})") from None
+    with torch.device("meta"):
+        model = GPT(config)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    files = WeightFiles(folder)
+    names = _matched(folder, files, shapes, tied=config.tie_embeddings)
+    weights = {}
+    for theirs, tensor in files.read(names):
+        name = names[theirs]
+        tensor = tensor.T if is_transposed(name) else tensor
+        if tensor.shape != shapes[name]:
+            raise UsageError(
+                f"the tensor {theirs} in {folder} has the shape {_stored(tensor, name)}, and its "
+                f"config.json makes it {_stored(torch.empty(shapes[name], device='meta'), name)}"
+            )
+        weights[name] = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    return model.requires_grad_(True).eval()
+
+
+def _matched(
+    folder: Path, files: WeightFiles, shapes: dict[str, torch.Size], *, tied: bool
+) -> dict[str, str]:
+    """Their name of each tensor that is needed, to this project's; every tensor has to be known."""
+    ours = {hugging_face_name(name): name for name in shapes}
+    names = {}
+    for theirs in files.files:
+        bare = theirs.removeprefix("transformer.")
+        if bare in ours:
+            names[theirs] = ours[bare]
+        elif not is_buffer(bare) and not (tied and bare == "lm_head.weight"):
+            raise UsageError(f"the weights in {folder} have {theirs}, which GPT-2 does not have")
+    missing = sorted(set(ours.values()) - set(names.values()))
+    if missing:
+        raise UsageError(
+            f"the weights in {folder} lack {hugging_face_name(missing[0])}"
+            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+        )
+    return names
+
+
+def _stored(tensor: Tensor, name: str) -> list[int]:
+    return list(tensor.shape)[::-1] if is_transposed(name) else list(tensor.shape)
+
+
+def exported(model: GPT) -> Iterator[tuple[str, Tensor]]:
+    """The model's tensors as Hugging Face's ``GPT2LMHeadModel`` names and stores them."""
+    for name, parameter in model.named_parameters():
+        theirs = hugging_face_name(name)
+        prefix = "" if theirs.startswith("lm_head.") else "transformer."
+        tensor = parameter.detach().T if is_transposed(name) else parameter.detach()
+        yield prefix + theirs, tensor.contiguous()

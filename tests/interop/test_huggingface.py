@@ -1,0 +1,322 @@
+"""GPT-2's weights both ways: the oracle is transformers, on random models in its own files."""
+
+import dataclasses
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch.nn import functional as F
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+import gpt
+from gpt.config import ModelConfig, UsageError
+from gpt.data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer
+from gpt.generation.decode import decode
+from gpt.interop.export import export_huggingface
+from gpt.interop.huggingface import load_folder
+from tests.conftest import make_model
+
+SHAPES = {  # the families of GPT-2's sizes and distilgpt2, made small: (layers, heads, width)
+    "gpt2": (3, 4, 48),
+    "gpt2-medium": (4, 4, 64),
+    "gpt2-large": (5, 5, 80),
+    "gpt2-xl": (4, 5, 100),
+    "distilgpt2": (2, 4, 48),
+}
+SETTINGS = {
+    "plain": {},
+    "wide": {"n_inner": 70},
+    "unscaled": {"scale_attn_weights": False},
+    "by layer": {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
+    "untied": {"tie_word_embeddings": False},
+    "extended": {"vocab_size": 131},
+    **{
+        name: {"activation_function": name}
+        for name in ("gelu", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh")
+    },
+}
+
+
+def random_gpt2(seed=0, **settings):
+    torch.manual_seed(seed)
+    config = {"vocab_size": 97, "n_positions": 64, "n_layer": 2, "n_head": 4, "n_embd": 32}
+    config |= {f"{place}_pdrop": 0.0 for place in ("resid", "embd", "attn")}
+    model = GPT2LMHeadModel(GPT2Config(**config | {"eos_token_id": 0, **settings}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    return model.eval()
+
+
+def saved(model, folder, **options):
+    model.save_pretrained(folder, **options)
+    return folder
+
+
+def tokens_of(model, shape=(2, 20), seed=0):
+    return torch.randint(
+        model.config.vocab_size, shape, generator=torch.Generator().manual_seed(seed)
+    )
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_every_setting_of_gpt2_gives_hugging_faces_logits(settings, tmp_path):
+    theirs = random_gpt2(**settings)
+    ours = load_folder(saved(theirs, tmp_path))
+    tokens = tokens_of(theirs)
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_each_familys_logits_losses_gradients_and_greedy_texts_are_equal(shape, tmp_path):
+    layers, heads, width = shape
+    theirs = random_gpt2(n_layer=layers, n_head=heads, n_embd=width)
+    ours = load_folder(saved(theirs, tmp_path))
+    tokens = tokens_of(theirs)
+    mine, their = ours(tokens), theirs(tokens, labels=tokens)
+    torch.testing.assert_close(mine, their.logits, rtol=0, atol=1e-4)
+    loss = F.cross_entropy(mine[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    torch.testing.assert_close(loss, their.loss, rtol=1e-5, atol=0)
+    loss.backward()
+    their.loss.backward()
+    qkv = theirs.transformer.h[1].attn.c_attn.weight.grad.T
+    torch.testing.assert_close(ours.blocks[1].attn.qkv.weight.grad, qkv, rtol=1e-3, atol=1e-5)
+    prompt = tokens[:1, :10]
+    generated = theirs.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=50,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    choose = lambda logits: logits.argmax(-1)  # noqa: E731
+    new = list(decode(ours, prompt, max_new_tokens=50, choose=choose))
+    assert torch.cat(new).tolist() == generated[0, 10:].tolist()
+
+
+@pytest.mark.slow
+def test_at_full_size_the_logits_are_hugging_faces(tmp_path):
+    torch.manual_seed(0)
+    theirs = GPT2LMHeadModel(GPT2Config()).eval()
+    ours = load_folder(saved(theirs, tmp_path))
+    tokens = torch.randint(50257, (1, 200))
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=0, atol=1e-4)
+
+
+def bare_names(state):
+    return {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
+
+
+def with_buffers(state):
+    mask = torch.ones(64, 64).tril()[None, None]
+    return state | {
+        "transformer.h.0.attn.bias": mask,
+        "transformer.h.1.attn.masked_bias": torch.tensor(-1e4),
+    }
+
+
+@pytest.mark.parametrize("change", [bare_names, with_buffers, dict], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "bin sharded", "safetensors sharded"])
+def test_every_kind_of_file_holds_the_same_model(kind, change, tmp_path, monkeypatch):
+    monkeypatch.setattr("gpt.interop.files.MAPPED_BYTES", 20_000)  # so that files are mapped anew
+    theirs = random_gpt2()
+    saved(theirs, tmp_path)
+    state = {k: v.clone() for k, v in theirs.state_dict().items() if k != "lm_head.weight"}
+    state = change(state)
+    (tmp_path / "model.safetensors").unlink()
+    suffix = "safetensors" if "safetensors" in kind else "bin"
+    stem = "model" if suffix == "safetensors" else "pytorch_model"
+    write = save_file if suffix == "safetensors" else torch.save
+    if "sharded" in kind:
+        names = sorted(state)
+        places = {}
+        for i, part in enumerate((names[::2], names[1::2]), 1):
+            file = f"{stem}-{i:05}-of-00002.{suffix}"
+            write({name: state[name] for name in part}, tmp_path / file)
+            places |= dict.fromkeys(part, file)
+        index = tmp_path / f"{stem}.{suffix}.index.json"
+        index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    else:
+        write(state, tmp_path / f"{stem}.{suffix}")
+    tokens = tokens_of(theirs)
+    torch.testing.assert_close(
+        load_folder(tmp_path)(tokens), theirs(tokens).logits, rtol=0, atol=1e-4
+    )
+
+
+def test_weights_are_loaded_in_the_dtype_that_is_asked_for_and_need_no_file_after(tmp_path):
+    theirs = random_gpt2()
+    ours = load_folder(saved(theirs, tmp_path), dtype=torch.bfloat16)
+    (tmp_path / "model.safetensors").unlink()
+    weight = theirs.transformer.h[0].mlp.c_fc.weight.T.bfloat16()
+    assert torch.equal(ours.blocks[0].mlp.up.weight, weight)
+    assert all(p.is_contiguous() and p.dtype == torch.bfloat16 for p in ours.parameters())
+    assert ours.head.weight is ours.embed.weight
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
+
+
+def edit(folder, change):
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors")
+
+
+def spoil(folder, how):
+    weights = folder / "model.safetensors"
+    config = folder / "config.json"
+    match how:
+        case "truncated":
+            weights.write_bytes(weights.read_bytes()[:-100])
+        case "wrong shape":
+            edit(folder, lambda s: s.update({"transformer.h.1.mlp.c_fc.weight": torch.ones(32, 9)}))
+        case "missing tensor":
+            edit(folder, lambda s: s.pop("transformer.h.1.ln_2.bias"))
+        case "unknown tensor":
+            edit(folder, lambda s: s.update({"transformer.h.1.extra": torch.ones(1)}))
+        case "no weights":
+            weights.unlink()
+        case "malicious pickle":
+            weights.unlink()
+            payload = {"transformer.wte.weight": Payload(folder / "executed")}
+            torch.save(payload, folder / "pytorch_model.bin")
+        case "no tensors":
+            weights.unlink()
+            torch.save({"a": 1}, folder / "pytorch_model.bin")
+        case "broken pickle":
+            weights.unlink()
+            (folder / "pytorch_model.bin").write_bytes(b"no pickle")
+        case "index outside":
+            weights.rename(folder.parent / "outside.safetensors")
+            index = {"weight_map": {"transformer.wte.weight": "../outside.safetensors"}}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        case "broken config":
+            config.write_text("{")
+        case _:
+            field, value = how.split("=")
+            content = json.loads(config.read_text()) | {field: json.loads(value)}
+            config.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("truncated", "model.safetensors cannot be read"),
+        ("wrong shape", "h.1.mlp.c_fc.weight in .* has the shape .32, 9., and .* .32, 128."),
+        ("missing tensor", "lack h.1.ln_2.bias"),
+        ("unknown tensor", "have transformer.h.1.extra, which GPT-2 does not have"),
+        ("no weights", "has no weights in it"),
+        ("malicious pickle", "pytorch_model.bin is refused: .* could run code"),
+        ("no tensors", "no dictionary of tensors"),
+        ("broken pickle", "pytorch_model.bin (cannot be read|is refused)"),
+        ("index outside", "names '../outside.safetensors', which is not beside it"),
+        ("broken config", "config.json is broken"),
+        ('model_type="bert"', "model_type is 'bert', and must be 'gpt2'"),
+        (
+            'activation_function="mish"',
+            "activation_function is 'mish', and must be one",
+        ),
+        ("add_cross_attention=true", "add_cross_attention is true"),
+        ("attn_pdrop=0.3", "resid_pdrop, embd_pdrop and attn_pdrop are"),
+        ("n_head=5", "model.n_embd is 32, and must be a multiple"),
+    ],
+)
+def test_what_is_broken_or_not_supported_is_told_and_nothing_is_loaded(how, said, tmp_path):
+    folder = saved(random_gpt2(), tmp_path / "model")
+    spoil(folder, how)
+    with pytest.raises(UsageError, match=said) as error:
+        load_folder(folder)
+    assert "\n" not in str(error.value)
+    assert not (folder / "executed").exists()
+
+
+EXPORTS = {
+    "plain": {},
+    "untied": {"tie_embeddings": False},
+    "settings": {"n_inner": 50, "activation": "relu", "scale_attention_by_layer": True},
+    "unscaled": {"scale_attention": False, "norm_eps": 1e-4, "dropout": 0.25},
+}
+
+
+@pytest.mark.parametrize("settings", EXPORTS.values(), ids=EXPORTS)
+def test_an_exported_model_has_the_same_logits_in_transformers_and_comes_back_to_the_bit(
+    settings, tmp_path
+):
+    config = ModelConfig(vocab_size=257, context_length=32, n_layer=2, n_head=4, n_embd=32)
+    ours = make_model(dataclasses.replace(config, **settings))
+    export_huggingface(ours, ByteTokenizer(), tmp_path / "out")
+    theirs, info = GPT2LMHeadModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    tokens = torch.randint(257, (2, 20))
+    mine = ours(tokens)
+    torch.testing.assert_close(
+        mine, theirs.eval()(tokens).logits, rtol=0, atol=1e-5 * mine.abs().max().item()
+    )
+    back = load_folder(tmp_path / "out")
+    assert back.config == ours.config
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(back.get_parameter(name), parameter)
+
+
+def test_a_model_from_transformers_goes_back_to_the_bit(tmp_path):
+    theirs = random_gpt2(vocab_size=257, eos_token_id=256)
+    ours = load_folder(saved(theirs, tmp_path / "in"))
+    export_huggingface(ours, ByteTokenizer(), tmp_path / "out")
+    before = load_file(tmp_path / "in" / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "gpt2"])
+def test_an_exported_tokenizer_gives_the_same_ids_in_transformers_and_comes_back(kind, tmp_path):
+    text = "ROMEO: naïve 東京 \U0001f600\n\n  don't <|endoftext|> 123  \n"
+    tokenizer = {
+        "char": lambda: CharTokenizer(text),
+        "byte": ByteTokenizer,
+        "gpt2": GPT2Tokenizer.released,
+    }[kind]()
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size, context_length=8, n_layer=1, n_head=1, n_embd=4
+    )
+    export_huggingface(make_model(config), tokenizer, tmp_path / "out")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    plain = text.replace("<|endoftext|>", "<endoftext>")
+    ids = theirs(plain)["input_ids"]
+    assert ids == tokenizer.encode(plain).tolist()
+    assert theirs.decode(ids) == plain
+    assert theirs.eos_token_id == tokenizer.end_of_text
+    strict = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    strict.encode_special_tokens = True  # what looks like a special token in a text is text
+    ids = strict.encode(text).ids
+    assert ids == tokenizer.encode(text).tolist()
+    if kind != "char":
+        _, back = gpt.load(tmp_path / "out")
+        assert back.encode(text).tolist() == ids
+        assert back.end_of_text == tokenizer.end_of_text
+
+
+def test_what_gpt2_cannot_express_is_refused_by_its_fields(tmp_path):
+    config = ModelConfig(
+        vocab_size=257, context_length=8, n_layer=1, n_head=2, n_kv_head=1, n_embd=4, bias=False
+    )
+    with pytest.raises(UsageError, match="cannot express model.n_kv_head 1, model.bias false"):
+        export_huggingface(make_model(config), ByteTokenizer(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_does_not_write_over_anything(tiny_model, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UsageError, match="is there already"):
+        export_huggingface(tiny_model, ByteTokenizer(), tmp_path / "out")
