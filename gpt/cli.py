@@ -1,5 +1,5 @@
-"""The command line: ``gpt train | sample | prepare``; ``train.py`` and ``sample.py`` are the first
-two.
+"""The command line: ``gpt train | sample | prepare | export``; ``train.py`` and ``sample.py`` are
+the first two.
 
 What is heavy is imported by the command that needs it, after its words were understood, so
 ``--help`` and a misspelt field answer at once. A user's mistake ends in one sentence and status 2;
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt.config import (
+    ExportConfig,
     PrepareConfig,
     SampleConfig,
     TrainConfig,
@@ -114,10 +115,23 @@ def prepare(words: Sequence[str], prog: str) -> int:
     return 0
 
 
+def export(words: Sequence[str], prog: str) -> int:
+    """Write a model in the layout that Hugging Face's from_pretrained reads."""
+    config = parse(ExportConfig, words, prog=prog)
+    from gpt.interop.export import export_huggingface
+    from gpt.interop.load import load
+
+    loaded = load(config.model, say=_tell)
+    export_huggingface(loaded.model, loaded.tokenizer, config.out)
+    _tell(f"{config.out}: {loaded.model.parameter_count():,} parameters")
+    return 0
+
+
 COMMANDS: dict[str, Callable[[Sequence[str], str], int]] = {
     "train": train,
     "sample": sample,
     "prepare": prepare,
+    "export": export,
 }
 
 

@@ -260,6 +260,8 @@ class TrainConfig:
     name."""
     resume: bool = False
     """Go on from the run's newest checkpoint; start if there is none yet."""
+    init: str = ""
+    """Start from this model, named as for sample.py; context_length and dropout still apply."""
     model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=0))
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -363,6 +365,18 @@ class PrepareConfig:
     data: DataConfig = field(default_factory=DataConfig)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Everything that ``gpt export`` takes."""
+
+    model: str
+    """Whatever sample.py takes as --model."""
+    out: Path
+    """The new folder to write."""
+    to: Literal["huggingface"] = "huggingface"
+    """The layout: what from_pretrained of transformers reads."""
+
+
 T = TypeVar("T")
 
 
@@ -375,13 +389,19 @@ def parse(schema: type[T], arguments: Sequence[str], *, prog: str, toml: Path | 
     import tyro
 
     words = list(arguments)
-    if words and not words[0].startswith("-"):
+    if words and words[0].endswith(".toml"):
         toml = Path(words.pop(0))
     tokens = list(toml_tokens(toml)) if toml else []
+
+    def read(prog: str, words: list[str]) -> T:
+        required_are_positional = (tyro.conf.PositionalRequiredArgs,)
+        return tyro.cli(
+            schema, prog=prog, args=words, use_underscores=True, config=required_are_positional
+        )
+
     if tokens:  # alone first, so that a mistake in the file is told under the file's name
-        tyro.cli(schema, prog=str(toml), args=tokens, use_underscores=True)
-    usage = f"{prog} [CONFIG.toml]" if toml else prog
-    return tyro.cli(schema, prog=usage, args=[*tokens, *words], use_underscores=True)
+        read(str(toml), tokens)
+    return read(f"{prog} [CONFIG.toml]" if toml else prog, [*tokens, *words])
 
 
 def toml_tokens(path: Path) -> Iterator[str]:

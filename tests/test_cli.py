@@ -169,7 +169,10 @@ def test_impossible_words_are_refused_with_status_2(words, said, capsys):
 
 def test_an_unknown_command_is_refused(capsys):
     assert main(["trian"]) == 2
-    assert "'trian' is no command; there are: train, sample, prepare" in capsys.readouterr().err
+    assert (
+        "'trian' is no command; there are: train, sample, prepare, export"
+        in capsys.readouterr().err
+    )
 
 
 def test_prepared_tokens_are_found_by_a_run(text_file, tmp_path, capsys):

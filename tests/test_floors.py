@@ -44,7 +44,7 @@ def test_a_module_imports_only_from_its_own_floor_and_those_below(path):
     assert used <= set(allowed), f"{home} must not import {sorted(used - set(allowed))}"
 
 
-@pytest.mark.parametrize("floor", ["generation", "evaluation", "interop"])
+@pytest.mark.parametrize("floor", ["generation", "evaluation"])
 def test_training_does_not_import_what_the_loop_is_given(floor):
     for path in (ROOT / "training").glob("*.py"):
         assert floor not in {floor_of(name) for name in imports_of(path)}

@@ -39,20 +39,28 @@ class Prepared:
 
 
 def prepare(
-    config: DataConfig, cache_dir: Path, *, progress: Progress = lambda share: None
+    config: DataConfig,
+    cache_dir: Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    progress: Progress = lambda share: None,
 ) -> Prepared:
-    """The shards of ``config.source`` under ``cache_dir``, made if they are not there yet."""
+    """The shards of ``config.source`` under ``cache_dir``, made if they are not there yet.
+
+    ``tokenizer`` takes the place of the one that ``config.tokenizer`` names.
+    """
     corpus = open_corpus(config.source)
     fingerprint = corpus.fingerprint()
-    key = hashlib.sha256(
-        fingerprint + f"{config.tokenizer} {config.validation_fraction!r}".encode()
-    )
-    folder = cache_dir / f"{Path(config.source).stem}-{config.tokenizer}-{key.hexdigest()[:12]}"
+    kind = tokenizer.kind if tokenizer else config.tokenizer
+    key = hashlib.sha256(fingerprint + f"{kind} {config.validation_fraction!r}".encode())
+    if tokenizer:
+        key.update(tokenizers.fingerprint(tokenizer))
+    folder = cache_dir / f"{Path(config.source).stem}-{kind}-{key.hexdigest()[:12]}"
     if not folder.exists():
         cache_dir.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=".preparing-", dir=cache_dir))
         try:
-            _write(config, corpus, fingerprint, work, progress)
+            _write(config, corpus, fingerprint, work, tokenizer, progress)
             work.rename(folder)
         except OSError:
             if not folder.exists():  # else another run has prepared the same text meanwhile
@@ -74,12 +82,17 @@ def read_prepared(folder: Path) -> Prepared:
 
 
 def _write(
-    config: DataConfig, corpus: Corpus, fingerprint: bytes, folder: Path, progress: Progress
+    config: DataConfig,
+    corpus: Corpus,
+    fingerprint: bytes,
+    folder: Path,
+    tokenizer: Tokenizer | None,
+    progress: Progress,
 ) -> None:
     length, characters = _survey(corpus)
     if length == 0:
         raise UsageError(f"data.source is {config.source!r}, which has no text in it")
-    tokenizer = _make_tokenizer(config.tokenizer, characters)
+    tokenizer = tokenizer or _make_tokenizer(config.tokenizer, characters)
     (folder / "tokenizer.json").write_text(tokenizers.to_json(tokenizer), encoding="utf-8")
     boundary = round(length * (1 - config.validation_fraction))
     done = 0

@@ -5,13 +5,14 @@ for each token of the vocabulary to come next. One forward serves training and d
 passes no cache and pays nothing for its existence.
 """
 
+import dataclasses
 import math
 
 import torch
 from torch import Tensor, nn
 
 from gpt.config import ModelConfig
-from gpt.model.attention import causal_mask
+from gpt.model.attention import CausalSelfAttention, causal_mask
 from gpt.model.block import Block
 from gpt.model.cache import KVCache
 from gpt.model.dropout import Dropout
@@ -81,6 +82,41 @@ class GPT(nn.Module):
         if self.config.tie_embeddings:
             self.head.weight = self.embed.weight
 
+    @torch.no_grad()
+    def crop_context(self, context_length: int) -> None:
+        """Shorten the context to its first ``context_length`` positions. Not while a cache is in
+        use.
+        """
+        if not 0 < context_length <= self.config.context_length:
+            raise ValueError(
+                f"context_length is {context_length}, and must be from 1 to what the model has "
+                f"({self.config.context_length})"
+            )
+        self.config = dataclasses.replace(self.config, context_length=context_length)
+        self.position = _table(self.position.weight[:context_length])
+
+    @torch.no_grad()
+    def resize_vocabulary(self, vocab_size: int) -> None:
+        """Cut the vocabulary to its first tokens, or grow it by rows that are the mean of the
+        others.
+        """
+        if vocab_size < 1:
+            raise ValueError(f"vocab_size is {vocab_size}, and must be at least 1")
+        self.config = dataclasses.replace(self.config, vocab_size=vocab_size)
+        self.embed = _table(_resized(self.embed.weight, vocab_size))
+        self.head.weight = nn.Parameter(_resized(self.head.weight, vocab_size))
+        self.head.out_features = vocab_size
+        self.tie_weights()
+
+    def set_dropout(self, p: float) -> None:
+        """Change the probability of every dropout."""
+        self.config = dataclasses.replace(self.config, dropout=p)
+        for module in self.modules():
+            if isinstance(module, Dropout):
+                module.p = p
+            elif isinstance(module, CausalSelfAttention):
+                module.dropout = p
+
     def new_cache(self, batch_size: int = 1, *, capacity: int | None = None) -> KVCache:
         """An empty :class:`KVCache` for this model, of its dtype and on its device."""
         weight = self.embed.weight
@@ -110,3 +146,13 @@ class GPT(nn.Module):
         head = self.head.weight.numel()
         attention = 12 * self.config.n_layer * self.config.n_embd * self.config.context_length
         return 6 * (self.parameter_count(embeddings=False) + head) + attention
+
+
+def _table(rows: Tensor) -> nn.Embedding:
+    table: nn.Embedding = nn.Embedding.from_pretrained(rows.clone(), freeze=False)
+    return table
+
+
+def _resized(rows: Tensor, n: int) -> Tensor:
+    new = rows.mean(dim=0, keepdim=True).expand(max(0, n - len(rows)), -1)
+    return torch.cat([rows[:n], new])

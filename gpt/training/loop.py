@@ -32,7 +32,7 @@ from gpt.training.metrics import Record, Reporter, as_settings
 from gpt.training.optimizer import clip_gradients, make_optimizers, set_learning_rate
 from gpt.training.precision import autocast, loss_scaler
 from gpt.training.schedule import learning_rate_factor
-from gpt.training.setup import checkpoint_to_resume, resolve
+from gpt.training.setup import checkpoint_to_resume, resolve, take_initial_model
 from gpt.training.validation import score
 
 Sample = Callable[[GPT, Tokenizer], str]
@@ -59,14 +59,17 @@ def train(config: TrainConfig, *, console: Console, sample: Sample | None = None
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     checkpoint = checkpoint_to_resume(config, say)
+    config, initial = take_initial_model(config, checkpoint, say)
     with console.status("preparing the text") as status:
         data = prepare(
             config.data,
             config.cache_dir,
+            tokenizer=initial.tokenizer if initial else None,
             progress=lambda share: status.update(f"preparing {config.data.source}: {share:.0%}"),
         )
     config = resolve(config, data, checkpoint)
-    trainer = Trainer(config, data, checkpoint=checkpoint, say=say)
+    model = initial.model if initial else None
+    trainer = Trainer(config, data, checkpoint=checkpoint, model=model, say=say)
     for line in trainer.describe():
         say(line)
     with Reporter(
@@ -97,6 +100,7 @@ class Trainer:
         data: Prepared,
         *,
         checkpoint: Checkpoint | None = None,
+        model: GPT | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         torch.manual_seed(config.training.seed)
@@ -113,7 +117,7 @@ class Trainer:
         self.order = Order(len(self.windows), batch_size=batch_size, seed=config.training.seed)
 
         if checkpoint is None:
-            self.model = GPT(config.model).to(self.device)
+            self.model = (model or GPT(config.model)).to(self.device)
         else:
             self.model = checkpoints.load_model(
                 dataclasses.replace(checkpoint, model=config.model), device=self.device
@@ -252,7 +256,8 @@ class Trainer:
         return [
             f"run      {config.run}" + (f", going on from step {self.step:,}" if self.step else ""),
             f"text     {config.data.source}: {len(self.data.train):,} training and "
-            f"{len(self.data.validation):,} validation tokens, {config.data.tokenizer} tokenizer",
+            f"{len(self.data.validation):,} validation tokens, "
+            f"{self.data.tokenizer.kind} tokenizer",
             f"model    {self.model.parameter_count():,} parameters "
             f"({self.model.parameter_count(embeddings=False):,} without embeddings): "
             f"{model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, "

@@ -9,6 +9,7 @@ from gpt.checkpoint import Checkpoint
 from gpt.config import ModelConfig, TrainConfig, UsageError, to_toml
 from gpt.data import tokenizer as tokenizers
 from gpt.data.prepare import Prepared
+from gpt.interop.load import Loaded, load
 
 
 def checkpoint_to_resume(config: TrainConfig, say: Callable[[str], None]) -> Checkpoint | None:
@@ -26,6 +27,22 @@ def checkpoint_to_resume(config: TrainConfig, say: Callable[[str], None]) -> Che
     if checkpoint is None:
         say(f"{config.run} has no checkpoint to resume from; starting at step 0")
     return checkpoint
+
+
+def take_initial_model(
+    config: TrainConfig, checkpoint: Checkpoint | None, say: Callable[[str], None]
+) -> tuple[TrainConfig, Loaded | None]:
+    """The model that ``config.init`` names, made to fit, and the configuration with its shape."""
+    if not config.init:
+        return config, None
+    loaded = load(checkpoint.path if checkpoint else config.init, say=say)
+    model, wanted = loaded.model, config.model
+    if wanted.context_length < model.config.context_length:
+        model.crop_context(wanted.context_length)
+    if wanted.vocab_size > model.config.vocab_size:
+        model.resize_vocabulary(wanted.vocab_size)
+    model.set_dropout(wanted.dropout)
+    return dataclasses.replace(config, model=model.config), loaded
 
 
 def resolve(config: TrainConfig, data: Prepared, checkpoint: Checkpoint | None) -> TrainConfig:

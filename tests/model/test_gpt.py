@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt.config import Activation, ModelConfig
+from gpt.model.dropout import Dropout
 from gpt.model.gpt import GPT
 from gpt.model.mlp import ACTIVATIONS
 from tests.conftest import make_model
@@ -187,3 +188,43 @@ def test_flops_per_token_match_a_count_by_hand():
     norms = 5 * 4
     attention = 2 * 2 * 3 * 2 * 8 * 4  # 2 products of 2 T C operations, thrice, in 2 layers
     assert make_model(config).flops_per_token() == 6 * (matrices + norms) + attention
+
+
+def test_a_cropped_model_is_the_model_on_shorter_texts(tiny_model):
+    tokens = torch.randint(61, (2, 9))
+    expected = tiny_model(tokens)
+    tiny_model.crop_context(9)
+    assert torch.equal(tiny_model(tokens), expected)
+    assert tiny_model.new_cache().capacity == 9
+    with pytest.raises(ValueError, match="10 tokens are longer"):
+        tiny_model(torch.zeros(1, 10, dtype=torch.int64))
+    with pytest.raises(ValueError, match="context_length is 10, and must be from 1"):
+        tiny_model.crop_context(10)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_tokens_start_as_the_mean_and_leave_the_others_logits(tied, tiny_config):
+    model = make_model(dataclasses.replace(tiny_config, tie_embeddings=tied))
+    tokens = torch.randint(50, (2, 9))
+    before, mean = model(tokens), model.embed.weight.mean(0)
+    model.resize_vocabulary(70)
+    after = model(tokens)
+    torch.testing.assert_close(after[..., :61], before)
+    torch.testing.assert_close(after[..., 61:], before.mean(-1, keepdim=True).expand(-1, -1, 9))
+    torch.testing.assert_close(model.embed.weight[65], mean)
+    assert (model.head.weight is model.embed.weight) == tied
+    model.resize_vocabulary(50)
+    torch.testing.assert_close(model(tokens), before[..., :50])
+    assert model.config.vocab_size == model.head.out_features == 50
+
+
+def test_dropout_may_be_changed_everywhere(tiny_model):
+    tokens = torch.zeros(1, 5, dtype=torch.int64)
+    tiny_model.train()
+    assert torch.equal(tiny_model(tokens), tiny_model(tokens))
+    tiny_model.set_dropout(0.5)
+    assert {m.p for m in tiny_model.modules() if isinstance(m, Dropout)} == {0.5}
+    assert {block.attn.dropout for block in tiny_model.blocks} == {0.5}
+    assert not torch.equal(tiny_model(tokens), tiny_model(tokens))
+    tiny_model.set_dropout(0.0)
+    assert torch.equal(tiny_model(tokens), tiny_model(tokens))

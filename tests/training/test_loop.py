@@ -353,3 +353,32 @@ def test_without_a_working_compiler_auto_goes_on_and_on_refuses(monkeypatch):
     assert said == ["torch.compile does not work here (no compiler); training goes on without it"]
     with pytest.raises(UsageError, match="does not work here: no compiler$"):
         compiled(model, "on", device=cpu, say=said.append)
+
+
+def test_a_run_may_start_from_another_models_weights_and_tokenizer(config, tmp_path):
+    run(change(config, "training", max_steps=60))
+    start = change(elsewhere(config, "-on"), "model", n_layer=7, context_length=8, dropout=0.3)
+    start = dataclasses.replace(start, init=config.run_dir)
+    _, output = run(start)
+    assert "2 layers" in output
+    first = next(r["validation_loss"] for r in records(start))
+    assert first < 3.0  # not a new model's, which is that of guessing
+    found = checkpoints.find(start.run, "last")
+    assert (found.model.n_layer, found.model.context_length, found.model.dropout) == (2, 8, 0.3)
+    assert (start.run / "tokenizer.json").read_text() == (config.run / "tokenizer.json").read_text()
+    more = dataclasses.replace(change(start, "training", max_steps=14), resume=True)
+    assert run(more)[0].step == 14
+    kept = weights(start)["position.weight"]
+    assert kept.shape == (8, 32)
+
+
+def test_a_run_may_start_from_hugging_faces_gpt2(config, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    theirs = GPT2LMHeadModel(GPT2Config(n_positions=32, n_layer=1, n_head=2, n_embd=16))
+    theirs.save_pretrained(tmp_path / "gpt2")
+    config = dataclasses.replace(config, init=str(tmp_path / "gpt2"))
+    _, output = run(config)
+    assert "gpt2 tokenizer" in output
+    _, tokenizer = load(config.run)
+    assert tokenizer.vocab_size == 50257
