@@ -1,5 +1,6 @@
-"""The command line: ``gpt train | sample | prepare | export``; ``train.py`` and ``sample.py`` are
-the first two.
+"""The command line: ``gpt train | sample | prepare | export | evaluate``.
+
+``train.py`` and ``sample.py`` are the first two.
 
 What is heavy is imported by the command that needs it, after its words were understood, so
 ``--help`` and a misspelt field answer at once. A user's mistake ends in one sentence and status 2;
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt.config import (
+    EvaluateConfig,
     ExportConfig,
     PrepareConfig,
     SampleConfig,
@@ -127,11 +129,27 @@ def export(words: Sequence[str], prog: str) -> int:
     return 0
 
 
+def evaluate(words: Sequence[str], prog: str) -> int:
+    """Score models on a text, on LAMBADA or HellaSwag, or on choices of your own."""
+    config = parse(EvaluateConfig, words, prog=prog)
+    from gpt.evaluation.report import as_json, as_table, measure
+
+    report = measure(config, say=_tell)
+    if config.json:
+        sys.stdout.write(as_json(report))
+    else:
+        from rich.console import Console
+
+        Console().print(as_table(report))
+    return 0
+
+
 COMMANDS: dict[str, Callable[[Sequence[str], str], int]] = {
     "train": train,
     "sample": sample,
     "prepare": prepare,
     "export": export,
+    "evaluate": evaluate,
 }
 
 

@@ -377,6 +377,46 @@ class ExportConfig:
     """The layout: what from_pretrained of transformers reads."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Everything that ``gpt evaluate`` takes."""
+
+    models: tuple[str, ...]
+    """Any number of models, each named as for sample.py."""
+    text: str = ""
+    """Perplexity and bits per byte of this text: a named corpus, a UTF-8 file, or a folder."""
+    lambada: Path | None = None
+    """LAMBADA's JSONL file, as OpenAI released it or detokenised."""
+    hellaswag: Path | None = None
+    """HellaSwag's JSONL file."""
+    choices: Path | None = None
+    """A JSONL file with context, choices and answer (from 0) on each line."""
+    stride: int = 0
+    """Tokens from one window of the text to the next; 0: half the context."""
+    paired: bool = False
+    """Of two models on one text: is their difference more than noise?"""
+    json: bool = False
+    """Print JSON and no table."""
+    batch_size: int = 4
+    """Windows or texts that go through the model at once; it does not change the scores."""
+    device: Device = "auto"
+    """auto: CUDA, else Apple's MPS, else the CPU."""
+    precision: Precision = "auto"
+    """Of the weights. auto: bfloat16 where the device has it, else float32."""
+
+    def __post_init__(self) -> None:
+        _at_least(0, stride=self.stride)
+        _at_least(1, batch_size=self.batch_size)
+        if not (self.text or self.lambada or self.hellaswag or self.choices):
+            raise UsageError(
+                "there is nothing to evaluate on: give text, lambada, hellaswag or choices"
+            )
+        if self.paired and not (len(self.models) == 2 and self.text):
+            raise UsageError(
+                "paired compares two models on one text, and needs both models and text"
+            )
+
+
 T = TypeVar("T")
 
 

@@ -1,0 +1,82 @@
+"""The log-likelihood of continuations: what every task that compares texts is made of."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from gpt.config import UsageError
+from gpt.data.tokenizer import Tokenizer
+from gpt.model.gpt import GPT
+
+
+@dataclass(frozen=True)
+class Request:
+    """Ids that are given and ids that are scored; either may be cut to fit the model's context."""
+
+    context: Sequence[int]
+    continuation: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """A continuation's log-probability in nats, and whether each of its tokens was the
+    likeliest.
+    """
+
+    total: float
+    is_greedy: bool
+
+
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Request:
+    """The request for two texts, split where the ids of ``context`` alone would end.
+
+    White space at the end of ``context`` goes to the continuation, as in lm-evaluation-harness. An
+    empty context is the end-of-text that stands between documents.
+    """
+    spaces = len(context) - len(context.rstrip())
+    if spaces:
+        context, continuation = context[:-spaces], context[-spaces:] + continuation
+    if not context:
+        return Request([tokenizer.end_of_text], tokenizer.encode(continuation).tolist())
+    whole = tokenizer.encode(context + continuation).tolist()
+    start = len(tokenizer.encode(context))
+    return Request(whole[:start], whole[start:])
+
+
+@torch.inference_mode()
+def likelihoods(
+    model: GPT, requests: Sequence[Request], *, batch_size: int = 16, pad: int = 0
+) -> list[Likelihood]:
+    """One :class:`Likelihood` a request, in order.
+
+    Requests of like length go through together, padded at their end, where padding changes nothing
+    of a causal model. A context that is too long loses its beginning; ``UsageError`` for a
+    continuation that does not fit, or is empty.
+    """
+    limit = model.config.context_length
+    device = model.embed.weight.device
+    rows = []
+    for request in requests:
+        if not 0 < len(request.continuation) <= limit:
+            raise UsageError(
+                f"a continuation has {len(request.continuation)} tokens, and must have from 1 to "
+                f"the model's context_length ({limit})"
+            )
+        rows.append([*request.context, *request.continuation][-(limit + 1) :])
+    results: dict[int, Likelihood] = {}
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        longest = max(len(rows[i]) for i in batch)
+        padded = [rows[i] + [pad] * (longest - len(rows[i])) for i in batch]
+        ids = torch.tensor(padded, device=device)
+        logits = model(ids[:, :-1])
+        for j, i in enumerate(batch):
+            n = len(requests[i].continuation)
+            end = len(rows[i]) - 1
+            scores = logits[j, end - n : end].float().log_softmax(dim=-1)
+            targets = ids[j, end - n + 1 : end + 1]
+            total = scores.gather(-1, targets[:, None]).double().sum().item()
+            results[i] = Likelihood(total, bool((scores.argmax(dim=-1) == targets).all()))
+    return [results[i] for i in range(len(rows))]

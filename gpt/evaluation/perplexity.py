@@ -1,0 +1,125 @@
+"""Perplexity and bits per byte of a text of any length, with a sliding window.
+
+Each window has the model's context; the next one starts ``stride`` tokens on, and of it only the
+targets count that no window has scored before. So each token counts once, with at least
+``context_length - stride`` tokens before it (but for the beginning of the text). A smaller stride
+costs more and flatters less.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from gpt.config import UsageError
+from gpt.data import tokenizer as tokenizers
+from gpt.data.corpus import open_corpus
+from gpt.data.tokenizer import Ids, Tokenizer
+from gpt.model.gpt import GPT
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """A model's score on a text; ``losses`` and ``counts`` are each window's, for a comparison."""
+
+    losses: NDArray[np.float64]
+    """Summed nats of each window's targets, ``[windows]``."""
+    counts: NDArray[np.int64]
+    """Targets of each window, ``[windows]``."""
+    n_bytes: int
+    """Bytes of text that the targets stand for."""
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return float(self.losses.sum() / self.counts.sum())
+
+    @property
+    def standard_error(self) -> float:
+        """Of :attr:`loss`, from the differences between windows: tokens of one are not
+        independent.
+        """
+        n = len(self.losses)
+        if n < 2:
+            return math.nan
+        residuals = self.losses - self.loss * self.counts
+        return float(math.sqrt(n / (n - 1) * (residuals**2).sum()) / self.counts.sum())
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of :attr:`loss`."""
+        return math.exp(self.loss)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Comparable between tokenizers."""
+        return float(self.losses.sum() / (math.log(2) * max(self.n_bytes, 1)))
+
+
+def encode_text(tokenizer: Tokenizer, source: str) -> Ids:
+    """The ids of a file, a folder or a named corpus; documents are joined by end-of-text."""
+    parts: list[Ids] = []
+    for document in open_corpus(source).documents():
+        if parts:
+            parts.append(np.array([tokenizer.end_of_text], np.uint32))
+        parts.extend(tokenizer.encode(piece) for piece in document)
+    ids = np.concatenate(parts) if parts else np.zeros(0, np.uint32)
+    if len(ids) < 2:
+        raise UsageError(f"the text {source} has {len(ids)} tokens, and a score needs at least 2")
+    return ids
+
+
+@torch.inference_mode()
+def score_text(
+    model: GPT, tokenizer: Tokenizer, ids: Ids, *, stride: int = 0, batch_size: int = 4
+) -> TextScore:
+    """The model's score on ``ids`` ``[n]``: every token but the first, once.
+
+    ``stride`` is half the context unless given. ``UsageError`` for a stride that would skip tokens.
+    """
+    context = model.config.context_length
+    stride = stride or max(1, context // 2)
+    if not 0 < stride <= context:
+        raise UsageError(
+            f"stride is {stride}, and must be from 1 to the model's context_length ({context})"
+        )
+    device = model.embed.weight.device
+    starts = list(range(0, max(1, len(ids) - 1 - context + stride), stride))
+    losses, counts = np.zeros(len(starts)), np.zeros(len(starts), np.int64)
+    full = [i for i, start in enumerate(starts) if start + context < len(ids)]
+    batches = [full[i : i + batch_size] for i in range(0, len(full), batch_size)]
+    batches += [[i] for i in range(len(full), len(starts))]  # the last one may be shorter
+    for batch in batches:
+        rows = np.stack([ids[starts[i] : starts[i] + context + 1] for i in batch])
+        tokens = torch.from_numpy(rows.astype(np.int64)).to(device)
+        logits = model(tokens[:, :-1])
+        for j, i in enumerate(batch):
+            before = starts[i - 1] + context - starts[i] if i else 0  # scored by the window before
+            targets = tokens[j, 1 + before :]
+            loss = F.cross_entropy(logits[j, before:].float(), targets, reduction="sum")
+            losses[i], counts[i] = loss.double().item(), len(targets)
+    n_bytes = int(tokenizers.byte_lengths(tokenizer)[ids[1:]].sum())
+    return TextScore(losses, counts, n_bytes)
+
+
+def paired_bootstrap(
+    one: TextScore, two: TextScore, *, samples: int = 10_000, seed: int = 0
+) -> tuple[float, float, float]:
+    """The difference of two models' nats per token on one text, and its 95 % interval.
+
+    Windows are drawn with replacement, the same for both (Koehn, 2004). ``UsageError`` if the two
+    were not scored on the same windows.
+    """
+    if not np.array_equal(one.counts, two.counts):
+        raise UsageError(
+            "the two models were not scored on the same windows: a paired comparison needs the "
+            "same tokenizer, context_length and stride"
+        )
+    n = len(one.losses)
+    draws = np.random.Generator(np.random.Philox(seed)).integers(0, n, (samples, n))
+    difference = (one.losses - two.losses)[draws].sum(axis=1) / one.counts[draws].sum(axis=1)
+    low, high = np.quantile(difference, [0.025, 0.975])
+    return one.loss - two.loss, float(low), float(high)

@@ -1,0 +1,102 @@
+"""What ``gpt evaluate`` measures and shows: each model's scores, as a table or as JSON."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from rich.table import Table
+
+from gpt.config import EvaluateConfig
+from gpt.device import choose_device, choose_precision
+from gpt.evaluation import tasks
+from gpt.evaluation.perplexity import TextScore, encode_text, paired_bootstrap, score_text
+from gpt.evaluation.tasks import Metric
+from gpt.interop.load import load
+
+
+@dataclass
+class Report:
+    """Metrics by model, task and name; and of two models the difference on a text."""
+
+    scores: dict[str, dict[str, dict[str, Metric]]] = field(default_factory=dict)
+    difference: tuple[float, float, float] | None = None
+    """Nats per token, first model less the second, with the ends of its 95 % interval."""
+
+
+def measure(config: EvaluateConfig, *, say: Callable[[str], None]) -> Report:
+    """Run what ``config`` asks for, a model at a time."""
+    report = Report()
+    device = choose_device(config.device)
+    dtype = choose_precision(config.precision, device)
+    texts: list[TextScore] = []
+    for name in config.models:
+        model, tokenizer = load(name, device=device, dtype=dtype, say=say)
+        own = report.scores.setdefault(name, {})
+        if config.text:
+            ids = encode_text(tokenizer, config.text)
+            score = score_text(
+                model, tokenizer, ids, stride=config.stride, batch_size=config.batch_size
+            )
+            texts.append(score)
+            own[config.text] = {
+                "nats/token": Metric(score.loss, score.standard_error),
+                "perplexity": Metric(score.perplexity, score.perplexity * score.standard_error),
+                "bits/byte": Metric(
+                    score.bits_per_byte, score.bits_per_byte * score.standard_error / score.loss
+                ),
+            }
+        for path, task in (
+            (config.lambada, tasks.lambada),
+            (config.hellaswag, tasks.hellaswag),
+            (config.choices, tasks.multiple_choice),
+        ):
+            if path is not None:
+                own[path.name] = task(model, tokenizer, path, batch_size=config.batch_size)
+    if config.paired:
+        report.difference = paired_bootstrap(*texts)
+    return report
+
+
+def as_json(report: Report) -> str:
+    """The report as one JSON object."""
+    scores = {
+        model: {
+            task: {
+                name: {"value": metric.value, "standard_error": metric.standard_error}
+                for name, metric in metrics.items()
+            }
+            for task, metrics in own.items()
+        }
+        for model, own in report.scores.items()
+    }
+    content: dict[str, object] = {"scores": scores}
+    if report.difference is not None:
+        keys = ("nats_per_token", "low", "high")
+        content["difference"] = dict(zip(keys, report.difference, strict=True))
+    return json.dumps(content, indent=2) + "\n"
+
+
+def as_table(report: Report) -> Table:
+    """The report as a table, a row a metric and a column a model."""
+    table = Table(caption=_verdict(report), caption_justify="left")
+    table.add_column("")
+    for model in report.scores:
+        table.add_column(model, justify="right")
+    first = next(iter(report.scores.values()))
+    for task, metrics in first.items():
+        for name in metrics:
+            row = [scores[task][name] for scores in report.scores.values()]
+            cells = [f"{metric.value:.4f} ± {metric.standard_error:.4f}" for metric in row]
+            table.add_row(f"{task}: {name}", *cells)
+    return table
+
+
+def _verdict(report: Report) -> str | None:
+    if report.difference is None:
+        return None
+    difference, low, high = report.difference
+    one, two = report.scores
+    better = (
+        f"{two} is better" if low > 0 else f"{one} is better" if high < 0 else "it may be noise"
+    )
+    return f"{difference:+.4f} nats/token, 95 % from {low:+.4f} to {high:+.4f}: {better}"

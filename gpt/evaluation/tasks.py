@@ -1,0 +1,124 @@
+"""Tasks from their published JSONL files: LAMBADA, HellaSwag, and multiple choice in general.
+
+Scored as lm-evaluation-harness scores them. LAMBADA (arXiv:1606.06031): the last word of a passage,
+as released by OpenAI or detokenised. HellaSwag (arXiv:1905.07830): the likeliest of four endings;
+``acc`` by log-probability, ``acc_norm`` by log-probability over the ending's length.
+"""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpt.config import UsageError
+from gpt.data.tokenizer import Tokenizer
+from gpt.evaluation.likelihood import Likelihood, encode_pair, likelihoods
+from gpt.model.gpt import GPT
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A mean over the items of a task, with its standard error."""
+
+    value: float
+    standard_error: float
+
+
+def read_jsonl(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
+    """The objects of a JSONL file, each with all ``fields``; ``UsageError`` names a broken line."""
+    items = []
+    try:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                item = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UsageError(f"{path} line {number} is not JSON: {error.msg}") from None
+            missing = [f for f in fields if not isinstance(item, dict) or f not in item]
+            if missing:
+                raise UsageError(f"{path} line {number} has no {missing[0]!r}")
+            items.append(item)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text: {error.reason}") from None
+    if not items:
+        raise UsageError(f"{path} has no items in it")
+    return items
+
+
+def lambada(
+    model: GPT, tokenizer: Tokenizer, path: Path, *, batch_size: int = 16
+) -> dict[str, Metric]:
+    """``acc``: every token of the last word is the likeliest; ``perplexity``: of the last word."""
+    requests = []
+    for item in read_jsonl(path, ["text"]):
+        context, _, word = item["text"].strip().rpartition(" ")
+        requests.append(encode_pair(tokenizer, context, " " + word))
+    scores = likelihoods(model, requests, batch_size=batch_size)
+    loss = _mean([-score.total for score in scores])
+    perplexity = math.exp(loss.value)
+    return {
+        "acc": _mean([float(score.is_greedy) for score in scores]),
+        "perplexity": Metric(perplexity, perplexity * loss.standard_error),
+    }
+
+
+def hellaswag(
+    model: GPT, tokenizer: Tokenizer, path: Path, *, batch_size: int = 16
+) -> dict[str, Metric]:
+    """``acc`` and ``acc_norm`` over items with ``activity_label, ctx_a, ctx_b, endings, label``."""
+    items = []
+    for item in read_jsonl(path, ["activity_label", "ctx_a", "ctx_b", "endings", "label"]):
+        context = item["activity_label"] + ": " + item["ctx_a"] + " " + item["ctx_b"].capitalize()
+        endings = [_clean(ending) for ending in item["endings"]]
+        items.append((_clean(context), endings, int(item["label"])))
+    return _choose(model, tokenizer, items, batch_size)
+
+
+def multiple_choice(
+    model: GPT, tokenizer: Tokenizer, path: Path, *, batch_size: int = 16
+) -> dict[str, Metric]:
+    """``acc`` and ``acc_norm`` over items with ``context``, ``choices`` and ``answer`` (from 0)."""
+    items = []
+    for number, item in enumerate(read_jsonl(path, ["context", "choices", "answer"]), 1):
+        if not 0 <= item["answer"] < len(item["choices"]):
+            raise UsageError(
+                f"{path} item {number} has the answer {item['answer']}, and {len(item['choices'])} "
+                "choices, counted from 0"
+            )
+        items.append((item["context"], item["choices"], item["answer"]))
+    return _choose(model, tokenizer, items, batch_size)
+
+
+def _choose(
+    model: GPT, tokenizer: Tokenizer, items: list[tuple[str, list[str], int]], batch_size: int
+) -> dict[str, Metric]:
+    requests = [encode_pair(tokenizer, c, " " + choice) for c, cs, _ in items for choice in cs]
+    scores = iter(likelihoods(model, requests, batch_size=batch_size))
+    hits, hits_by_length = [], []
+    for _, choices, answer in items:
+        own: list[Likelihood] = [next(scores) for _ in choices]
+        totals = [score.total for score in own]
+        by_length = [total / len(choice) for total, choice in zip(totals, choices, strict=True)]
+        hits.append(float(totals.index(max(totals)) == answer))
+        hits_by_length.append(float(by_length.index(max(by_length)) == answer))
+    return {"acc": _mean(hits), "acc_norm": _mean(hits_by_length)}
+
+
+def _clean(text: str) -> str:
+    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    return text.replace("  ", " ")
+
+
+def _mean(values: list[float]) -> Metric:
+    n = len(values)
+    mean = sum(values) / n
+    if n < 2:
+        return Metric(mean, math.nan)
+    variance = sum((value - mean) ** 2 for value in values) / (n - 1)
+    return Metric(mean, math.sqrt(variance / n))

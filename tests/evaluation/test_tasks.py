@@ -1,0 +1,220 @@
+import json
+import math
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from gpt.cli import main
+from gpt.config import UsageError
+from gpt.data.tokenizer import ByteTokenizer
+from gpt.evaluation.likelihood import Request, encode_pair, likelihoods
+from gpt.evaluation.tasks import hellaswag, lambada, multiple_choice, read_jsonl
+from gpt.interop.export import export_huggingface
+from gpt.interop.huggingface import load_folder
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """A random GPT-2 of transformers, and the same in this project."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=257, n_positions=48, n_layer=2, n_head=2, n_embd=32, eos_token_id=256
+    )
+    theirs = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(std=0.2)
+    folder = tmp_path_factory.mktemp("hf")
+    theirs.save_pretrained(folder)
+    return load_folder(folder), theirs
+
+
+@torch.inference_mode()
+def by_hugging_face(theirs, context, continuation):
+    """(log-probability, greedy?) of one continuation, alone."""
+    ids = [*context, *continuation][-(theirs.config.n_positions + 1) :]
+    n = len(continuation)
+    scores = theirs(torch.tensor([ids[:-1]])).logits[0, -n:].double().log_softmax(-1)
+    targets = torch.tensor(list(continuation))
+    total = scores.gather(-1, targets[:, None]).sum().item()
+    return total, bool((scores.argmax(-1) == targets).all())
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_likelihoods_in_ragged_batches_are_hugging_faces_one_by_one(both, batch_size):
+    ours, theirs = both
+    texts = [
+        ("a", " b"),
+        ("longer context here", "x"),
+        ("", "start"),
+        ("q " * 60, "the end"),
+        ("z", "y"),
+    ]
+    requests = [encode_pair(ByteTokenizer(), *text) for text in texts]
+    got = likelihoods(ours, requests, batch_size=batch_size)
+    for request, score in zip(requests, got, strict=True):
+        total, greedy = by_hugging_face(theirs, request.context, request.continuation)
+        assert score.total == pytest.approx(total, abs=1e-4)
+        assert score.is_greedy == greedy
+
+
+def test_greedy_continuations_are_recognised(both):
+    ours, _ = both
+    context, made = list(b"some"), []
+    for _ in range(3):
+        made.append(int(ours(torch.tensor([context + made]))[0, -1].argmax()))
+    [good, bad] = likelihoods(ours, [Request(context, made), Request(context, [*made[:2], 1])])
+    assert good.is_greedy
+    assert not bad.is_greedy
+
+
+def test_white_space_goes_to_the_continuation_and_nothing_is_the_start_of_a_document():
+    request = encode_pair(ByteTokenizer(), "ab  ", "c")
+    assert (request.context, request.continuation) == (list(b"ab"), list(b"  c"))
+    assert encode_pair(ByteTokenizer(), "", "c").context == [256]
+
+
+@pytest.mark.parametrize("continuation", [[], [1] * 49])
+def test_a_continuation_that_cannot_be_scored_is_refused(both, continuation):
+    with pytest.raises(UsageError, match=f"has {len(continuation)} tokens, and must have from 1"):
+        likelihoods(both[0], [Request([1], continuation)])
+
+
+def write(path, items):
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    return path
+
+
+def test_lambada_is_scored_on_its_last_word(both, tmp_path):
+    ours, theirs = both
+    texts = ["the cat sat on the mat", "who would have thought that", "one two three"]
+    metrics = lambada(
+        ours, ByteTokenizer(), write(tmp_path / "l.jsonl", [{"text": t} for t in texts])
+    )
+    expected = []
+    for text in texts:
+        context, word = text.rsplit(" ", 1)
+        expected.append(by_hugging_face(theirs, context.encode(), b" " + word.encode()))
+    mean = -sum(total for total, _ in expected) / 3
+    assert metrics["perplexity"].value == pytest.approx(math.exp(mean), rel=1e-3)
+    assert metrics["acc"].value == sum(greedy for _, greedy in expected) / 3
+
+
+def test_hellaswag_takes_the_likeliest_ending_also_by_length(both, tmp_path):
+    ours, theirs = both
+    endings = ["goes on [header] and on, for a very long time indeed.", "stops.", "sits", "is it?"]
+    item = {
+        "activity_label": "Running",
+        "ctx_a": "A man [title] runs.",
+        "ctx_b": "the man",
+        "endings": endings,
+    }
+    context = "Running: A man.  runs. The man".replace("  ", " ")
+    clean = ["goes on and on, for a very long time indeed.", *endings[1:]]
+    totals = [by_hugging_face(theirs, context.encode(), f" {e}".encode())[0] for e in clean]
+    best = totals.index(max(totals))
+    by_length = [t / len(e) for t, e in zip(totals, clean, strict=True)]
+    best_by_length = by_length.index(max(by_length))
+    assert best != best_by_length  # or the test would not tell the two apart
+    for label, acc, acc_norm in ((best, 1, 0), (best_by_length, 0, 1)):
+        path = write(tmp_path / "h.jsonl", [item | {"label": label}])
+        metrics = hellaswag(ours, ByteTokenizer(), path)
+        assert (metrics["acc"].value, metrics["acc_norm"].value) == (acc, acc_norm)
+
+
+def test_choices_are_scored_like_hellaswags_endings(both, tmp_path):
+    ours, theirs = both
+    items = [
+        {"context": f"question {i}:", "choices": ["yes", "no", "who knows"], "answer": i % 3}
+        for i in range(9)
+    ]
+    metrics = multiple_choice(ours, ByteTokenizer(), write(tmp_path / "c.jsonl", items))
+    hits = []
+    for item in items:
+        pairs = [(item["context"].encode(), f" {c}".encode()) for c in item["choices"]]
+        totals = [by_hugging_face(theirs, *pair)[0] for pair in pairs]
+        hits.append(totals.index(max(totals)) == item["answer"])
+    p = sum(hits) / 9
+    assert metrics["acc"].value == p
+    assert metrics["acc"].standard_error == pytest.approx(math.sqrt(p * (1 - p) / 8))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"text": "a"}\n{', "line 2 is not JSON"),
+        ('{"text": "a"}\n\n{"txt": 1}', "line 3 has no 'text'"),
+        ("[1]", "line 1 has no 'text'"),
+        ("\n", "has no items in it"),
+        (b"\xff", "is not UTF-8 text"),
+        (None, "cannot be read: No such file"),
+    ],
+)
+def test_a_broken_file_is_told_by_its_line(content, said, tmp_path):
+    path = tmp_path / "a.jsonl"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UsageError, match=said):
+        read_jsonl(path, ["text"])
+
+
+def test_an_answer_that_is_no_choice_is_refused(both, tmp_path):
+    item = {"context": "q", "choices": ["a", "b"], "answer": 2}
+    with pytest.raises(UsageError, match="item 1 has the answer 2, and 2 choices"):
+        multiple_choice(both[0], ByteTokenizer(), write(tmp_path / "c.jsonl", [item]))
+
+
+def test_the_command_shows_a_table_or_json_and_compares_two_models(both, tmp_path, capsys):
+    names = []
+    for name, scale in (("one", 1.0), ("two", 0.05)):
+        model = load_folder_copy(both[0], scale)
+        export_huggingface(model, ByteTokenizer(), tmp_path / name)
+        names.append(str(tmp_path / name))
+    (tmp_path / "text.txt").write_text("to be or not to be " * 50)
+    words = ["evaluate", *names, "--text", str(tmp_path / "text.txt"), "--paired"]
+    words += ["--precision", "float32", "--device", "cpu"]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "nats/token" in shown
+    assert "is better" in shown
+    assert main([*words, "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    scores = [
+        content["scores"][n][str(tmp_path / "text.txt")]["nats/token"]["value"] for n in names
+    ]
+    difference = content["difference"]
+    assert difference["nats_per_token"] == pytest.approx(scores[0] - scores[1])
+    assert difference["low"] < difference["nats_per_token"] < difference["high"]
+
+
+def load_folder_copy(model, scale):
+    import copy
+
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.embed.weight.mul_(scale)
+    return other
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["m"], "there is nothing to evaluate on"),
+        (["m", "--text", "t", "--paired"], "paired compares two models on one text"),
+        (["m", "--text", "t", "--stride", "-1"], "stride is -1"),
+    ],
+)
+def test_words_that_make_no_sense_are_refused(words, said, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["evaluate", *words])
+    assert exit_.value.code == 2
+    assert said in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_a_model_is_exported_by_the_command(tmp_path, capsys):
+    from tests.test_cli import RUN
+
+    words = ["export", str(RUN), str(tmp_path / "out")]
+    assert main(words) == 2  # its keys are grouped, which GPT-2 cannot express
+    assert "cannot express model.n_kv_head 1" in capsys.readouterr().err
