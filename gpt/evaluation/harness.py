@@ -1,0 +1,93 @@
+"""A model of this project in EleutherAI's lm-evaluation-harness (the extra ``lm-eval``).
+
+``lm_eval.simple_evaluate(model=HarnessModel(*gpt.load("gpt2")), tasks=["lambada_openai"])``
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lm_eval import utils
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+
+from gpt.config import SamplingConfig
+from gpt.data.tokenizer import Tokenizer
+from gpt.evaluation.likelihood import Request, likelihoods
+from gpt.generation.decode import decode
+from gpt.generation.sampling import choose
+from gpt.generation.text import Sample
+from gpt.model.gpt import GPT
+
+MAX_NEW_TOKENS = 256
+"""Where a task names no limit: as the harness's own backends."""
+
+
+class HarnessModel(TemplateLM):
+    """The harness's model interface over a model and its tokenizer; scores equal its ``hf``
+    backend's.
+    """
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer, *, batch_size: int = 16) -> None:
+        super().__init__()
+        self.model, self.codec, self.batch_size = model, tokenizer, batch_size
+
+    @property
+    def eot_token_id(self) -> int:
+        """The end of a document, which stands before an empty context."""
+        return self.codec.end_of_text
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **options: Any
+    ) -> list[int]:
+        """The ids of a text alone: GPT-2 adds none."""
+        ids: list[int] = self.codec.encode(string).tolist()
+        return ids
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **options: Any
+    ) -> list[tuple[float, bool]]:
+        pairs = [Request(context, continuation) for _, context, continuation in requests]
+        scores = likelihoods(self.model, pairs, batch_size=self.batch_size)
+        return [(score.total, score.is_greedy) for score in scores]
+
+    def loglikelihood_rolling(
+        self, requests: Sequence[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """The log-probability of whole texts, in windows that do not overlap."""
+        totals = []
+        for request in requests:
+            windows = utils.get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.eot_token_id,
+                max_seq_len=self.model.config.context_length,
+                context_len=1,
+            )
+            pairs = [Request(*utils.make_disjoint_window(window)) for window in windows]
+            scores = likelihoods(self.model, pairs, batch_size=self.batch_size)
+            totals.append(sum(score.total for score in scores))
+        return totals
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """A continuation of each context, up to one of its ``until`` texts."""
+        return [self._continue(*request.args) for request in requests]
+
+    def _continue(self, context: str, options: dict[str, Any]) -> str:
+        until = options.get("until") or []
+        sample = Sample(self.codec, [until] if isinstance(until, str) else until)
+        limit = options.get("max_gen_toks", MAX_NEW_TOKENS)
+        temperature = options.get("temperature", 0.0) if options.get("do_sample") else 0.0
+        config = SamplingConfig(temperature=temperature, top_p=options.get("top_p", 1.0))
+        room = self.model.config.context_length - limit
+        ids = (self.tok_encode(context) or [self.eot_token_id])[-max(1, room) :]
+        text = ""
+        for [token] in decode(
+            self.model,
+            torch.tensor([ids], device=self.model.embed.weight.device),
+            max_new_tokens=limit,
+            choose=lambda logits: choose(logits[:, : self.codec.vocab_size], config, None),
+        ):
+            text += sample.add(int(token))
+            if sample.ended:
+                break
+        return text + sample.finish()
