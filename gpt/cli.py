@@ -238,3 +238,7 @@ def _write_samples(config: SampleConfig, loaded: "Loaded", prompt: str) -> None:
     for text in waiting[1:]:
         sys.stdout.write(f"\n---\n{text}")
     sys.stdout.write("\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,6 +2,9 @@
 cache.
 """
 
+import hashlib
+import re
+import time
 from pathlib import Path
 
 from gpt.config import UsageError
@@ -35,6 +38,7 @@ def download(name: str) -> Path:
             "pip install huggingface_hub"
         ) from None
     repository, _, at = name.partition("@")
+    start = time.time()
     try:
         folder = snapshot_download(repository, revision=at or None, allow_patterns=NEEDED)
         if not any(Path(folder).glob("model*.safetensors*")):
@@ -49,4 +53,20 @@ def download(name: str) -> Path:
             f"({type(error).__name__}: {reason[:200]}); a folder with its config.json, weights and "
             "tokenizer files can be given instead"
         ) from None
+    _check_new_files(name, Path(folder), start)
     return Path(folder)
+
+
+def _check_new_files(name: str, folder: Path, start: float) -> None:
+    """Compare what has just come with its SHA-256, which the hub's cache names large files by."""
+    for path in folder.iterdir():
+        file = path.resolve()
+        if not re.fullmatch(r"[0-9a-f]{64}", file.name) or file.stat().st_mtime < start:
+            continue
+        with file.open("rb") as content:
+            if hashlib.file_digest(content, "sha256").hexdigest() != file.name:
+                file.unlink()
+                raise UsageError(
+                    f"{path.name} of {name} did not come as the hub has it (its SHA-256 differs); it "
+                    "was deleted: try again"
+                )
