@@ -67,6 +67,6 @@ def _check_new_files(name: str, folder: Path, start: float) -> None:
             if hashlib.file_digest(content, "sha256").hexdigest() != file.name:
                 file.unlink()
                 raise UsageError(
-                    f"{path.name} of {name} did not come as the hub has it (its SHA-256 differs); it "
-                    "was deleted: try again"
+                    f"{path.name} of {name} did not come as the hub has it (its SHA-256 "
+                    "differs); it was deleted: try again"
                 )

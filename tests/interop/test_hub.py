@@ -166,6 +166,15 @@ def test_what_cannot_be_had_is_told_in_a_sentence_with_the_way_out(name, environ
         assert "a folder with its config.json, weights and tokenizer files" in done.stderr
 
 
+def test_a_file_that_comes_with_a_wrong_hash_is_refused_and_not_kept(hub):
+    hub.flip = True
+    done = sampled(hub, "someone/tiny")
+    assert done.returncode == 2
+    assert "model.safetensors of someone/tiny did not come as the hub has it" in done.stderr
+    hub.flip = False
+    assert sampled(hub, "someone/tiny").returncode == 0
+
+
 def test_a_missing_file_of_the_model_is_told(hub):
     (hub.folder / "config.json").unlink()
     done = sampled(hub, "someone/tiny")
