@@ -2,11 +2,14 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from gpt.config import EvaluateConfig, ExportConfig, SampleConfig, TrainConfig, parse
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -73,6 +76,22 @@ def test_the_readmes_commands_run_in_their_order(place):
         assert done.returncode == 0, (line, done.stderr)
         if "sample.py" in line:
             assert done.stdout.strip(), line
+
+
+def test_the_commands_that_need_the_hub_are_understood():
+    schemas = {
+        "python sample.py": SampleConfig,
+        "python train.py": TrainConfig,
+        "gpt export": ExportConfig,
+        "gpt evaluate": EvaluateConfig,
+    }
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    lines += re.findall(r"`(gpt evaluate [^`]*)`", README.replace("\n", " "))
+    assert len(lines) == 7
+    for line in lines:
+        command = next(name for name in schemas if line.startswith(name))
+        words = shlex.split(line.removeprefix(command))
+        assert isinstance(parse(schemas[command], words, prog=command), schemas[command])
 
 
 def test_the_readmes_python_runs(place, monkeypatch, capsys):

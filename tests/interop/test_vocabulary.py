@@ -1,0 +1,141 @@
+"""Tokenizers from their files: the ids are those of Hugging Face's fast tokenizer."""
+
+import json
+import random
+
+import pytest
+from tokenizers import AddedToken, ByteLevelBPETokenizer, Tokenizer
+
+from gpt.config import UsageError
+from gpt.data import tokenizer as tokenizers
+from gpt.data.tokenizer import GPT2Tokenizer, decode
+from gpt.interop.vocabulary import hugging_face_files, load_tokenizer
+from tests.data.test_tokenizer import HARD_TEXT
+
+NOISE = [
+    "".join(random.Random(seed).choices("ab c\n\t'\u0301é東\U0001f600<|>xT", k=80))
+    for seed in range(50)
+]
+ALL_BYTES = ["".join(map(chr, range(256)))]
+
+
+def ids_of(theirs, text):
+    theirs.encode_special_tokens = True  # what looks like a special token in a text is text
+    return theirs.encode(text).ids
+
+
+@pytest.fixture(scope="module")
+def released():
+    return GPT2Tokenizer.released()
+
+
+@pytest.fixture
+def folder(released, tmp_path):
+    """GPT-2's tokenizer.json, as this project writes it and the tokenizers library reads it."""
+    for name, content in hugging_face_files(released).items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    return tmp_path
+
+
+def test_tokenizer_json_gives_the_fast_tokenizers_ids(folder):
+    ours, theirs = load_tokenizer(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for text in [*HARD_TEXT, *NOISE, *ALL_BYTES]:
+        assert ours.encode(text).tolist() == ids_of(theirs, text), repr(text)
+        assert decode(ours, ours.encode(text).tolist()) == text
+
+
+def test_added_tokens_are_taken_whole_and_special_ones_are_not(folder):
+    path = str(folder / "tokenizer.json")
+    theirs = Tokenizer.from_file(path)
+    theirs.add_tokens([AddedToken("<chat>", normalized=False)])
+    theirs.add_special_tokens([AddedToken("<|sep|>", special=True, normalized=False)])
+    theirs.save(path)
+    ours = load_tokenizer(folder)
+    assert ours.vocab_size == 50259
+    for text in ["a <chat>b<chat>", "<|sep|> is text", "x<|endoftext|><chat>"]:
+        assert ours.encode(text).tolist() == ids_of(theirs, text), text
+    assert ours.encode("<chat>").tolist() == [50257]
+    assert ours.decode_bytes([50257, 50258, 50256]) == b"<chat>"
+    again = tokenizers._FROM_STATE["gpt2"](json.loads(json.dumps(ours.state())))
+    assert tokenizers.fingerprint(again) == tokenizers.fingerprint(ours)
+    assert again.encode("a <chat>").tolist() == ours.encode("a <chat>").tolist()
+
+
+def trained(tmp_path, special):
+    theirs = ByteLevelBPETokenizer()
+    theirs.train_from_iterator(HARD_TEXT * 3 + NOISE, vocab_size=400, special_tokens=special)
+    return theirs
+
+
+def test_vocab_and_merges_of_a_tokenizer_trained_elsewhere(tmp_path):
+    theirs = trained(tmp_path, ["<s>", "<|endoftext|>"])  # its special tokens come first
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    whole = load_tokenizer(tmp_path)
+    assert (whole.first_id, whole.end_of_text) == (2, 1)
+    (tmp_path / "pair").mkdir()
+    other = trained(tmp_path, ["<|endoftext|>"])
+    other.save_model(str(tmp_path / "pair"))
+    pair = load_tokenizer(tmp_path / "pair")
+    for mine, its in ((whole, theirs), (pair, other)):
+        for text in [*HARD_TEXT, *NOISE]:
+            if "<|endoftext|>" not in text:
+                assert mine.encode(text).tolist() == its.encode(text).ids, repr(text)
+
+
+def test_a_folder_without_a_tokenizer_has_the_released_one(released, tmp_path):
+    assert tokenizers.fingerprint(load_tokenizer(tmp_path)) == tokenizers.fingerprint(released)
+
+
+def test_the_models_own_end_of_text_counts(folder):
+    assert load_tokenizer(folder, end_of_text=50256).end_of_text == 50256
+    theirs = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    theirs.add_special_tokens(["<|end|>"])
+    theirs.save(str(folder / "tokenizer.json"))
+    assert load_tokenizer(folder, end_of_text=50257).end_of_text == 50257
+
+
+def changed(content, how):
+    model, added = content["model"], content["added_tokens"]
+    match how:
+        case "unigram":
+            model["type"] = "Unigram"
+        case "prefix space":
+            content["pre_tokenizer"]["add_prefix_space"] = True
+        case "normalizer":
+            content["normalizer"] = {"type": "NFC"}
+        case "lstrip":
+            added.append(
+                added[0] | {"id": 50257, "content": "<m>", "special": False, "lstrip": True}
+            )
+        case "merge order":
+            model["merges"][10], model["merges"][11] = model["merges"][11], model["merges"][10]
+        case "gap":
+            added[0]["id"] = 60000
+        case "no end":
+            added.clear()
+        case "lacks a byte":
+            model["vocab"]["spare"] = model["vocab"].pop("!")
+        case "no model":
+            del content["model"]
+    return content
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("unigram", "has model.type 'Unigram', and GPT-2's tokenizer has 'BPE'"),
+        ("prefix space", "add_prefix_space True"),
+        ("normalizer", "has normalizer {'type': 'NFC'}"),
+        ("lstrip", "has the added token '<m>' with lstrip"),
+        ("merge order", "merges in another order than its ids"),
+        ("gap", "gaps in its ids"),
+        ("no end", "no token for the end of a text"),
+        ("lacks a byte", "lacks some of the 256 bytes"),
+        ("no model", "is broken .KeyError"),
+    ],
+)
+def test_a_tokenizer_whose_ids_could_differ_is_refused(how, said, folder):
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(changed(json.loads(path.read_text()), how)))
+    with pytest.raises(UsageError, match=said):
+        load_tokenizer(folder)
