@@ -115,6 +115,22 @@ def test_a_killed_save_is_no_checkpoint(run, tiny_model, monkeypatch):
         assert checkpoints.find(run, "last").step == 30
 
 
+def test_a_checkpoint_is_flushed_to_disk_before_it_has_its_name(tmp_path, tiny_model, monkeypatch):
+    flushed = []
+    flush = checkpoints._flush
+
+    def record(path):
+        flushed.append((path.name, folder(tmp_path, 1).exists()))
+        flush(path)
+
+    monkeypatch.setattr(checkpoints, "_flush", record)
+    checkpoints.save(tmp_path, 1, model=tiny_model, training={}, metrics={})
+    before = {name for name, named in flushed if not named}
+    assert {"model.safetensors", "training.pt", "meta.json"} < before
+    assert any(name.startswith(".step-00000001-") for name in before)
+    assert flushed[-1] == ("checkpoints", True)
+
+
 def test_a_temporary_folder_that_a_kill_left_is_no_checkpoint(run):
     shutil.copytree(folder(run, 30), run / "checkpoints" / ".step-00000040-abc")
     (run / "last").write_text("step-00000040\n")

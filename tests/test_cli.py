@@ -90,6 +90,21 @@ def test_the_same_seed_gives_the_same_text(capsys):
     assert sampled(capsys, *words)[1].out != sampled(capsys, *words, "--seed", "4")[1].out
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_model_is_loaded_in_the_precision_that_is_asked_for(precision, capsys, monkeypatch):
+    from gpt.interop import load as loading
+
+    dtypes, load_model = [], loading.checkpoints.load_model
+
+    def record(checkpoint, **options):
+        dtypes.append(options["dtype"])
+        return load_model(checkpoint, **options)
+
+    monkeypatch.setattr(loading.checkpoints, "load_model", record)
+    sampled(capsys, "--prompt", "ROMEO:", "--max_new_tokens", "3", "--precision", precision)
+    assert [str(dtype) for dtype in dtypes] == [f"torch.{precision}"]
+
+
 def test_samples_are_shown_with_their_prompt_and_apart(capsys):
     words = ["--prompt", "ROMEO:", "--max_new_tokens", "20", "--num_samples", "3"]
     status, output = sampled(capsys, *words)

@@ -5,7 +5,7 @@ import pytest
 from gpt.config import DataConfig, UsageError
 from gpt.data import corpus as corpora
 from gpt.data.prepare import prepare
-from gpt.data.tokenizer import decode
+from gpt.data.tokenizer import CharTokenizer, decode
 
 
 def texts(prepared):
@@ -76,6 +76,16 @@ def test_an_empty_text_is_refused(source, tmp_path):
         path.touch()
     with pytest.raises(UsageError, match="has no text in it"):
         prepare(DataConfig(source=str(path)), tmp_path / "cache")
+
+
+def test_a_given_tokenizer_takes_the_place_of_the_configurations(text_file, tmp_path):
+    given = CharTokenizer(text_file.read_text() + "@#")
+    config = DataConfig(source=str(text_file))
+    own = prepare(config, tmp_path / "cache")
+    other = prepare(config, tmp_path / "cache", tokenizer=given)
+    assert other.tokenizer.vocab_size == own.tokenizer.vocab_size + 2
+    assert other.train.path != own.train.path
+    assert texts(other) == texts(own)
 
 
 def test_progress_rises_to_one(text_file, tmp_path, monkeypatch):

@@ -24,6 +24,8 @@ from gpt.config import (
 from gpt.data.prepare import prepare
 from gpt.interop.load import load
 from gpt.training.loop import Trainer, train
+from gpt.training.schedule import learning_rate_factor
+from gpt.training.state import restore
 
 
 @pytest.fixture
@@ -382,3 +384,85 @@ def test_a_run_may_start_from_hugging_faces_gpt2(config, tmp_path):
     assert "gpt2 tokenizer" in output
     _, tokenizer = load(config.run)
     assert tokenizer.vocab_size == 50257
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_each_step_has_the_schedules_rate(schedule, config):
+    config = change(change(config, "log", every=1), "optimizer", schedule=schedule)
+    run(config)
+    rates = [r["learning_rate"] for r in records(config) if "learning_rate" in r]
+    expected = [
+        config.optimizer.learning_rate
+        * learning_rate_factor(step, max_steps=12, config=config.optimizer)
+        for step in range(12)
+    ]
+    assert rates == pytest.approx(expected)
+
+
+def test_a_step_clips_the_gradients(config):
+    trainer = trainer_of(change(config, "training", gradient_clip=0.01))
+    trainer.optimizers = []  # so that the gradients stay
+    _, norm = trainer.update()
+    clipped = torch.nn.utils.get_total_norm([p.grad for p in trainer.model.parameters()])
+    assert norm > 0.1
+    assert clipped.item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_float16s_gradients_are_unscaled_before_they_are_clipped(config):
+    config = change(config, "model", dropout=0.0)
+    norms = [
+        trainer_of(change(config, "training", precision=precision)).update()[1].item()
+        for precision in ("float32", "float16")
+    ]
+    assert norms[1] == pytest.approx(norms[0], rel=0.05)
+
+
+def test_the_forward_runs_in_the_precision_that_is_asked_for(config):
+    for precision in ("float32", "bfloat16", "float16"):
+        trainer = trainer_of(change(config, "training", precision=precision))
+        seen = []
+        trainer.model.head.register_forward_hook(
+            lambda m, i, out, seen=seen: seen.append(out.dtype)
+        )
+        trainer.update()
+        assert set(seen) == {getattr(torch, precision)}
+
+
+def test_the_best_loss_and_the_loss_scale_outlive_a_stop(config):
+    config = change(config, "training", precision="float16")
+    result, _ = run(config)
+    found = checkpoints.find(config.run, "last")
+    data = prepare(config.data, config.cache_dir)
+    resolved = dataclasses.replace(config, model=found.model)
+    resumed = Trainer(resolved, data, checkpoint=found)
+    assert resumed.best_loss == result.best_loss
+    state = checkpoints.load_training(found)
+    state["scaler"]["scale"] = 1234.0
+    restore(state, resumed.optimizers, resumed.scaler)
+    assert resumed.scaler.get_scale() == 1234.0
+
+
+def test_what_is_logged_is_the_mean_loss_and_the_speed_of_training_alone(config, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("gpt.training.loop.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("gpt.training.loop.peak_flops", lambda device: 1e9)
+    evaluate = Trainer.evaluate
+
+    def slow_evaluation(self, *arguments):
+        clock[0] += 100
+        return evaluate(self, *arguments)
+
+    def two_second_step(self):
+        clock[0] += 2
+        self.step += 1
+        return torch.tensor(float(self.step)), torch.tensor(1.0)
+
+    monkeypatch.setattr(Trainer, "evaluate", slow_evaluation)
+    monkeypatch.setattr(Trainer, "update", two_second_step)
+    config = change(config, "log", every=3)
+    run(config)
+    logged = [r for r in records(config) if "loss" in r]
+    assert [r["loss"] for r in logged] == [2.0, 5.0, 8.0, 11.0]
+    assert [r["tokens_per_second"] for r in logged] == [64.0] * 4
+    flops = checkpoints.load_model(checkpoints.find(config.run)).flops_per_token()
+    assert [r["mfu"] for r in logged] == pytest.approx([64 * flops / 1e9] * 4)

@@ -36,9 +36,10 @@ def test_muon_takes_the_blocks_matrices_and_adamw_the_rest(tiny_model):
     }
 
 
-def test_adamw_is_fused(tiny_model):
-    [adamw] = make_optimizers(tiny_model, OptimizerConfig())
+def test_adamw_is_fused_and_has_the_betas_that_are_asked_for(tiny_model):
+    [adamw] = make_optimizers(tiny_model, OptimizerConfig(beta1=0.8, beta2=0.97))
     assert all(group["fused"] for group in adamw.param_groups)
+    assert {group["betas"] for group in adamw.param_groups} == {(0.8, 0.97)}
 
 
 def test_the_schedule_scales_each_groups_own_highest_rate(tiny_model):
