@@ -1,14 +1,16 @@
-"""Weights in Hugging Face's files, read tensor by tensor: safetensors or pickles, whole or sharded.
+"""Weights in Hugging Face's files, read in pieces: safetensors or pickles, whole or sharded.
 
-A file is mapped into memory, and mapped anew after each 32 MB that were read from it: what was
-converted does not stay resident, so the peak is the weights' own size and little more.
+A file is mapped into memory, and mapped anew after each 16 MB that were read from it: what was
+copied does not stay resident, so the peak is the weights' own size and little more.
 """
 
+import itertools
 import json
+import math
 import pickle
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,7 +19,7 @@ from torch import Tensor
 from gpt.config import UsageError
 
 WHOLE = ("model.safetensors", "pytorch_model.bin")
-MAPPED_BYTES = 32 << 20
+MAPPED_BYTES = 16 << 20
 
 
 class WeightFiles:
@@ -26,27 +28,49 @@ class WeightFiles:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.files: dict[str, Path] = {}
+        self.shapes: dict[str, list[int]] = {}
+        self._files: dict[str, Path] = {}
         for name in WHOLE:
             if (path := folder / name).exists():
-                self.files = dict.fromkeys(_names(path), path)
+                self.shapes = _shapes(path)
+                self._files = dict.fromkeys(self.shapes, path)
                 return
             if (index := folder / f"{name}.index.json").exists():
-                self.files = _sharded(folder, index)
+                self._files, self.shapes = _sharded(folder, index)
                 return
         wanted = ", ".join(WHOLE)
         raise UsageError(f"{folder} has no weights in it: none of {wanted}, nor an index of shards")
 
-    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """The named tensors on the CPU, mapped: to be copied before the next one is asked for."""
-        by_file: dict[Path, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self.files[name], []).append(name)
-        for path, wanted in by_file.items():
-            yield from _read(path, wanted)
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, int, Tensor]]:
+        """Each named tensor in pieces of whole rows, with the number of the first row.
+
+        A piece is on the CPU and mapped: to be copied before the next one is asked for.
+        """
+        for path, group in itertools.groupby(names, self._files.__getitem__):
+            pieces = [piece for name in group for piece in self._pieces(name)]
+            while pieces:
+                n = sum(1 for total in itertools.accumulate(p.size for p in pieces)
+                        if total <= MAPPED_BYTES) or 1  # fmt: skip
+                yield from _read(path, pieces[:n])
+                pieces = pieces[n:]
+
+    def _pieces(self, name: str) -> Iterator["_Piece"]:
+        rows, *rest = self.shapes[name] or [1]
+        row_bytes = 4 * math.prod(rest)
+        step = max(1, MAPPED_BYTES // max(1, row_bytes))
+        for start in range(0, rows, step):
+            end = min(rows, start + step)
+            yield _Piece(name, start, end, (end - start) * row_bytes)
 
 
-def _sharded(folder: Path, index: Path) -> dict[str, Path]:
+class _Piece(NamedTuple):
+    name: str
+    start: int
+    end: int
+    size: int
+
+
+def _sharded(folder: Path, index: Path) -> tuple[dict[str, Path], dict[str, list[int]]]:
     try:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(places.values()))
@@ -55,41 +79,33 @@ def _sharded(folder: Path, index: Path) -> dict[str, Path]:
     for name in names:
         if Path(name).name != name or not (folder / name).exists():
             raise UsageError(f"the index {index} names {name!r}, which is not beside it")
-    held = {name: set(_names(folder / name)) for name in names}
+    held = {name: _shapes(folder / name) for name in names}
     for tensor, name in places.items():
         if tensor not in held[name]:
             raise UsageError(f"the index {index} has {tensor} in {name}, which does not have it")
-    return {tensor: folder / name for tensor, name in places.items()}
+    files = {tensor: folder / name for tensor, name in places.items()}
+    return files, {tensor: held[name][tensor] for tensor, name in places.items()}
 
 
-def _names(path: Path) -> list[str]:
+def _shapes(path: Path) -> dict[str, list[int]]:
+    if path.suffix != ".safetensors":
+        return {name: list(tensor.shape) for name, tensor in _unpickled(path).items()}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"the weights {path} cannot be read: {error}") from None
+
+
+def _read(path: Path, pieces: list[_Piece]) -> Iterator[tuple[str, int, Tensor]]:
     if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="pt") as file:
-                return list(file.keys())
-        except (SafetensorError, OSError) as error:
-            raise UsageError(f"the weights {path} cannot be read: {error}") from None
-    return list(_unpickled(path))
-
-
-def _read(path: Path, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-    start = 0
-    while start < len(names):
-        seen, end = 0, start
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                while end < len(names) and seen < MAPPED_BYTES:
-                    tensor = file.get_tensor(names[end])
-                    yield names[end], tensor
-                    seen, end = seen + tensor.nbytes, end + 1
-        else:
-            tensors = _unpickled(path)
-            while end < len(names) and seen < MAPPED_BYTES:
-                tensor = tensors[names[end]]
-                yield names[end], tensor
-                seen, end = seen + tensor.nbytes, end + 1
-            del tensors, tensor
-        start = end
+        with safe_open(path, framework="pt") as file:
+            for name, start, end, _ in pieces:
+                yield name, start, file.get_slice(name)[start:end]
+    else:
+        tensors = _unpickled(path)
+        for name, start, end, _ in pieces:
+            yield name, start, tensors[name][start:end]
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:

@@ -29,47 +29,46 @@ def load_folder(
         raise UsageError(f"{folder / 'config.json'} is broken ({error})") from None
     with torch.device("meta"):
         model = GPT(config)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     files = WeightFiles(folder)
-    names = _matched(folder, files, shapes, tied=config.tie_embeddings)
-    weights = {}
-    for theirs, tensor in files.read(names):
+    names = _matched(folder, files, model)
+    weights = {
+        name: torch.empty(model.get_parameter(name).shape, dtype=dtype, device=device)
+        for name in names.values()
+    }
+    for theirs, row, piece in files.read(names):
         name = names[theirs]
-        tensor = tensor.T if is_transposed(name) else tensor
-        if tensor.shape != shapes[name]:
-            raise UsageError(
-                f"the tensor {theirs} in {folder} has the shape {_stored(tensor, name)}, and its "
-                f"config.json makes it {_stored(torch.empty(shapes[name], device='meta'), name)}"
-            )
-        weights[name] = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
+        stored = weights[name].T if is_transposed(name) else weights[name]
+        stored[row : row + len(piece)] = piece
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     return model.requires_grad_(True).eval()
 
 
-def _matched(
-    folder: Path, files: WeightFiles, shapes: dict[str, torch.Size], *, tied: bool
-) -> dict[str, str]:
+def _matched(folder: Path, files: WeightFiles, model: GPT) -> dict[str, str]:
     """Their name of each tensor that is needed, to this project's; every tensor has to be known."""
-    ours = {hugging_face_name(name): name for name in shapes}
+    parameters = dict(model.named_parameters())
+    ours = {hugging_face_name(name): name for name in parameters}
     names = {}
-    for theirs in files.files:
+    for theirs, shape in files.shapes.items():
         bare = theirs.removeprefix("transformer.")
         if bare in ours:
             names[theirs] = ours[bare]
-        elif not is_buffer(bare) and not (tied and bare == "lm_head.weight"):
+            wanted = list(parameters[ours[bare]].shape)
+            wanted = wanted[::-1] if is_transposed(ours[bare]) else wanted
+            if shape != wanted:
+                raise UsageError(
+                    f"the tensor {theirs} in {folder} has the shape {shape}, and its config.json "
+                    f"makes it {wanted}"
+                )
+        elif not is_buffer(bare) and not (model.config.tie_embeddings and bare == "lm_head.weight"):
             raise UsageError(f"the weights in {folder} have {theirs}, which GPT-2 does not have")
-    missing = sorted(set(ours.values()) - set(names.values()))
+    missing = sorted(set(parameters) - set(names.values()))
     if missing:
         raise UsageError(
             f"the weights in {folder} lack {hugging_face_name(missing[0])}"
             + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
         )
     return names
-
-
-def _stored(tensor: Tensor, name: str) -> list[int]:
-    return list(tensor.shape)[::-1] if is_transposed(name) else list(tensor.shape)
 
 
 def exported(model: GPT) -> Iterator[tuple[str, Tensor]]:
