@@ -26,14 +26,15 @@ class GPT(nn.Module):
         if config.vocab_size < 1:
             raise ValueError("model.vocab_size is 0, and a model needs at least 1 token")
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
-        self.position = nn.Embedding(config.context_length, config.n_embd)
+        self.embed = _table(torch.empty(config.vocab_size, config.n_embd))
+        self.position = _table(torch.empty(config.context_length, config.n_embd))
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie_weights()
-        self.initialise()
+        if not self.embed.weight.is_meta:
+            self.initialise()
 
     def forward(
         self, tokens: Tensor, *, cache: KVCache | None = None, last_only: bool = False
@@ -93,7 +94,7 @@ class GPT(nn.Module):
                 f"({self.config.context_length})"
             )
         self.config = dataclasses.replace(self.config, context_length=context_length)
-        self.position = _table(self.position.weight[:context_length])
+        self.position = _table(self.position.weight[:context_length].clone())
 
     @torch.no_grad()
     def resize_vocabulary(self, vocab_size: int) -> None:
@@ -149,7 +150,10 @@ class GPT(nn.Module):
 
 
 def _table(rows: Tensor) -> nn.Embedding:
-    table: nn.Embedding = nn.Embedding.from_pretrained(rows.clone(), freeze=False)
+    """An embedding of ``rows``: the usual way draws weights first, which on ``meta`` takes a
+    second.
+    """
+    table: nn.Embedding = nn.Embedding.from_pretrained(rows, freeze=False)
     return table
 
 
