@@ -7,6 +7,7 @@ What is heavy is imported by the command that needs it, after its words were und
 with ``GPT_TRACEBACK=1`` in the environment, in Python's traceback.
 """
 
+import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -169,12 +170,9 @@ def _training_sample(config: TrainConfig, model: "GPT", tokenizer: "Tokenizer") 
     from gpt.generation.text import generate
 
     prompt = config.evaluation.sample_prompt
-    training = model.training
-    model.eval()
     [text] = generate(
         model, tokenizer, prompt, max_new_tokens=config.evaluation.sample_tokens, seed=SAMPLE_SEED
     )
-    model.train(training)
     return prompt + text
 
 
@@ -227,9 +225,9 @@ def _write_samples(config: SampleConfig, loaded: "Loaded", prompt: str) -> None:
 
     waiting = [prompt] * config.num_samples
     pieces = stream_samples(loaded.model, loaded.tokenizer, prompt, config)
+    first = next(pieces, (0, ""))  # a prompt that cannot be continued is not shown
     sys.stdout.write(prompt)
-    sys.stdout.flush()
-    for row, piece in pieces:
+    for row, piece in itertools.chain([first], pieces):
         if row == 0:
             sys.stdout.write(piece)
             sys.stdout.flush()

@@ -161,7 +161,8 @@ class TrainingConfig:
             training__batch_tokens=self.batch_tokens,
             training__micro_batch_size=self.micro_batch_size,
         )
-        _at_least(0, training__gradient_clip=self.gradient_clip, training__seed=self.seed)
+        _at_least(0, training__gradient_clip=self.gradient_clip)
+        _in_range(0, 2**63 - 1, training__seed=self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,6 +303,11 @@ class SamplingConfig:
     """Draw among the fewest likeliest tokens whose probabilities reach p."""
 
     def __post_init__(self) -> None:
+        if 0 < self.temperature < 1e-5:
+            raise UsageError(
+                f"temperature is {self.temperature}, and must be 0 (the likeliest token) or at "
+                "least 1e-05"
+            )
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
             raise UsageError(
                 f"temperature is {self.temperature}, and must be a number of at least 0"
@@ -320,7 +326,7 @@ class GenerationConfig(SamplingConfig):
     num_samples: int = 1
     """Continuations of the same prompt; it goes through the model once."""
     stop: tuple[str, ...] = ()
-    """Texts at which a sample ends; they are not shown."""
+    """One or more texts at which a sample ends; they are not shown."""
     past_context: Literal["slide", "stop"] = "slide"
     """When the context is full: slide re-reads its newer half and goes on, stop ends the text."""
     seed: int | None = None
@@ -332,7 +338,7 @@ class GenerationConfig(SamplingConfig):
         if "" in self.stop:
             raise UsageError("stop has an empty text in it, and each must have a character")
         if self.seed is not None:
-            _at_least(0, seed=self.seed)
+            _in_range(0, 2**63 - 1, seed=self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -432,16 +438,13 @@ def parse(schema: type[T], arguments: Sequence[str], *, prog: str, toml: Path | 
     if words and words[0].endswith(".toml"):
         toml = Path(words.pop(0))
     tokens = list(toml_tokens(toml)) if toml else []
-
-    def read(prog: str, words: list[str]) -> T:
-        required_are_positional = (tyro.conf.PositionalRequiredArgs,)
-        return tyro.cli(
-            schema, prog=prog, args=words, use_underscores=True, config=required_are_positional
-        )
-
-    if tokens:  # alone first, so that a mistake in the file is told under the file's name
-        read(str(toml), tokens)
-    return read(f"{prog} [CONFIG.toml]" if toml else prog, [*tokens, *words])
+    return tyro.cli(
+        schema,
+        prog=f"{prog} {toml}" if toml else prog,
+        args=[*tokens, *words],
+        use_underscores=True,
+        config=(tyro.conf.PositionalRequiredArgs,),
+    )
 
 
 def toml_tokens(path: Path) -> Iterator[str]:

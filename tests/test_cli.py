@@ -160,6 +160,7 @@ def test_a_mistake_gets_one_sentence_and_status_2(words, said, capsys, tmp_path,
     assert said in output.err
     assert output.err.startswith("sample.py: ")
     assert output.err.count("\n") == 1
+    assert output.out == ""
     monkeypatch.setenv("GPT_TRACEBACK", "1")
     with pytest.raises(ValueError, match=re.escape(said)):
         sampled(capsys, *words)

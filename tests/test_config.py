@@ -10,6 +10,7 @@ from gpt.config import (
     SampleConfig,
     SamplingConfig,
     TrainConfig,
+    TrainingConfig,
     UsageError,
     parse,
     to_toml,
@@ -121,6 +122,9 @@ def test_a_toml_that_cannot_be_read_is_named(text, said, tmp_path):
         (ModelConfig, {"context_length": 0}, "model.context_length"),
         (SamplingConfig, {"temperature": -0.1}, "temperature"),
         (SamplingConfig, {"temperature": float("inf")}, "temperature"),
+        (SamplingConfig, {"temperature": 1e-40}, "temperature"),
+        (SampleConfig, {"seed": 2**64}, "seed"),
+        (TrainingConfig, {"seed": 2**64}, "training.seed"),
         (SamplingConfig, {"top_k": -1}, "top_k"),
         (SamplingConfig, {"top_p": 0.0}, "top_p"),
         (SamplingConfig, {"top_p": 1.5}, "top_p"),
@@ -146,3 +150,10 @@ def test_a_run_is_named_for_its_source():
     config = parse(TrainConfig, ["--data.source", "books/my_book.txt"], prog="train.py")
     assert config.run == Path("runs/my_book")
     assert config.cache_dir == Path("runs/my_book/data")
+
+
+def test_a_toml_needs_to_make_sense_only_with_the_command_line(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("[model]\ncontext_length = 100\n")
+    config = parse(TrainConfig, [str(path), "--training.batch_tokens=1600"], prog="train.py")
+    assert (config.model.context_length, config.training.batch_tokens) == (100, 1600)

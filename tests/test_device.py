@@ -59,6 +59,7 @@ def test_auto_precision_is_bfloat16_where_the_hardware_multiplies_it(
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("NVIDIA L40S", 362e12),
         ("NVIDIA L4", 121e12),
+        ("NVIDIA L40", 181e12),
         ("Some other GPU", None),
     ],
 )

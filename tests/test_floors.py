@@ -70,3 +70,4 @@ def test_configuration_and_command_line_do_not_load_torch(module):
 
 def test_every_public_name_is_importable():
     assert all(getattr(gpt, name) is not None for name in gpt.__all__)
+    assert set(gpt.__all__) <= set(dir(gpt))

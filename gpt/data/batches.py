@@ -45,8 +45,8 @@ class Windows:
         if len(shard) <= context_length:
             raise UsageError(
                 f"{shard.path} has {len(shard):,} tokens, and one window of model.context_length "
-                f"{context_length} needs {context_length + 1:,}: the text is too short, or the "
-                "context too long"
+                f"{context_length} needs {context_length + 1:,}: give a longer text, a shorter "
+                "context, or another data.validation_fraction"
             )
         self.ids = shard.ids
         self.context_length = context_length

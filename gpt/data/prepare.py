@@ -25,6 +25,7 @@ from gpt.data.shards import Shard, ShardWriter, read_shard
 from gpt.data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Ids, Tokenizer
 
 Split = Literal["train", "validation"]
+FILES = ("tokenizer.json", "train.bin", "validation.bin")
 Progress = Callable[[float], None]
 """Told the share of the work that is done, from 0 to 1."""
 
@@ -56,7 +57,8 @@ def prepare(
     if tokenizer:
         key.update(tokenizers.fingerprint(tokenizer))
     folder = cache_dir / f"{Path(config.source).stem}-{kind}-{key.hexdigest()[:12]}"
-    if not folder.exists():
+    if not all((folder / name).exists() for name in FILES):
+        shutil.rmtree(folder, ignore_errors=True)  # of which a part was deleted
         cache_dir.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=".preparing-", dir=cache_dir))
         try:

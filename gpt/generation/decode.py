@@ -37,8 +37,9 @@ def decode(
     """New tokens for ``prompt`` ``[B, T]``, a tensor ``[B * num_samples]`` at a time.
 
     ``choose`` takes the logits of the next token, ``[B * num_samples, V]``, and gives the tokens.
-    The samples of a prompt share its prefill. Under ``stop`` a prompt longer than the context
-    raises ``UsageError``; under ``slide`` its last ``context_length`` tokens count.
+    The samples of a prompt share its prefill. The model is in evaluation mode meanwhile. Under
+    ``stop`` a prompt longer than the context raises ``UsageError``; under ``slide`` its last
+    ``context_length`` tokens count.
     """
     context = model.config.context_length
     if past_context == "stop" and prompt.shape[1] > context:
@@ -46,6 +47,23 @@ def decode(
             f"the prompt has {prompt.shape[1]:,} tokens, and the model's context_length is "
             f"{context:,}; shorten it, or let past_context be 'slide'"
         )
+    training = model.training
+    model.eval()
+    try:
+        yield from _decode(model, prompt, max_new_tokens, choose, num_samples, past_context)
+    finally:
+        model.train(training)
+
+
+def _decode(
+    model: GPT,
+    prompt: Tensor,
+    max_new_tokens: int,
+    choose: Callable[[Tensor], Tensor],
+    num_samples: int,
+    past_context: PastContext,
+) -> Iterator[Tensor]:
+    context = model.config.context_length
     seen = prompt[:, -context:]
     capacity = min(context, seen.shape[1] + max_new_tokens)
     cache = model.new_cache(len(seen), capacity=capacity)

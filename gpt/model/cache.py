@@ -85,6 +85,8 @@ class KVCache:
         """Row ``i`` becomes what row ``rows[i]`` was; ``rows`` ``[B]`` of int64 (a beam's
         parents).
         """
+        if rows.shape != (self.batch_size,):
+            raise ValueError(f"rows is of {list(rows.shape)}, and must name {self.batch_size} rows")
         for memory in (self.keys, self.values):
             used = memory[:, :, :, : self.length]
             used.copy_(used.index_select(1, rows))
@@ -93,6 +95,8 @@ class KVCache:
         """A new cache with each sequence ``n`` times, side by side: one prefill, ``n``
         continuations.
         """
+        if n < 1:
+            raise ValueError(f"cannot expand a cache by {n}")
         other = object.__new__(type(self))
         L, B, H, S, D = self.keys.shape
         other.keys, other.values = (

@@ -6,6 +6,7 @@ is the weights, the optimizers' state, the random state, and the step's number.
 
 import dataclasses
 import math
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,7 +33,13 @@ from gpt.training.metrics import Record, Reporter, as_settings
 from gpt.training.optimizer import clip_gradients, make_optimizers, set_learning_rate
 from gpt.training.precision import autocast, loss_scaler
 from gpt.training.schedule import learning_rate_factor
-from gpt.training.setup import checkpoint_to_resume, resolve, take_initial_model
+from gpt.training.setup import (
+    checkpoint_to_resume,
+    identity,
+    resolve,
+    take_initial_model,
+    write_run_files,
+)
 from gpt.training.validation import score
 
 Sample = Callable[[GPT, Tokenizer], str]
@@ -70,6 +77,7 @@ def train(config: TrainConfig, *, console: Console, sample: Sample | None = None
     config = resolve(config, data, checkpoint)
     model = initial.model if initial else None
     trainer = Trainer(config, data, checkpoint=checkpoint, model=model, say=say)
+    write_run_files(config, data.tokenizer)
     for line in trainer.describe():
         say(line)
     with Reporter(
@@ -84,7 +92,7 @@ def train(config: TrainConfig, *, console: Console, sample: Sample | None = None
     if result.interrupted:
         say(
             f"stopped at step {result.step:,}, which is saved; go on with: "
-            f"python train.py {config.run / 'config.toml'} --resume"
+            f"python train.py {shlex.quote(str(config.run / 'config.toml'))} --resume"
         )
     else:
         say(draw_curve(config.run / "metrics.jsonl"))
@@ -128,17 +136,21 @@ class Trainer:
         self.step, self.best_loss = 0, math.inf
         if checkpoint is not None:
             learned = checkpoints.load_training(checkpoint)
-            state.restore(learned, self.optimizers, self.scaler)
+            state.restore(
+                learned, self.optimizers, self.scaler, identity=identity(config, data.train)
+            )
             self.step, self.best_loss = checkpoint.step, learned["best_loss"]
 
     def run(self, reporter: Reporter, sample: Sample | None) -> Result:
         """Train to ``max_steps``, or to the first Ctrl-C."""
         config, last = self.config, self.config.training.max_steps
         losses: list[Tensor] = []
-        if self.step == 0:  # what is learned is seen against it, and a wrong setting comes to light
-            self.evaluate(reporter, sample)
-        clock = time.monotonic()
         with Interrupt() as interrupt:
+            if (
+                self.step == 0
+            ):  # what is learned is seen against it, and wrong settings come to light
+                self.evaluate(reporter, sample)
+            clock = time.monotonic()
             while self.step < last and not interrupt.requested:
                 step_loss, norm = self.update()
                 losses.append(step_loss)
@@ -150,6 +162,8 @@ class Trainer:
                     losses, clock = [], time.monotonic()
 
                 paused = time.monotonic()
+                if interrupt.requested or self.is_saved_at(self.step):
+                    self.check_finite(step_loss, norm)
                 if self.step % config.evaluation.every == 0 or self.step == last:
                     loss = self.evaluate(reporter, sample)
                     best = loss < self.best_loss
@@ -191,11 +205,7 @@ class Trainer:
 
     def record(self, loss: float, norm: Tensor, tokens_per_second: float) -> Record:
         """What is logged of the steps since the last record."""
-        if not math.isfinite(loss):
-            raise UsageError(
-                f"the loss is {loss} at step {self.step}: training has diverged, and the "
-                "checkpoints are from before it; try a lower optimizer.learning_rate"
-            )
+        self.check_finite(torch.tensor(loss), norm)
         record = {
             "step": self.step,
             "loss": loss,
@@ -204,10 +214,24 @@ class Trainer:
             "tokens": self.step * self.config.training.batch_tokens,
             "tokens_per_second": tokens_per_second,
         }
-        peak = peak_flops(self.device)
+        peak = peak_flops(self.device) if self.dtype != torch.float32 else None
         if peak is not None:
             record["mfu"] = tokens_per_second * self.model.flops_per_token() / peak
         return record
+
+    def is_saved_at(self, step: int) -> bool:
+        """Whether a checkpoint is due after ``step`` steps."""
+        every = (self.config.evaluation.every, self.config.checkpoint.every)
+        return step == self.config.training.max_steps or any(n and step % n == 0 for n in every)
+
+    def check_finite(self, loss: Tensor, norm: Tensor) -> None:
+        """Raise ``UsageError`` if training has diverged: what is not a number is never saved."""
+        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+            raise UsageError(
+                f"the loss is {loss.item()} and the gradient's norm {norm.item()} at step "
+                f"{self.step}: training has diverged, and the checkpoints are from before it; try "
+                "a lower optimizer.learning_rate"
+            )
 
     def evaluate(self, reporter: Reporter, sample: Sample | None) -> float:
         """The model's loss on the held-out text, reported with a sample of its own."""
@@ -220,6 +244,7 @@ class Trainer:
             device=self.device,
             autocast=self.autocast,
         )
+        self.check_finite(torch.tensor(result.loss), torch.zeros(()))
         record = {
             "step": self.step,
             "validation_loss": result.loss,
@@ -240,7 +265,12 @@ class Trainer:
             run,
             self.step,
             model=self.model,
-            training=state.capture(self.optimizers, self.scaler, best_loss=self.best_loss),
+            training=state.capture(
+                self.optimizers,
+                self.scaler,
+                best_loss=self.best_loss,
+                identity=identity(self.config, self.data.train),
+            ),
             metrics=metrics or {},
         )
         checkpoints.point(run, "last", path)

@@ -13,7 +13,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from gpt.config import LogConfig
+from gpt.config import LogConfig, UsageError
 
 Record = dict[str, Any]
 
@@ -40,12 +40,12 @@ class Reporter:
         self._start = time.monotonic()
         self._smooth = Smoothed()
         self._validation = math.nan
-        path = run / "metrics.jsonl"
-        drop_later_records(path, first_step)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
         self._wandb = _start_wandb(run, config, settings) if config.wandb != "off" else None
+        path = run / "metrics.jsonl"
+        drop_later_records(path, first_step or -1)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
         self._progress = Progress(
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=6),
             TextColumn("{task.description}"),
             console=console,
             transient=True,
@@ -74,11 +74,12 @@ class Reporter:
         """
         self._write(record)
         self._smooth.add(record["loss"])
-        line = self._line(record)
+        parts = self._parts(record)
         if self._console.is_terminal:
+            line = " ".join(parts)  # narrow enough for 80 columns
             self._progress.update(self._task, completed=record["step"], description=line)
         else:
-            self.say(line)
+            self.say("step " + "  ".join(parts))
 
     def evaluation(self, record: Record, *, best: bool, sample: str) -> None:
         """An evaluation: ``step``, ``validation_loss``, ``bits_per_byte``; and the text of a
@@ -103,20 +104,19 @@ class Reporter:
         if self._wandb is not None:
             self._wandb.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
 
-    def _line(self, record: Record) -> str:
+    def _parts(self, record: Record) -> list[str]:
         step = record["step"]
         elapsed = time.monotonic() - self._start
         left = elapsed / (step - self._first_step) * (self._max_steps - step)
-        parts = [
-            f"step {step:>{len(str(self._max_steps))}}/{self._max_steps}",
+        return [
+            f"{step:>{len(str(self._max_steps))}}/{self._max_steps}",
             f"loss {self._smooth.value:.4f}",
             f"val {self._validation:.4f}" if self._validation == self._validation else "val   -   ",
-            f"lr {record['learning_rate']:.2e}",
+            f"lr {record['learning_rate']:.1e}",
             f"{record['tokens_per_second']:,.0f} tok/s",
             *([f"MFU {record['mfu']:.1%}"] if "mfu" in record else []),
-            f"{_clock(elapsed)} < {_clock(left)}",
+            f"{_clock(elapsed)}<{_clock(left)}",
         ]
-        return "  ".join(parts)
 
 
 class Smoothed:
@@ -152,14 +152,20 @@ def drop_later_records(path: Path, step: int) -> None:
 def _start_wandb(run: Path, config: LogConfig, settings: Record) -> Any:
     import wandb
 
-    return wandb.init(
-        project=config.wandb_project,
-        name=run.name,
-        dir=run,
-        mode="offline" if config.wandb == "offline" else "online",
-        config=settings,
-        settings=wandb.Settings(silent=True),
-    )
+    try:
+        return wandb.init(
+            project=config.wandb_project,
+            name=run.name,
+            dir=run,
+            mode="offline" if config.wandb == "offline" else "online",
+            config=settings,
+            settings=wandb.Settings(silent=True),
+        )
+    except wandb.Error as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(
+            f"log.wandb is {config.wandb!r}, and wandb cannot start: {reason}"
+        ) from error
 
 
 def _clock(seconds: float) -> str:

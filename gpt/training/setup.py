@@ -9,6 +9,8 @@ from gpt.checkpoint import Checkpoint
 from gpt.config import ModelConfig, TrainConfig, UsageError, to_toml
 from gpt.data import tokenizer as tokenizers
 from gpt.data.prepare import Prepared
+from gpt.data.shards import Shard
+from gpt.data.tokenizer import Tokenizer
 from gpt.interop.load import Loaded, load
 
 
@@ -46,8 +48,8 @@ def take_initial_model(
 
 
 def resolve(config: TrainConfig, data: Prepared, checkpoint: Checkpoint | None) -> TrainConfig:
-    """The configuration with every field known, written into the run's folder with the
-    tokenizer.
+    """The configuration with every field known; ``UsageError`` if it does not fit the
+    checkpoint.
     """
     tokenizer = data.tokenizer
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
@@ -67,10 +69,24 @@ def resolve(config: TrainConfig, data: Prepared, checkpoint: Checkpoint | None) 
                 f"{config.run} was trained with another tokenizer than {config.data.source} "
                 "has now: resume with the text and data.tokenizer that it was started with"
             )
+    return config
+
+
+def write_run_files(config: TrainConfig, tokenizer: Tokenizer) -> None:
+    """Write the resolved configuration and the tokenizer into the run's folder."""
     config.run.mkdir(parents=True, exist_ok=True)
     checkpoints.write_atomically(config.run / "tokenizer.json", tokenizers.to_json(tokenizer))
     checkpoints.write_atomically(config.run / "config.toml", to_toml(config))
-    return config
+
+
+def identity(config: TrainConfig, text: Shard) -> dict[str, str]:
+    """What makes a resumed run the same run: its text, the order of it, and its optimizer."""
+    return {
+        "the text of fingerprint": text.corpus.hex()[:12],
+        "training.seed": str(config.training.seed),
+        "training.batch_tokens": str(config.training.batch_tokens),
+        "optimizer.name": config.optimizer.name,
+    }
 
 
 def _check_same_model(run: Path, saved: ModelConfig, wanted: ModelConfig) -> None:

@@ -103,3 +103,12 @@ def test_shards_whose_tokenizer_was_changed_are_refused(text_file, tmp_path):
     (folder / "tokenizer.json").write_text('{"kind": "byte"}')
     with pytest.raises(UsageError, match="was made with tokenizer"):
         prepare(config, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", ["train.bin", "validation.bin", "tokenizer.json"])
+def test_a_file_that_was_deleted_is_prepared_again(name, text_file, tmp_path):
+    config = DataConfig(source=str(text_file))
+    first = prepare(config, tmp_path / "cache")
+    expected = texts(first)
+    (first.train.path.parent / name).unlink()
+    assert texts(prepare(config, tmp_path / "cache")) == expected

@@ -71,7 +71,6 @@ def test_nothing_of_a_stop_text_is_shown_and_nothing_else_is_lost(text, stop, sh
             return b"".join(text[chunk * i : chunk * (i + 1)].encode() for i in ids)
 
     n = -(-len(text) // chunk)
-    pieces = streamed(Chunks(""), range(n), stop) if n else []
     tokenizer = Chunks("")
     tokenizer.end_of_text = -1
     pieces = streamed(tokenizer, range(n), stop)

@@ -171,3 +171,11 @@ def test_grouped_query_attention_makes_the_cache_smaller():
     assert KVCache(config, capacity=2).keys.numel() * 4 == (
         KVCache(dataclasses.replace(config, n_kv_head=0), capacity=2).keys.numel()
     )
+
+
+def test_rows_and_copies_that_make_no_sense_are_refused(tiny_model):
+    cache = tiny_model.new_cache(3)
+    with pytest.raises(ValueError, match="rows is of .1., and must name 3 rows"):
+        cache.reorder(torch.tensor([1]))
+    with pytest.raises(ValueError, match="cannot expand a cache by 0"):
+        cache.expand(0)

@@ -18,6 +18,7 @@ HF_NAMES = {
     "embed": "transformer.wte",
     "position": "transformer.wpe",
     "norm": "transformer.ln_f",
+    "head": "lm_head",
     "attn_norm": "ln_1",
     "attn.qkv": "attn.c_attn",
     "attn.out": "attn.c_proj",
@@ -38,11 +39,14 @@ def with_hugging_face_weights(config: ModelConfig, seed: int = 0) -> tuple[GPT, 
             n_layer=config.n_layer,
             n_head=config.n_head,
             layer_norm_epsilon=config.norm_eps,
+            tie_word_embeddings=config.tie_embeddings,
         )
     )
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.normal_(std=0.3)
+        theirs.transformer.wpe.weight.mul_(10)  # so that the likeliest tokens vary
+        theirs.transformer.ln_f.bias.zero_()
     ours = GPT(config)
     state = theirs.state_dict()
     weights = {}

@@ -142,13 +142,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(optimizer, config):
     assert records(config)[-1]["validation_loss"] == records(whole)[-1]["validation_loss"]
 
 
-def test_dropout_draws_go_on_where_they_stopped(config):
-    """The claim above would hold for any random state if there were no dropout."""
-    assert config.model.dropout > 0
-    trainer = trainer_of(config)
-    assert not torch.equal(trainer.update()[0], trainer_of(config).update()[0] + 1)
-
-
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
 def test_accumulation_changes_no_gradient(micro_batch_size, config):
     config = change(config, "model", dropout=0.0)
@@ -253,6 +246,14 @@ def test_dropout_may_change_on_resuming(config):
     assert result.step == 14
 
 
+@pytest.fixture
+def default_sigint():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("default_sigint")
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(config, monkeypatch):
     update = Trainer.update
 
@@ -274,6 +275,7 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(config, monkeypatc
     assert_equal_weights(weights(config), weights(whole))
 
 
+@pytest.mark.usefixtures("default_sigint")
 def test_a_second_ctrl_c_does_not_wait_for_the_step(config, monkeypatch):
     def twice(self):
         os.kill(os.getpid(), signal.SIGINT)
@@ -286,9 +288,77 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(config, monkeypatch):
 
 def test_a_diverged_run_is_stopped_and_not_saved(config):
     config = change(config, "optimizer", learning_rate=1e30)
-    with pytest.raises(UsageError, match="loss is nan at step .*: training has diverged"):
+    with pytest.raises(UsageError, match="at step .*: training has diverged"):
         run(config)
     assert checkpoints.find(config.run, "last") is None
+
+
+@pytest.mark.parametrize("group", ["evaluation", "checkpoint"])
+def test_what_is_no_number_is_not_saved_even_when_it_is_not_logged(group, config):
+    run(change(config, "training", max_steps=4))
+    good = weights(config)
+    config = change(change(config, "log", every=1000), group, every=6)
+    config = change(config, "optimizer", learning_rate=1e30)
+    with pytest.raises(UsageError, match="training has diverged"):
+        run(dataclasses.replace(config, resume=True))
+    assert_equal_weights(weights(config), good)
+
+
+@pytest.mark.parametrize(
+    ("group", "values", "said"),
+    [
+        ("optimizer", {"name": "muon"}, "optimizer.name adamw, and cannot be resumed with muon"),
+        ("training", {"seed": 2}, "training.seed 1337, and cannot be resumed with 2"),
+        ("training", {"batch_tokens": 256}, "training.batch_tokens 128"),
+    ],
+)
+def test_what_would_make_another_run_is_refused_and_the_run_is_left_as_it_was(
+    group, values, said, config
+):
+    run(config)
+    before = (config.run / "config.toml").read_text()
+    with pytest.raises(UsageError, match=said):
+        run(dataclasses.replace(change(config, group, **values), resume=True))
+    assert (config.run / "config.toml").read_text() == before
+
+
+def test_another_text_of_the_same_characters_cannot_resume_a_run(config, text_file):
+    run(config)
+    text_file.write_text(text_file.read_text()[::-1])
+    with pytest.raises(UsageError, match="the text of fingerprint .* cannot be resumed"):
+        run(dataclasses.replace(config, resume=True))
+
+
+def test_the_seeds_of_the_order_and_of_the_weights_are_the_configurations(config):
+    one, two = trainer_of(config), trainer_of(change(config, "training", seed=5))
+    assert not torch.equal(one.model.embed.weight, two.model.embed.weight)
+    assert one.order.step(0).tolist() != two.order.step(0).tolist()
+
+
+def test_the_validation_loss_is_that_of_the_held_out_text(config):
+    trainer = trainer_of(change(config, "evaluation", windows=0))
+    assert trainer.validation.ids.tolist() == trainer.data.validation.ids.tolist()
+    seen = []
+    trainer.forward.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+
+    class Quiet:
+        def evaluation(self, record, *, best, sample):
+            pass
+
+    trainer.evaluate(Quiet(), None)
+    first = torch.from_numpy(trainer.data.validation.ids[:16].astype("int64"))
+    assert torch.equal(seen[0][0], first)
+
+
+def test_compiling_gives_another_module_to_call(monkeypatch):
+    from gpt.training.compilation import compiled
+
+    other = torch.nn.Identity()
+    monkeypatch.setattr(
+        torch, "compile", lambda what: other if isinstance(what, torch.nn.Module) else what
+    )
+    model = torch.nn.Linear(1, 1)
+    assert compiled(model, "on", device=torch.device("cpu"), say=print) is other
 
 
 def test_a_sample_goes_with_each_evaluation(config):
@@ -438,7 +508,7 @@ def test_the_best_loss_and_the_loss_scale_outlive_a_stop(config):
     assert resumed.best_loss == result.best_loss
     state = checkpoints.load_training(found)
     state["scaler"]["scale"] = 1234.0
-    restore(state, resumed.optimizers, resumed.scaler)
+    restore(state, resumed.optimizers, resumed.scaler, identity={})
     assert resumed.scaler.get_scale() == 1234.0
 
 
@@ -459,7 +529,7 @@ def test_what_is_logged_is_the_mean_loss_and_the_speed_of_training_alone(config,
 
     monkeypatch.setattr(Trainer, "evaluate", slow_evaluation)
     monkeypatch.setattr(Trainer, "update", two_second_step)
-    config = change(config, "log", every=3)
+    config = change(change(config, "log", every=3), "training", precision="bfloat16")
     run(config)
     logged = [r for r in records(config) if "loss" in r]
     assert [r["loss"] for r in logged] == [2.0, 5.0, 8.0, 11.0]

@@ -1,11 +1,13 @@
 import io
 import json
 import math
+import threading
+import time
 
 import pytest
 from rich.console import Console
 
-from gpt.config import LogConfig, TrainConfig
+from gpt.config import LogConfig, TrainConfig, UsageError
 from gpt.training.metrics import Reporter, Smoothed, as_settings, drop_later_records
 
 
@@ -35,9 +37,7 @@ def test_plain_output_has_a_line_a_record(tmp_path):
         )
         reporter.step(record(20, mfu=0.415))
     first, validation, a, b, last = output.getvalue().splitlines()
-    assert first.startswith(
-        "step  10/100  loss 2.5000  val   -     lr 1.00e-03  12,346 tok/s  0:00"
-    )
+    assert first.startswith("step  10/100  loss 2.5000  val   -     lr 1.0e-03  12,346 tok/s  0:00")
     assert validation == "step 10: validation 2.2500 nats/token, 3.2500 bits/byte (best so far)"
     assert (a, b) == ("  │ a", "  │ b")
     assert "val 2.2500" in last
@@ -51,7 +51,7 @@ def test_on_a_terminal_there_is_a_bar_with_the_same_figures(tmp_path):
         reporter.step(record(50))
         reporter._progress.refresh()
     assert "\x1b" in output.getvalue()
-    assert "step  50/100  loss 2.5000" in output.getvalue()
+    assert " 50/100 loss 2.5000" in output.getvalue()
     assert "━" in output.getvalue()
 
 
@@ -91,6 +91,39 @@ def test_wandb_offline_keeps_the_metrics_in_the_run(tmp_path):
             {"step": 10, "validation_loss": 2.25, "bits_per_byte": 3.25}, best=True, sample="x"
         )
     [log] = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
-    content = log.read_bytes()
+    end = time.monotonic() + 60  # wandb's own process writes the file
+    while b"batch_tokens" not in (content := log.read_bytes()) and time.monotonic() < end:
+        threading.Event().wait(0.1)
     for field in (b"tokens_per_second", b"validation_loss", b"bits_per_byte", b"batch_tokens"):
         assert field in content
+
+
+def test_the_bar_and_its_figures_fit_80_columns(tmp_path):
+    reporter, output = reporter_on(tmp_path, terminal=True)
+    reporter._console.width = 80
+    with reporter:
+        reporter._validation = 1.2345
+        reporter._max_steps = 10_000
+        reporter.step(record(5_000))
+        reporter._progress.refresh()
+    assert "12,346 tok/s 0:00:00<0:00:0" in output.getvalue()
+
+
+def test_wandb_without_a_login_is_told_in_a_sentence(tmp_path, monkeypatch):
+    import wandb
+
+    def refuse(**options):
+        raise wandb.errors.UsageError("No API key configured.\nUse `wandb login`.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(UsageError, match="log.wandb is 'online', and wandb cannot start: No"):
+        reporter_on(tmp_path, wandb="online")
+
+
+def test_a_run_that_starts_again_has_its_step_0_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "validation_loss": 4.0}\n')
+    reporter, _ = reporter_on(tmp_path)
+    with reporter:
+        pass
+    assert path.read_text() == ""
