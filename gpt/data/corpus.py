@@ -14,6 +14,8 @@ from gpt.config import UsageError
 from gpt.data import shakespeare
 
 PIECE_CHARACTERS = 1 << 20
+LONGEST_WORD_PIECES = 4
+"""A word longer than these pieces together is cut, for the memory's sake."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ def text_pieces(path: Path) -> Iterator[str]:
             while block := file.read(PIECE_CHARACTERS):
                 start, held = len(held), held + block
                 cut = _last_word_end(held, max(start, 1))
+                if not cut and len(held) >= LONGEST_WORD_PIECES * PIECE_CHARACTERS:
+                    cut = len(held)
                 if cut:
                     yield held[:cut]
                     held = held[cut:]

@@ -87,6 +87,13 @@ def test_a_text_without_white_space_is_still_read_whole(tmp_path, monkeypatch):
     assert whole_text(open_corpus(str(tmp_path / "a.txt"))) == ["x" * 105]
 
 
+def test_a_word_of_any_length_passes_through_little_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "PIECE_CHARACTERS", 10)
+    (tmp_path / "a.txt").write_text("x" * 1000)
+    [document] = open_corpus(str(tmp_path / "a.txt")).documents()
+    assert max(map(len, document)) <= 40
+
+
 def test_the_fingerprint_is_of_content_and_order_alone(tmp_path):
     def fingerprint(folder, files):
         (tmp_path / folder).mkdir()
