@@ -437,10 +437,11 @@ def parse(schema: type[T], arguments: Sequence[str], *, prog: str, toml: Path | 
     words = list(arguments)
     if words and words[0].endswith(".toml"):
         toml = Path(words.pop(0))
+        prog = f"{prog} {toml}"
     tokens = list(toml_tokens(toml)) if toml else []
     return tyro.cli(
         schema,
-        prog=f"{prog} {toml}" if toml else prog,
+        prog=prog,
         args=[*tokens, *words],
         use_underscores=True,
         config=(tyro.conf.PositionalRequiredArgs,),
