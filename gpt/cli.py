@@ -133,8 +133,10 @@ def export(words: Sequence[str], prog: str) -> int:
 def evaluate(words: Sequence[str], prog: str) -> int:
     """Score models on a text, on LAMBADA or HellaSwag, or on choices of your own."""
     config = parse(EvaluateConfig, words, prog=prog)
+    from gpt.device import keep_freed_memory
     from gpt.evaluation.report import as_json, as_table, measure
 
+    keep_freed_memory()
     report = measure(config, say=_tell)
     if config.json:
         sys.stdout.write(as_json(report))

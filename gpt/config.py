@@ -403,16 +403,15 @@ class EvaluateConfig:
     """Of two models on one text: is their difference more than noise?"""
     json: bool = False
     """Print JSON and no table."""
-    batch_size: int = 4
-    """Windows or texts that go through the model at once; it does not change the scores."""
+    batch_size: int = 0
+    """Windows or texts that go through the model at once, for the same scores; 0: what is fast."""
     device: Device = "auto"
     """auto: CUDA, else Apple's MPS, else the CPU."""
     precision: Precision = "auto"
     """Of the weights. auto: bfloat16 where the device has it, else float32."""
 
     def __post_init__(self) -> None:
-        _at_least(0, stride=self.stride)
-        _at_least(1, batch_size=self.batch_size)
+        _at_least(0, stride=self.stride, batch_size=self.batch_size)
         if not (self.text or self.lambada or self.hellaswag or self.choices):
             raise UsageError(
                 "there is nothing to evaluate on: give text, lambada, hellaswag or choices"

@@ -28,7 +28,7 @@ class HarnessModel(TemplateLM):
     backend's.
     """
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, *, batch_size: int = 16) -> None:
+    def __init__(self, model: GPT, tokenizer: Tokenizer, *, batch_size: int = 0) -> None:
         super().__init__()
         self.model, self.codec, self.batch_size = model, tokenizer, batch_size
 

@@ -4,10 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from gpt.config import UsageError
 from gpt.data.tokenizer import Tokenizer
 from gpt.model.gpt import GPT
+
+POSITIONS_AT_ONCE = 512
+"""Positions whose logits are held together: 100 MB for GPT-2's vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -44,18 +48,36 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Reques
     return Request(whole[:start], whole[start:])
 
 
+def score_targets(model: GPT, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each target ``[N]`` its log-probability in nats (float32), and whether none is likelier.
+
+    ``features`` ``[N, C]`` are the model's where the targets are predicted. The head runs over some
+    positions at a time, so that the logits of a long text are never all there.
+    """
+    scores, greedy = [], []
+    for x, target in zip(
+        features.split(POSITIONS_AT_ONCE), targets.split(POSITIONS_AT_ONCE), strict=True
+    ):
+        logits = (model.head.weight @ x.T).float()  # V, N: on a CPU faster than N, V
+        own = logits.gather(0, target[None]).squeeze(0)
+        scores.append(own - logits.logsumexp(dim=0))
+        greedy.append(own == logits.amax(dim=0))
+    return torch.cat(scores), torch.cat(greedy)
+
+
 @torch.inference_mode()
 def likelihoods(
-    model: GPT, requests: Sequence[Request], *, batch_size: int = 16, pad: int = 0
+    model: GPT, requests: Sequence[Request], *, batch_size: int = 0, pad: int = 0
 ) -> list[Likelihood]:
     """One :class:`Likelihood` a request, in order.
 
-    Requests of like length go through together, padded at their end, where padding changes nothing
-    of a causal model. A context that is too long loses its beginning; ``UsageError`` for a
-    continuation that does not fit, or is empty.
+    Requests of like length go through together (16 unless ``batch_size`` is given), padded at their
+    end, where padding changes nothing of a causal model. A context that is too long loses its
+    beginning; ``UsageError`` for a continuation that does not fit, or is empty.
     """
     limit = model.config.context_length
     device = model.embed.weight.device
+    batch_size = batch_size or 16
     rows = []
     for request in requests:
         if not 0 < len(request.continuation) <= limit:
@@ -71,12 +93,11 @@ def likelihoods(
         longest = max(len(rows[i]) for i in batch)
         padded = [rows[i] + [pad] * (longest - len(rows[i])) for i in batch]
         ids = torch.tensor(padded, device=device)
-        logits = model(ids[:, :-1])
+        features = model.features(ids[:, :-1])
         for j, i in enumerate(batch):
             n = len(requests[i].continuation)
             end = len(rows[i]) - 1
-            scores = logits[j, end - n : end].float().log_softmax(dim=-1)
             targets = ids[j, end - n + 1 : end + 1]
-            total = scores.gather(-1, targets[:, None]).double().sum().item()
-            results[i] = Likelihood(total, bool((scores.argmax(dim=-1) == targets).all()))
+            scores, greedy = score_targets(model, features[j, end - n : end], targets)
+            results[i] = Likelihood(scores.double().sum().item(), bool(greedy.all()))
     return [results[i] for i in range(len(rows))]

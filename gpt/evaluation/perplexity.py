@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from gpt.config import UsageError
 from gpt.data import tokenizer as tokenizers
 from gpt.data.corpus import open_corpus
 from gpt.data.tokenizer import Ids, Tokenizer
+from gpt.evaluation.likelihood import score_targets
 from gpt.model.gpt import GPT
 
 
@@ -74,11 +74,13 @@ def encode_text(tokenizer: Tokenizer, source: str) -> Ids:
 
 @torch.inference_mode()
 def score_text(
-    model: GPT, tokenizer: Tokenizer, ids: Ids, *, stride: int = 0, batch_size: int = 4
+    model: GPT, tokenizer: Tokenizer, ids: Ids, *, stride: int = 0, batch_size: int = 0
 ) -> TextScore:
     """The model's score on ``ids`` ``[n]``: every token but the first, once.
 
-    ``stride`` is half the context unless given. ``UsageError`` for a stride that would skip tokens.
+    ``stride`` is half the context unless given, and ``batch_size`` windows go through at once: by
+    default one on a CPU, whose caches hold no more, and 8 elsewhere. ``UsageError`` for a stride
+    that would skip tokens.
     """
     context = model.config.context_length
     stride = stride or max(1, context // 2)
@@ -87,6 +89,7 @@ def score_text(
             f"stride is {stride}, and must be from 1 to the model's context_length ({context})"
         )
     device = model.embed.weight.device
+    batch_size = batch_size or (1 if device.type == "cpu" else 8)
     starts = list(range(0, max(1, len(ids) - 1 - context + stride), stride))
     losses, counts = np.zeros(len(starts)), np.zeros(len(starts), np.int64)
     full = [i for i, start in enumerate(starts) if start + context < len(ids)]
@@ -95,12 +98,12 @@ def score_text(
     for batch in batches:
         rows = np.stack([ids[starts[i] : starts[i] + context + 1] for i in batch])
         tokens = torch.from_numpy(rows.astype(np.int64)).to(device)
-        logits = model(tokens[:, :-1])
+        features = model.features(tokens[:, :-1])
         for j, i in enumerate(batch):
             before = starts[i - 1] + context - starts[i] if i else 0  # scored by the window before
             targets = tokens[j, 1 + before :]
-            loss = F.cross_entropy(logits[j, before:].float(), targets, reduction="sum")
-            losses[i], counts[i] = loss.double().item(), len(targets)
+            scores, _ = score_targets(model, features[j, before:], targets)
+            losses[i], counts[i] = -scores.double().sum().item(), len(targets)
     n_bytes = int(tokenizers.byte_lengths(tokenizer)[ids[1:]].sum())
     return TextScore(losses, counts, n_bytes)
 

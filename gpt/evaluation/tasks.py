@@ -52,7 +52,7 @@ def read_jsonl(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def lambada(
-    model: GPT, tokenizer: Tokenizer, path: Path, *, batch_size: int = 16
+    model: GPT, tokenizer: Tokenizer, path: Path, *, batch_size: int = 0
 ) -> dict[str, Metric]:
     """``acc``: every token of the last word is the likeliest; ``perplexity``: of the last word."""
     requests = []
@@ -69,7 +69,7 @@ def lambada(
 
 
 def hellaswag(
-    model: GPT, tokenizer: Tokenizer, path: Path, *, batch_size: int = 16
+    model: GPT, tokenizer: Tokenizer, path: Path, *, batch_size: int = 0
 ) -> dict[str, Metric]:
     """``acc`` and ``acc_norm`` over items with ``activity_label, ctx_a, ctx_b, endings, label``."""
     items = []
@@ -81,7 +81,7 @@ def hellaswag(
 
 
 def multiple_choice(
-    model: GPT, tokenizer: Tokenizer, path: Path, *, batch_size: int = 16
+    model: GPT, tokenizer: Tokenizer, path: Path, *, batch_size: int = 0
 ) -> dict[str, Metric]:
     """``acc`` and ``acc_norm`` over items with ``context``, ``choices`` and ``answer`` (from 0)."""
     items = []

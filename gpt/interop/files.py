@@ -1,14 +1,15 @@
 """Weights in Hugging Face's files, read in pieces: safetensors or pickles, whole or sharded.
 
-A file is mapped into memory, and mapped anew after each 16 MB that were read from it: what was
-copied does not stay resident, so the peak is the weights' own size and little more.
+A file is mapped into memory. Whoever copies from it does so in pieces, and it is mapped anew after
+each 16 MB, so that what was copied does not stay resident: the peak is the weights' own size and
+little more. Whoever can use the file's own dtype takes its tensors as they are, and copies nothing.
 """
 
 import itertools
 import json
 import math
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ class WeightFiles:
 
     def __init__(self, folder: Path) -> None:
         self.shapes: dict[str, list[int]] = {}
+        """Each tensor's."""
         self._files: dict[str, Path] = {}
         for name in WHOLE:
             if (path := folder / name).exists():
@@ -41,6 +43,15 @@ class WeightFiles:
         wanted = ", ".join(WHOLE)
         raise UsageError(f"{folder} has no weights in it: none of {wanted}, nor an index of shards")
 
+    def mapped(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Each named tensor as it lies in its file, on the CPU. Nothing is read before it is
+        used, and what is written to it goes to a copy of the page.
+        """
+        for path, group in itertools.groupby(names, self._files.__getitem__):
+            get = _opened(path)
+            for name in group:
+                yield name, get(name)
+
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, int, Tensor]]:
         """Each named tensor in pieces of whole rows, with the number of the first row.
 
@@ -51,7 +62,9 @@ class WeightFiles:
             while pieces:
                 n = sum(1 for total in itertools.accumulate(p.size for p in pieces)
                         if total <= MAPPED_BYTES) or 1  # fmt: skip
-                yield from _read(path, pieces[:n])
+                get = _opened(path)
+                for name, start, end, _ in pieces[:n]:
+                    yield name, start, get(name)[start:end]
                 pieces = pieces[n:]
 
     def _pieces(self, name: str) -> Iterator["_Piece"]:
@@ -97,15 +110,12 @@ def _shapes(path: Path) -> dict[str, list[int]]:
         raise UsageError(f"the weights {path} cannot be read: {error}") from None
 
 
-def _read(path: Path, pieces: list[_Piece]) -> Iterator[tuple[str, int, Tensor]]:
+def _opened(path: Path) -> Callable[[str], Tensor]:
+    """Gives a tensor by its name; the file stays mapped as long as one of them is there."""
     if path.suffix == ".safetensors":
-        with safe_open(path, framework="pt") as file:
-            for name, start, end, _ in pieces:
-                yield name, start, file.get_slice(name)[start:end]
-    else:
-        tensors = _unpickled(path)
-        for name, start, end, _ in pieces:
-            yield name, start, tensors[name][start:end]
+        get: Callable[[str], Tensor] = safe_open(path, framework="pt").get_tensor
+        return get
+    return _unpickled(path).__getitem__
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:

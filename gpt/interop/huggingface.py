@@ -12,12 +12,16 @@ from gpt.interop.files import WeightFiles
 from gpt.interop.gpt2 import hugging_face_name, is_buffer, is_transposed, model_config
 from gpt.model.gpt import GPT
 
+TURNED_ROWS = 64
+
 
 def load_folder(
     folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> GPT:
-    """The GPT-2 in ``folder``, in evaluation mode; ``UsageError`` if it is not one, or not
-    whole.
+    """The GPT-2 in ``folder``, in evaluation mode; ``UsageError`` if it is not one, or not whole.
+
+    On a CPU weights that have the ``dtype`` already stay in their file, mapped, the matrices
+    transposed: nothing is read before it is used, and the file never changes.
     """
     try:
         config = model_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
@@ -31,20 +35,43 @@ def load_folder(
         model = GPT(config)
     files = WeightFiles(folder)
     names = _matched(folder, files, model)
-    weights = {
-        name: torch.empty(model.get_parameter(name).shape, dtype=dtype, device=device)
-        for name in names.values()
-    }
-    for theirs, row, piece in files.read(names):
-        name = names[theirs]
+    weights = {}
+    for theirs, tensor in files.mapped(names):
+        if _usable(tensor, turned := is_transposed(names[theirs]), device, dtype):
+            weights[names[theirs]] = tensor.T if turned else tensor
+    copied = {theirs: name for theirs, name in names.items() if name not in weights}
+    for name in copied.values():
+        shape = model.get_parameter(name).shape
+        weights[name] = torch.empty(shape, dtype=dtype, device=device)
+    for theirs, row, piece in files.read(copied):
         rows = slice(row, row + len(piece))
-        if is_transposed(name):  # turned first and converted then, which is six times as fast
-            weights[name][:, rows] = piece.T.contiguous()
+        if is_transposed(copied[theirs]):
+            _turn(piece, weights[copied[theirs]][:, rows])
         else:
-            weights[name][rows] = piece
+            weights[copied[theirs]][rows] = piece
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     return model.requires_grad_(True).eval()
+
+
+def _usable(tensor: Tensor, turned: bool, device: torch.device | str, dtype: torch.dtype) -> bool:
+    """Whether the mapped tensor can be a weight as it lies in the file.
+
+    Where a matrix is turned, a CPU reads it faster for one token in float32, and slower in
+    bfloat16. The first safetensors files were not aligned.
+    """
+    here = torch.device(device).type == "cpu" and tensor.dtype == dtype
+    aligned = tensor.data_ptr() % tensor.element_size() == 0
+    return here and aligned and not (turned and dtype != torch.float32)
+
+
+def _turn(piece: Tensor, place: Tensor) -> None:
+    """Copy ``piece`` transposed: converted first and in narrow strips, which is five times as
+    fast.
+    """
+    piece = piece.to(device=place.device, dtype=place.dtype)
+    for start in range(0, len(piece), TURNED_ROWS):
+        place[:, start : start + TURNED_ROWS] = piece[start : start + TURNED_ROWS].T
 
 
 def _matched(folder: Path, files: WeightFiles, model: GPT) -> dict[str, str]:

@@ -45,6 +45,15 @@ class GPT(nn.Module):
         gives the last position's logits alone, ``[B, 1, V]``. Raises ``ValueError`` past
         ``context_length``.
         """
+        x = self.features(tokens, cache=cache)
+        logits: Tensor = self.head(x[:, -1:] if last_only else x)
+        return logits
+
+    def features(self, tokens: Tensor, *, cache: KVCache | None = None) -> Tensor:
+        """What the head reads, ``[B, T, C]``: for whoever needs the logits of a few positions.
+
+        ``forward`` is ``head(features(tokens))``, and takes the same arguments.
+        """
         T = tokens.shape[1]
         past = 0 if cache is None else cache.length
         if past + T > self.config.context_length:
@@ -59,8 +68,8 @@ class GPT(nn.Module):
             x = block(x, mask=mask, cache=cache, layer=layer)
         if cache is not None:
             cache.advance(T)
-        logits: Tensor = self.head(self.norm(x[:, -1:] if last_only else x))
-        return logits
+        out: Tensor = self.norm(x)
+        return out
 
     @torch.no_grad()
     def initialise(self) -> None:

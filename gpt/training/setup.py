@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from gpt import checkpoint as checkpoints
 from gpt.checkpoint import Checkpoint
 from gpt.config import ModelConfig, TrainConfig, UsageError, to_toml
@@ -44,6 +46,8 @@ def take_initial_model(
     if wanted.vocab_size > model.config.vocab_size:
         model.resize_vocabulary(wanted.vocab_size)
     model.set_dropout(wanted.dropout)
+    for parameter in model.parameters():  # memory of its own, laid out as a new model's
+        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
     return dataclasses.replace(config, model=model.config), loaded
 
 
