@@ -13,6 +13,7 @@ from rich.table import Table
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt import GPT, ModelConfig
+from gpt.config import GenerationConfig
 from gpt.generation.decode import decode
 
 
@@ -42,7 +43,8 @@ def main() -> None:
     prompt = torch.randint(50257, (1, arguments.prompt_tokens), device=device)
 
     def cached(n: int) -> None:
-        for _ in decode(ours, prompt, max_new_tokens=n, choose=greedy):
+        config = GenerationConfig(temperature=0, max_new_tokens=n)
+        for _ in decode(ours, prompt.tolist(), config):
             pass
 
     def hugging_face(n: int) -> None:

@@ -54,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", default="gpt2,gpt2-xl")
     parser.add_argument("--dtypes", default="float32,bfloat16")
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=5)
     arguments = parser.parse_args()
     table = Table(title="loading safetensors of float32, then summing every weight once")
     for heading in ("", "seconds", "peak MB", "of the loaded weights"):

@@ -30,7 +30,7 @@ prepare(DataConfig(source={source!r}, tokenizer={tokenizer!r}), Path({cache!r}))
 LOAD = """
 import torch, gpt
 model, tokenizer = gpt.load({run!r}, dtype=torch.{dtype})
-gpt.generate(model, tokenizer, "ROMEO:", max_new_tokens=4)
+gpt.generate((model, tokenizer), "ROMEO:", max_new_tokens=4)
 """
 # Linux's own account of this program alone: getrusage's would start at the parent's peak.
 PEAK = """

@@ -172,10 +172,9 @@ def _training_sample(config: TrainConfig, model: "GPT", tokenizer: "Tokenizer") 
     from gpt.generation.text import generate
 
     prompt = config.evaluation.sample_prompt
-    [text] = generate(
-        model, tokenizer, prompt, max_new_tokens=config.evaluation.sample_tokens, seed=SAMPLE_SEED
-    )
-    return prompt + text
+    n = config.evaluation.sample_tokens
+    [sample] = generate((model, tokenizer), prompt, max_new_tokens=n, seed=SAMPLE_SEED)
+    return prompt + sample.text
 
 
 def _given_prompt(config: SampleConfig) -> str | None:
@@ -223,18 +222,18 @@ def _write_samples(config: SampleConfig, loaded: "Loaded", prompt: str) -> None:
     """Each sample with its prompt, in turn: the first as it is made, the others once it is
     whole.
     """
-    from gpt.generation.text import stream_samples
+    from gpt.generation.text import run
 
     waiting = [prompt] * config.num_samples
-    pieces = stream_samples(loaded.model, loaded.tokenizer, prompt, config)
-    first = next(pieces, (0, ""))  # a prompt that cannot be continued is not shown
+    pieces = run(loaded, [prompt], config)
+    first = next(pieces)  # a prompt that cannot be continued is not shown
     sys.stdout.write(prompt)
-    for row, piece in itertools.chain([first], pieces):
-        if row == 0:
+    for piece, completion in itertools.chain([first], pieces):
+        if completion.sample == 0:
             sys.stdout.write(piece)
             sys.stdout.flush()
         else:
-            waiting[row] += piece
+            waiting[completion.sample] += piece
     for text in waiting[1:]:
         sys.stdout.write(f"\n---\n{text}")
     sys.stdout.write("\n")

@@ -293,14 +293,28 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How the next token is drawn; in this order: temperature, top-k, top-p, draw."""
+    """How the next token is drawn. What is set applies in the order of the fields, but for the
+    temperature, which comes between the penalties and top_k.
+    """
 
     temperature: float = 0.8
     """Divides the logits: below 1 is safer, above 1 is wilder; 0 takes the likeliest token."""
+    bias: dict[int, float] = field(default_factory=dict)
+    """Token ids, each with a number that is added to its logit."""
+    ban: tuple[int, ...] = ()
+    """Token ids that are never written."""
+    repetition_penalty: float = 1.0
+    """Divides the logits of tokens that the prompt or the text has already; above 1 discourages."""
+    presence_penalty: float = 0.0
+    """Taken from the logits of tokens that were written already."""
+    frequency_penalty: float = 0.0
+    """Taken from the logits of tokens for each time that they were written."""
     top_k: int = 0
     """Draw among the k likeliest tokens; 0: all."""
     top_p: float = 1.0
     """Draw among the fewest likeliest tokens whose probabilities reach p."""
+    min_p: float = 0.0
+    """Draw among the tokens that are at least p times as likely as the likeliest."""
 
     def __post_init__(self) -> None:
         if 0 < self.temperature < 1e-5:
@@ -315,6 +329,27 @@ class SamplingConfig:
         _at_least(0, top_k=self.top_k)
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p is {self.top_p}, and must be above 0 and at most 1")
+        _in_range(0, 1, min_p=self.min_p)
+        if not 0 < self.repetition_penalty < math.inf:
+            raise UsageError(
+                f"repetition_penalty is {self.repetition_penalty}, and must be above 0 (1 changes "
+                "nothing)"
+            )
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise UsageError(f"{name} is {getattr(self, name)}, and must be a number")
+        for token, number in self.bias.items():
+            if not math.isfinite(number):
+                raise UsageError(
+                    f"bias has {number} for the token {token}, and must have a number (ban takes "
+                    "what is never to be written)"
+                )
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether what was written already matters."""
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return penalties != (1.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,18 +358,23 @@ class GenerationConfig(SamplingConfig):
 
     max_new_tokens: int = 500
     """The most tokens to write for each sample."""
+    min_new_tokens: int = 0
+    """Tokens before which a document does not end."""
     num_samples: int = 1
     """Continuations of the same prompt; it goes through the model once."""
     stop: tuple[str, ...] = ()
     """One or more texts at which a sample ends; they are not shown."""
     past_context: Literal["slide", "stop"] = "slide"
     """When the context is full: slide re-reads its newer half and goes on, stop ends the text."""
+    logprobs: int | None = None
+    """Give log-probabilities as well: of each token, and of this many likeliest ones."""
     seed: int | None = None
-    """Of the draws: the same seed gives the same text. Without it, a new text each time."""
+    """Of the draws: the same seed gives a prompt the same text. Without it, a new one each time."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least(1, max_new_tokens=self.max_new_tokens, num_samples=self.num_samples)
+        _at_least(0, min_new_tokens=self.min_new_tokens, logprobs=self.logprobs or 0)
         if "" in self.stop:
             raise UsageError("stop has an empty text in it, and each must have a character")
         if self.seed is not None:

@@ -193,12 +193,12 @@ def test_a_checkpoint_of_every_format_so_far_still_loads(path):
     import gpt
 
     expected = json.loads((path / "expected.json").read_text())
-    model, tokenizer = gpt.load(path)
-    logits = model(torch.tensor([tokenizer.encode(expected["prompt"]).tolist()]))[0, -1]
+    loaded = gpt.load(path)
+    ids = loaded.tokenizer.encode(expected["prompt"]).tolist()
+    logits = loaded.model(torch.tensor([ids]))[0, -1]
     assert logits[:5].tolist() == pytest.approx(expected["logits"], abs=1e-5)
-    assert gpt.generate(model, tokenizer, expected["prompt"], temperature=0, max_new_tokens=12) == [
-        expected["text"]
-    ]
+    [got] = gpt.generate(loaded, expected["prompt"], temperature=0, max_new_tokens=12)
+    assert got.text == expected["text"]
 
 
 def test_model_configurations_survive_the_meta_file():

@@ -15,7 +15,7 @@ import pytest
 
 from gpt import cli
 from gpt.cli import main
-from gpt.config import GenerationConfig, SampleConfig, TrainConfig
+from gpt.config import SampleConfig, TrainConfig
 
 ROOT = Path(__file__).parent.parent
 RUN = ROOT / "tests" / "checkpoints" / "format-1"
@@ -265,14 +265,3 @@ def read_until(terminal, text):
         if text and re.search(rf"(^|\n){re.escape(text)}$", re.sub(r"\x1b\[[?\d]*[a-z]", "", seen)):
             return seen
     raise AssertionError(f"{text!r} did not come: {seen!r}")
-
-
-def test_generation_defaults_are_the_same_in_python_and_on_the_command_line():
-    import inspect
-
-    import gpt
-
-    shown = inspect.signature(gpt.generate).parameters
-    for field in dataclasses.fields(GenerationConfig):
-        if field.name != "max_new_tokens":  # a terminal shows more
-            assert shown[field.name].default == field.default

@@ -70,6 +70,6 @@ def test_a_seed_gives_the_same_text_on_a_gpu(tmp_path):
 
     model = make_model(dataclasses.replace(CONFIG, vocab_size=257)).cuda()
     options = {"num_samples": 3, "max_new_tokens": 100, "seed": 1}
-    first = gpt.generate(model, ByteTokenizer(), "x", **options)
-    assert first == gpt.generate(model, ByteTokenizer(), "x", **options)
+    first = gpt.generate((model, ByteTokenizer()), "x", **options)
+    assert first == gpt.generate((model, ByteTokenizer()), "x", **options)
     assert len(set(first)) == 3

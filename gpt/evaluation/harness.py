@@ -6,17 +6,15 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
-from gpt.config import SamplingConfig
+from gpt.config import GenerationConfig
 from gpt.data.tokenizer import Tokenizer
 from gpt.evaluation.likelihood import Request, likelihoods
 from gpt.generation.decode import decode
-from gpt.generation.sampling import choose
-from gpt.generation.text import Sample
+from gpt.generation.text import GrowingText
 from gpt.model.gpt import GPT
 
 MAX_NEW_TOKENS = 256
@@ -74,20 +72,18 @@ class HarnessModel(TemplateLM):
 
     def _continue(self, context: str, options: dict[str, Any]) -> str:
         until = options.get("until") or []
-        sample = Sample(self.codec, [until] if isinstance(until, str) else until)
+        sample = GrowingText(self.codec, [until] if isinstance(until, str) else until)
         limit = options.get("max_gen_toks", MAX_NEW_TOKENS)
-        temperature = options.get("temperature", 0.0) if options.get("do_sample") else 0.0
-        config = SamplingConfig(temperature=temperature, top_p=options.get("top_p", 1.0))
+        config = GenerationConfig(
+            temperature=options.get("temperature", 0.0) if options.get("do_sample") else 0.0,
+            top_p=options.get("top_p", 1.0),
+            max_new_tokens=limit,
+        )
         room = self.model.config.context_length - limit
         ids = (self.tok_encode(context) or [self.eot_token_id])[-max(1, room) :]
         text = ""
-        for [token] in decode(
-            self.model,
-            torch.tensor([ids], device=self.model.embed.weight.device),
-            max_new_tokens=limit,
-            choose=lambda logits: choose(logits[:, : self.codec.vocab_size], config, None),
-        ):
-            text += sample.add(int(token))
+        for token in decode(self.model, [ids], config, vocab_size=self.codec.vocab_size):
+            text += sample.add(token.id)
             if sample.ended:
                 break
         return text + sample.finish()

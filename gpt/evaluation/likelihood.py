@@ -4,14 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from gpt.config import UsageError
 from gpt.data.tokenizer import Tokenizer
+from gpt.generation.score import score_targets
 from gpt.model.gpt import GPT
-
-POSITIONS_AT_ONCE = 512
-"""Positions whose logits are held together: 100 MB for GPT-2's vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -46,23 +43,6 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Reques
     whole = tokenizer.encode(context + continuation).tolist()
     start = len(tokenizer.encode(context))
     return Request(whole[:start], whole[start:])
-
-
-def score_targets(model: GPT, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each target ``[N]`` its log-probability in nats (float32), and whether none is likelier.
-
-    ``features`` ``[N, C]`` are the model's where the targets are predicted. The head runs over some
-    positions at a time, so that the logits of a long text are never all there.
-    """
-    scores, greedy = [], []
-    for x, target in zip(
-        features.split(POSITIONS_AT_ONCE), targets.split(POSITIONS_AT_ONCE), strict=True
-    ):
-        logits = (model.head.weight @ x.T).float()  # V, N: on a CPU faster than N, V
-        own = logits.gather(0, target[None]).squeeze(0)
-        scores.append(own - logits.logsumexp(dim=0))
-        greedy.append(own == logits.amax(dim=0))
-    return torch.cat(scores), torch.cat(greedy)
 
 
 @torch.inference_mode()

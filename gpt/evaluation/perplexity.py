@@ -17,7 +17,7 @@ from gpt.config import UsageError
 from gpt.data import tokenizer as tokenizers
 from gpt.data.corpus import open_corpus
 from gpt.data.tokenizer import Ids, Tokenizer
-from gpt.evaluation.likelihood import score_targets
+from gpt.generation.score import score_targets
 from gpt.model.gpt import GPT
 
 

@@ -1,10 +1,14 @@
-"""Prefill and decode over a cache: token ids to more token ids.
+"""Prefill and decode over a cache: token ids to more token ids, for many sequences at once.
 
-The prompt goes through the model once, and each new token once. When the context is full, one of
-two policies holds:
+Each prompt goes through the model once, and each new token once. Sequences of any lengths go
+through together, each row of the batch at positions of its own with nothing but its own tokens in
+its context; a row that ends makes room for the next prompt that waits. Equal prompts are read once,
+and so is what the prompts of a batch begin with in common.
+
+When the context of a sequence is full, one of two policies holds:
 
 ``stop``
-    ends. Every token was predicted from all that stood before it.
+    ends it. Every token was predicted from all that stood before it.
 ``slide``
     keeps the newer half of the context, reads it again from position 0, and goes on. Positions are
     absolute, so cached keys cannot be moved; the price is one prefill of ``context_length / 2``
@@ -12,76 +16,291 @@ two policies holds:
     only that half.
 """
 
-from collections.abc import Callable, Iterator
+import secrets
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from gpt.config import UsageError
+from gpt.config import GenerationConfig, UsageError
+from gpt.generation.sampling import History, choose, penalise
+from gpt.model.cache import KVCache
 from gpt.model.gpt import GPT
 
-PastContext = Literal["slide", "stop"]
+Reason = Literal["end_of_text", "length", "context", "stop"]
+
+WORTH_SHARING = 8
+"""Tokens: a shorter common beginning is not read apart."""
 
 
-@torch.inference_mode()
-def decode(
-    model: GPT,
-    prompt: Tensor,
-    *,
-    max_new_tokens: int,
-    choose: Callable[[Tensor], Tensor],
-    num_samples: int = 1,
-    past_context: PastContext = "slide",
-) -> Iterator[Tensor]:
-    """New tokens for ``prompt`` ``[B, T]``, a tensor ``[B * num_samples]`` at a time.
+@dataclass(frozen=True)
+class Token:
+    """One new token of one sequence."""
 
-    ``choose`` takes the logits of the next token, ``[B * num_samples, V]``, and gives the tokens.
-    The samples of a prompt share its prefill. The model is in evaluation mode meanwhile. Under
-    ``stop`` a prompt longer than the context raises ``UsageError``; under ``slide`` its last
-    ``context_length`` tokens count.
+    sequence: int
+    """The number that :meth:`Decoder.add` gave."""
+    id: int
+    ended: Reason | None
+    """Why it is the sequence's last one, if it is."""
+    logprob: float | None = None
+    """Its log-probability in nats, as the model has it: before bias, penalties and temperature."""
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens and their log-probabilities, the likeliest first."""
+
+
+@dataclass(eq=False)
+class _Row:
+    sequence: int
+    tokens: list[int]  # what the model sees, the last one not read yet
+    draws: np.random.Generator
+    written: int = 0
+    ended: Reason | None = None
+
+
+class Decoder:
+    """Continues sequences, up to ``batch_size`` at a time: ``add`` prompts, then ``step``.
+
+    The tokens of a sequence are the same whatever else is in the batch.
     """
-    context = model.config.context_length
-    if past_context == "stop" and prompt.shape[1] > context:
-        raise UsageError(
-            f"the prompt has {prompt.shape[1]:,} tokens, and the model's context_length is "
-            f"{context:,}; shorten it, or let past_context be 'slide'"
-        )
-    training = model.training
-    model.eval()
-    try:
-        yield from _decode(model, prompt, max_new_tokens, choose, num_samples, past_context)
-    finally:
-        model.train(training)
+
+    def __init__(
+        self,
+        model: GPT,
+        config: GenerationConfig,
+        *,
+        batch_size: int = 32,
+        vocab_size: int | None = None,
+        end_of_text: int | None = None,
+    ) -> None:
+        """``vocab_size`` is the tokenizer's: a model may have rows that no token has. Sequences end
+        at ``end_of_text``, if it is given.
+        """
+        self.model, self.config, self.batch_size = model, config, batch_size
+        self.vocab_size = vocab_size or model.config.vocab_size
+        self.end_of_text = end_of_text
+        self.seed = secrets.randbits(63) if config.seed is None else config.seed
+        self._check_ids("bias", config.bias)
+        self._check_ids("ban", config.ban)
+        self._waiting: deque[_Row] = deque()
+        self._rows: list[_Row] = []  # as in the cache
+        self._cache: KVCache | None = None
+        self._history: History | None = None
+        if config.has_penalties:
+            self._history = History(self.vocab_size, self._device)
+        self._prefix: list[int] = []
+        self._prefix_cache: KVCache | None = None
+        self._count = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything left to do."""
+        return bool(self._waiting) or any(row.ended is None for row in self._rows)
+
+    def add(self, prompt: Sequence[int], *, stream: int = 0) -> int:
+        """Queue a sequence that begins with ``prompt``, and return its number.
+
+        Sequences of one prompt differ by their ``stream`` of random numbers. Under ``slide`` the
+        last ``context_length`` tokens of a longer prompt count; under ``stop`` it is a
+        ``UsageError``, as is an empty one, or an id that is out of the vocabulary.
+        """
+        context = self.model.config.context_length
+        if not len(prompt):
+            raise UsageError("the prompt has no tokens, and there must be one to continue")
+        if self.config.past_context == "stop" and len(prompt) > context:
+            raise UsageError(
+                f"the prompt has {len(prompt):,} tokens, and the model's context_length is "
+                f"{context:,}; shorten it, or let past_context be 'slide'"
+            )
+        self._check_ids("the prompt", prompt)
+        draws = np.random.Generator(np.random.Philox(key=[self.seed, stream]))
+        self._waiting.append(_Row(self._count, list(prompt)[-context:], draws))
+        self._count += 1
+        return self._count - 1
+
+    def end(self, sequence: int) -> None:
+        """Write no more of a sequence."""
+        for row in self._rows:
+            if row.sequence == sequence:
+                row.ended = "stop"
+        self._waiting = deque(row for row in self._waiting if row.sequence != sequence)
+
+    @torch.inference_mode()
+    def step(self) -> list[Token]:
+        """The next token of each sequence that is running. The model is in evaluation mode
+        meanwhile.
+        """
+        training = self.model.training
+        if training:
+            self.model.eval()
+        try:
+            features = self._read()
+            return (
+                self._write(self.model.head(features)[:, : self.vocab_size]) if self._rows else []
+            )
+        finally:
+            if training:
+                self.model.train()
+
+    @property
+    def _device(self) -> torch.device:
+        return self.model.embed.weight.device
+
+    def _check_ids(self, what: str, ids: Sequence[int] | dict[int, float]) -> None:
+        for i in ids:
+            if not 0 <= i < self.vocab_size:
+                raise UsageError(
+                    f"{what} has the token id {i}, and the vocabulary ends at {self.vocab_size - 1}"
+                )
+
+    def _read(self) -> Tensor:
+        """Read what has not been read: features of the next tokens, ``[B, C]``."""
+        context = self.model.config.context_length
+        running = [i for i, row in enumerate(self._rows) if row.ended is None]
+        order = _compacted([i for i in running if len(self._rows[i].tokens) <= context])
+        full = [i for i in running if len(self._rows[i].tokens) > context]
+        if self._cache is not None:
+            self._cache.reorder(order)
+        if self._history is not None:
+            self._history.keep(order + full)
+        sliding = [self._rows[i] for i in full]
+        self._rows = [self._rows[i] for i in order]
+        features = []
+        if self._rows:
+            last = torch.tensor([row.tokens[-1:] for row in self._rows], device=self._device)
+            features.append(self.model.features(last, cache=self._cache)[:, -1])
+        for row in sliding:
+            row.tokens = row.tokens[-max(1, context // 2) :]
+        arriving = sliding
+        while self._waiting and len(self._rows) + len(arriving) < self.batch_size:
+            arriving.append(self._waiting.popleft())
+            if self._history is not None:
+                self._history.add(arriving[-1].tokens)
+        if arriving:
+            features.append(self._prefill(arriving))
+        return torch.cat(features) if features else torch.empty(0)
+
+    def _prefill(self, arriving: list[_Row]) -> Tensor:
+        """Read whole prompts, each different one once, and put them into the cache."""
+        prompts: list[list[int]] = []
+        places = []
+        for row in arriving:
+            if row.tokens not in prompts:
+                prompts.append(row.tokens)
+            places.append(prompts.index(row.tokens))
+        cache = self._shared_beginning(prompts)
+        start = cache.length
+        ends = [len(prompt) - start for prompt in prompts]
+        padded = [
+            prompt[start:] + [0] * (max(ends) - n) for prompt, n in zip(prompts, ends, strict=True)
+        ]
+        features = self.model.features(torch.tensor(padded, device=self._device), cache=cache)
+        cache.truncate([len(prompt) for prompt in prompts])
+        self._make_room(arriving)
+        assert self._cache is not None
+        self._cache.add(cache, places)
+        self._rows += arriving
+        return features[places, [ends[place] - 1 for place in places]]
+
+    def _shared_beginning(self, prompts: list[list[int]]) -> KVCache:
+        """A cache of a row a prompt that holds what they begin with in common, or nothing."""
+        longest = max(map(len, prompts))
+        # What the first and the last in order have in common, all between them have.
+        shared = _common(min(prompts)[:-1], max(prompts)[:-1])
+        known = len(_common(self._prefix, shared))
+        if len(prompts) > 1 and len(shared) - known >= WORTH_SHARING:
+            self._prefix, known = shared, len(shared)
+            self._prefix_cache = self.model.new_cache(1, capacity=len(shared))
+            ids = torch.tensor([shared], device=self._device)
+            self.model.features(ids, cache=self._prefix_cache)
+        if self._prefix_cache is None or known < WORTH_SHARING:
+            return self.model.new_cache(len(prompts), capacity=longest)
+        cache = self._prefix_cache.expand(len(prompts), capacity=longest)
+        cache.truncate(known)
+        return cache
+
+    def _make_room(self, arriving: list[_Row]) -> None:
+        """A cache that takes the ``arriving`` rows as well, and those that wait."""
+        rows = min(self.batch_size, len(self._rows) + len(arriving) + len(self._waiting))
+        more = max(len(row.tokens) - row.written for row in [*arriving, *self._waiting])
+        length = min(self.model.config.context_length, more + self.config.max_new_tokens)
+        old = self._cache
+        if old is None or old.max_batch_size < rows or old.capacity < length:
+            if old is not None:
+                rows, length = max(rows, old.max_batch_size), max(length, old.capacity)
+            self._cache = self.model.new_cache(rows, capacity=length)
+            self._cache.reorder([])
+            if old is not None:
+                self._cache.add(old)
+
+    def _write(self, logits: Tensor) -> list[Token]:
+        """Choose the next token of each row."""
+        config, rows = self.config, self._rows
+        processed = penalise(logits, config, self._history)
+        early = [i for i, row in enumerate(rows) if row.written < config.min_new_tokens]
+        if early and self.end_of_text is not None:
+            processed = processed.clone()
+            processed[early, self.end_of_text] = -torch.inf
+        numbers = [row.draws.random() for row in rows] if config.temperature else []
+        chosen = choose(processed, config, numbers)
+        if self._history is not None:
+            self._history.append(chosen)
+        details = self._details(logits, chosen)
+        tokens = []
+        for row, token, detail in zip(rows, chosen.tolist(), details, strict=True):
+            row.tokens.append(token)
+            row.written += 1
+            if token == self.end_of_text:
+                row.ended = "end_of_text"
+            elif row.written == config.max_new_tokens:
+                row.ended = "length"
+            elif (
+                config.past_context == "stop" and len(row.tokens) > self.model.config.context_length
+            ):
+                row.ended = "context"
+            tokens.append(Token(row.sequence, token, row.ended, *detail))
+        return tokens
+
+    def _details(
+        self, logits: Tensor, chosen: Tensor
+    ) -> list[tuple[()] | tuple[float, tuple[tuple[int, float], ...]]]:
+        """Log-probabilities, where they are asked for."""
+        if self.config.logprobs is None:
+            return [()] * len(chosen)
+        logprobs = logits.float().log_softmax(dim=-1)
+        own = logprobs.gather(1, chosen[:, None]).squeeze(1).tolist()
+        top = logprobs.topk(min(self.config.logprobs, self.vocab_size), dim=-1)
+        pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        likeliest = [tuple(zip(ids, values, strict=True)) for ids, values in pairs]
+        return list(zip(own, likeliest, strict=True))
 
 
-def _decode(
-    model: GPT,
-    prompt: Tensor,
-    max_new_tokens: int,
-    choose: Callable[[Tensor], Tensor],
-    num_samples: int,
-    past_context: PastContext,
-) -> Iterator[Tensor]:
-    context = model.config.context_length
-    seen = prompt[:, -context:]
-    capacity = min(context, seen.shape[1] + max_new_tokens)
-    cache = model.new_cache(len(seen), capacity=capacity)
-    logits = model(seen, cache=cache, last_only=True)[:, -1]
-    if num_samples > 1:
-        cache = cache.expand(num_samples)
-        logits = logits.repeat_interleave(num_samples, dim=0)
-        seen = seen.repeat_interleave(num_samples, dim=0)
-    for remaining in reversed(range(max_new_tokens)):
-        token = choose(logits)
-        yield token
-        if not remaining:
-            return
-        seen = torch.cat([seen, token[:, None]], dim=1)
-        unread = token[:, None]
-        if cache.length == context:
-            if past_context == "stop":
-                return
-            seen = unread = seen[:, -max(1, context // 2) :]
-            cache.truncate(0)
-        logits = model(unread, cache=cache, last_only=True)[:, -1]
+def decode(
+    model: GPT, prompts: Sequence[Sequence[int]], config: GenerationConfig, **options: int
+) -> Iterator[Token]:
+    """The new tokens of every prompt, ``config.num_samples`` sequences each, as they are made.
+
+    Sequence ``i`` continues prompt ``i // num_samples``; ``options`` are :class:`Decoder`'s.
+    """
+    decoder = Decoder(model, config, **options)
+    for prompt in prompts:
+        for stream in range(config.num_samples):
+            decoder.add(prompt, stream=stream)
+    while decoder.busy:
+        yield from decoder.step()
+
+
+def _common(one: list[int], two: list[int]) -> list[int]:
+    """What both begin with."""
+    n = min(len(one), len(two))
+    return one[: next((i for i in range(n) if one[i] != two[i]), n)]
+
+
+def _compacted(rows: list[int]) -> list[int]:
+    """``rows``, ascending, in an order that moves the fewest: what is behind fills the gaps."""
+    n, held = len(rows), set(rows)
+    behind = iter(row for row in rows if row >= n)
+    return [i if i in held else next(behind) for i in range(n)]

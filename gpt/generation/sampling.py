@@ -1,12 +1,39 @@
-"""From logits to the next token: pure functions, in the order temperature, top-k, top-p, draw.
+"""From logits to the next token: pure functions on logits ``[B, V]``, in one order.
 
-Logits are ``[..., V]``; a filter gives what it drops a logit of minus infinity.
+bias and bans, repetition, presence and frequency penalties, minimum length; then, unless the
+temperature is 0: temperature, top-k, top-p, min-p, draw. This is the order of Hugging Face's
+processors. What a filter drops has a logit of minus infinity.
 """
+
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from gpt.config import SamplingConfig
+from gpt.config import SamplingConfig, UsageError
+
+
+def add_bias(logits: Tensor, bias: Mapping[int, float]) -> Tensor:
+    """Add a number to some tokens' logits; minus infinity bans one."""
+    ids = torch.tensor(list(bias), device=logits.device)
+    numbers = torch.tensor(list(bias.values()), dtype=logits.dtype, device=logits.device)
+    return logits.index_add(-1, ids, numbers.expand(*logits.shape[:-1], -1))
+
+
+def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Divide positive logits of the tokens in ``seen`` ``[B, V]`` by ``penalty``, and multiply
+    negative ones (CTRL, arXiv:1909.05858).
+    """
+    punished = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(seen, punished, logits)
+
+
+def penalise_counts(logits: Tensor, counts: Tensor, *, presence: float, frequency: float) -> Tensor:
+    """Take ``presence`` from the tokens with a count, and ``frequency`` times the count, ``[B,
+    V]`` (OpenAI's API).
+    """
+    return logits - presence * (counts > 0) - frequency * counts
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
@@ -32,17 +59,94 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(dropped, -torch.inf)
 
 
-def next_token_probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:
-    """The distribution that the next token is drawn from, ``[..., V]`` in float32; no greedy
-    one.
+def keep_min_p(logits: Tensor, p: float) -> Tensor:
+    """Keep the tokens that are at least ``p`` times as likely as the likeliest
+    (arXiv:2407.01082).
     """
-    scaled = logits.float() / config.temperature
-    return keep_top_p(keep_top_k(scaled, config.top_k), config.top_p).softmax(dim=-1)
+    if p == 0:
+        return logits
+    probabilities = logits.softmax(dim=-1)
+    least = p * probabilities.amax(dim=-1, keepdim=True)
+    return logits.masked_fill(probabilities < least, -torch.inf)
 
 
-def choose(logits: Tensor, config: SamplingConfig, generator: torch.Generator | None) -> Tensor:
-    """One token a row: ``[B, V]`` to ``[B]``. The likeliest at temperature 0, else drawn."""
+def next_token_probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:
+    """The distribution that the next token is drawn from, ``[B, V]`` in float32: at temperature 0
+    the likeliest token alone.
+    """
+    logits = logits.float()
     if config.temperature == 0:
-        return logits.argmax(dim=-1)
-    probabilities = next_token_probabilities(logits, config)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
+    kept = keep_top_p(keep_top_k(logits / config.temperature, config.top_k), config.top_p)
+    return keep_min_p(kept, config.min_p).softmax(dim=-1)
+
+
+def draw(probabilities: Tensor, numbers: Sequence[float]) -> Tensor:
+    """One token a row, ``[B, V]`` to ``[B]``: the first whose cumulated probability is above the
+    row's number, from 0 to 1.
+    """
+    exact = torch.float32 if probabilities.device.type == "mps" else torch.float64
+    cumulated = probabilities.to(exact).cumsum(dim=-1)
+    wanted = torch.tensor(numbers, dtype=exact, device=probabilities.device)[:, None]
+    # Below the sum, which may not be 1 to the last bit.
+    return (
+        (cumulated <= wanted * cumulated[:, -1:]).sum(dim=-1).clamp_max_(len(probabilities[0]) - 1)
+    )
+
+
+def choose(logits: Tensor, config: SamplingConfig, numbers: Sequence[float]) -> Tensor:
+    """One token a row, ``[B, V]`` to ``[B]``: the likeliest at temperature 0, else drawn with the
+    row's number. ``UsageError`` if no token can be told from the logits.
+    """
+    best, likeliest = logits.max(dim=-1)
+    if not best.isfinite().all():
+        raise UsageError(
+            "the model's logits are not numbers: its weights are damaged or too large for this "
+            "precision (float32 has the widest range), or every token is banned"
+        )
+    if config.temperature == 0:
+        return likeliest
+    return draw(next_token_probabilities(logits, config), numbers)
+
+
+class History:
+    """Which tokens some rows hold already, as the penalties want them."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self.seen = torch.zeros(0, vocab_size, dtype=torch.bool, device=device)
+        """In the prompt or written since, ``[B, V]``."""
+        self.counts = torch.zeros(0, vocab_size, device=device)
+        """Times written since, ``[B, V]``."""
+
+    def add(self, prompt: Sequence[int]) -> None:
+        """A further row, which begins with ``prompt``."""
+        row = self.seen.new_zeros(1, self.seen.shape[1])
+        row[0, torch.tensor(prompt, device=row.device)] = True
+        self.seen = torch.cat([self.seen, row])
+        self.counts = torch.cat([self.counts, torch.zeros_like(row, dtype=self.counts.dtype)])
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Row ``i`` becomes what row ``rows[i]`` was."""
+        wanted = torch.tensor(rows, dtype=torch.int64, device=self.seen.device)
+        self.seen, self.counts = self.seen[wanted], self.counts[wanted]
+
+    def append(self, tokens: Tensor) -> None:
+        """The next token of each row, ``[B]``."""
+        self.seen.scatter_(1, tokens[:, None], True)
+        self.counts.scatter_add_(1, tokens[:, None], torch.ones_like(self.counts[:, :1]))
+
+
+def penalise(logits: Tensor, config: SamplingConfig, history: History | None) -> Tensor:
+    """Bias, bans and penalties, in the module's order; without a ``history`` no penalties."""
+    bias = config.bias | dict.fromkeys(config.ban, -math.inf)
+    if bias:
+        logits = add_bias(logits, bias)
+    if history is not None:
+        logits = penalise_repetition(logits, history.seen, config.repetition_penalty)
+        logits = penalise_counts(
+            logits,
+            history.counts,
+            presence=config.presence_penalty,
+            frequency=config.frequency_penalty,
+        )
+    return logits

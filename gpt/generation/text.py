@@ -4,113 +4,128 @@ document.
 
 import codecs
 from collections.abc import Iterator, Sequence
-
-import torch
+from dataclasses import dataclass, field
+from typing import Any
 
 from gpt.config import GenerationConfig, UsageError
 from gpt.data.tokenizer import Tokenizer
-from gpt.generation.decode import PastContext, decode
-from gpt.generation.sampling import choose
+from gpt.generation.decode import Decoder, Reason
+from gpt.generation.score import Scored, score_tokens
 from gpt.model.gpt import GPT
 
 
+@dataclass
+class Completion:
+    """One continuation of one prompt."""
+
+    prompt: int
+    """The number of the prompt that it continues."""
+    sample: int
+    """Which of the prompt's ``num_samples`` it is."""
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    """What was written; with a stop text, its tokens too."""
+    reason: Reason | None = None
+    """Why it ended: at the document's end, a stop text, ``max_new_tokens``, or a full context."""
+    logprobs: list[float] = field(default_factory=list)
+    """Of each of ``tokens``, in nats, where ``logprobs`` is set: the model's own."""
+    top: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    """At each of ``tokens`` the likeliest ids and their log-probabilities."""
+    prompt_scores: Scored | None = None
+    """The same for the prompt's tokens from the second, where ``logprobs`` is set."""
+
+
 def generate(
-    model: GPT,
-    tokenizer: Tokenizer,
-    prompt: str = "",
+    model: tuple[GPT, Tokenizer],
+    prompts: str | Sequence[str] = "",
     *,
-    max_new_tokens: int = 200,
-    num_samples: int = 1,
-    temperature: float = 0.8,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    stop: str | Sequence[str] = (),
-    past_context: PastContext = "slide",
-    seed: int | None = None,
-) -> list[str]:
-    """Continuations of ``prompt``, without it: ``num_samples`` texts that differ by their draws.
+    batch_size: int = 32,
+    **settings: Any,
+) -> list[Completion]:
+    """Continue ``prompts``: ``num_samples`` completions of each, in order.
 
-    An empty prompt is the start of a document. The same ``seed`` gives the same texts; without one
-    they are new each time. Raises ``UsageError`` for settings that make no sense.
+    ``model`` is what :func:`gpt.load` gives, and ``settings`` are the fields of
+    :class:`gpt.config.GenerationConfig`: ``temperature``, ``top_p``, ``max_new_tokens``, ``stop``,
+    ``seed`` and so on. An empty prompt is the start of a document. Up to ``batch_size`` sequences
+    go through together, which changes none of them. Raises ``UsageError`` for settings and prompts
+    that make no sense.
     """
-    config = GenerationConfig(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        max_new_tokens=max_new_tokens,
-        num_samples=num_samples,
-        stop=_texts(stop),
-        past_context=past_context,
-        seed=seed,
-    )
-    texts = [""] * num_samples
-    for row, piece in stream_samples(model, tokenizer, prompt, config):
-        texts[row] += piece
-    return texts
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    config = _config(settings)
+    done = [
+        completion
+        for _, completion in run(model, texts, config, batch_size=batch_size)
+        if completion.reason
+    ]
+    return sorted(done, key=lambda completion: (completion.prompt, completion.sample))
 
 
-def stream(
-    model: GPT,
-    tokenizer: Tokenizer,
-    prompt: str = "",
-    *,
-    max_new_tokens: int = 200,
-    temperature: float = 0.8,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    stop: str | Sequence[str] = (),
-    past_context: PastContext = "slide",
-    seed: int | None = None,
-) -> Iterator[str]:
+def stream(model: tuple[GPT, Tokenizer], prompt: str = "", **settings: Any) -> Iterator[str]:
     """One continuation of ``prompt`` in pieces as they are made; joined, they are what
-    :func:`generate` gives.
+    :func:`generate` gives. To stop early, leave the loop.
     """
-    config = GenerationConfig(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        max_new_tokens=max_new_tokens,
-        stop=_texts(stop),
-        past_context=past_context,
-        seed=seed,
+    config = _config(settings)
+    if config.num_samples != 1:
+        raise UsageError(f"num_samples is {config.num_samples}, and a stream is of 1")
+    return (piece for piece, _ in run(model, [prompt], config) if piece)
+
+
+def run(
+    model: tuple[GPT, Tokenizer],
+    prompts: Sequence[str],
+    config: GenerationConfig,
+    *,
+    batch_size: int = 32,
+) -> Iterator[tuple[str, Completion]]:
+    """Each piece of text as it becomes certain, with the completion that it was added to.
+
+    A completion's last piece, which may be empty, comes when its ``reason`` is set.
+    """
+    network, tokenizer = model
+    decoder = Decoder(
+        network,
+        config,
+        batch_size=batch_size,
+        vocab_size=tokenizer.vocab_size,
+        end_of_text=tokenizer.end_of_text,
     )
-    for _, piece in stream_samples(model, tokenizer, prompt, config):
-        yield piece
+    completions: list[Completion] = []
+    growing: list[GrowingText] = []
+    for number, prompt in enumerate(prompts):
+        ids = encode_prompt(tokenizer, prompt)
+        scores = None
+        if config.logprobs is not None:
+            scores = score_tokens(
+                network, ids, top=config.logprobs, vocab_size=tokenizer.vocab_size
+            )
+        for sample in range(config.num_samples):
+            decoder.add(ids, stream=sample)
+            completions.append(Completion(number, sample, prompt_scores=scores))
+            growing.append(GrowingText(tokenizer, config.stop))
+    while decoder.busy:
+        for token in decoder.step():
+            completion, text = completions[token.sequence], growing[token.sequence]
+            completion.tokens.append(token.id)
+            if token.logprob is not None:
+                completion.logprobs.append(token.logprob)
+                completion.top.append(token.top)
+            piece = text.add(token.id)
+            completion.reason = token.ended
+            if token.ended:
+                piece += text.finish()
+            elif text.ended:
+                decoder.end(token.sequence)
+            if text.stopped:
+                completion.reason = "stop"
+            completion.text += piece
+            if piece or completion.reason:
+                yield piece, completion
 
 
-def stream_samples(
-    model: GPT, tokenizer: Tokenizer, prompt: str, config: GenerationConfig
-) -> Iterator[tuple[int, str]]:
-    """Pieces of text with the number of the sample that each belongs to."""
-    device = model.embed.weight.device
-    generator = torch.Generator(device)
-    if config.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(config.seed)
-    ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=device)
-    samples = [Sample(tokenizer, config.stop) for _ in range(config.num_samples)]
-    for tokens in decode(
-        model,
-        ids,
-        max_new_tokens=config.max_new_tokens,
-        # A vocabulary may be padded with rows that no token has.
-        choose=lambda logits: choose(logits[:, : tokenizer.vocab_size], config, generator),
-        num_samples=config.num_samples,
-        past_context=config.past_context,
-    ):
-        for row, (sample, token) in enumerate(zip(samples, tokens.tolist(), strict=True)):
-            if piece := sample.add(token):
-                yield row, piece
-        if all(sample.ended for sample in samples):
-            return
-    for row, sample in enumerate(samples):
-        if piece := sample.finish():
-            yield row, piece
-
-
-def _texts(stop: str | Sequence[str]) -> tuple[str, ...]:
-    return (stop,) if isinstance(stop, str) else tuple(stop)
+def _config(settings: dict[str, Any]) -> GenerationConfig:
+    stop = settings.get("stop", ())
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    return GenerationConfig(**settings | {"stop": stop})
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -125,7 +140,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return ids or [tokenizer.end_of_text]
 
 
-class Sample:
+class GrowingText:
     """One continuation as it grows: tokens in, text out that will not have to be taken back.
 
     Held back are the bytes of a character that is not whole, and an end that may become a stop
@@ -138,6 +153,8 @@ class Sample:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
         self.ended = False
+        self.stopped = False
+        """Whether a stop text ended it."""
 
     def add(self, token: int) -> str:
         """The text that ``token`` makes certain; it may be empty."""
@@ -161,7 +178,7 @@ class Sample:
         text = self._held + text
         found = [i for i in map(text.find, self._stop) if i >= 0]
         if found:
-            self.ended = True
+            self.ended = self.stopped = True
             return text[: min(found)]
         certain = len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[certain:]

@@ -1,17 +1,19 @@
-"""Weights in Hugging Face's files, read in pieces: safetensors or pickles, whole or sharded.
+"""Weights in Hugging Face's files: safetensors or pickles, whole or sharded, mapped into memory.
 
-A file is mapped into memory. Whoever copies from it does so in pieces, and it is mapped anew after
-each 16 MB, so that what was copied does not stay resident: the peak is the weights' own size and
-little more. Whoever can use the file's own dtype takes its tensors as they are, and copies nothing.
+Whoever can use the file's own dtype takes its tensors as they are, and copies nothing. Whoever
+copies lets go of the pages that were read, so that the peak is the weights' own size and little
+more.
 """
 
+import ctypes
 import itertools
 import json
-import math
+import mmap
 import pickle
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,7 +22,6 @@ from torch import Tensor
 from gpt.config import UsageError
 
 WHOLE = ("model.safetensors", "pytorch_model.bin")
-MAPPED_BYTES = 16 << 20
 
 
 class WeightFiles:
@@ -43,7 +44,7 @@ class WeightFiles:
         wanted = ", ".join(WHOLE)
         raise UsageError(f"{folder} has no weights in it: none of {wanted}, nor an index of shards")
 
-    def mapped(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Each named tensor as it lies in its file, on the CPU. Nothing is read before it is
         used, and what is written to it goes to a copy of the page.
         """
@@ -52,35 +53,17 @@ class WeightFiles:
             for name in group:
                 yield name, get(name)
 
-    def read(self, names: Iterable[str]) -> Iterator[tuple[str, int, Tensor]]:
-        """Each named tensor in pieces of whole rows, with the number of the first row.
 
-        A piece is on the CPU and mapped: to be copied before the next one is asked for.
-        """
-        for path, group in itertools.groupby(names, self._files.__getitem__):
-            pieces = [piece for name in group for piece in self._pieces(name)]
-            while pieces:
-                n = sum(1 for total in itertools.accumulate(p.size for p in pieces)
-                        if total <= MAPPED_BYTES) or 1  # fmt: skip
-                get = _opened(path)
-                for name, start, end, _ in pieces[:n]:
-                    yield name, start, get(name)[start:end]
-                pieces = pieces[n:]
-
-    def _pieces(self, name: str) -> Iterator["_Piece"]:
-        rows, *rest = self.shapes[name] or [1]
-        row_bytes = 4 * math.prod(rest)
-        step = max(1, MAPPED_BYTES // max(1, row_bytes))
-        for start in range(0, rows, step):
-            end = min(rows, start + step)
-            yield _Piece(name, start, end, (end - start) * row_bytes)
-
-
-class _Piece(NamedTuple):
-    name: str
-    start: int
-    end: int
-    size: int
+def forget(tensor: Tensor) -> None:
+    """Let go of the mapped file's pages under a contiguous ``tensor``, which is not used again."""
+    if sys.platform != "linux":
+        return
+    page = mmap.PAGESIZE
+    start = -(-tensor.data_ptr() // page) * page
+    size = (tensor.data_ptr() + tensor.nbytes) // page * page - start
+    if size > 0:
+        madvise = ctypes.CDLL(None).madvise
+        madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
 
 
 def _sharded(folder: Path, index: Path) -> tuple[dict[str, Path], dict[str, list[int]]]:

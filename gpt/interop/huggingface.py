@@ -2,17 +2,19 @@
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from gpt.config import UsageError
-from gpt.interop.files import WeightFiles
+from gpt.interop.files import WeightFiles, forget
 from gpt.interop.gpt2 import hugging_face_name, is_buffer, is_transposed, model_config
 from gpt.model.gpt import GPT
 
-TURNED_ROWS = 64
+PIECE = 1 << 20
+"""Numbers of a table that are copied at once."""
 
 
 def load_folder(
@@ -36,25 +38,23 @@ def load_folder(
     files = WeightFiles(folder)
     names = _matched(folder, files, model)
     weights = {}
-    for theirs, tensor in files.mapped(names):
-        if _usable(tensor, turned := is_transposed(names[theirs]), device, dtype):
-            weights[names[theirs]] = tensor.T if turned else tensor
-    copied = {theirs: name for theirs, name in names.items() if name not in weights}
-    for name in copied.values():
-        shape = model.get_parameter(name).shape
-        weights[name] = torch.empty(shape, dtype=dtype, device=device)
-    for theirs, row, piece in files.read(copied):
-        rows = slice(row, row + len(piece))
-        if is_transposed(copied[theirs]):
-            _turn(piece, weights[copied[theirs]][:, rows])
+    copies: list[tuple[Tensor, Tensor]] = []
+    for theirs, tensor in files.tensors(names):
+        name, turned = names[theirs], is_transposed(names[theirs])
+        tensor = tensor.T if turned else tensor
+        if _usable(tensor, device, dtype):
+            weights[name] = tensor
         else:
-            weights[copied[theirs]][rows] = piece
+            weights[name] = torch.empty(tensor.shape, dtype=dtype, device=device)
+            step = len(tensor) if turned else max(1, PIECE // max(1, tensor[0].numel()))
+            copies += zip(tensor.split(step), weights[name].split(step), strict=True)
+    _copy(copies)
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     return model.requires_grad_(True).eval()
 
 
-def _usable(tensor: Tensor, turned: bool, device: torch.device | str, dtype: torch.dtype) -> bool:
+def _usable(tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> bool:
     """Whether the mapped tensor can be a weight as it lies in the file.
 
     Where a matrix is turned, a CPU reads it faster for one token in float32, and slower in
@@ -62,16 +62,26 @@ def _usable(tensor: Tensor, turned: bool, device: torch.device | str, dtype: tor
     """
     here = torch.device(device).type == "cpu" and tensor.dtype == dtype
     aligned = tensor.data_ptr() % tensor.element_size() == 0
-    return here and aligned and not (turned and dtype != torch.float32)
+    return here and aligned and (tensor.is_contiguous() or dtype == torch.float32)
 
 
-def _turn(piece: Tensor, place: Tensor) -> None:
-    """Copy ``piece`` transposed: converted first and in narrow strips, which is five times as
-    fast.
+def _copy(copies: list[tuple[Tensor, Tensor]]) -> None:
+    """Copy mapped tensors to their places, one thread a core: half of it is the system's work on
+    new pages.
     """
-    piece = piece.to(device=place.device, dtype=place.dtype)
-    for start in range(0, len(piece), TURNED_ROWS):
-        place[:, start : start + TURNED_ROWS] = piece[start : start + TURNED_ROWS].T
+
+    def copy(pair: tuple[Tensor, Tensor]) -> None:
+        source, place = pair
+        # Converted first, to turn half the bytes.
+        place.copy_(source.to(device=place.device, dtype=place.dtype))
+        forget(source if source.is_contiguous() else source.T)
+
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(copy, copies))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _matched(folder: Path, files: WeightFiles, model: GPT) -> dict[str, str]:

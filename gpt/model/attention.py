@@ -18,12 +18,6 @@ PLAIN_UP_TO = 1024
 """Keys. Above, the plain formula's T * T numbers are too many to keep for the backward pass."""
 
 
-def causal_mask(n_query: int, n_key: int, *, device: torch.device | str | None = None) -> Tensor:
-    """True where a query may look: ``[n_query, n_key]``, the last query at the last key."""
-    ones = torch.ones(n_query, n_key, dtype=torch.bool, device=device)
-    return ones.tril(n_key - n_query)
-
-
 def attend(
     q: Tensor,
     k: Tensor,

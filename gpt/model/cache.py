@@ -1,13 +1,21 @@
 """The KV cache: what every layer computed for the tokens already seen, so that none is run twice.
 
 A plain object that is passed to ``GPT.forward``, never a buffer of the model. Its memory is taken
-once, and its length is a Python ``int``: nothing waits on the device to read it. Per token it holds
-``2 * n_layer * kv_heads * head_dim`` numbers (GPT-2's smallest: 18,432, or 36 KiB in bfloat16).
+once. Per token it holds ``2 * n_layer * kv_heads * head_dim`` numbers (GPT-2's smallest: 18,432, or
+36 KiB in bfloat16). There are two kinds, with the same methods:
 
-The law: for every variant and every chunking, decoding with the cache gives the full forward's
-logits.
+:class:`KVCache`
+    knows its lengths as Python ``int``: nothing waits on the device to read them, and attention
+    reads no further than the longest row.
+:class:`StaticCache`
+    knows them as a tensor: every step has the same shapes and the same Python values, so that one
+    compiled graph, or one captured CUDA graph, serves them all. Attention reads the whole capacity.
+
+The law: for every variant, every kind and every chunking, decoding with the cache gives the full
+forward's logits.
 """
 
+from collections.abc import Sequence
 from typing import Self
 
 import torch
@@ -16,9 +24,19 @@ from torch import Tensor
 from gpt.config import ModelConfig
 
 
+def causal_mask(n_query: int, n_key: int, *, device: torch.device | str | None = None) -> Tensor:
+    """True where a query may look: ``[n_query, n_key]``, the last query at the last key."""
+    ones = torch.ones(n_query, n_key, dtype=torch.bool, device=device)
+    return ones.tril(n_key - n_query)
+
+
 class KVCache:
-    """Keys and values of ``batch_size`` sequences of one common length, up to ``capacity``
+    """Keys and values of some sequences (rows), each of a length of its own, up to ``capacity``
     tokens.
+
+    Row ``b``'s token ``t`` is at ``keys[:, b, :, t]``. What stands behind a row's length is never
+    looked at: shorter rows of a batch may be padded at their end with any token, and truncated
+    after the forward.
     """
 
     def __init__(
@@ -38,71 +56,191 @@ class KVCache:
                 f"context_length ({config.context_length})"
             )
         shape = (config.n_layer, batch_size, config.kv_heads, capacity, config.head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)  # L, B, Hkv, capacity, D
-        self.values = torch.empty_like(self.keys)
-        self.length = 0
+        # Zeros: what is masked must still be a number, since 0 * nan is nan.
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # L, B, Hkv, capacity, D
+        self.values = torch.zeros_like(self.keys)
+        self.lengths = [0] * batch_size
+        """Tokens of each row."""
+        self._places: tuple[Tensor, Tensor] | None = None
 
     @property
     def batch_size(self) -> int:
-        """Sequences, B."""
+        """Rows in use, B; :meth:`reorder` and :meth:`add` change it."""
+        return len(self.lengths)
+
+    @property
+    def max_batch_size(self) -> int:
+        """Rows that there is memory for."""
         return self.keys.shape[1]
 
     @property
+    def length(self) -> int:
+        """Tokens of the longest row."""
+        return max(self.lengths, default=0)
+
+    @property
     def capacity(self) -> int:
-        """The most tokens that a sequence may have."""
+        """The most tokens that a row may have."""
         return self.keys.shape[3]
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one layer's new keys and values, each ``[B, Hkv, T, D]``, behind the ones it holds.
+    @property
+    def is_ragged(self) -> bool:
+        """Whether the rows' lengths differ."""
+        return min(self.lengths) != max(self.lengths)
 
-        Returns all of the layer's, new ones included, as views ``[B, Hkv, length + T, D]``. The
-        length itself moves only with :meth:`advance`, once every layer has appended.
+    def positions(self, n: int) -> Tensor:
+        """The positions of each row's next ``n`` tokens: ``[n]``, or ``[B, n]`` where they differ.
+
+        ``ValueError`` if they do not fit.
         """
-        end = self.length + k.shape[2]
-        if end > self.capacity:
+        if self.length + n > self.capacity:
             raise ValueError(
-                f"the cache holds {self.length} of {self.capacity} tokens, and {k.shape[2]} more "
-                "do not fit"
+                f"the cache holds {self.length} of {self.capacity} tokens, and {n} more do not fit"
             )
-        keys, values = self.keys[layer], self.values[layer]
-        keys[:, :, self.length : end] = k
-        values[:, :, self.length : end] = v
-        return keys[:, :, :end], values[:, :, :end]
+        new = torch.arange(n, device=self.keys.device)
+        if not self.is_ragged:
+            return new + self.lengths[0]
+        starts = torch.tensor(self.lengths, device=self.keys.device)
+        positions = starts[:, None] + new
+        self._places = torch.arange(self.batch_size, device=self.keys.device)[:, None], positions
+        return positions
+
+    def mask(self, positions: Tensor) -> Tensor | None:
+        """True where the queries at ``positions`` may look, broadcast over heads; ``None`` where
+        they are square causal, or one a row that sees all.
+        """
+        n = positions.shape[-1]
+        if not self.is_ragged:
+            past = self.length
+            return causal_mask(n, past + n, device=self.keys.device) if past and n > 1 else None
+        keys = torch.arange(self.length + n, device=self.keys.device)
+        return (keys <= positions[:, :, None])[:, None]  # B, 1, n, S
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write one layer's new keys and values, each ``[B, Hkv, n, D]``, behind the ones it holds.
+
+        Returns all of the layer's, new ones included, as views ``[B, Hkv, length + n, D]``. The
+        lengths move only with :meth:`advance`, once every layer has appended.
+        """
+        end, rows = self.length + k.shape[2], self.batch_size
+        keys, values = self.keys[layer, :rows, :, :end], self.values[layer, :rows, :, :end]
+        if self.is_ragged:
+            assert self._places is not None, "positions() goes before"
+            row, position = self._places
+            keys[row, :, position] = k.transpose(1, 2)
+            values[row, :, position] = v.transpose(1, 2)
+        else:
+            keys[:, :, self.length :] = k
+            values[:, :, self.length :] = v
+        return keys, values
 
     def advance(self, n: int) -> None:
-        """Count the ``n`` tokens that every layer has appended. ``GPT.forward``, and only it, calls
-        this.
+        """Count the ``n`` tokens a row that every layer has appended. ``GPT.forward``, and only it,
+        calls this.
         """
-        self.length += n
+        self.lengths = [length + n for length in self.lengths]
 
-    def truncate(self, length: int) -> None:
-        """Forget every token from position ``length`` on. Costs nothing."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot truncate a cache of {self.length} tokens to {length}")
-        self.length = length
+    def truncate(self, lengths: int | Sequence[int]) -> None:
+        """Forget every token from a position on, one for all rows or one each. Costs nothing."""
+        wanted = [lengths] * self.batch_size if isinstance(lengths, int) else list(lengths)
+        for length, new in zip(self.lengths, wanted, strict=True):
+            if not 0 <= new <= length:
+                raise ValueError(f"cannot truncate a cache of {length} tokens to {new}")
+        self.lengths = wanted
 
-    def reorder(self, rows: Tensor) -> None:
-        """Row ``i`` becomes what row ``rows[i]`` was; ``rows`` ``[B]`` of int64 (a beam's
-        parents).
+    def reorder(self, rows: Sequence[int] | Tensor) -> None:
+        """Row ``i`` becomes what row ``rows[i]`` was (a beam's parents); fewer rows drop the rest.
+
+        Only rows that move are copied.
         """
-        if rows.shape != (self.batch_size,):
-            raise ValueError(f"rows is of {list(rows.shape)}, and must name {self.batch_size} rows")
-        for memory in (self.keys, self.values):
-            used = memory[:, :, :, : self.length]
-            used.copy_(used.index_select(1, rows))
+        wanted = rows.tolist() if isinstance(rows, Tensor) else list(rows)
+        if len(wanted) > self.max_batch_size or not all(0 <= r < self.batch_size for r in wanted):
+            raise ValueError(
+                f"rows is {wanted}, and must name up to {self.max_batch_size} of the "
+                f"{self.batch_size} rows there are"
+            )
+        moved = [i for i, row in enumerate(wanted) if i != row]
+        if moved:
+            to = torch.tensor(moved, device=self.keys.device)
+            source = torch.tensor([wanted[i] for i in moved], device=self.keys.device)
+            longest = max(self.lengths[wanted[i]] for i in moved)
+            for memory in (self.keys, self.values):
+                used = memory[:, :, :, :longest]
+                used[:, to] = used[:, source]
+        self.lengths = [self.lengths[row] for row in wanted]
 
-    def expand(self, n: int) -> Self:
-        """A new cache with each sequence ``n`` times, side by side: one prefill, ``n``
-        continuations.
+    def add(self, other: "KVCache", rows: Sequence[int] | None = None) -> None:
+        """Put rows of ``other`` (all of them unless given) behind these, into memory that
+        :meth:`reorder` freed.
         """
+        rows = range(other.batch_size) if rows is None else rows
+        start, end = self.batch_size, self.batch_size + len(rows)
+        if end > self.max_batch_size or other.length > self.capacity:
+            raise ValueError(
+                f"{len(rows)} rows of up to {other.length} tokens do not fit beside {start} in a "
+                f"cache of {self.max_batch_size} rows of {self.capacity}"
+            )
+        for mine, its in ((self.keys, other.keys), (self.values, other.values)):
+            used = its[:, list(rows), :, : other.length]
+            mine[:, start:end, :, : other.length] = used
+        self.lengths = self.lengths + [other.lengths[row] for row in rows]
+
+    def expand(self, n: int, *, capacity: int | None = None) -> Self:
+        """A new cache with each row ``n`` times, side by side: one prefill, ``n`` continuations."""
         if n < 1:
             raise ValueError(f"cannot expand a cache by {n}")
         other = object.__new__(type(self))
-        L, B, H, S, D = self.keys.shape
+        L, _, H, S, D = self.keys.shape
+        B, S = self.batch_size, capacity or S
         other.keys, other.values = (
-            m.new_empty(L, B * n, H, S, D) for m in (self.keys, self.values)
+            m.new_zeros(L, B * n, H, S, D) for m in (self.keys, self.values)
         )
-        other.length = self.length
+        other.lengths = [length for length in self.lengths for _ in range(n)]
+        other._places = None
         for mine, its in ((self.keys, other.keys), (self.values, other.values)):
-            its[:, :, :, : self.length] = mine[:, :, :, : self.length].repeat_interleave(n, dim=1)
+            used = mine[:, :B, :, : self.length]
+            its[:, :, :, : self.length] = used.repeat_interleave(n, dim=1)
         return other
+
+
+class StaticCache(KVCache):
+    """A :class:`KVCache` whose lengths are a tensor, for compiled decoding.
+
+    A forward of ``n`` tokens has the same shapes whatever the cache holds. That the tokens fit is
+    the caller's to see to; :attr:`lengths` reads the tensor, and waits for the device.
+    """
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row, read from the device."""
+        lengths: list[int] = self._lengths.tolist()
+        return lengths
+
+    @lengths.setter
+    def lengths(self, new: Sequence[int]) -> None:
+        self._lengths = torch.tensor(new, dtype=torch.int64, device=self.keys.device)
+
+    def positions(self, n: int) -> Tensor:
+        """The positions of each row's next ``n`` tokens, ``[B, n]``."""
+        return self._lengths[:, None] + torch.arange(n, device=self.keys.device)
+
+    def mask(self, positions: Tensor) -> Tensor:
+        """True where the queries at ``positions`` may look, ``[B, 1, n, capacity]``."""
+        keys = torch.arange(self.capacity, device=self.keys.device)
+        return (keys <= positions[:, :, None])[:, None]
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write one layer's new keys and values, each ``[B, Hkv, n, D]``; returns the whole
+        memory's, ``[B, Hkv, capacity, D]``.
+        """
+        B, _, n, _ = k.shape
+        rows = torch.arange(B, device=k.device)[:, None]
+        keys, values = self.keys[layer, :B], self.values[layer, :B]
+        positions = self.positions(n)
+        keys[rows, :, positions] = k.transpose(1, 2)
+        values[rows, :, positions] = v.transpose(1, 2)
+        return keys, values
+
+    def advance(self, n: int) -> None:
+        """Count the ``n`` tokens a row that every layer has appended, on the device."""
+        self._lengths += n

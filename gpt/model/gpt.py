@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt.config import ModelConfig
-from gpt.model.attention import CausalSelfAttention, causal_mask
+from gpt.model.attention import CausalSelfAttention
 from gpt.model.block import Block
 from gpt.model.cache import KVCache
 from gpt.model.dropout import Dropout
@@ -43,7 +43,7 @@ class GPT(nn.Module):
 
         With a ``cache``, ``tokens`` continue the ones it holds, and are added to it. ``last_only``
         gives the last position's logits alone, ``[B, 1, V]``. Raises ``ValueError`` past
-        ``context_length``.
+        ``context_length``, or what the cache has room for.
         """
         x = self.features(tokens, cache=cache)
         logits: Tensor = self.head(x[:, -1:] if last_only else x)
@@ -55,15 +55,17 @@ class GPT(nn.Module):
         ``forward`` is ``head(features(tokens))``, and takes the same arguments.
         """
         T = tokens.shape[1]
-        past = 0 if cache is None else cache.length
-        if past + T > self.config.context_length:
-            raise ValueError(
-                f"{past + T} tokens are longer than the model's context_length "
-                f"({self.config.context_length})"
-            )
-        positions = torch.arange(past, past + T, device=tokens.device)
+        if cache is None:
+            if self.config.context_length < T:
+                raise ValueError(
+                    f"{T} tokens are longer than the model's context_length "
+                    f"({self.config.context_length})"
+                )
+            positions, mask = torch.arange(T, device=tokens.device), None
+        else:
+            positions = cache.positions(T)
+            mask = cache.mask(positions)
         x = self.dropout(self.embed(tokens) + self.position(positions))
-        mask = causal_mask(T, past + T, device=tokens.device) if past and T > 1 else None
         for layer, block in enumerate(self.blocks):
             x = block(x, mask=mask, cache=cache, layer=layer)
         if cache is not None:
@@ -127,10 +129,16 @@ class GPT(nn.Module):
             elif isinstance(module, CausalSelfAttention):
                 module.dropout = p
 
-    def new_cache(self, batch_size: int = 1, *, capacity: int | None = None) -> KVCache:
-        """An empty :class:`KVCache` for this model, of its dtype and on its device."""
+    def new_cache(
+        self,
+        batch_size: int = 1,
+        *,
+        capacity: int | None = None,
+        kind: type[KVCache] = KVCache,
+    ) -> KVCache:
+        """An empty cache for this model, of its dtype and on its device."""
         weight = self.embed.weight
-        return KVCache(
+        return kind(
             self.config,
             batch_size=batch_size,
             capacity=capacity,

@@ -1,18 +1,27 @@
 import dataclasses
+import random
 
 import pytest
 import torch
 
-from gpt.config import ModelConfig, UsageError
-from gpt.generation.decode import decode
+from gpt.config import GenerationConfig, ModelConfig, UsageError
+from gpt.generation.decode import Decoder, decode
 from tests.conftest import make_model
 from tests.model.test_gpt import with_hugging_face_weights
 
 CONTEXT = 16
 
 
-def greedy(logits):
-    return logits.argmax(-1)
+def greedy(max_new_tokens, **settings):
+    return GenerationConfig(temperature=0, max_new_tokens=max_new_tokens, **settings)
+
+
+def continued(model, prompts, config, **options):
+    """The new tokens of each sequence."""
+    rows = [[] for _ in range(len(prompts) * config.num_samples)]
+    for token in decode(model, prompts, config, **options):
+        rows[token.sequence].append(token.id)
+    return rows
 
 
 @pytest.fixture
@@ -25,38 +34,54 @@ def tiny_model(tiny_config):
     return model
 
 
+def prompt_of(length, seed=None):
+    return random.Random(seed or length).choices(range(61), k=length)
+
+
 def test_what_is_decoded_varies(tiny_model):
-    tokens = torch.cat(list(decode(tiny_model, prompt_of(5), max_new_tokens=40, choose=greedy)))
-    assert len(tokens.unique()) > 8
-
-
-def prompt_of(length, batch_size=1):
-    return torch.randint(61, (batch_size, length), generator=torch.Generator().manual_seed(length))
+    [tokens] = continued(tiny_model, [prompt_of(5)], greedy(40))
+    assert len(set(tokens)) > 8
 
 
 @torch.inference_mode()
 def without_a_cache(model, prompt, n, *, slide):
     """Greedy decoding by the definition: the full forward over what the model sees, each time."""
-    seen, out = prompt[:, -CONTEXT:], []
+    seen, out = prompt[-CONTEXT:], []
     for _ in range(n):
-        token = greedy(model(seen)[:, -1])
+        token = int(model(torch.tensor([seen]))[0, -1].argmax())
         out.append(token)
-        seen = torch.cat([seen, token[:, None]], 1)
-        if seen.shape[1] > CONTEXT:
+        seen = [*seen, token]
+        if len(seen) > CONTEXT:
             if not slide:
                 break
-            seen = seen[:, -(CONTEXT // 2) :]
-    return torch.stack(out, 1)
+            seen = seen[-(CONTEXT // 2) :]
+    return out
 
 
 @pytest.mark.parametrize("policy", ["stop", "slide"])
-@pytest.mark.parametrize("length", [1, 5, CONTEXT - 1, CONTEXT])
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_decoding_with_the_cache_is_decoding_without_it(policy, length, batch_size, tiny_model):
-    prompt = prompt_of(length, batch_size)
-    tokens = decode(tiny_model, prompt, max_new_tokens=40, choose=greedy, past_context=policy)
-    expected = without_a_cache(tiny_model, prompt, 40, slide=policy == "slide")
-    assert torch.equal(torch.stack(list(tokens), 1), expected)
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 10])
+@pytest.mark.parametrize("seed", range(4))
+def test_batches_of_ragged_prompts_are_decoding_one_by_one_without_a_cache(
+    policy, batch_size, seed, tiny_model
+):
+    draw = random.Random(seed)
+    prompts = [prompt_of(draw.randint(1, CONTEXT), seed=i) for i in range(1, 10)]
+    config = greedy(40, past_context=policy)
+    expected = [without_a_cache(tiny_model, p, 40, slide=policy == "slide") for p in prompts]
+    assert continued(tiny_model, prompts, config, batch_size=batch_size) == expected
+
+
+@pytest.mark.parametrize("num_samples", [1, 3])
+@pytest.mark.parametrize("batch_size", [2, 7])
+def test_prompts_that_begin_alike_are_decoded_as_if_they_did_not(
+    num_samples, batch_size, tiny_model
+):
+    common = prompt_of(10)
+    prompts = [common + prompt_of(n, seed=n + 50) for n in (0, 1, 3, 5, 1)] + [prompt_of(4)]
+    config = greedy(12, num_samples=num_samples)
+    alone = [without_a_cache(tiny_model, p, 12, slide=True) for p in prompts]
+    expected = [tokens for tokens in alone for _ in range(num_samples)]
+    assert continued(tiny_model, prompts, config, batch_size=batch_size) == expected
 
 
 def test_greedy_decoding_is_hugging_faces():
@@ -73,83 +98,195 @@ def test_greedy_decoding_is_hugging_faces():
         eos_token_id=None,
         pad_token_id=0,
     )
-    tokens = torch.stack(list(decode(ours, prompt, max_new_tokens=30, choose=greedy)), 1)
     assert len(expected[:, 7:].unique()) > 8
-    assert torch.equal(tokens, expected[:, 7:])
+    assert continued(ours, prompt.tolist(), greedy(30)) == expected[:, 7:].tolist()
 
 
 def test_stop_ends_when_the_context_is_full(tiny_model):
-    tokens = decode(
-        tiny_model, prompt_of(10), max_new_tokens=100, choose=greedy, past_context="stop"
-    )
-    assert len(list(tokens)) == CONTEXT - 10 + 1  # the last one is predicted from a full context
-
-
-def test_stop_refuses_a_prompt_longer_than_the_context(tiny_model):
-    tokens = decode(tiny_model, prompt_of(17), max_new_tokens=1, choose=greedy, past_context="stop")
-    with pytest.raises(UsageError, match="prompt has 17 tokens, and .* context_length is 16"):
-        next(tokens)
+    tokens = list(decode(tiny_model, [prompt_of(10)], greedy(100, past_context="stop")))
+    assert len(tokens) == CONTEXT - 10 + 1  # the last one is predicted from a full context
+    assert [token.ended for token in tokens] == [None] * 6 + ["context"]
 
 
 def test_slide_takes_the_end_of_a_prompt_longer_than_the_context(tiny_model):
     prompt = prompt_of(30)
-    long = decode(tiny_model, prompt, max_new_tokens=20, choose=greedy)
-    short = decode(tiny_model, prompt[:, -CONTEXT:], max_new_tokens=20, choose=greedy)
-    assert torch.equal(torch.stack(list(long)), torch.stack(list(short)))
+    assert continued(tiny_model, [prompt], greedy(20)) == (
+        continued(tiny_model, [prompt[-CONTEXT:]], greedy(20))
+    )
 
 
 def test_slide_works_in_a_context_of_one_token():
     model = make_model(ModelConfig(vocab_size=9, context_length=1, n_layer=1, n_head=1, n_embd=8))
-    tokens = decode(model, torch.tensor([[3]]), max_new_tokens=5, choose=greedy)
-    assert len(list(tokens)) == 5
+    assert len(list(decode(model, [[3]], greedy(5)))) == 5
 
 
-def test_each_token_goes_through_the_model_once(tiny_model, monkeypatch):
-    lengths = []
-    forward = type(tiny_model).forward
+@pytest.fixture
+def reads(tiny_model, monkeypatch):
+    """The shape of all that goes through the model."""
+    shapes = []
+    features = type(tiny_model).features
 
     def counted(self, tokens, **kwargs):
-        lengths.append(tuple(tokens.shape))
-        return forward(self, tokens, **kwargs)
+        shapes.append(tuple(tokens.shape))
+        return features(self, tokens, **kwargs)
 
-    monkeypatch.setattr(type(tiny_model), "forward", counted)
-    list(decode(tiny_model, prompt_of(6), max_new_tokens=5, choose=greedy))
-    assert lengths == [(1, 6), (1, 1), (1, 1), (1, 1), (1, 1)]
-    lengths.clear()
-    list(decode(tiny_model, prompt_of(6), max_new_tokens=3, choose=greedy, num_samples=4))
-    assert lengths == [(1, 6), (4, 1), (4, 1)]  # one prefill for all samples
-    lengths.clear()
-    list(decode(tiny_model, prompt_of(CONTEXT), max_new_tokens=11, choose=greedy))
-    half = CONTEXT // 2  # the cost of sliding: one prefill of half the context for each half of it
-    assert lengths == [(1, CONTEXT), (1, half), *[(1, 1)] * half, (1, half)]
+    monkeypatch.setattr(type(tiny_model), "features", counted)
+    return shapes
 
 
-def test_samples_continue_each_prompt_side_by_side(tiny_model):
-    prompts = prompt_of(6, batch_size=2)
-    rows = decode(tiny_model, prompts, max_new_tokens=8, choose=greedy, num_samples=3)
-    alone = [
-        torch.cat(list(decode(tiny_model, p[None], max_new_tokens=8, choose=greedy)))
-        for p in prompts
-    ]
-    expected = torch.stack([alone[0]] * 3 + [alone[1]] * 3)
-    assert torch.equal(torch.stack(list(rows), 1), expected)
+def test_each_token_goes_through_the_model_once(tiny_model, reads):
+    continued(tiny_model, [prompt_of(6)], greedy(5))
+    assert reads == [(1, 6), (1, 1), (1, 1), (1, 1), (1, 1)]
+
+
+def test_the_samples_of_a_prompt_share_its_prefill(tiny_model, reads):
+    continued(tiny_model, [prompt_of(6)], greedy(3, num_samples=4))
+    assert reads == [(1, 6), (4, 1), (4, 1)]
+
+
+def test_what_prompts_begin_with_in_common_is_read_once(tiny_model, reads):
+    prompts = [prompt_of(10) + [i] * (1 + i) for i in range(4)]
+    continued(tiny_model, prompts, greedy(1), batch_size=2)
+    # the first two read it and their ends, the other two their ends alone
+    assert reads == [(1, 10), (2, 2), (2, 4)]
+
+
+def test_a_slide_costs_one_prefill_of_half_the_context(tiny_model, reads):
+    continued(tiny_model, [prompt_of(CONTEXT)], greedy(11))
+    half = CONTEXT // 2
+    assert reads == [(1, CONTEXT), (1, half), *[(1, 1)] * half, (1, half)]
+
+
+def test_a_row_that_ends_makes_room_for_the_next_prompt(tiny_model, reads):
+    decoder = Decoder(tiny_model, greedy(6, past_context="stop"), batch_size=2)
+    for length in (15, 3, 4):  # the first ends after 2 tokens, where its context is full
+        decoder.add(prompt_of(length))
+    ends = {}
+    while decoder.busy:
+        for token in decoder.step():
+            if token.ended:
+                ends[token.sequence] = token.ended
+    assert reads == [(2, 15), (2, 1), (1, 1), (1, 4), (2, 1), (2, 1), (2, 1), (1, 1), (1, 1)]
+    assert ends == {0: "context", 1: "length", 2: "length"}
+
+
+def test_sequences_may_be_added_and_ended_at_any_time(tiny_model):
+    decoder = Decoder(tiny_model, greedy(8), batch_size=4)
+    rows = {decoder.add(prompt_of(2)): []}
+    ended = None
+    for step in range(12):
+        if step in (2, 3, 5):
+            rows[decoder.add(prompt_of(step + 7))] = []
+        if step == 4:
+            decoder.end(ended := 1)
+        for token in decoder.step():
+            assert step < 4 or token.sequence != ended
+            rows[token.sequence].append(token.id)
+    for sequence, length in enumerate((2, 9, 10, 12)):
+        expected = without_a_cache(tiny_model, prompt_of(length), 8, slide=True)
+        n = 2 if sequence == ended else min(8, 12 - (0, 2, 3, 5)[sequence])
+        assert rows[sequence] == expected[:n]
+
+
+def test_end_of_text_ends_a_sequence_unless_it_is_too_early(tiny_model):
+    [tokens] = continued(tiny_model, [prompt_of(5)], greedy(20))
+    end = tokens[6]
+    first = tokens.index(end)
+    got = list(decode(tiny_model, [prompt_of(5)], greedy(20), end_of_text=end))
+    assert [token.id for token in got] == tokens[: first + 1]
+    assert got[-1].ended == "end_of_text"
+    later = list(
+        decode(tiny_model, [prompt_of(5)], greedy(20, min_new_tokens=first + 1), end_of_text=end)
+    )
+    assert [token.id for token in later[:first]] == tokens[:first]
+    assert end not in [token.id for token in later[: first + 1]]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_a_seed_gives_a_prompt_the_same_tokens_in_any_company(batch_size, tiny_config):
+    model = make_model(tiny_config, dtype=torch.float64)
+    config = GenerationConfig(temperature=1.5, max_new_tokens=20, num_samples=2, seed=7)
+    prompts = [prompt_of(n) for n in (3, 9, 5, 12)]
+    together = continued(model, prompts, config, batch_size=batch_size)
+    for i, prompt in enumerate(prompts):
+        assert together[2 * i : 2 * i + 2] == continued(model, [prompt], config)
+    assert together[0] != together[1]
+    other = dataclasses.replace(config, seed=8)
+    assert continued(model, prompts, other, batch_size=batch_size) != together
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_penalties_follow_each_row(batch_size, tiny_model):
+    settings = {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.25}
+    config = greedy(25, **settings)
+    prompts = [prompt_of(n) for n in (3, 9, 5, 12, 1, 7)]
+    together = continued(tiny_model, prompts, config, batch_size=batch_size)
+    for prompt, tokens in zip(prompts, together, strict=True):
+        seen = prompt[-CONTEXT:]
+        everything, written = list(prompt), []
+        for token in tokens:
+            logits = tiny_model(torch.tensor([seen]))[0, -1]
+            for i in set(everything):
+                logits[i] = logits[i] / 1.3 if logits[i] > 0 else logits[i] * 1.3
+            for i in set(written):
+                logits[i] -= 0.5 + 0.25 * written.count(i)
+            assert token == int(logits.argmax())
+            seen, everything, written = [*seen, token], [*everything, token], [*written, token]
+            if len(seen) > CONTEXT:
+                seen = seen[-(CONTEXT // 2) :]
+
+
+def test_log_probabilities_are_the_models_own(tiny_model):
+    config = GenerationConfig(
+        temperature=0.7, top_k=5, max_new_tokens=8, logprobs=3, seed=0, bias={4: 2.0}
+    )
+    prompt, tokens = prompt_of(5), []
+    for token in decode(tiny_model, [prompt], config):
+        expected = tiny_model(torch.tensor([prompt + tokens]))[0, -1].log_softmax(-1)
+        assert token.logprob == pytest.approx(expected[token.id].item(), abs=1e-4)
+        best = expected.topk(3)
+        assert [i for i, _ in token.top] == best.indices.tolist()
+        assert [x for _, x in token.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+        tokens.append(token.id)
 
 
 def test_no_gradient_is_kept(tiny_model):
-    seen = []
-
-    def watch(logits):
-        seen.append(logits.requires_grad)
-        return greedy(logits)
-
-    list(decode(tiny_model, prompt_of(3), max_new_tokens=3, choose=watch))
-    assert seen == [False] * 3
+    decoder = Decoder(tiny_model, greedy(3))
+    decoder.add(prompt_of(3))
+    decoder.step()
+    assert not decoder._cache.keys.requires_grad
 
 
 def test_dropout_is_off_while_decoding_and_the_models_mode_is_left_as_it_was(tiny_config):
     config = dataclasses.replace(tiny_config, dropout=0.5, tie_embeddings=False)
     model = make_model(config)
-    expected = list(decode(model, prompt_of(5), max_new_tokens=10, choose=greedy))
+    expected = continued(model, [prompt_of(5)], greedy(10))
     model.train()
-    assert list(decode(model, prompt_of(5), max_new_tokens=10, choose=greedy)) == expected
+    assert continued(model, [prompt_of(5)], greedy(10)) == expected
     assert model.training
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "message"),
+    [
+        ([], {}, "prompt has no tokens"),
+        ([1, 61], {}, "prompt has the token id 61, and the vocabulary ends at 60"),
+        ([-1], {}, "prompt has the token id -1"),
+        ([1], {"ban": (61,)}, "ban has the token id 61"),
+        ([1], {"bias": {99: 1.0}}, "bias has the token id 99"),
+        ([1] * 17, {"past_context": "stop"}, "has 17 tokens, and .* context_length is 16"),
+        ([1], {"ban": tuple(range(61))}, "every token is banned"),
+    ],
+)
+def test_prompts_that_cannot_be_continued_are_refused(prompt, settings, message, tiny_model):
+    with pytest.raises(UsageError, match=message):
+        continued(tiny_model, [prompt], greedy(2, **settings))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_that_gives_no_numbers_is_refused(temperature, tiny_model):
+    with torch.no_grad():
+        tiny_model.norm.weight[0] = torch.nan
+    config = GenerationConfig(temperature=temperature, max_new_tokens=2)
+    with pytest.raises(UsageError, match="the model's logits are not numbers"):
+        continued(tiny_model, [[1]], config)

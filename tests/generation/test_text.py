@@ -6,7 +6,7 @@ import torch
 import gpt
 from gpt.config import ModelConfig, UsageError
 from gpt.data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, decode
-from gpt.generation.text import Sample, encode_prompt
+from gpt.generation.text import GrowingText, encode_prompt
 from tests.conftest import make_model
 
 
@@ -18,11 +18,11 @@ def gpt2():
 @pytest.fixture
 def byte_model():
     config = ModelConfig(vocab_size=257, context_length=32, n_layer=2, n_head=2, n_embd=32)
-    return make_model(config)
+    return make_model(config), ByteTokenizer()
 
 
 def streamed(tokenizer, ids, stop=()):
-    sample = Sample(tokenizer, stop)
+    sample = GrowingText(tokenizer, stop)
     pieces = [sample.add(i) for i in ids]
     return [*pieces, sample.finish()]
 
@@ -88,7 +88,7 @@ def test_end_of_text_ends_a_sample():
 
 def test_the_same_seed_gives_the_same_text_and_another_one_another(byte_model):
     def text(seed):
-        return gpt.generate(byte_model, ByteTokenizer(), "x", max_new_tokens=30, seed=seed)
+        return gpt.generate(byte_model, "x", max_new_tokens=30, seed=seed)[0].text
 
     assert text(1) == text(1)
     assert text(1) != text(2)
@@ -96,8 +96,7 @@ def test_the_same_seed_gives_the_same_text_and_another_one_another(byte_model):
 
 def test_without_a_seed_each_text_is_new(byte_model):
     texts = {
-        gpt.generate(byte_model, ByteTokenizer(), "x", max_new_tokens=40, temperature=2.0)[0]
-        for _ in range(4)
+        gpt.generate(byte_model, "x", max_new_tokens=40, temperature=2.0)[0].text for _ in range(4)
     }
     assert len(texts) == 4
 
@@ -105,31 +104,31 @@ def test_without_a_seed_each_text_is_new(byte_model):
 def test_samples_differ_from_their_first_token_on(byte_model):
     texts = gpt.generate(
         byte_model,
-        ByteTokenizer(),
         "x",
         num_samples=8,
         max_new_tokens=1,
         temperature=5.0,
         seed=0,
     )
-    assert len(set(texts)) > 4
+    assert len({text.tokens[0] for text in texts}) > 4
 
 
 def test_streaming_gives_the_generated_text(byte_model):
     options = {"max_new_tokens": 60, "seed": 3, "temperature": 1.0}
-    pieces = list(gpt.stream(byte_model, ByteTokenizer(), "x", **options))
+    pieces = list(gpt.stream(byte_model, "x", **options))
     assert len(pieces) > 10
-    assert ["".join(pieces)] == gpt.generate(byte_model, ByteTokenizer(), "x", **options)
+    assert "".join(pieces) == gpt.generate(byte_model, "x", **options)[0].text
 
 
 def test_generation_stops_at_a_stop_text(byte_model):
     options = {"max_new_tokens": 60, "seed": 3, "temperature": 1.0}
-    [text] = gpt.generate(byte_model, ByteTokenizer(), "x", **options)
+    text = gpt.generate(byte_model, "x", **options)[0].text
     # one whose first character came before, so that a text is not taken for a list of characters
     stop = next(text[i : i + 2] for i in range(10, 50) if text[i] in text[:i])
     expected = text[: text.find(stop)]
-    assert gpt.generate(byte_model, ByteTokenizer(), "x", stop=stop, **options) == [expected]
-    assert gpt.generate(byte_model, ByteTokenizer(), "x", stop=[stop], **options) == [expected]
+    for stops in (stop, [stop], ["\x00\x00", stop]):
+        [got] = gpt.generate(byte_model, "x", stop=stops, **options)
+        assert (got.text, got.reason) == (expected, "stop")
 
 
 def test_rows_of_a_padded_vocabulary_are_never_drawn():
@@ -138,10 +137,10 @@ def test_rows_of_a_padded_vocabulary_are_never_drawn():
     with torch.no_grad():
         model.embed.weight[257:] *= 100  # the padding would win each draw
     for temperature in (0.0, 1.0):
-        [text] = gpt.generate(
-            model, ByteTokenizer(), "x", max_new_tokens=5, temperature=temperature
+        [got] = gpt.generate(
+            (model, ByteTokenizer()), "x", max_new_tokens=5, temperature=temperature
         )
-        assert isinstance(text, str)  # a drawn padding row would have had no text to decode
+        assert max(got.tokens) < 257
 
 
 def test_an_empty_prompt_is_the_start_of_a_document():
@@ -155,8 +154,8 @@ def test_a_prompt_that_is_no_text_is_refused():
 
 def test_impossible_settings_are_refused(byte_model):
     with pytest.raises(UsageError, match="temperature is -1"):
-        gpt.generate(byte_model, ByteTokenizer(), "x", temperature=-1)
+        gpt.generate(byte_model, "x", temperature=-1)
     with pytest.raises(UsageError, match="num_samples is 0"):
-        gpt.generate(byte_model, ByteTokenizer(), "x", num_samples=0)
+        gpt.generate(byte_model, "x", num_samples=0)
     with pytest.raises(UsageError, match="max_new_tokens is 0"):
-        gpt.generate(byte_model, ByteTokenizer(), "x", max_new_tokens=0)
+        gpt.generate(byte_model, "x", max_new_tokens=0)

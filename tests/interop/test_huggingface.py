@@ -12,11 +12,12 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import gpt
-from gpt.config import ModelConfig, UsageError
+from gpt.config import GenerationConfig, ModelConfig, UsageError
 from gpt.data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer
 from gpt.generation.decode import decode
 from gpt.interop.export import export_huggingface
-from gpt.interop.huggingface import load_folder
+from gpt.interop.huggingface import exported, load_folder
+from gpt.model.cache import StaticCache
 from tests.conftest import make_model
 
 SHAPES = {  # the families of GPT-2's sizes and distilgpt2, made small: (layers, heads, width)
@@ -93,9 +94,60 @@ def test_each_familys_logits_losses_gradients_and_greedy_texts_are_equal(shape, 
         eos_token_id=None,
         pad_token_id=0,
     )
-    choose = lambda logits: logits.argmax(-1)  # noqa: E731
-    new = list(decode(ours, prompt, max_new_tokens=50, choose=choose))
-    assert torch.cat(new).tolist() == generated[0, 10:].tolist()
+    config = GenerationConfig(temperature=0, max_new_tokens=50)
+    new = [token.id for token in decode(ours, prompt.tolist(), config)]
+    assert new == generated[0, 10:].tolist()
+    static, last, stepped = ours.new_cache(kind=StaticCache), prompt, []
+    with torch.inference_mode():
+        while len(stepped) < 50:
+            last = ours(last, cache=static, last_only=True)[:, -1:].argmax(-1)
+            stepped.append(last.item())
+    assert stepped == new
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_loaded_model_may_change_and_its_file_stays_as_it_is(kind, tmp_path):
+    theirs = random_gpt2()
+    saved(theirs, tmp_path)
+    if kind == "bin":
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+    ours = load_folder(tmp_path)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.zero_()
+    tokens = tokens_of(theirs)
+    torch.testing.assert_close(
+        load_folder(tmp_path)(tokens), theirs(tokens).logits, rtol=0, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_of_any_dtype_are_converted_to_the_one_that_is_asked_for(
+    stored, dtype, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("gpt.interop.huggingface.PIECE", 1_000)
+    theirs = random_gpt2()
+    saved(theirs.to(stored), tmp_path)
+    ours = dict(exported(load_folder(tmp_path, dtype=dtype)))
+    for name, tensor in theirs.state_dict().items():
+        if name != "lm_head.weight":
+            assert torch.equal(ours[name], tensor.to(dtype)), name
+
+
+def test_weights_that_are_not_aligned_in_their_file_are_copied(tmp_path):
+    theirs = random_gpt2()
+    path = saved(theirs, tmp_path) / "model.safetensors"
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + size].rstrip() + b" "
+    header += b" " * (len(header) % 2 == 0)  # an odd length, as the first writers left it
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
+    ours = load_folder(tmp_path)
+    assert all(parameter.data_ptr() % 4 == 0 for parameter in ours.parameters())
+    tokens = tokens_of(theirs)
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -123,7 +175,7 @@ def with_buffers(state):
 @pytest.mark.parametrize("change", [bare_names, with_buffers, dict], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("kind", ["safetensors", "bin", "bin sharded", "safetensors sharded"])
 def test_every_kind_of_file_holds_the_same_model(kind, change, tmp_path, monkeypatch):
-    monkeypatch.setattr("gpt.interop.files.MAPPED_BYTES", 20_000)  # so that files are mapped anew
+    monkeypatch.setattr("gpt.interop.huggingface.PIECE", 1_000)  # so that a table is cut
     theirs = random_gpt2()
     saved(theirs, tmp_path)
     state = {k: v.clone() for k, v in theirs.state_dict().items() if k != "lm_head.weight"}

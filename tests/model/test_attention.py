@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from gpt.model.attention import attend, causal_mask
+from gpt.model.attention import attend
+from gpt.model.cache import causal_mask
 
 
 def plain_attention(q, k, v, weights=1):

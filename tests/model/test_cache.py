@@ -2,15 +2,17 @@
 
 import dataclasses
 import random
+import re
 
 import pytest
 import torch
 
 from gpt.config import ModelConfig
-from gpt.model.cache import KVCache
+from gpt.model.cache import KVCache, StaticCache
 from tests.conftest import make_model
 
 CONTEXT = 16
+KINDS = [KVCache, StaticCache]
 VARIANTS = {
     "gpt2": {},
     "grouped-query": {"n_kv_head": 2},
@@ -53,16 +55,60 @@ def some_tokens(batch_size: int, length: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("chunks", CHUNKINGS.values(), ids=CHUNKINGS)
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
-def test_cached_logits_are_the_full_forwards(variant, batch_size, chunks):
+def test_cached_logits_are_the_full_forwards(kind, variant, batch_size, chunks):
     model = model_of(variant)
     tokens = some_tokens(batch_size, sum(chunks))
-    cache = model.new_cache(batch_size)
+    cache = model.new_cache(batch_size, kind=kind)
     cached = [model(chunk, cache=cache) for chunk in tokens.split(chunks, dim=1)]
     full = model(tokens)
     # relative to the logits' size, which the tests' large weights make about 10
     torch.testing.assert_close(torch.cat(cached, 1), full, rtol=0, atol=1e-5 * full.abs().max())
     assert cache.length == sum(chunks)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_rows_of_unequal_lengths_give_each_its_own_full_forwards_logits(kind, variant):
+    model = model_of(variant)
+    rows = [some_tokens(1, n, seed=n)[0] for n in (9, 3, 14)]
+    cache = model.new_cache(3, kind=kind)
+    got = [[], [], []]
+    for chunk in ([5, 2, 1], [1, 1, 1], [1, 0, 1], [0, 0, 8], [2, 0, 3]):
+        before, longest = cache.lengths, max(chunk)
+        padded = torch.full((3, longest), 60)
+        for row, (start, n) in enumerate(zip(before, chunk, strict=True)):
+            padded[row, :n] = rows[row][start : start + n]
+        logits = model(padded, cache=cache)
+        cache.truncate([start + n for start, n in zip(before, chunk, strict=True)])
+        for row, n in enumerate(chunk):
+            got[row].append(logits[row, :n])
+    assert cache.lengths == [9, 3, 14]
+    for row, tokens in enumerate(rows):
+        full = model(tokens[None])[0]
+        torch.testing.assert_close(
+            torch.cat(got[row]), full, rtol=0, atol=1e-5 * float(full.abs().max())
+        )
+
+
+@torch.inference_mode()
+def test_a_compiled_step_over_a_static_cache_is_one_graph_for_every_length():
+    model, tokens = model_of("gpt2"), some_tokens(2, CONTEXT)
+    cache = model.new_cache(2, kind=StaticCache)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    step = torch.compile(model, backend=backend, fullgraph=True)
+    model(tokens[:, :4], cache=cache)
+    logits = [step(token, cache=cache) for token in tokens[:, 4:].split(1, dim=1)]
+    torch._dynamo.reset()
+    assert len(graphs) == 1
+    torch.testing.assert_close(torch.cat(logits, 1), model(tokens)[:, 4:], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("chunks", CHUNKINGS.values(), ids=CHUNKINGS)
@@ -86,7 +132,7 @@ def test_the_cache_takes_exactly_the_context_and_refuses_one_token_more():
     model = model_of("gpt2")
     cache = model.new_cache()
     model(some_tokens(1, CONTEXT), cache=cache)
-    with pytest.raises(ValueError, match=r"17 tokens are longer .* context_length \(16\)"):
+    with pytest.raises(ValueError, match=r"holds 16 of 16 tokens, and 1 more do not fit"):
         model(some_tokens(1, 1), cache=cache)
     assert cache.length == CONTEXT
 
@@ -107,11 +153,12 @@ def test_a_capacity_that_the_model_cannot_use_is_refused(capacity):
 
 
 @pytest.mark.parametrize("kept", [0, 1, 6, 9])
+@pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
-def test_after_truncate_the_cache_is_one_of_the_kept_tokens_alone(kept):
+def test_after_truncate_the_cache_is_one_of_the_kept_tokens_alone(kind, kept):
     model = model_of("gpt2")
     tokens, others = some_tokens(2, 9), some_tokens(2, 4, seed=1)
-    cache = model.new_cache(2)
+    cache = model.new_cache(2, kind=kind)
     model(tokens, cache=cache)
     cache.truncate(kept)
     got = model(others, cache=cache)
@@ -128,11 +175,12 @@ def test_truncate_refuses_a_length_that_the_cache_does_not_have(length, tiny_mod
 
 
 @pytest.mark.parametrize("rows", [[0, 1, 2], [2, 0, 1], [1, 1, 0], [2, 2, 2]], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
-def test_after_reorder_each_row_continues_the_row_it_came_from(rows):
+def test_after_reorder_each_row_continues_the_row_it_came_from(kind, rows):
     model = model_of("gpt2")
     tokens, others = some_tokens(3, 6), some_tokens(3, 3, seed=1)
-    cache = model.new_cache(3)
+    cache = model.new_cache(3, kind=kind)
     model(tokens, cache=cache)
     cache.reorder(torch.tensor(rows))
     got = model(others, cache=cache)
@@ -140,11 +188,12 @@ def test_after_reorder_each_row_continues_the_row_it_came_from(rows):
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
-def test_expand_gives_each_row_n_times_side_by_side_and_leaves_the_old_cache_alone():
+def test_expand_gives_each_row_n_times_side_by_side_and_leaves_the_old_cache_alone(kind):
     model = model_of("gpt2")
     tokens, others = some_tokens(2, 6), some_tokens(6, 3, seed=1)
-    cache = model.new_cache(2)
+    cache = model.new_cache(2, kind=kind)
     model(tokens, cache=cache)
     wide = cache.expand(3)
     assert (wide.batch_size, wide.length, wide.capacity) == (6, 6, CONTEXT)
@@ -155,6 +204,23 @@ def test_expand_gives_each_row_n_times_side_by_side_and_leaves_the_old_cache_alo
     got = model(others[:2], cache=cache)
     expected = model(torch.cat([tokens, others[:2]], 1))[:, 6:]
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_rows_leave_and_others_take_their_place(kind):
+    model = model_of("gpt2")
+    tokens, new, others = some_tokens(3, 6), some_tokens(2, 4, seed=1), some_tokens(3, 3, seed=2)
+    cache, arriving = model.new_cache(3, kind=kind), model.new_cache(2)
+    model(tokens, cache=cache)
+    model(new, cache=arriving)
+    cache.reorder([2])
+    cache.add(arriving)
+    assert cache.lengths == [6, 4, 4]
+    got = model(others, cache=cache)
+    for row, before in enumerate((tokens[2], new[0], new[1])):
+        whole = torch.cat([before, others[row]])[None]
+        torch.testing.assert_close(got[row], model(whole)[0, len(before) :], rtol=0, atol=1e-4)
 
 
 @torch.inference_mode()
@@ -175,7 +241,10 @@ def test_grouped_query_attention_makes_the_cache_smaller():
 
 def test_rows_and_copies_that_make_no_sense_are_refused(tiny_model):
     cache = tiny_model.new_cache(3)
-    with pytest.raises(ValueError, match="rows is of .1., and must name 3 rows"):
-        cache.reorder(torch.tensor([1]))
+    for rows in ([3], [0, -1], [0, 0, 0, 0]):
+        with pytest.raises(ValueError, match=re.escape(f"rows is {rows}, and must name up to 3")):
+            cache.reorder(rows)
+    with pytest.raises(ValueError, match="1 rows of up to 0 tokens do not fit beside 3"):
+        cache.add(tiny_model.new_cache())
     with pytest.raises(ValueError, match="cannot expand a cache by 0"):
         cache.expand(0)

@@ -1,0 +1,65 @@
+"""How likely given tokens are: the log-probabilities of a text's own tokens."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gpt.model.gpt import GPT
+
+POSITIONS_AT_ONCE = 512
+"""Positions whose logits are held together: 100 MB for GPT-2's vocabulary."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Log-probabilities in nats of a text's tokens from the second."""
+
+    logprobs: list[float]
+    top: list[tuple[tuple[int, float], ...]]
+    """At each the likeliest ids with their log-probabilities, the likeliest first."""
+    entropies: list[float]
+    """Of the distribution that each token was one of, in nats."""
+
+
+def score_targets(model: GPT, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each target ``[N]`` its log-probability in nats (float32), and whether none is likelier.
+
+    ``features`` ``[N, C]`` are the model's where the targets are predicted. The head runs over some
+    positions at a time, so that the logits of a long text are never all there.
+    """
+    scores, greedy = [], []
+    for x, target in zip(
+        features.split(POSITIONS_AT_ONCE), targets.split(POSITIONS_AT_ONCE), strict=True
+    ):
+        logits = (model.head.weight @ x.T).float()  # V, N: on a CPU faster than N, V
+        own = logits.gather(0, target[None]).squeeze(0)
+        scores.append(own - logits.logsumexp(dim=0))
+        greedy.append(own == logits.amax(dim=0))
+    return torch.cat(scores), torch.cat(greedy)
+
+
+@torch.inference_mode()
+def score_tokens(model: GPT, ids: list[int], *, top: int, vocab_size: int) -> Scored:
+    """The log-probability of each id but the first, given all before it, with the ``top``
+    likeliest at each place.
+
+    Of a text that is longer than the context, the last ``context_length`` tokens count.
+    """
+    ids = ids[-model.config.context_length :]
+    tokens = torch.tensor([ids], device=model.embed.weight.device)
+    scored = Scored([], [], [])
+    training = model.training
+    model.eval()
+    features = model.features(tokens)[0, :-1]
+    model.train(training)
+    for x, target in zip(
+        features.split(POSITIONS_AT_ONCE), tokens[0, 1:].split(POSITIONS_AT_ONCE), strict=True
+    ):
+        logprobs = model.head(x)[:, :vocab_size].float().log_softmax(dim=-1)
+        scored.logprobs.extend(logprobs.gather(1, target[:, None]).squeeze(1).tolist())
+        scored.entropies.extend((-logprobs.exp() * logprobs).sum(dim=-1).tolist())
+        best = logprobs.topk(min(top, vocab_size), dim=-1)
+        for i, values in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+            scored.top.append(tuple(zip(i, values, strict=True)))
+    return scored
