@@ -362,6 +362,13 @@ class GenerationConfig(SamplingConfig):
     """Tokens before which a document does not end."""
     num_samples: int = 1
     """Continuations of the same prompt; it goes through the model once."""
+    num_beams: int = 1
+    """Beams of a beam search, which draws nothing: samples are the best ones; 1: no search."""
+    length_penalty: float = 1.0
+    """A beam's log-probability is divided by its length to this power; above 0 favours long ones."""
+    early_stopping: Literal["likely", "first", "never"] = "likely"
+    """When a beam search ends: as soon as no better beam is likely, with the first num_beams that
+    are complete, or never before no better one is possible."""
     stop: tuple[str, ...] = ()
     """One or more texts at which a sample ends; they are not shown."""
     past_context: Literal["slide", "stop"] = "slide"
@@ -374,6 +381,12 @@ class GenerationConfig(SamplingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least(1, max_new_tokens=self.max_new_tokens, num_samples=self.num_samples)
+        _at_least(1, num_beams=self.num_beams)
+        if self.num_beams > 1 and self.num_samples > self.num_beams:
+            raise UsageError(
+                f"num_samples is {self.num_samples}, and a search of {self.num_beams} beams gives "
+                "no more than these"
+            )
         _at_least(0, min_new_tokens=self.min_new_tokens, logprobs=self.logprobs or 0)
         if "" in self.stop:
             raise UsageError("stop has an empty text in it, and each must have a character")

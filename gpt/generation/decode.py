@@ -18,7 +18,7 @@ When the context of a sequence is full, one of two policies holds:
 
 import secrets
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -83,8 +83,8 @@ class Decoder:
         self.vocab_size = vocab_size or model.config.vocab_size
         self.end_of_text = end_of_text
         self.seed = secrets.randbits(63) if config.seed is None else config.seed
-        self._check_ids("bias", config.bias)
-        self._check_ids("ban", config.ban)
+        check_ids("bias", config.bias, self.vocab_size)
+        check_ids("ban", config.ban, self.vocab_size)
         self._waiting: deque[_Row] = deque()
         self._rows: list[_Row] = []  # as in the cache
         self._cache: KVCache | None = None
@@ -115,7 +115,7 @@ class Decoder:
                 f"the prompt has {len(prompt):,} tokens, and the model's context_length is "
                 f"{context:,}; shorten it, or let past_context be 'slide'"
             )
-        self._check_ids("the prompt", prompt)
+        check_ids("the prompt", prompt, self.vocab_size)
         draws = np.random.Generator(np.random.Philox(key=[self.seed, stream]))
         self._waiting.append(_Row(self._count, list(prompt)[-context:], draws))
         self._count += 1
@@ -148,13 +148,6 @@ class Decoder:
     @property
     def _device(self) -> torch.device:
         return self.model.embed.weight.device
-
-    def _check_ids(self, what: str, ids: Sequence[int] | dict[int, float]) -> None:
-        for i in ids:
-            if not 0 <= i < self.vocab_size:
-                raise UsageError(
-                    f"{what} has the token id {i}, and the vocabulary ends at {self.vocab_size - 1}"
-                )
 
     def _read(self) -> Tensor:
         """Read what has not been read: features of the next tokens, ``[B, C]``."""
@@ -209,8 +202,8 @@ class Decoder:
         """A cache of a row a prompt that holds what they begin with in common, or nothing."""
         longest = max(map(len, prompts))
         # What the first and the last in order have in common, all between them have.
-        shared = _common(min(prompts)[:-1], max(prompts)[:-1])
-        known = len(_common(self._prefix, shared))
+        shared = common(min(prompts)[:-1], max(prompts)[:-1])
+        known = len(common(self._prefix, shared))
         if len(prompts) > 1 and len(shared) - known >= WORTH_SHARING:
             self._prefix, known = shared, len(shared)
             self._prefix_cache = self.model.new_cache(1, capacity=len(shared))
@@ -239,11 +232,10 @@ class Decoder:
     def _write(self, logits: Tensor) -> list[Token]:
         """Choose the next token of each row."""
         config, rows = self.config, self._rows
-        processed = penalise(logits, config, self._history)
         early = [i for i, row in enumerate(rows) if row.written < config.min_new_tokens]
-        if early and self.end_of_text is not None:
-            processed = processed.clone()
-            processed[early, self.end_of_text] = -torch.inf
+        processed = penalise(
+            logits, config, self._history, early=early, end_of_text=self.end_of_text
+        )
         numbers = [row.draws.random() for row in rows] if config.temperature else []
         chosen = choose(processed, config, numbers)
         if self._history is not None:
@@ -293,7 +285,16 @@ def decode(
         yield from decoder.step()
 
 
-def _common(one: list[int], two: list[int]) -> list[int]:
+def check_ids(what: str, ids: Iterable[int], vocab_size: int) -> None:
+    """``UsageError`` for an id that no token has."""
+    for i in ids:
+        if not 0 <= i < vocab_size:
+            raise UsageError(
+                f"{what} has the token id {i}, and the vocabulary ends at {vocab_size - 1}"
+            )
+
+
+def common(one: list[int], two: list[int]) -> list[int]:
     """What both begin with."""
     n = min(len(one), len(two))
     return one[: next((i for i in range(n) if one[i] != two[i]), n)]

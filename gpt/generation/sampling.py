@@ -98,15 +98,20 @@ def choose(logits: Tensor, config: SamplingConfig, numbers: Sequence[float]) -> 
     """One token a row, ``[B, V]`` to ``[B]``: the likeliest at temperature 0, else drawn with the
     row's number. ``UsageError`` if no token can be told from the logits.
     """
-    best, likeliest = logits.max(dim=-1)
-    if not best.isfinite().all():
+    logits = finite(logits)
+    if config.temperature == 0:
+        return logits.argmax(dim=-1)
+    return draw(next_token_probabilities(logits, config), numbers)
+
+
+def finite(logits: Tensor) -> Tensor:
+    """``logits`` as they are; ``UsageError`` if in one row no token can be told from them."""
+    if not logits.amax(dim=-1).isfinite().all():
         raise UsageError(
             "the model's logits are not numbers: its weights are damaged or too large for this "
             "precision (float32 has the widest range), or every token is banned"
         )
-    if config.temperature == 0:
-        return likeliest
-    return draw(next_token_probabilities(logits, config), numbers)
+    return logits
 
 
 class History:
@@ -136,8 +141,18 @@ class History:
         self.counts.scatter_add_(1, tokens[:, None], torch.ones_like(self.counts[:, :1]))
 
 
-def penalise(logits: Tensor, config: SamplingConfig, history: History | None) -> Tensor:
-    """Bias, bans and penalties, in the module's order; without a ``history`` no penalties."""
+def penalise(
+    logits: Tensor,
+    config: SamplingConfig,
+    history: History | None = None,
+    *,
+    early: Sequence[int] = (),
+    end_of_text: int | None = None,
+) -> Tensor:
+    """Bias, bans, penalties and minimum length, in the module's order.
+
+    Without a ``history`` there are no penalties; ``early`` are the rows that may not end yet.
+    """
     bias = config.bias | dict.fromkeys(config.ban, -math.inf)
     if bias:
         logits = add_bias(logits, bias)
@@ -149,4 +164,7 @@ def penalise(logits: Tensor, config: SamplingConfig, history: History | None) ->
             presence=config.presence_penalty,
             frequency=config.frequency_penalty,
         )
+    if len(early) and end_of_text is not None:
+        logits = logits.clone()
+        logits[list(early), end_of_text] = -torch.inf
     return logits

@@ -72,9 +72,12 @@ def _copy(copies: list[tuple[Tensor, Tensor]]) -> None:
 
     def copy(pair: tuple[Tensor, Tensor]) -> None:
         source, place = pair
-        # Converted first, to turn half the bytes.
-        place.copy_(source.to(device=place.device, dtype=place.dtype))
-        forget(source if source.is_contiguous() else source.T)
+        if source.is_contiguous():
+            place.copy_(source)
+            forget(source)
+        else:  # converted first, to turn half the bytes
+            place.copy_(source.to(device=place.device, dtype=place.dtype))
+            forget(source.T)
 
     threads = torch.get_num_threads()
     try:

@@ -1,0 +1,109 @@
+"""Beam search: the continuations whose summed log-probability is the highest that is found.
+
+The cache is reordered to follow the beams, and nothing is read twice. Candidates, scores and the
+end of the search are those of Hugging Face's ``generate``.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gpt.config import GenerationConfig, UsageError
+from gpt.generation.decode import check_ids
+from gpt.generation.sampling import History, penalise
+from gpt.model.gpt import GPT
+
+
+@dataclass(frozen=True)
+class Beam:
+    """One continuation, ``end_of_text`` included where it has one."""
+
+    tokens: list[int]
+    score: float
+    """Summed log-probability in nats over ``len(tokens) ** length_penalty``."""
+
+
+@torch.inference_mode()
+def beam_search(
+    model: GPT,
+    prompt: list[int],
+    config: GenerationConfig,
+    *,
+    vocab_size: int | None = None,
+    end_of_text: int | None = None,
+) -> list[Beam]:
+    """The ``config.num_samples`` best of ``config.num_beams`` continuations, the best first.
+
+    Bias and penalties count, as numbers added to log-probabilities; temperature and what filters do
+    not. A continuation ends at ``end_of_text``, after ``max_new_tokens``, or where the context is
+    full.
+    """
+    vocab_size = vocab_size or model.config.vocab_size
+    context, width = model.config.context_length, config.num_beams
+    check_ids("the prompt", prompt, vocab_size)
+    if not 0 < len(prompt) <= context:
+        raise UsageError(
+            f"the prompt has {len(prompt):,} tokens, and beam search takes from 1 to the model's "
+            f"context_length ({context:,})"
+        )
+    limit = min(config.max_new_tokens, context - len(prompt) + 1)
+    device = model.embed.weight.device
+    cache = model.new_cache(width, capacity=min(context, len(prompt) + limit))
+    cache.reorder([0])
+    history = None
+    if config.has_penalties:
+        history = History(vocab_size, device)
+        history.add(prompt)
+    training = model.training
+    model.eval()
+    read = torch.tensor([prompt], device=device)
+    beams: list[list[int]] = [[]]
+    scores = torch.zeros(1, device=device)
+    finished: list[Beam] = []
+    for length in range(1, limit + 1):
+        logits = model(read, cache=cache, last_only=True)[:, -1, :vocab_size]
+        early = range(len(beams)) if length <= config.min_new_tokens else ()
+        logprobs = logits.float().log_softmax(dim=-1)
+        logprobs = penalise(logprobs, config, history, early=early, end_of_text=end_of_text)
+        candidates = _best(scores[:, None] + logprobs, 2 * width)
+        for score, parent, token in candidates[:width]:
+            if token == end_of_text or length == limit:
+                score /= length**config.length_penalty
+                finished.append(Beam([*beams[parent], token], score))
+        finished = sorted(finished, key=lambda beam: -beam.score)[:width]
+        going_on = [c for c in candidates if c[2] != end_of_text][:width]
+        if length == limit or _is_over(finished, going_on[0][0], length, limit, config):
+            break
+        parents = [parent for _, parent, _ in going_on]
+        beams = [[*beams[parent], token] for _, parent, token in going_on]
+        scores = torch.tensor([score for score, _, _ in going_on], device=device)
+        cache.reorder(parents)
+        read = torch.tensor([[token] for _, _, token in going_on], device=device)
+        if history is not None:
+            history.keep(parents)
+            history.append(read[:, 0])
+    model.train(training)
+    return finished[: config.num_samples]
+
+
+def _best(scores: Tensor, n: int) -> list[tuple[float, int, int]]:
+    """The ``n`` highest of ``[B, V]``, each with its row and its token."""
+    best = scores.flatten().topk(min(n, scores.numel()))
+    if not best.values[0].isfinite():
+        raise UsageError("the model's logits are not numbers: its weights are damaged")
+    places = [divmod(i, scores.shape[1]) for i in best.indices.tolist()]
+    return [(score, *place) for score, place in zip(best.values.tolist(), places, strict=True)]
+
+
+def _is_over(
+    finished: list[Beam], best: float, length: int, limit: int, config: GenerationConfig
+) -> bool:
+    """Whether no beam that goes on is expected to become one of the best."""
+    if len(finished) < config.num_beams:
+        return False
+    if config.early_stopping == "first":
+        return True
+    longest = config.early_stopping == "never" and config.length_penalty > 0
+    reachable: float = best / (limit if longest else length) ** config.length_penalty
+    return reachable <= finished[-1].score
