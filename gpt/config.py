@@ -365,7 +365,7 @@ class GenerationConfig(SamplingConfig):
     num_beams: int = 1
     """Beams of a beam search, which draws nothing: samples are the best ones; 1: no search."""
     length_penalty: float = 1.0
-    """A beam's log-probability is divided by its length to this power; above 0 favours long ones."""
+    """Divides a beam's log-probability by its length to this power: above 0 favours long ones."""
     early_stopping: Literal["likely", "first", "never"] = "likely"
     """When a beam search ends: as soon as no better beam is likely, with the first num_beams that
     are complete, or never before no better one is possible."""

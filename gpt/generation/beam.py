@@ -4,13 +4,14 @@ The cache is reordered to follow the beams, and nothing is read twice. Candidate
 end of the search are those of Hugging Face's ``generate``.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gpt.config import GenerationConfig, UsageError
-from gpt.generation.decode import check_ids
+from gpt.generation.decode import check_prompt
 from gpt.generation.sampling import History, penalise
 from gpt.model.gpt import GPT
 
@@ -41,12 +42,8 @@ def beam_search(
     """
     vocab_size = vocab_size or model.config.vocab_size
     context, width = model.config.context_length, config.num_beams
-    check_ids("the prompt", prompt, vocab_size)
-    if not 0 < len(prompt) <= context:
-        raise UsageError(
-            f"the prompt has {len(prompt):,} tokens, and beam search takes from 1 to the model's "
-            f"context_length ({context:,})"
-        )
+    # A beam cannot slide: its tokens would no longer have been predicted from one text.
+    check_prompt(model, prompt, dataclasses.replace(config, past_context="stop"), vocab_size)
     limit = min(config.max_new_tokens, context - len(prompt) + 1)
     device = model.embed.weight.device
     cache = model.new_cache(width, capacity=min(context, len(prompt) + limit))

@@ -107,15 +107,8 @@ class Decoder:
         last ``context_length`` tokens of a longer prompt count; under ``stop`` it is a
         ``UsageError``, as is an empty one, or an id that is out of the vocabulary.
         """
+        check_prompt(self.model, prompt, self.config, self.vocab_size)
         context = self.model.config.context_length
-        if not len(prompt):
-            raise UsageError("the prompt has no tokens, and there must be one to continue")
-        if self.config.past_context == "stop" and len(prompt) > context:
-            raise UsageError(
-                f"the prompt has {len(prompt):,} tokens, and the model's context_length is "
-                f"{context:,}; shorten it, or let past_context be 'slide'"
-            )
-        check_ids("the prompt", prompt, self.vocab_size)
         draws = np.random.Generator(np.random.Philox(key=[self.seed, stream]))
         self._waiting.append(_Row(self._count, list(prompt)[-context:], draws))
         self._count += 1
@@ -283,6 +276,21 @@ def decode(
             decoder.add(prompt, stream=stream)
     while decoder.busy:
         yield from decoder.step()
+
+
+def check_prompt(
+    model: GPT, prompt: Sequence[int], config: GenerationConfig, vocab_size: int
+) -> None:
+    """``UsageError`` for a prompt that cannot be continued."""
+    context = model.config.context_length
+    if not len(prompt):
+        raise UsageError("the prompt has no tokens, and there must be one to continue")
+    if config.past_context == "stop" and len(prompt) > context:
+        raise UsageError(
+            f"the prompt has {len(prompt):,} tokens, and the model's context_length is "
+            f"{context:,}; shorten it, or let past_context be 'slide'"
+        )
+    check_ids("the prompt", prompt, vocab_size)
 
 
 def check_ids(what: str, ids: Iterable[int], vocab_size: int) -> None:

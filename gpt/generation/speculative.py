@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gpt.config import GenerationConfig, SamplingConfig, UsageError
-from gpt.generation.decode import Reason, Token, check_ids, common
+from gpt.generation.decode import Reason, Token, check_prompt, common
 from gpt.generation.sampling import History, draw, finite, next_token_probabilities, penalise
 from gpt.model.gpt import GPT
 
@@ -59,7 +59,7 @@ class DraftModel:
         self._vocab_size = vocab_size or model.config.vocab_size
         self._draws = np.random.Generator(np.random.Philox(key=[seed, 1]))
 
-    def propose(self, tokens: list[int], n: int) -> tuple[list[int], Tensor]:
+    def propose(self, tokens: list[int], n: int) -> tuple[list[int], Tensor | None]:
         """Tokens drawn from the smaller model, one after the other."""
         tokens, guesses, distributions = list(tokens), [], []
         for _ in range(n):
@@ -68,7 +68,7 @@ class DraftModel:
             guesses.append(int(draw(probabilities, [self._draws.random()])))
             distributions.append(probabilities)
             tokens.append(guesses[-1])
-        return guesses, torch.cat(distributions)
+        return guesses, torch.cat(distributions) if guesses else None
 
 
 class Speculator:
@@ -104,12 +104,7 @@ class Speculator:
         refuses.
         """
         config, context = self.config, self.model.config.context_length
-        check_ids("the prompt", prompt, self.vocab_size)
-        if config.past_context == "stop" and len(prompt) > context:
-            raise UsageError(
-                f"the prompt has {len(prompt):,} tokens, and the model's context_length is "
-                f"{context:,}; shorten it, or let past_context be 'slide'"
-            )
+        check_prompt(self.model, prompt, config, self.vocab_size)
         draws = np.random.Generator(np.random.Philox(key=[self.seed, stream]))
         reader, tokens, written = _Reader(self.model), list(prompt)[-context:], 0
         history = None

@@ -1,0 +1,138 @@
+"""Beam search: the oracle is Hugging Face's ``generate`` on the same random weights."""
+
+import pytest
+import torch
+
+from gpt.config import GenerationConfig, ModelConfig, UsageError
+from gpt.generation.beam import beam_search
+from gpt.generation.decode import decode
+from tests.model.test_gpt import with_hugging_face_weights
+
+STOPPING = {"likely": False, "first": True, "never": "never"}
+END = 5
+
+
+@pytest.fixture(scope="module")
+def both():
+    torch.manual_seed(3)
+    config = ModelConfig(
+        vocab_size=23, context_length=48, n_layer=2, n_head=4, n_embd=32, tie_embeddings=False
+    )
+    return with_hugging_face_weights(config)
+
+
+def prompt_of(length, seed):
+    return torch.randint(23, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("num_beams", [2, 5])
+@pytest.mark.parametrize("early_stopping", STOPPING)
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0, -1.0])
+@pytest.mark.parametrize(
+    "settings", [{}, {"repetition_penalty": 1.4, "min_new_tokens": 4}], ids=["", "penalties"]
+)
+def test_sequences_and_scores_are_hugging_faces(
+    both, seed, num_beams, early_stopping, length_penalty, settings
+):
+    ours, theirs = both
+    prompt = prompt_of(3 + seed, seed)
+    config = GenerationConfig(
+        max_new_tokens=14,
+        num_beams=num_beams,
+        num_samples=num_beams,
+        early_stopping=early_stopping,
+        length_penalty=length_penalty,
+        bias={END: 2.5},
+        **settings,
+    )
+    beams = beam_search(ours, prompt[0].tolist(), config, end_of_text=END)
+    expected = theirs.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=14,
+        do_sample=False,
+        num_beams=num_beams,
+        num_return_sequences=num_beams,
+        early_stopping=STOPPING[early_stopping],
+        length_penalty=length_penalty,
+        sequence_bias=[[[END], 2.5]],
+        eos_token_id=END,
+        pad_token_id=END,
+        return_dict_in_generate=True,
+        output_scores=True,
+        **settings,
+    )
+    for beam, row, score in zip(
+        beams, expected.sequences.tolist(), expected.sequences_scores.tolist(), strict=True
+    ):
+        new = row[prompt.shape[1] :]
+        assert beam.tokens == new[: len(beam.tokens)]
+        assert set(new[len(beam.tokens) :]) <= {END}  # what they pad with
+        assert beam.score == pytest.approx(score, rel=1e-5, abs=1e-5)
+
+
+def test_some_beams_end_early_and_some_do_not(both):
+    config = GenerationConfig(max_new_tokens=14, num_beams=5, num_samples=5, bias={END: 2.5})
+    lengths = {
+        len(beam.tokens)
+        for seed in range(4)
+        for beam in beam_search(
+            both[0], prompt_of(3 + seed, seed)[0].tolist(), config, end_of_text=END
+        )
+    }
+    assert len(lengths) > 2
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_beam_of_one_is_greedy(both, seed):
+    prompt = prompt_of(6, seed)[0].tolist()
+    config = GenerationConfig(temperature=0, max_new_tokens=20)
+    [beam] = beam_search(both[0], prompt, config)
+    assert beam.tokens == [token.id for token in decode(both[0], [prompt], config)]
+
+
+def test_the_best_of_many_beams_is_the_best_there_is():
+    config = ModelConfig(vocab_size=4, context_length=8, n_layer=1, n_head=1, n_embd=16)
+    model, _ = with_hugging_face_weights(config)
+    search = GenerationConfig(max_new_tokens=3, num_beams=64, num_samples=64, length_penalty=0.0)
+    beams = beam_search(model, [1, 2], search)
+    every = torch.cartesian_prod(*[torch.arange(4)] * 3)
+    with torch.inference_mode():
+        rows = torch.cat([torch.tensor([[1, 2]]).expand(64, 2), every], 1)
+        logprobs = model(rows)[:, 1:-1].log_softmax(-1).gather(2, every[:, :, None]).sum((1, 2))
+    order = logprobs.argsort(descending=True)
+    assert [beam.tokens for beam in beams] == every[order].tolist()
+    assert [beam.score for beam in beams] == pytest.approx(logprobs[order].tolist(), abs=1e-4)
+
+
+def test_the_prompt_and_each_beams_token_are_read_once(both, monkeypatch):
+    shapes = []
+    features = type(both[0]).features
+
+    def counted(self, tokens, **kwargs):
+        shapes.append(tuple(tokens.shape))
+        return features(self, tokens, **kwargs)
+
+    monkeypatch.setattr(type(both[0]), "features", counted)
+    beam_search(both[0], [1, 2, 3], GenerationConfig(max_new_tokens=4, num_beams=3))
+    assert shapes == [(1, 3), (3, 1), (3, 1), (3, 1)]
+
+
+def test_a_search_ends_where_the_context_is_full(both):
+    [beam] = beam_search(both[0], [1] * 45, GenerationConfig(max_new_tokens=20, num_beams=2))
+    assert len(beam.tokens) == 4
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [([1] * 49, "has 49 tokens, and .* context_length is 48"), ([23], "token id 23")],
+)
+def test_prompts_that_cannot_be_continued_are_refused(both, prompt, message):
+    with pytest.raises(UsageError, match=message):
+        beam_search(both[0], prompt, GenerationConfig(num_beams=2))
+
+
+def test_more_results_than_beams_are_refused():
+    with pytest.raises(UsageError, match="num_samples is 3, and a search of 2 beams"):
+        GenerationConfig(num_beams=2, num_samples=3)

@@ -1,0 +1,167 @@
+import itertools
+import random
+
+import pytest
+import torch
+
+from gpt.config import GenerationConfig, ModelConfig, SamplingConfig, UsageError
+from gpt.generation.decode import decode
+from gpt.generation.sampling import next_token_probabilities
+from gpt.generation.speculative import DraftModel, PromptLookup, Speculator
+from tests.conftest import make_model
+
+CONTEXT = 24
+
+
+def model_of(seed, vocab_size=31):
+    config = ModelConfig(
+        vocab_size=vocab_size,
+        context_length=CONTEXT,
+        n_layer=2,
+        n_head=2,
+        n_embd=16,
+        tie_embeddings=False,
+    )
+    model = make_model(config, seed=seed)
+    with torch.no_grad():
+        model.position.weight.mul_(5)
+    return model
+
+
+def near(model, noise):
+    """A model that guesses well: the same with some noise."""
+    other = model_of(0, model.config.vocab_size)
+    other.load_state_dict(model.state_dict())
+    torch.manual_seed(9)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(noise * torch.randn_like(parameter))
+    return other
+
+
+class Right:
+    """Guesses what is known to come."""
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def propose(self, tokens, n):
+        return self.tokens[len(tokens) : len(tokens) + n], None
+
+
+def drafts(model, config):
+    return {
+        "look-up": PromptLookup(),
+        "near": DraftModel(near(model, 0.02), config),
+        "another model": DraftModel(model_of(5), config),
+    }
+
+
+@pytest.mark.parametrize("policy", ["stop", "slide"])
+@pytest.mark.parametrize("num_draft_tokens", [1, 3, 8])
+@pytest.mark.parametrize("name", ["look-up", "near", "another model"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"repetition_penalty": 1.3, "frequency_penalty": 0.2, "min_new_tokens": 9}],
+    ids=str,
+)
+def test_greedy_tokens_are_those_of_plain_decoding(name, num_draft_tokens, policy, settings):
+    model = model_of(1)
+    config = GenerationConfig(
+        temperature=0, max_new_tokens=60, past_context=policy, logprobs=2, **settings
+    )
+    for seed, end in itertools.product(range(4), (None, 3)):
+        prompt = random.Random(seed).choices(range(31), k=5 + seed)
+        draft = drafts(model, config)[name]
+        speculator = Speculator(
+            model, config, draft, num_draft_tokens=num_draft_tokens, end_of_text=end
+        )
+        got = list(speculator.decode(prompt))
+        plain = list(decode(model, [prompt], config, end_of_text=end))
+        assert [(t.id, t.ended) for t in got] == [(t.id, t.ended) for t in plain]
+        assert [t.logprob for t in got] == pytest.approx([t.logprob for t in plain], abs=1e-3)
+        assert speculator.written == len(got)
+        assert speculator.accepted <= speculator.guesses
+
+
+@torch.inference_mode()
+def distribution(model, prompt, config, n):
+    """Of every text of ``n`` tokens its probability, by the definition."""
+    V = model.config.vocab_size
+    probabilities = {(): 1.0}
+    for _ in range(n):
+        further = {}
+        for text, p in probabilities.items():
+            logits = model(torch.tensor([[*prompt, *text]]))[:, -1]
+            each = next_token_probabilities(logits, config)[0].tolist()
+            further |= {(*text, i): p * each[i] for i in range(V)}
+        probabilities = further
+    return probabilities
+
+
+@pytest.mark.parametrize("name", ["look-up", "near", "another model"])
+def test_samples_have_the_models_distribution(name):
+    model = model_of(1, vocab_size=4)
+    config = GenerationConfig(temperature=2.0, top_k=3, max_new_tokens=3, seed=0)
+    own = SamplingConfig(temperature=2.0)  # the draft may draw in another way
+    draft = {
+        "look-up": PromptLookup(),
+        "near": DraftModel(near(model, 0.1), own),
+        "another model": DraftModel(model_of(5, vocab_size=4), own),
+    }[name]
+    prompt = [1, 2, 3, 1, 2]
+    speculator = Speculator(model, config, draft, num_draft_tokens=2)
+    n, counts = 3000, {}
+    for stream in range(n):
+        text = tuple(token.id for token in speculator.decode(prompt, stream=stream))
+        counts[text] = counts.get(text, 0) + 1
+    assert 0.05 < speculator.accepted / speculator.guesses < 0.999
+    chi_square, cells, rest, rest_seen = 0.0, 0, 0.0, 0
+    for text, p in distribution(model, prompt, config, 3).items():
+        if p * n < 5:
+            rest, rest_seen = rest + p * n, rest_seen + counts.pop(text, 0)
+        else:
+            chi_square += (counts.pop(text, 0) - p * n) ** 2 / (p * n)
+            cells += 1
+    chi_square += (rest_seen - rest) ** 2 / max(rest, 1e-9) if rest > 1 else 0
+    assert not counts
+    assert cells > 5
+    freedom = cells + (rest > 1) - 1
+    assert chi_square < freedom + 3.1 * (2 * freedom) ** 0.5 + 6  # beyond p = 0.001
+
+
+def test_right_guesses_are_all_kept_and_read_together(monkeypatch):
+    model = model_of(1)
+    config = GenerationConfig(temperature=0, max_new_tokens=12)
+    prompt = [1, 2, 3]
+    tokens = [token.id for token in decode(model, [prompt], config)]
+    speculator = Speculator(model, config, Right(prompt + tokens), num_draft_tokens=5)
+    shapes = []
+    features = type(model).features
+
+    def counted(self, tokens, **kwargs):
+        shapes.append(tokens.shape[1])
+        return features(self, tokens, **kwargs)
+
+    monkeypatch.setattr(type(model), "features", counted)
+    assert [token.id for token in speculator.decode(prompt)] == tokens
+    assert shapes == [3 + 5, 1 + 5]
+    assert (speculator.rounds, speculator.guesses, speculator.accepted) == (2, 10, 10)
+
+
+def test_look_up_takes_the_latest_place_of_the_longest_match():
+    tokens = [1, 2, 3, 4, 9, 2, 3, 5, 3, 6, 2, 3]
+    assert PromptLookup(3).propose(tokens, 2) == ([5, 3], None)
+    assert PromptLookup(1).propose(tokens, 2) == ([6, 2], None)
+    assert PromptLookup(3).propose([1, 2, 3], 2) == ([], None)
+    assert PromptLookup(3).propose([7], 2) == ([], None)
+
+
+def test_prompts_and_numbers_that_make_no_sense_are_refused():
+    model = model_of(1)
+    with pytest.raises(UsageError, match="num_draft_tokens is 0"):
+        Speculator(model, GenerationConfig(), PromptLookup(), num_draft_tokens=0)
+    speculator = Speculator(model, GenerationConfig(past_context="stop"), PromptLookup())
+    for prompt, message in (([], "no tokens"), ([31], "token id 31"), ([1] * 25, "has 25 tokens")):
+        with pytest.raises(UsageError, match=message):
+            next(speculator.decode(prompt))
