@@ -7,7 +7,6 @@ What is heavy is imported by the command that needs it, after its words were und
 with ``GPT_TRACEBACK=1`` in the environment, in Python's traceback.
 """
 
-import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -26,7 +25,6 @@ from gpt.config import (
 
 if TYPE_CHECKING:
     from gpt.data.tokenizer import Tokenizer
-    from gpt.interop.load import Loaded
     from gpt.model.gpt import GPT
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "shakespeare.toml"
@@ -78,21 +76,23 @@ def train(words: Sequence[str], prog: str) -> int:
 def sample(words: Sequence[str], prog: str) -> int:
     """Continue a prompt with a trained model."""
     config = parse(SampleConfig, words, prog=prog)
-    prompt = _given_prompt(config)
+    prompt = None if config.takes_many else _given_prompt(config)
     from gpt.device import choose_device, choose_precision
     from gpt.interop.load import load
+    from gpt.terminal import Session
 
     device = choose_device(config.device)
-    loaded = load(
-        config.model,
-        device=device,
-        dtype=choose_precision(config.precision, device),
-        say=_tell,
-    )
-    if prompt is not None:
-        _write_samples(config, loaded, prompt)
-        return 0
-    return _ask_for_prompts(config, loaded)
+    dtype = choose_precision(config.precision, device)
+    model = load(config.model, device=device, dtype=dtype, say=_tell)
+    draft = load(config.draft, device=device, dtype=dtype, say=_tell) if config.draft else None
+    session = Session(config, model, draft)
+    if config.takes_many:
+        session.continue_file()
+    elif prompt is not None:
+        session.answer_once(prompt)
+    else:
+        session.ask()
+    return 0
 
 
 def prepare(words: Sequence[str], prog: str) -> int:
@@ -195,48 +195,6 @@ def _given_prompt(config: SampleConfig) -> str | None:
                 f"prompt_file {config.prompt_file} is not UTF-8 text: {error.reason}"
             ) from None
     return None if sys.stdin.isatty() else sys.stdin.read()
-
-
-def _ask_for_prompts(config: SampleConfig, loaded: "Loaded") -> int:
-    import readline  # noqa: F401  (its import gives input() a history and editing)
-
-    _tell("a prompt and Enter continues it; Ctrl-C stops a text, Ctrl-D ends")
-    while True:
-        try:
-            prompt = input("> ")
-        except EOFError:
-            sys.stdout.write("\n")
-            return 0
-        except KeyboardInterrupt:
-            sys.stdout.write("\n")
-            continue
-        try:
-            _write_samples(config, loaded, prompt)
-        except UsageError as error:
-            _tell(str(error))
-        except KeyboardInterrupt:
-            sys.stdout.write("\n")
-
-
-def _write_samples(config: SampleConfig, loaded: "Loaded", prompt: str) -> None:
-    """Each sample with its prompt, in turn: the first as it is made, the others once it is
-    whole.
-    """
-    from gpt.generation.text import run
-
-    waiting = [prompt] * config.num_samples
-    pieces = run(loaded, [prompt], config)
-    first = next(pieces)  # a prompt that cannot be continued is not shown
-    sys.stdout.write(prompt)
-    for piece, completion in itertools.chain([first], pieces):
-        if completion.sample == 0:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-        else:
-            waiting[completion.sample] += piece
-    for text in waiting[1:]:
-        sys.stdout.write(f"\n---\n{text}")
-    sys.stdout.write("\n")
 
 
 if __name__ == "__main__":

@@ -399,11 +399,25 @@ class SampleConfig(GenerationConfig):
     """Everything that ``sample.py`` takes."""
 
     model: str = "runs/shakespeare"
-    """A run's folder (its best checkpoint is taken) or one checkpoint of it."""
+    """A run's folder (its best checkpoint is taken), one checkpoint of it, a folder in Hugging
+    Face's layout, or a GPT-2 on the hub."""
     prompt: str | None = None
     """The text to continue. Without it and prompt_file, a terminal asks for prompts."""
     prompt_file: Path | None = None
-    """A UTF-8 file whose text is the prompt."""
+    """A UTF-8 file whose text is the prompt; or a .jsonl file with a prompt on each line, whose
+    completions go to out."""
+    out: Path | None = None
+    """The .jsonl file for the completions of prompt_file's lines; goes on where it ends."""
+    batch_size: int = 32
+    """Sequences that go through the model at once; it does not change them."""
+    num_draft_tokens: int = 0
+    """Tokens to guess and then read at once; 0: none. It is faster where many guesses are right."""
+    draft: str = ""
+    """A smaller model with the same tokenizer that guesses; without one, the text itself is looked
+    through for what followed the same tokens before."""
+    explain: tuple[str, ...] | None = None
+    """Shade each token by its probability and list what was expected instead; given the name of an
+    .html file, as a page."""
     device: Device = "auto"
     """auto: CUDA, else Apple's MPS, else the CPU."""
     precision: Precision = "auto"
@@ -411,8 +425,34 @@ class SampleConfig(GenerationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _at_least(1, batch_size=self.batch_size)
+        _at_least(0, num_draft_tokens=self.num_draft_tokens)
         if self.prompt is not None and self.prompt_file is not None:
             raise UsageError("prompt and prompt_file are both given, and only one can be it")
+        if self.takes_many != (self.out is not None):
+            raise UsageError(
+                "a .jsonl file as prompt_file and the file out for its completions go together, "
+                f"and prompt_file is {_shown(self.prompt_file)}, out {_shown(self.out)}"
+            )
+        if self.draft and not self.num_draft_tokens:
+            raise UsageError(
+                f"draft is {self.draft!r}, and num_draft_tokens is 0; 5 is a good number"
+            )
+        if self.num_draft_tokens and self.num_beams > 1:
+            raise UsageError("num_beams and num_draft_tokens are both given, and only one can be")
+        if self.explain and (len(self.explain) > 1 or not self.explain[0].endswith(".html")):
+            raise UsageError(f"explain is {' '.join(self.explain)!r}, and must be one .html file")
+        if self.explain is not None and self.takes_many:
+            raise UsageError("explain shows one prompt, and prompt_file has many")
+
+    @property
+    def takes_many(self) -> bool:
+        """Whether prompt_file has a prompt on each line."""
+        return self.prompt_file is not None and self.prompt_file.suffix == ".jsonl"
+
+
+def _shown(path: Path | None) -> str:
+    return "not given" if path is None else str(path)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import gpt
 ROOT = Path(gpt.__file__).parent
 FLOORS = [
     "config", "device", "model", "data", "checkpoint", "generation", "interop", "evaluation",
-    "training", "cli",
+    "training", "terminal", "cli",
 ]  # fmt: skip
 
 

@@ -5,18 +5,19 @@ as released by OpenAI or detokenised. HellaSwag (arXiv:1905.07830): the likelies
 ``acc`` by log-probability, ``acc_norm`` by log-probability over the ending's length.
 """
 
-import json
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from gpt.config import UsageError
+from gpt.data.jsonl import read_jsonl
 from gpt.data.tokenizer import Tokenizer
 from gpt.evaluation.likelihood import Likelihood, encode_pair, likelihoods
 from gpt.model.gpt import GPT
+
+_HELLASWAG = {"activity_label": str, "ctx_a": str, "ctx_b": str, "endings": list, "label": object}
+_CHOICES = {"context": str, "choices": list, "answer": int}
 
 
 @dataclass(frozen=True)
@@ -27,36 +28,12 @@ class Metric:
     standard_error: float
 
 
-def read_jsonl(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
-    """The objects of a JSONL file, each with all ``fields``; ``UsageError`` names a broken line."""
-    items = []
-    try:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                item = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UsageError(f"{path} line {number} is not JSON: {error.msg}") from None
-            missing = [f for f in fields if not isinstance(item, dict) or f not in item]
-            if missing:
-                raise UsageError(f"{path} line {number} has no {missing[0]!r}")
-            items.append(item)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text: {error.reason}") from None
-    if not items:
-        raise UsageError(f"{path} has no items in it")
-    return items
-
-
 def lambada(
     model: GPT, tokenizer: Tokenizer, path: Path, *, batch_size: int = 0
 ) -> dict[str, Metric]:
     """``acc``: every token of the last word is the likeliest; ``perplexity``: of the last word."""
     requests = []
-    for item in read_jsonl(path, ["text"]):
+    for item in read_jsonl(path, {"text": str}):
         context, _, word = item["text"].strip().rpartition(" ")
         requests.append(encode_pair(tokenizer, context, " " + word))
     scores = likelihoods(model, requests, batch_size=batch_size)
@@ -73,7 +50,7 @@ def hellaswag(
 ) -> dict[str, Metric]:
     """``acc`` and ``acc_norm`` over items with ``activity_label, ctx_a, ctx_b, endings, label``."""
     items = []
-    for item in read_jsonl(path, ["activity_label", "ctx_a", "ctx_b", "endings", "label"]):
+    for item in read_jsonl(path, _HELLASWAG):
         context = item["activity_label"] + ": " + item["ctx_a"] + " " + item["ctx_b"].capitalize()
         endings = [_clean(ending) for ending in item["endings"]]
         items.append((_clean(context), endings, int(item["label"])))
@@ -85,7 +62,9 @@ def multiple_choice(
 ) -> dict[str, Metric]:
     """``acc`` and ``acc_norm`` over items with ``context``, ``choices`` and ``answer`` (from 0)."""
     items = []
-    for number, item in enumerate(read_jsonl(path, ["context", "choices", "answer"]), 1):
+    for number, item in enumerate(
+        read_jsonl(path, {"context": str, "choices": list, "answer": int}), 1
+    ):
         if not 0 <= item["answer"] < len(item["choices"]):
             raise UsageError(
                 f"{path} item {number} has the answer {item['answer']}, and {len(item['choices'])} "

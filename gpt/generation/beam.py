@@ -5,14 +5,15 @@ end of the search are those of Hugging Face's ``generate``.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gpt.config import GenerationConfig, UsageError
-from gpt.generation.decode import check_prompt
-from gpt.generation.sampling import History, penalise
+from gpt.generation.decode import Reason, Token, check_prompt
+from gpt.generation.sampling import Details, History, describe, penalise
 from gpt.model.gpt import GPT
 
 
@@ -23,6 +24,8 @@ class Beam:
     tokens: list[int]
     score: float
     """Summed log-probability in nats over ``len(tokens) ** length_penalty``."""
+    details: list[Details]
+    """What :func:`gpt.generation.sampling.describe` says of each token."""
 
 
 @torch.inference_mode()
@@ -55,7 +58,7 @@ def beam_search(
     training = model.training
     model.eval()
     read = torch.tensor([prompt], device=device)
-    beams: list[list[int]] = [[]]
+    beams = [Beam([], 0.0, [])]
     scores = torch.zeros(1, device=device)
     finished: list[Beam] = []
     for length in range(1, limit + 1):
@@ -63,20 +66,26 @@ def beam_search(
         early = range(len(beams)) if length <= config.min_new_tokens else ()
         logprobs = logits.float().log_softmax(dim=-1)
         logprobs = penalise(logprobs, config, history, early=early, end_of_text=end_of_text)
-        candidates = _best(scores[:, None] + logprobs, 2 * width)
-        for score, parent, token in candidates[:width]:
-            if token == end_of_text or length == limit:
-                score /= length**config.length_penalty
-                finished.append(Beam([*beams[parent], token], score))
+        candidates = []
+        for score, parent, token in _best(scores[:, None] + logprobs, 2 * width):
+            [details] = describe(
+                logits[parent : parent + 1], torch.tensor([token], device=device), config.logprobs
+            )
+            before = beams[parent]
+            beam = Beam([*before.tokens, token], score, [*before.details, details])
+            candidates.append((parent, beam))
+        for _, beam in candidates[:width]:
+            if beam.tokens[-1] == end_of_text or length == limit:
+                score = beam.score / length**config.length_penalty
+                finished.append(dataclasses.replace(beam, score=score))
         finished = sorted(finished, key=lambda beam: -beam.score)[:width]
-        going_on = [c for c in candidates if c[2] != end_of_text][:width]
-        if length == limit or _is_over(finished, going_on[0][0], length, limit, config):
+        going_on = [c for c in candidates if c[1].tokens[-1] != end_of_text][:width]
+        if length == limit or _is_over(finished, going_on[0][1].score, length, limit, config):
             break
-        parents = [parent for _, parent, _ in going_on]
-        beams = [[*beams[parent], token] for _, parent, token in going_on]
-        scores = torch.tensor([score for score, _, _ in going_on], device=device)
+        parents, beams = [parent for parent, _ in going_on], [beam for _, beam in going_on]
+        scores = torch.tensor([beam.score for beam in beams], device=device)
         cache.reorder(parents)
-        read = torch.tensor([[token] for _, _, token in going_on], device=device)
+        read = torch.tensor([beam.tokens[-1:] for beam in beams], device=device)
         if history is not None:
             history.keep(parents)
             history.append(read[:, 0])
@@ -104,3 +113,58 @@ def _is_over(
     longest = config.early_stopping == "never" and config.length_penalty > 0
     reachable: float = best / (limit if longest else length) ** config.length_penalty
     return reachable <= finished[-1].score
+
+
+class BeamSearch:
+    """Searches of one prompt after the other, with the methods of
+    :class:`gpt.generation.decode.Decoder`.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        config: GenerationConfig,
+        *,
+        vocab_size: int | None = None,
+        end_of_text: int | None = None,
+    ) -> None:
+        self.model, self.config = model, config
+        self.vocab_size, self.end_of_text = vocab_size, end_of_text
+        self._waiting: list[list[int]] = []
+        self._count = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything left to do."""
+        return bool(self._waiting)
+
+    def add(self, prompt: Sequence[int], *, stream: int = 0) -> int:
+        """Queue a prompt; its sequence ``stream`` will be the search's result of that rank."""
+        if stream == 0:
+            self._waiting.append(list(prompt))
+        self._count += 1
+        return self._count - 1
+
+    def step(self) -> list[Token]:
+        """All tokens of all sequences of the next prompt."""
+        first = self._count - len(self._waiting) * self.config.num_samples
+        beams = beam_search(
+            self.model,
+            self._waiting.pop(0),
+            self.config,
+            vocab_size=self.vocab_size,
+            end_of_text=self.end_of_text,
+        )
+        tokens = []
+        for sequence, beam in enumerate(beams, first):
+            last = beam.tokens[-1]
+            full = len(beam.tokens) < self.config.max_new_tokens
+            reason: Reason = "context" if full else "length"
+            reason = "end_of_text" if last == self.end_of_text else reason
+            for token, details in zip(beam.tokens[:-1], beam.details, strict=False):
+                tokens.append(Token(sequence, token, None, *details))
+            tokens.append(Token(sequence, last, reason, *beam.details[-1]))
+        return tokens
+
+    def end(self, sequence: int) -> None:
+        """Nothing: a search's sequences are whole."""

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from gpt.config import GenerationConfig, UsageError
-from gpt.generation.sampling import History, choose, penalise
+from gpt.generation.sampling import History, choose, describe, penalise
 from gpt.model.cache import KVCache
 from gpt.model.gpt import GPT
 
@@ -119,6 +119,7 @@ class Decoder:
         for row in self._rows:
             if row.sequence == sequence:
                 row.ended = "stop"
+                return
         self._waiting = deque(row for row in self._waiting if row.sequence != sequence)
 
     @torch.inference_mode()
@@ -210,17 +211,23 @@ class Decoder:
 
     def _make_room(self, arriving: list[_Row]) -> None:
         """A cache that takes the ``arriving`` rows as well, and those that wait."""
-        rows = min(self.batch_size, len(self._rows) + len(arriving) + len(self._waiting))
-        more = max(len(row.tokens) - row.written for row in [*arriving, *self._waiting])
-        length = min(self.model.config.context_length, more + self.config.max_new_tokens)
-        old = self._cache
-        if old is None or old.max_batch_size < rows or old.capacity < length:
-            if old is not None:
-                rows, length = max(rows, old.max_batch_size), max(length, old.capacity)
-            self._cache = self.model.new_cache(rows, capacity=length)
-            self._cache.reorder([])
-            if old is not None:
-                self._cache.add(old)
+        old, rows = self._cache, len(self._rows) + len(arriving)
+        length = self._longest(arriving)
+        if old is not None and rows <= old.max_batch_size and length <= old.capacity:
+            return
+        rows = min(self.batch_size, rows + len(self._waiting))
+        length = self._longest([*arriving, *self._waiting])
+        if old is not None:
+            rows, length = max(rows, old.max_batch_size), max(length, old.capacity)
+        self._cache = self.model.new_cache(rows, capacity=length)
+        self._cache.reorder([])
+        if old is not None:
+            self._cache.add(old)
+
+    def _longest(self, rows: list[_Row]) -> int:
+        """Tokens that the longest of ``rows`` may come to."""
+        most = max(len(row.tokens) - row.written for row in rows) + self.config.max_new_tokens
+        return min(self.model.config.context_length, most)
 
     def _write(self, logits: Tensor) -> list[Token]:
         """Choose the next token of each row."""
@@ -233,7 +240,7 @@ class Decoder:
         chosen = choose(processed, config, numbers)
         if self._history is not None:
             self._history.append(chosen)
-        details = self._details(logits, chosen)
+        details = describe(logits, chosen, config.logprobs)
         tokens = []
         for row, token, detail in zip(rows, chosen.tolist(), details, strict=True):
             row.tokens.append(token)
@@ -248,19 +255,6 @@ class Decoder:
                 row.ended = "context"
             tokens.append(Token(row.sequence, token, row.ended, *detail))
         return tokens
-
-    def _details(
-        self, logits: Tensor, chosen: Tensor
-    ) -> list[tuple[()] | tuple[float, tuple[tuple[int, float], ...]]]:
-        """Log-probabilities, where they are asked for."""
-        if self.config.logprobs is None:
-            return [()] * len(chosen)
-        logprobs = logits.float().log_softmax(dim=-1)
-        own = logprobs.gather(1, chosen[:, None]).squeeze(1).tolist()
-        top = logprobs.topk(min(self.config.logprobs, self.vocab_size), dim=-1)
-        pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-        likeliest = [tuple(zip(ids, values, strict=True)) for ids, values in pairs]
-        return list(zip(own, likeliest, strict=True))
 
 
 def decode(

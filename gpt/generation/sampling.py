@@ -13,6 +13,9 @@ from torch import Tensor
 
 from gpt.config import SamplingConfig, UsageError
 
+Details = tuple[float | None, tuple[tuple[int, float], ...]]
+"""A token's log-probability, and the likeliest ids with theirs."""
+
 
 def add_bias(logits: Tensor, bias: Mapping[int, float]) -> Tensor:
     """Add a number to some tokens' logits; minus infinity bans one."""
@@ -112,6 +115,20 @@ def finite(logits: Tensor) -> Tensor:
             "precision (float32 has the widest range), or every token is banned"
         )
     return logits
+
+
+def describe(logits: Tensor, tokens: Tensor, top: int | None) -> list[Details]:
+    """Of each token ``[B]`` its log-probability under ``logits`` ``[B, V]``, and the ``top``
+    likeliest ids with theirs; nothing if ``top`` is ``None``.
+    """
+    if top is None:
+        return [(None, ())] * len(tokens)
+    logprobs = logits.float().log_softmax(dim=-1)
+    own = logprobs.gather(1, tokens[:, None]).squeeze(1).tolist()
+    best = logprobs.topk(min(top, logprobs.shape[1]), dim=-1)
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    likeliest = (tuple(zip(ids, values, strict=True)) for ids, values in pairs)
+    return list(zip(own, likeliest, strict=True))
 
 
 class History:

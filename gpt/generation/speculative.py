@@ -17,7 +17,14 @@ from torch import Tensor
 
 from gpt.config import GenerationConfig, SamplingConfig, UsageError
 from gpt.generation.decode import Reason, Token, check_prompt, common
-from gpt.generation.sampling import History, draw, finite, next_token_probabilities, penalise
+from gpt.generation.sampling import (
+    History,
+    describe,
+    draw,
+    finite,
+    next_token_probabilities,
+    penalise,
+)
 from gpt.model.gpt import GPT
 
 
@@ -97,9 +104,36 @@ class Speculator:
         self.guesses = 0
         self.accepted = 0
         self.written = 0
+        self._waiting: dict[int, Iterator[Token]] = {}
+        self._count = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything left to do."""
+        return bool(self._waiting)
+
+    def add(self, prompt: Sequence[int], *, stream: int = 0) -> int:
+        """Queue a sequence that begins with ``prompt``, and return its number."""
+        check_prompt(self.model, prompt, self.config, self.vocab_size)
+        self._waiting[self._count] = self.decode(prompt, stream=stream, sequence=self._count)
+        self._count += 1
+        return self._count - 1
+
+    def step(self) -> list[Token]:
+        """The next token of the first sequence that has not ended."""
+        token = next(next(iter(self._waiting.values())))
+        if token.ended:
+            self.end(token.sequence)
+        return [token]
+
+    def end(self, sequence: int) -> None:
+        """Write no more of a sequence."""
+        self._waiting.pop(sequence, None)
 
     @torch.inference_mode()
-    def decode(self, prompt: Sequence[int], *, stream: int = 0) -> Iterator[Token]:
+    def decode(
+        self, prompt: Sequence[int], *, stream: int = 0, sequence: int = 0
+    ) -> Iterator[Token]:
         """The new tokens of ``prompt``; refuses what :class:`gpt.generation.decode.Decoder`
         refuses.
         """
@@ -132,10 +166,12 @@ class Speculator:
                 self.written += 1
                 written += 1
                 tokens.append(token)
+                chosen = torch.tensor([token], device=logits.device)
                 if history is not None:
-                    history.append(torch.tensor([token], device=history.seen.device))
+                    history.append(chosen)
                 ended = self._end(token, written, len(tokens))
-                yield Token(0, token, ended, *self._details(logits[i], token))
+                [details] = describe(logits[i : i + 1], chosen, config.logprobs)
+                yield Token(sequence, token, ended, *details)
                 if ended:
                     return
                 if not accepted:
@@ -148,16 +184,6 @@ class Speculator:
             return "length"
         full = length > self.model.config.context_length
         return "context" if full and self.config.past_context == "stop" else None
-
-    def _details(
-        self, logits: Tensor, token: int
-    ) -> tuple[()] | tuple[float, tuple[tuple[int, float], ...]]:
-        if self.config.logprobs is None:
-            return ()
-        logprobs = logits.float().log_softmax(dim=-1)
-        top = logprobs.topk(min(self.config.logprobs, self.vocab_size))
-        pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-        return logprobs[token].item(), tuple(pairs)
 
 
 def _verified(

@@ -8,10 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gpt.config import GenerationConfig, UsageError
-from gpt.data.tokenizer import Tokenizer
+from gpt.data.tokenizer import Tokenizer, fingerprint
+from gpt.generation.beam import BeamSearch
 from gpt.generation.decode import Decoder, Reason
 from gpt.generation.score import Scored, score_tokens
+from gpt.generation.speculative import Draft, DraftModel, PromptLookup, Speculator
 from gpt.model.gpt import GPT
+
+Continuer = Decoder | Speculator | BeamSearch
+"""Whatever turns prompts into tokens, with ``add``, ``step``, ``end`` and ``busy``."""
 
 
 @dataclass
@@ -76,19 +81,15 @@ def run(
     config: GenerationConfig,
     *,
     batch_size: int = 32,
+    decoder: Continuer | None = None,
 ) -> Iterator[tuple[str, Completion]]:
     """Each piece of text as it becomes certain, with the completion that it was added to.
 
-    A completion's last piece, which may be empty, comes when its ``reason`` is set.
+    A completion's last piece, which may be empty, comes when its ``reason`` is set. A ``decoder``
+    is what :func:`new_decoder` gives unless it is given.
     """
     network, tokenizer = model
-    decoder = Decoder(
-        network,
-        config,
-        batch_size=batch_size,
-        vocab_size=tokenizer.vocab_size,
-        end_of_text=tokenizer.end_of_text,
-    )
+    decoder = decoder or new_decoder(model, config, batch_size=batch_size)
     completions: list[Completion] = []
     growing: list[GrowingText] = []
     for number, prompt in enumerate(prompts):
@@ -105,6 +106,8 @@ def run(
     while decoder.busy:
         for token in decoder.step():
             completion, text = completions[token.sequence], growing[token.sequence]
+            if completion.reason:  # a search goes on behind a stop text
+                continue
             completion.tokens.append(token.id)
             if token.logprob is not None:
                 completion.logprobs.append(token.logprob)
@@ -120,6 +123,42 @@ def run(
             completion.text += piece
             if piece or completion.reason:
                 yield piece, completion
+
+
+def new_decoder(
+    model: tuple[GPT, Tokenizer],
+    config: GenerationConfig,
+    *,
+    batch_size: int = 32,
+    draft: tuple[GPT, Tokenizer] | None = None,
+    num_draft_tokens: int = 0,
+) -> Continuer:
+    """What decodes as ``config`` wants it; with ``num_draft_tokens`` speculatively, the guesses
+    from ``draft``, or else from the text itself.
+    """
+    network, tokenizer = model
+    size, end = tokenizer.vocab_size, tokenizer.end_of_text
+    if config.num_beams > 1:
+        return BeamSearch(network, config, vocab_size=size, end_of_text=end)
+    if not num_draft_tokens:
+        return Decoder(network, config, batch_size=batch_size, vocab_size=size, end_of_text=end)
+    guesser: Draft = PromptLookup()
+    if draft is not None:
+        if fingerprint(draft[1]) != fingerprint(tokenizer):
+            raise UsageError(
+                "the draft model has another tokenizer than the model, and its guesses would mean "
+                "other text"
+            )
+        seed = config.seed or 0
+        guesser = DraftModel(draft[0], config, vocab_size=size, seed=seed)
+    return Speculator(
+        network,
+        config,
+        guesser,
+        num_draft_tokens=num_draft_tokens,
+        vocab_size=size,
+        end_of_text=end,
+    )
 
 
 def _config(settings: dict[str, Any]) -> GenerationConfig:

@@ -156,7 +156,7 @@ def test_a_broken_file_is_told_by_its_line(content, said, tmp_path):
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UsageError, match=said):
-        read_jsonl(path, ["text"])
+        read_jsonl(path, {"text": str})
 
 
 def test_an_answer_that_is_no_choice_is_refused(both, tmp_path):

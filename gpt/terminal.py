@@ -1,0 +1,232 @@
+"""Generation on a terminal: a prompt after the other, commands between them, answers as they are
+made.
+"""
+
+import dataclasses
+import itertools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from gpt.config import GenerationConfig, SampleConfig, UsageError
+from gpt.generation.batch import continue_file
+from gpt.generation.explain import as_page, as_text, explain
+from gpt.generation.speculative import Speculator
+from gpt.generation.text import Continuer, encode_prompt, new_decoder, run
+from gpt.interop.load import Loaded
+
+HELP = """\
+a text and Enter    continues it; \"\"\" before it, and after its end, for several lines
+/retry              the last text again, otherwise
+/explain            the last answer, each token shaded by its probability
+/settings           what is set; /temperature 0.9 sets it, and so for all of these
+Ctrl-C              stops an answer; Ctrl-D ends
+"""
+_SETTABLE: dict[str, Callable[[str], object]] = {
+    "temperature": float,
+    "top_k": int,
+    "top_p": float,
+    "min_p": float,
+    "repetition_penalty": float,
+    "presence_penalty": float,
+    "frequency_penalty": float,
+    "max_new_tokens": int,
+    "min_new_tokens": int,
+    "num_samples": int,
+    "num_beams": int,
+    "length_penalty": float,
+    "past_context": str,
+    "stop": str,
+    "seed": int,
+}
+
+
+class Session:
+    """One model, its settings as they are now, and the last prompt with its answer."""
+
+    def __init__(self, config: SampleConfig, model: Loaded, draft: Loaded | None = None) -> None:
+        self.config, self.model, self.draft = config, model, draft
+        self.prompt: str | None = None
+        self.answer: list[int] = []
+        self._retries = 0
+
+    def answer_once(self, prompt: str) -> None:
+        """Continue one prompt, and show what the configuration wants to see of it."""
+        self.write(prompt)
+        if self.config.explain is not None:
+            self.explain()
+
+    def ask(self) -> None:
+        """Ask for prompts until Ctrl-D."""
+        import readline  # noqa: F401  (its import gives input() a history and editing)
+
+        tell("a prompt and Enter continues it; /help for more; Ctrl-C stops a text, Ctrl-D ends")
+        while True:
+            try:
+                line = _read()
+            except EOFError:
+                sys.stdout.write("\n")
+                return
+            except KeyboardInterrupt:
+                sys.stdout.write("\n")
+                continue
+            try:
+                if line.startswith("/"):
+                    self.command(line)
+                else:
+                    self._retries = 0
+                    self.write(line)
+            except UsageError as error:
+                tell(str(error))
+            except KeyboardInterrupt:
+                sys.stdout.write("\n")
+
+    def command(self, line: str) -> None:
+        """Do what a line that begins with a slash says."""
+        name, *words = line[1:].split()
+        if name == "help":
+            tell(HELP.rstrip())
+        elif name == "settings":
+            for setting in _SETTABLE:
+                tell(f"{setting:<20}{getattr(self.config, setting)}")
+        elif name in ("retry", "explain") and self.prompt is None:
+            raise UsageError(f"there is nothing to {name} yet")
+        elif name == "retry":
+            assert self.prompt is not None
+            self._retries += 1
+            self.write(self.prompt)
+        elif name == "explain":
+            self.explain()
+        elif name in _SETTABLE:
+            self.config = _set(self.config, name, words)
+        else:
+            known = ", ".join(["help", "retry", "explain", "settings", *_SETTABLE])
+            raise UsageError(f"/{name} is no command; there are: {known}")
+
+    def write(self, prompt: str) -> None:
+        """Each sample with its prompt, in turn: the first as it is made, the others once it is
+        whole.
+        """
+        config: GenerationConfig = self.config
+        if config.seed is not None:
+            config = dataclasses.replace(config, seed=config.seed + self._retries)
+        decoder = self.decoder(config)
+        waiting = [prompt] * config.num_samples
+        pieces = run(self.model, [prompt], config, decoder=decoder)
+        first = next(pieces)  # a prompt that cannot be continued is not shown
+        self.prompt, self.answer = prompt, []
+        sys.stdout.write(prompt)
+        for piece, completion in itertools.chain([first], pieces):
+            if completion.sample == 0:
+                self.answer = completion.tokens
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+            else:
+                waiting[completion.sample] += piece
+        for text in waiting[1:]:
+            sys.stdout.write(f"\n---\n{text}")
+        sys.stdout.write("\n")
+        if isinstance(decoder, Speculator):
+            tell(_speculation(decoder))
+
+    def explain(self) -> None:
+        """The last answer's probabilities, on the terminal or as the page that was asked for."""
+        assert self.prompt is not None
+        ids = encode_prompt(self.model.tokenizer, self.prompt)
+        tokens = explain(self.model, ids, self.answer)
+        if self.config.explain:
+            path = Path(self.config.explain[0])
+            page = as_page(tokens, title=f"{self.config.model}: {self.prompt[:60]!r}")
+            path.write_text(page, encoding="utf-8")
+            tell(f"{path}: {len(tokens):,} tokens explained")
+        else:
+            Console(highlight=False).print(as_text(tokens))
+
+    def decoder(self, config: GenerationConfig) -> Continuer:
+        """What decodes as ``config`` and the options say."""
+        return new_decoder(
+            self.model,
+            config,
+            batch_size=self.config.batch_size,
+            draft=self.draft,
+            num_draft_tokens=self.config.num_draft_tokens,
+        )
+
+    def continue_file(self) -> None:
+        """The file of prompts to the file of completions, with a progress bar."""
+        assert self.config.prompt_file is not None
+        assert self.config.out is not None
+        columns = (
+            SpinnerColumn(),
+            TextColumn(
+                "{task.completed:,} of {task.total:,} prompts, {task.fields[rate]} tokens/s"
+            ),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task("", total=None, rate="0", visible=False)
+
+            def show(done: int, total: int, tokens: int) -> None:
+                seconds = bar.tasks[0].elapsed or 0.0
+                rate = f"{tokens / seconds:,.0f}" if seconds else "0"
+                bar.update(task, completed=done, total=total, rate=rate, visible=True)
+
+            n = continue_file(
+                self.model,
+                self.config.prompt_file,
+                self.config.out,
+                self.config,
+                decoder=self.decoder(self.config),
+                progress=show,
+            )
+        tell(f"{self.config.out}: {n:,} prompts continued")
+
+
+def tell(text: str, *, file: TextIO | None = None) -> None:
+    """A line beside the text: on standard error."""
+    (file or sys.stderr).write(text + "\n")
+
+
+def _read() -> str:
+    """A prompt: a line, or what stands between triple quotes."""
+    line = input("> ")
+    if not line.startswith('"""'):
+        return line
+    lines = [line[3:]]
+    while not lines[-1].endswith('"""'):
+        lines.append(input("… "))
+    lines[-1] = lines[-1].removesuffix('"""')
+    return "\n".join(lines)
+
+
+def _set(config: SampleConfig, name: str, words: list[str]) -> SampleConfig:
+    value: object
+    if name == "stop":
+        value = tuple(word.encode().decode("unicode_escape") for word in words)
+    elif name == "seed" and words in ([], ["none"]):
+        value = None
+    elif len(words) != 1:
+        raise UsageError(f"/{name} takes one value, as in /{name} {getattr(config, name)}")
+    else:
+        try:
+            value = _SETTABLE[name](words[0])
+        except ValueError:
+            raise UsageError(f"/{name} takes a number, and {words[0]!r} is none") from None
+    if name == "past_context" and value not in ("slide", "stop"):
+        raise UsageError(f"past_context is {value!r}, and must be 'slide' or 'stop'")
+    changes: dict[str, object] = {name: value}
+    return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+
+
+def _speculation(decoder: Speculator) -> str:
+    if not decoder.guesses:
+        return "no tokens were guessed"
+    share, tokens = decoder.accepted / decoder.guesses, decoder.written / decoder.rounds
+    return (
+        f"{decoder.accepted:,} of {decoder.guesses:,} guesses were right ({share:.0%}): "
+        f"{tokens:.2f} tokens for each time the model was read"
+    )

@@ -1,0 +1,114 @@
+import html.parser
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from gpt.config import ModelConfig
+from gpt.data.tokenizer import ByteTokenizer, GPT2Tokenizer
+from gpt.evaluation.perplexity import score_text
+from gpt.generation.explain import as_page, as_text, explain, token_text, visible
+from tests.conftest import make_model
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = ModelConfig(vocab_size=257, context_length=32, n_layer=2, n_head=2, n_embd=32)
+    return make_model(config), ByteTokenizer()
+
+
+IDS = list("Hé <b>&\n\t東 hello".encode())
+
+
+def test_the_surprisals_sum_to_the_evaluations_loss(model):
+    tokens = explain(model, IDS[:9], IDS[9:])
+    score = score_text(*model, np.array(IDS, np.uint32))
+    assert -sum(token.logprob for token in tokens) == pytest.approx(score.losses.sum(), abs=1e-5)
+    assert [token.is_prompt for token in tokens] == [True] * 8 + [False] * (len(IDS) - 9)
+
+
+def test_a_text_beyond_the_context_is_scored_as_the_evaluation_scores_it(model):
+    ids = (IDS * 5)[:79]
+    tokens = explain(model, ids[:9], ids[9:])
+    assert len(tokens) == len(ids) - 1
+    # each window of the evaluation predicts one token more than it can read
+    for i, token in enumerate(tokens, 1):
+        start = next(s for s in range(0, 80, 16) if s < i < s + 32 and (s == 0 or i >= s + 16))
+        logits = model[0](torch.tensor([ids[start:i]]))[0, -1]
+        assert token.logprob == pytest.approx(logits.log_softmax(-1)[ids[i]].item(), abs=1e-4)
+
+
+def test_probabilities_and_entropies_are_the_models(model):
+    tokens = explain(model, IDS[:4], IDS[4:])
+    distribution = model[0](torch.tensor([IDS]))[0, :-1].softmax(-1)
+    for i, token in enumerate(tokens):
+        p = distribution[i]
+        assert token.probability == pytest.approx(p[IDS[i + 1]].item(), rel=1e-3)
+        assert token.entropy == pytest.approx(-(p * p.log()).sum().item(), abs=1e-3)
+        assert [x for _, x in token.alternatives] == pytest.approx(
+            p.topk(10).values.tolist(), rel=1e-3
+        )
+
+
+class Page(html.parser.HTMLParser):
+    """The text of a page outside of its head and its cards, and the surprisals in these."""
+
+    def __init__(self):
+        super().__init__()
+        self.stack, self.text, self.surprisals, self.sources = [], "", [], []
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.sources += [v for k, v in attributes.items() if k in ("src", "href")]
+        if tag in ("span", "main", "u", "style", "b", "table"):
+            self.stack.append(attributes.get("class", tag))
+
+    def handle_endtag(self, tag):
+        if tag in ("span", "main", "u", "style", "b", "table"):
+            self.stack.pop()
+
+    def handle_data(self, data):
+        if self.stack[-1:] == ["u"]:
+            self.surprisals.append(float(data))
+        elif "main" in self.stack and not {"c", "n"} & set(self.stack):
+            self.text += data
+
+
+def test_the_page_has_the_text_and_its_loss_and_needs_no_other_file(model):
+    tokens = explain(model, IDS[:9], IDS[9:])
+    content = as_page(tokens, title="a <title>")
+    page = Page()
+    page.feed(content)
+    assert page.text == "".join(token.text for token in tokens)
+    assert page.surprisals == pytest.approx([-token.logprob for token in tokens], abs=1e-6)
+    assert not page.sources
+    assert "url(" not in content
+    assert "<title>a &lt;title&gt;</title>" in content
+    written = [token for token in tokens if not token.is_prompt]
+    total = float(re.search(r"([\d.]+) nats in all", content)[1])
+    assert total == pytest.approx(-sum(token.logprob for token in written), abs=1e-4)
+
+
+def test_the_terminals_text_has_the_tokens_and_the_least_expected_ones(model):
+    tokens = explain(model, IDS[:9], IDS[9:])
+    shown = as_text(tokens).plain
+    assert shown.startswith("".join(token.text for token in tokens))
+    worst = min((token for token in tokens if not token.is_prompt), key=lambda t: t.logprob)
+    assert f"{worst.probability:.2%}" in shown
+    assert visible(worst.alternatives[0][0]) in shown
+
+
+def test_a_token_that_is_no_text_is_shown_by_its_bytes():
+    tokenizer = GPT2Tokenizer.released()
+    assert token_text(tokenizer, tokenizer.end_of_text) == "<end of text>"
+    [first, *_] = tokenizer.encode("東").tolist()
+    assert re.fullmatch(r"(\\x[0-9a-f]{2})+", token_text(tokenizer, first))
+    assert visible(" a\n\t\x00") == "·a⏎⇥\\x00"
+
+
+def test_nothing_written_has_a_summary_too(model):
+    tokens = explain(model, IDS[:5], [])
+    assert "nothing was written" in as_text(tokens).plain
+    assert math.isfinite(tokens[0].logprob)
