@@ -14,7 +14,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from gpt.config import GenerationConfig, SampleConfig, UsageError
 from gpt.generation.batch import continue_file
-from gpt.generation.explain import as_page, as_text, explain
+from gpt.generation.explain import as_page, as_text, explain, token_text
 from gpt.generation.speculative import Speculator
 from gpt.generation.text import Continuer, encode_prompt, new_decoder, run
 from gpt.interop.load import Loaded
@@ -138,13 +138,15 @@ class Session:
         assert self.prompt is not None
         ids = encode_prompt(self.model.tokenizer, self.prompt)
         tokens = explain(self.model, ids, self.answer)
+        opening = token_text(self.model.tokenizer, ids[0]) if self.prompt else ""
         if self.config.explain:
             path = Path(self.config.explain[0])
-            page = as_page(tokens, title=f"{self.config.model}: {self.prompt[:60]!r}")
+            title = f"{self.config.model}: {self.prompt[:60]!r}"
+            page = as_page(tokens, title=title, opening=opening)
             path.write_text(page, encoding="utf-8")
             tell(f"{path}: {len(tokens):,} tokens explained")
         else:
-            Console(highlight=False).print(as_text(tokens))
+            Console(highlight=False).print(as_text(tokens, opening=opening))
 
     def decoder(self, config: GenerationConfig) -> Continuer:
         """What decodes as ``config`` and the options say."""

@@ -78,11 +78,13 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
         return "".join(chr(b) if 32 <= b < 127 else f"\\x{b:02x}" for b in content)
 
 
-def as_text(tokens: list[ExplainedToken], *, alternatives: int = 3) -> Text:
-    """For a terminal: the text, each token on a ground from red (unlikely) to green, and below it
+def as_text(tokens: list[ExplainedToken], *, opening: str = "", alternatives: int = 3) -> Text:
+    """For a terminal: the text behind its ``opening`` (the first token, which nothing predicts),
+    each token on a ground from red (unlikely) to green, and below it
     the tokens that were least expected with what was expected instead.
     """
-    text = Text()
+    text = Text(opening, style="")
+    text.stylize("dim")
     for token in tokens:
         style = "dim" if token.is_prompt else f"black on {_colour(token.probability)}"
         text.append(token.text, style=style)
@@ -102,7 +104,7 @@ def as_text(tokens: list[ExplainedToken], *, alternatives: int = 3) -> Text:
     return text
 
 
-def as_page(tokens: list[ExplainedToken], *, title: str) -> str:
+def as_page(tokens: list[ExplainedToken], *, title: str, opening: str = "") -> str:
     """The same as one HTML page that needs no other file: hovering over a token, or going to it
     with Tab, shows its ten likeliest alternatives, its surprisal and the entropy.
     """
@@ -114,7 +116,7 @@ def as_page(tokens: list[ExplainedToken], *, title: str) -> str:
         summary=html.escape(_summary(len(written), total)),
         bars="".join(_bar(i, token, highest) for i, token in enumerate(tokens)),
         width=max(1, len(tokens)),
-        tokens="".join(map(_span, tokens)),
+        tokens=f'<span class="p">{_shown(opening)}</span>' + "".join(map(_span, tokens)),
     )
 
 
@@ -155,13 +157,17 @@ def _span(token: ExplainedToken) -> str:
         for other, p in token.alternatives
     )
     hue = round(130 * (1 - min(1.0, -token.logprob / 7)))
-    shown = html.escape(token.text).replace("\n", '<b class="n">⏎</b>\n')
     return (
-        f'<span class="t{" p" if token.is_prompt else ""}" tabindex=0 style="--h:{hue}">{shown}'
+        f'<span class="t{" p" if token.is_prompt else ""}" tabindex=0 style="--h:{hue}">'
+        f"{_shown(token.text)}"
         f'<span class="c"><b>{html.escape(visible(token.text))}</b> {token.probability:.2%}'
         f"<br>surprisal <u>{-token.logprob:.6f}</u> nats, entropy {token.entropy:.3f}"
         f"<table>{rows}</table></span></span>"
     )
+
+
+def _shown(text: str) -> str:
+    return html.escape(text).replace("\n", '<b class="n">⏎</b>\n')
 
 
 _PAGE = Template("""<!doctype html>
@@ -183,11 +189,11 @@ svg { display: block; width: 100%; height: 5rem; margin: 0 0 .3rem; border-botto
 .key { display: flex; gap: 1.4rem; margin-bottom: 1.6rem }
 .key i { display: inline-block; width: .75em; height: .75em; border-radius: 2px;
   margin-right: .4em }
-main { font: 1.05rem/1.95 ui-serif, Georgia, serif; white-space: pre-wrap;
+main { max-width: 34rem; font: 1.05rem/1.95 ui-serif, Georgia, serif; white-space: pre-wrap;
   overflow-wrap: anywhere }
 .t { position: relative; background: hsl(var(--h) var(--s) var(--l)); border-radius: 3px;
   padding: .12em 0; box-shadow: inset 0 0 0 .5px var(--paper); cursor: default; outline: none }
-.t.p { background: none; color: var(--soft) }
+main .p { background: none; color: var(--soft) }
 .t:hover, .t:focus { box-shadow: inset 0 0 0 1.5px var(--ink) }
 .n { color: var(--soft); font-weight: 400; font-size: .75em }
 .c { display: none; position: absolute; left: 0; top: 1.8em; z-index: 1; width: 19rem;

@@ -78,10 +78,10 @@ class Page(html.parser.HTMLParser):
 
 def test_the_page_has_the_text_and_its_loss_and_needs_no_other_file(model):
     tokens = explain(model, IDS[:9], IDS[9:])
-    content = as_page(tokens, title="a <title>")
+    content = as_page(tokens, title="a <title>", opening="H")
     page = Page()
     page.feed(content)
-    assert page.text == "".join(token.text for token in tokens)
+    assert page.text == "H" + "".join(token.text for token in tokens)
     assert page.surprisals == pytest.approx([-token.logprob for token in tokens], abs=1e-6)
     assert not page.sources
     assert "url(" not in content
@@ -93,8 +93,8 @@ def test_the_page_has_the_text_and_its_loss_and_needs_no_other_file(model):
 
 def test_the_terminals_text_has_the_tokens_and_the_least_expected_ones(model):
     tokens = explain(model, IDS[:9], IDS[9:])
-    shown = as_text(tokens).plain
-    assert shown.startswith("".join(token.text for token in tokens))
+    shown = as_text(tokens, opening="H").plain
+    assert shown.startswith("H" + "".join(token.text for token in tokens))
     worst = min((token for token in tokens if not token.is_prompt), key=lambda t: t.logprob)
     assert f"{worst.probability:.2%}" in shown
     assert visible(worst.alternatives[0][0]) in shown

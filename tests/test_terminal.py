@@ -1,0 +1,186 @@
+import dataclasses
+import json
+
+import pytest
+
+import gpt
+from gpt import terminal
+from gpt.cli import main
+from gpt.config import SampleConfig, UsageError
+from gpt.terminal import Session
+from tests.test_cli import RUN
+
+
+@pytest.fixture(scope="module")
+def model():
+    return gpt.load(RUN)
+
+
+def session(model, **settings):
+    return Session(SampleConfig(model=str(RUN), max_new_tokens=20, **settings), model)
+
+
+def talk(monkeypatch, capsys, session, *lines):
+    """What is shown, on standard output and error, when the lines are typed."""
+    typed = iter(lines)
+
+    def read(prompt):
+        line = next(typed, EOFError)
+        if not isinstance(line, str):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    session.ask()
+    return capsys.readouterr()
+
+
+def test_a_setting_changes_what_follows(monkeypatch, capsys, model):
+    own = session(model, seed=1)
+    out, err = talk(monkeypatch, capsys, own, "/temperature 0", "JULIET", "/settings")
+    [expected] = gpt.generate(model, "JULIET", temperature=0, max_new_tokens=20)
+    assert out == "JULIET" + expected.text + "\n\n"
+    assert "temperature         0.0" in err
+
+
+def test_retry_writes_something_else_and_the_seed_makes_it_repeatable(monkeypatch, capsys, model):
+    words = ("/temperature 3", "/seed 5", "JULIET", "/retry", "/retry", "JULIET", "/retry")
+    first, _ = talk(monkeypatch, capsys, session(model), *words)
+    assert (first, "") == (talk(monkeypatch, capsys, session(model), *words)[0], "")
+    each = first.split("JULIET")[1:]
+    assert len({*each[:3]}) == 3
+    assert each[3].strip() == each[0].strip()
+    assert each[4].strip() == each[1].strip()
+
+
+def test_a_prompt_may_have_several_lines(monkeypatch, capsys, model):
+    lines = ('"""ROMEO:', 'But, soft"""')
+    out, _ = talk(monkeypatch, capsys, session(model, temperature=0), *lines)
+    [expected] = gpt.generate(model, "ROMEO:\nBut, soft", temperature=0, max_new_tokens=20)
+    assert out == "ROMEO:\nBut, soft" + expected.text + "\n\n"
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_session(monkeypatch, capsys, model):
+    own = session(model, temperature=0)
+    pieces = terminal.run
+
+    def interrupted(*args, **options):
+        for n, piece in enumerate(pieces(*args, **options)):
+            if n == 3:
+                raise KeyboardInterrupt
+            yield piece
+
+    monkeypatch.setattr(terminal, "run", interrupted)
+    out, _ = talk(monkeypatch, capsys, own, "JULIET", KeyboardInterrupt, "JULIET")
+    [expected] = gpt.generate(model, "JULIET", temperature=0, max_new_tokens=3)
+    assert out.split("JULIET")[1:] == [expected.text + "\n\n", expected.text + "\n\n"]
+
+
+def test_explain_shows_the_last_answer(monkeypatch, capsys, model):
+    out, _ = talk(monkeypatch, capsys, session(model, temperature=0), "JULIET", "/explain")
+    [expected] = gpt.generate(model, "JULIET", temperature=0, max_new_tokens=20)
+    assert out.count("JULIET" + expected.text) == 2
+    assert "20 tokens" in out
+    assert "expected: " in out
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("/temperature", "/temperature takes one value, as in /temperature 0.8"),
+        ("/temperature hot", "takes a number, and 'hot' is none"),
+        ("/temperature -1", "temperature is -1.0, and must be"),
+        ("/top_p 2", "top_p is 2.0, and must be above 0 and at most 1"),
+        ("/top_k 1.5", "takes a number, and '1.5' is none"),
+        ("/past_context never", "must be 'slide' or 'stop'"),
+        ("/retry", "there is nothing to retry yet"),
+        ("/explain", "there is nothing to explain yet"),
+        ("/temprature 1", "/temprature is no command; there are: help, retry"),
+        ("/help", "Ctrl-D ends"),
+    ],
+)
+def test_a_mistake_is_told_in_a_sentence_and_changes_nothing(
+    monkeypatch, capsys, model, line, said
+):
+    own = session(model)
+    before = own.config
+    assert said in talk(monkeypatch, capsys, own, line).err
+    assert own.config == before
+
+
+def test_stops_and_no_seed_can_be_set(model):
+    own = session(model, seed=3)
+    own.command("/stop \\n\\n JULIET")
+    own.command("/seed")
+    assert own.config == dataclasses.replace(
+        session(model).config, stop=("\n\n", "JULIET"), seed=None
+    )
+
+
+def test_beams_and_guesses_are_shown_as_texts(capsys, model):
+    session(model, num_beams=3, num_samples=2).answer_once("JULIET")
+    assert capsys.readouterr().out.count("JULIET") >= 2
+    [plain] = gpt.generate(model, "JULIET", temperature=0, max_new_tokens=20)
+    guessing = SampleConfig(
+        model=str(RUN), temperature=0, max_new_tokens=20, num_draft_tokens=3, draft=str(RUN)
+    )
+    Session(guessing, model, model).answer_once("JULIET")
+    out, err = capsys.readouterr()
+    assert out == "JULIET" + plain.text + "\n"
+    assert "guesses were right (100%)" in err
+
+
+def test_a_draft_with_another_tokenizer_is_refused(capsys, model):
+    other = gpt.interop.load.Loaded(model.model, gpt.data.tokenizer.ByteTokenizer())
+    config = SampleConfig(model=str(RUN), num_draft_tokens=3, draft="other")
+    with pytest.raises(UsageError, match="draft model has another tokenizer"):
+        Session(config, model, other).answer_once("JULIET")
+
+
+def test_a_file_of_prompts_is_continued_by_the_command(tmp_path, capsys, model):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text('{"prompt": "JULIET"}\n{"prompt": ""}\n')
+    words = ["--model", str(RUN), "--temperature", "0", "--max_new_tokens", "9"]
+    words += ["--precision", "float32", "--prompt_file", str(prompts), "--out", str(out)]
+    assert main(["sample", *words]) == 0
+    assert "2 prompts continued" in capsys.readouterr().err
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    for line in lines:
+        [expected] = gpt.generate(model, line["prompt"], temperature=0, max_new_tokens=9)
+        assert line["completions"] == [{"text": expected.text, "reason": expected.reason}]
+    assert main(["sample", *words]) == 0
+    assert "0 prompts continued" in capsys.readouterr().err
+
+
+def test_the_command_writes_a_page_that_explains(tmp_path, capsys):
+    page = tmp_path / "out.html"
+    words = ["--model", str(RUN), "--prompt", "JULIET", "--explain", str(page)]
+    assert main(["sample", *words]) == 0
+    assert "tokens explained" in capsys.readouterr().err
+    assert page.read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompt_file": "a.jsonl"}, "go together, and prompt_file is a.jsonl, out not given"),
+        ({"prompt": "x", "out": "a.jsonl"}, "prompt_file is not given, out a.jsonl"),
+        ({"draft": "gpt2"}, "draft is 'gpt2', and num_draft_tokens is 0"),
+        ({"num_draft_tokens": 2, "num_beams": 2}, "only one can be"),
+        ({"explain": ("a.txt",)}, "explain is 'a.txt', and must be one .html file"),
+        ({"explain": (), "prompt_file": "a.jsonl", "out": "b"}, "prompt_file has many"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"min_p": 1.5}, "min_p is 1.5"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
+        ({"presence_penalty": float("nan")}, "presence_penalty is nan"),
+        ({"bias": {3: float("inf")}}, "bias has inf for the token 3"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(settings, message):
+    from pathlib import Path
+
+    for name in ("prompt_file", "out"):
+        if name in settings:
+            settings = settings | {name: Path(settings[name])}
+    with pytest.raises(UsageError, match=message):
+        SampleConfig(**settings)
