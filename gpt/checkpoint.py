@@ -167,7 +167,7 @@ def load_model(
     checkpoint: Checkpoint,
     *,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
 ) -> GPT:
     """The checkpoint's model in evaluation mode, made without a second copy of its weights."""
     with torch.device("meta"):
@@ -192,7 +192,7 @@ def load_training(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _tensors(
-    path: Path, *, device: torch.device | str, dtype: torch.dtype
+    path: Path, *, device: torch.device | str, dtype: torch.dtype | None
 ) -> Iterator[tuple[str, Tensor]]:
     """A safetensors file's tensors; each is mapped alone, so a conversion keeps no page of the
     others.

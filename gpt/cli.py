@@ -124,7 +124,7 @@ def export(words: Sequence[str], prog: str) -> int:
     from gpt.interop.export import export_huggingface
     from gpt.interop.load import load
 
-    loaded = load(config.model, say=_tell)
+    loaded = load(config.model, dtype=None, say=_tell)
     export_huggingface(loaded.model, loaded.tokenizer, config.out)
     _tell(f"{config.out}: {loaded.model.parameter_count():,} parameters")
     return 0

@@ -509,6 +509,8 @@ class EvaluateConfig:
             raise UsageError(
                 "there is nothing to evaluate on: give text, lambada, hellaswag or choices"
             )
+        if len(set(self.models)) < len(self.models):
+            raise UsageError(f"models are {', '.join(self.models)}, and each must be another one")
         if self.paired and not (len(self.models) == 2 and self.text):
             raise UsageError(
                 "paired compares two models on one text, and needs both models and text"

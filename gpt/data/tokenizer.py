@@ -9,6 +9,7 @@ import base64
 import hashlib
 import importlib.metadata
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -141,12 +142,18 @@ class GPT2Tokenizer:
         self.added = dict(added or {})
         self.end_of_text = self.special[END_OF_TEXT] if end_of_text is None else end_of_text
         self._special_ids = frozenset(self.special.values())
-        self.vocab_size = len(ranks) + len(self.special) + len(self.added)
+        self._ids = self.special | self.added
+        n = first_id + len(ranks)
+        others = [i for i in self._ids.values() if not first_id <= i < n]
+        self.vocab_size = len(ranks) + len(others)
+        # Of added tokens that begin alike, the longest.
+        longest_first = sorted(self.added, key=len, reverse=True)
+        self._added = re.compile("|".join(map(re.escape, longest_first))) if self.added else None
         self._encoding = tiktoken.Encoding(
             "gpt2",
             pat_str=_GPT2_PATTERN,
             mergeable_ranks={token: i for i, token in enumerate(ranks, first_id)},
-            special_tokens=self.special | self.added,
+            special_tokens={k: i for k, i in self._ids.items() if not first_id <= i < n},
         )
 
     @classmethod
@@ -168,9 +175,16 @@ class GPT2Tokenizer:
         return cls(sorted(ranks, key=ranks.__getitem__))
 
     def encode(self, text: str) -> Ids:
-        return self._encoding.encode_to_numpy(
-            text, allowed_special=set(self.added), disallowed_special=()
-        )
+        if self._added is None:
+            return self._plain(text)
+        parts, start = [], 0
+        for match in self._added.finditer(text):
+            parts += [self._plain(text[start : match.start()]), [self.added[match[0]]]]
+            start = match.end()
+        return np.concatenate([*parts, self._plain(text[start:])]).astype(np.uint32)
+
+    def _plain(self, text: str) -> Ids:
+        return self._encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return self._encoding.decode_bytes([i for i in ids if i not in self._special_ids])

@@ -7,7 +7,6 @@ import torch
 
 from gpt.config import UsageError
 from gpt.data.tokenizer import Tokenizer
-from gpt.generation.score import score_targets
 from gpt.model.gpt import GPT
 
 
@@ -78,6 +77,9 @@ def likelihoods(
             n = len(requests[i].continuation)
             end = len(rows[i]) - 1
             targets = ids[j, end - n + 1 : end + 1]
-            scores, greedy = score_targets(model, features[j, end - n : end], targets)
-            results[i] = Likelihood(scores.double().sum().item(), bool(greedy.all()))
+            logits = model.head(features[j, end - n : end]).float()
+            own = logits.gather(-1, targets[:, None]).squeeze(-1)
+            total = (own - logits.logsumexp(dim=-1)).double().sum().item()
+            is_greedy = bool((logits.argmax(dim=-1) == targets).all())
+            results[i] = Likelihood(total, is_greedy)
     return [results[i] for i in range(len(rows))]

@@ -7,6 +7,7 @@ costs more and flatters less.
 """
 
 import math
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,9 @@ from gpt.data.corpus import open_corpus
 from gpt.data.tokenizer import Ids, Tokenizer
 from gpt.generation.score import score_targets
 from gpt.model.gpt import GPT
+
+MIN_WINDOWS = 10
+"""For a paired comparison: a bootstrap over fewer says more than it knows."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +55,17 @@ class TextScore:
     @property
     def perplexity(self) -> float:
         """The exponential of :attr:`loss`."""
-        return math.exp(self.loss)
+        return perplexity_of(self.loss)
 
     @property
     def bits_per_byte(self) -> float:
         """Comparable between tokenizers."""
         return float(self.losses.sum() / (math.log(2) * max(self.n_bytes, 1)))
+
+
+def perplexity_of(loss: float) -> float:
+    """The exponential of nats per token; infinite where no float is large enough."""
+    return math.exp(loss) if loss < math.log(sys.float_info.max) else math.inf
 
 
 def encode_text(tokenizer: Tokenizer, source: str) -> Ids:
@@ -102,7 +111,7 @@ def score_text(
         for j, i in enumerate(batch):
             before = starts[i - 1] + context - starts[i] if i else 0  # scored by the window before
             targets = tokens[j, 1 + before :]
-            scores, _ = score_targets(model, features[j, before:], targets)
+            scores = score_targets(model, features[j, before:], targets)
             losses[i], counts[i] = -scores.double().sum().item(), len(targets)
     n_bytes = int(tokenizers.byte_lengths(tokenizer)[ids[1:]].sum())
     return TextScore(losses, counts, n_bytes)
@@ -122,6 +131,11 @@ def paired_bootstrap(
             "same tokenizer, context_length and stride"
         )
     n = len(one.losses)
+    if n < MIN_WINDOWS:
+        raise UsageError(
+            f"the text gives {n} windows, and a paired comparison needs at least {MIN_WINDOWS}: "
+            "give a longer text, or a smaller stride"
+        )
     draws = np.random.Generator(np.random.Philox(seed)).integers(0, n, (samples, n))
     difference = (one.losses - two.losses)[draws].sum(axis=1) / one.counts[draws].sum(axis=1)
     low, high = np.quantile(difference, [0.025, 0.975])

@@ -1,6 +1,7 @@
 """What ``gpt evaluate`` measures and shows: each model's scores, as a table or as JSON."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -51,7 +52,7 @@ def measure(config: EvaluateConfig, *, say: Callable[[str], None]) -> Report:
             (config.choices, tasks.multiple_choice),
         ):
             if path is not None:
-                own[path.name] = task(model, tokenizer, path, batch_size=config.batch_size)
+                own[str(path)] = task(model, tokenizer, path, batch_size=config.batch_size)
     if config.paired:
         report.difference = paired_bootstrap(*texts)
     return report
@@ -62,7 +63,10 @@ def as_json(report: Report) -> str:
     scores = {
         model: {
             task: {
-                name: {"value": metric.value, "standard_error": metric.standard_error}
+                name: {
+                    "value": _number(metric.value),
+                    "standard_error": _number(metric.standard_error),
+                }
                 for name, metric in metrics.items()
             }
             for task, metrics in own.items()
@@ -74,6 +78,11 @@ def as_json(report: Report) -> str:
         keys = ("nats_per_token", "low", "high")
         content["difference"] = dict(zip(keys, report.difference, strict=True))
     return json.dumps(content, indent=2) + "\n"
+
+
+def _number(value: float) -> float | None:
+    """JSON knows no NaN, which the error of a single item is, and no infinity."""
+    return value if math.isfinite(value) else None
 
 
 def as_table(report: Report) -> Table:

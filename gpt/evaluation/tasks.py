@@ -9,11 +9,13 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gpt.config import UsageError
 from gpt.data.jsonl import read_jsonl
 from gpt.data.tokenizer import Tokenizer
 from gpt.evaluation.likelihood import Likelihood, encode_pair, likelihoods
+from gpt.evaluation.perplexity import perplexity_of
 from gpt.model.gpt import GPT
 
 _HELLASWAG = {"activity_label": str, "ctx_a": str, "ctx_b": str, "endings": list, "label": object}
@@ -33,12 +35,14 @@ def lambada(
 ) -> dict[str, Metric]:
     """``acc``: every token of the last word is the likeliest; ``perplexity``: of the last word."""
     requests = []
-    for item in read_jsonl(path, {"text": str}):
+    for number, item in enumerate(read_jsonl(path, {"text": str}), 1):
         context, _, word = item["text"].strip().rpartition(" ")
+        if not context:
+            raise UsageError(f"{path} item {number} has no words before its last one")
         requests.append(encode_pair(tokenizer, context, " " + word))
     scores = likelihoods(model, requests, batch_size=batch_size)
     loss = _mean([-score.total for score in scores])
-    perplexity = math.exp(loss.value)
+    perplexity = perplexity_of(loss.value)
     return {
         "acc": _mean([float(score.is_greedy) for score in scores]),
         "perplexity": Metric(perplexity, perplexity * loss.standard_error),
@@ -50,10 +54,12 @@ def hellaswag(
 ) -> dict[str, Metric]:
     """``acc`` and ``acc_norm`` over items with ``activity_label, ctx_a, ctx_b, endings, label``."""
     items = []
-    for item in read_jsonl(path, _HELLASWAG):
+    for number, item in enumerate(read_jsonl(path, _HELLASWAG), 1):
         context = item["activity_label"] + ": " + item["ctx_a"] + " " + item["ctx_b"].capitalize()
-        endings = [_clean(ending) for ending in item["endings"]]
-        items.append((_clean(context), endings, int(item["label"])))
+        label = str(item["label"])
+        answer = int(label) if label.isdecimal() else -1
+        endings = _checked(path, number, item["endings"], answer)
+        items.append((_clean(context), [_clean(ending) for ending in endings], answer))
     return _choose(model, tokenizer, items, batch_size)
 
 
@@ -65,13 +71,21 @@ def multiple_choice(
     for number, item in enumerate(
         read_jsonl(path, {"context": str, "choices": list, "answer": int}), 1
     ):
-        if not 0 <= item["answer"] < len(item["choices"]):
-            raise UsageError(
-                f"{path} item {number} has the answer {item['answer']}, and {len(item['choices'])} "
-                "choices, counted from 0"
-            )
-        items.append((item["context"], item["choices"], item["answer"]))
+        choices = _checked(path, number, item["choices"], item["answer"])
+        items.append((item["context"], choices, item["answer"]))
     return _choose(model, tokenizer, items, batch_size)
+
+
+def _checked(path: Path, number: int, choices: list[Any], answer: int) -> list[str]:
+    """The choices, if they are texts and one of them is the answer."""
+    if not all(isinstance(choice, str) and _clean(choice) for choice in choices):
+        raise UsageError(f"{path} item {number} has the choices {choices}, which must be texts")
+    if not 0 <= answer < len(choices):
+        raise UsageError(
+            f"{path} item {number} has the answer {answer}, and {len(choices)} choices, counted "
+            "from 0"
+        )
+    return choices
 
 
 def _choose(

@@ -22,21 +22,19 @@ class Scored:
     """Of the distribution that each token was one of, in nats."""
 
 
-def score_targets(model: GPT, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each target ``[N]`` its log-probability in nats (float32), and whether none is likelier.
+def score_targets(model: GPT, features: Tensor, targets: Tensor) -> Tensor:
+    """Of each target ``[N]`` its log-probability in nats, ``[N]`` in float32.
 
     ``features`` ``[N, C]`` are the model's where the targets are predicted. The head runs over some
     positions at a time, so that the logits of a long text are never all there.
     """
-    scores, greedy = [], []
+    scores = []
     for x, target in zip(
         features.split(POSITIONS_AT_ONCE), targets.split(POSITIONS_AT_ONCE), strict=True
     ):
         logits = (model.head.weight @ x.T).float()  # V, N: on a CPU faster than N, V
-        own = logits.gather(0, target[None]).squeeze(0)
-        scores.append(own - logits.logsumexp(dim=0))
-        greedy.append(own == logits.amax(dim=0))
-    return torch.cat(scores), torch.cat(greedy)
+        scores.append(logits.gather(0, target[None]).squeeze(0) - logits.logsumexp(dim=0))
+    return torch.cat(scores)
 
 
 @torch.inference_mode()

@@ -11,9 +11,10 @@ import json
 import mmap
 import pickle
 import sys
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from gpt.config import UsageError
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WHOLE = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -44,32 +46,50 @@ class WeightFiles:
         wanted = ", ".join(WHOLE)
         raise UsageError(f"{folder} has no weights in it: none of {wanted}, nor an index of shards")
 
-    def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Each named tensor as it lies in its file, on the CPU. Nothing is read before it is
-        used, and what is written to it goes to a copy of the page.
+    def tensors(self, names: Iterable[str]) -> Iterator["Stored"]:
+        """Each named tensor, contiguous and on the CPU; ``UsageError`` for one that holds no
+        floating-point numbers.
         """
         for path, group in itertools.groupby(names, self._files.__getitem__):
-            get = _opened(path)
+            get, mapped = _opened(path)
             for name in group:
-                yield name, get(name)
+                tensor = get(name)
+                if tensor.layout != torch.strided or tensor.dtype not in FLOATS:
+                    kind = f"{tensor.dtype} {tensor.layout}".replace("torch.", "")
+                    raise UsageError(
+                        f"{name} in {path} is {kind}, and weights are dense float32, bfloat16, "
+                        "float16 or float64"
+                    )
+                # What a pickle calls a tensor may be a view that repeats itself.
+                whole = tensor.is_contiguous()
+                yield Stored(name, tensor if whole else tensor.contiguous(), mapped and whole)
 
 
-def forget(tensor: Tensor) -> None:
-    """Let go of the mapped file's pages under a contiguous ``tensor``, which is not used again."""
-    if sys.platform != "linux":
-        return
-    page = mmap.PAGESIZE
-    start = -(-tensor.data_ptr() // page) * page
-    size = (tensor.data_ptr() + tensor.nbytes) // page * page - start
-    if size > 0:
-        madvise = ctypes.CDLL(None).madvise
-        madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+class Stored(NamedTuple):
+    """A tensor as it lies in its file: where it is ``mapped``, nothing is read before it is used,
+    and what is written to it goes to a copy of the page.
+    """
+
+    name: str
+    tensor: Tensor
+    mapped: bool
+
+    def forget(self, piece: Tensor) -> None:
+        """Let go of the file's pages under a ``piece`` of the tensor, which is not used again."""
+        if not self.mapped or sys.platform != "linux":
+            return
+        page, first = mmap.PAGESIZE, piece.data_ptr()
+        start = -(-first // page) * page
+        size = (first + piece.nbytes) // page * page - start
+        if size > 0:
+            madvise = ctypes.CDLL(None).madvise
+            madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
 
 
 def _sharded(folder: Path, index: Path) -> tuple[dict[str, Path], dict[str, list[int]]]:
     try:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(places.values()))
+        names = sorted({str(place) for place in places.values()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"the index {index} is broken ({error!r})") from None
     for name in names:
@@ -93,18 +113,24 @@ def _shapes(path: Path) -> dict[str, list[int]]:
         raise UsageError(f"the weights {path} cannot be read: {error}") from None
 
 
-def _opened(path: Path) -> Callable[[str], Tensor]:
-    """Gives a tensor by its name; the file stays mapped as long as one of them is there."""
+def _opened(path: Path) -> tuple[Callable[[str], Tensor], bool]:
+    """What gives a tensor by its name, and whether it is mapped: then the file stays mapped as long
+    as one of them is there.
+    """
     if path.suffix == ".safetensors":
-        get: Callable[[str], Tensor] = safe_open(path, framework="pt").get_tensor
-        return get
-    return _unpickled(path).__getitem__
+        return safe_open(path, framework="pt").get_tensor, True
+    return _unpickled(path).__getitem__, zipfile.is_zipfile(path)
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
-    """The tensors of a pickle that holds nothing else: what wants more is refused, and not run."""
+    """The tensors of a pickle that holds nothing else: what wants more is refused, and not run.
+
+    Files from before torch 1.6 are no zip archives, and cannot be mapped.
+    """
     try:
-        state: Any = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        state: Any = torch.load(
+            path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True
+        )
     except pickle.UnpicklingError as error:
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), "").strip()
         raise UsageError(
@@ -113,6 +139,9 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
         ) from None
     except (OSError, RuntimeError, EOFError) as error:
         raise UsageError(f"the weights {path} cannot be read: {str(error)[:200]}") from None
-    if not (isinstance(state, dict) and all(isinstance(t, Tensor) for t in state.values())):
+    if not (
+        isinstance(state, dict)
+        and all(isinstance(k, str) and isinstance(t, Tensor) for k, t in state.items())
+    ):
         raise UsageError(f"the weights {path} are no dictionary of tensors")
     return state

@@ -29,6 +29,12 @@ _ACTIVATION_NAMES: dict[Activation, str] = {
     "silu": "silu",
     "tanh": "tanh",
 }
+_ALIASES = {  # which GPT2Config takes as well
+    "n_positions": ("max_position_embeddings",),
+    "n_layer": ("num_hidden_layers",),
+    "n_head": ("num_attention_heads",),
+    "n_embd": ("hidden_size",),
+}
 _MODULES = {
     "embed": "wte",
     "position": "wpe",
@@ -49,19 +55,28 @@ def model_config(theirs: dict[str, Any]) -> ModelConfig:
     supported.
     """
 
-    def get(name: str, default: Any) -> Any:
-        value = theirs.get(name)
-        return default if value is None else value
+    def get(name: str, default: Any, kind: type | tuple[type, ...] = int) -> Any:
+        given = {key: theirs[key] for key in (name, *_ALIASES.get(name, ())) if key in theirs}
+        given = {key: value for key, value in given.items() if value is not None}
+        for value in given.values():
+            right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+            if not right or value != next(iter(given.values())):
+                names = " and ".join(given)
+                raise UsageError(f"{names} is {value!r}, and must be like {default!r}")
+        return next(iter(given.values()), default)
 
     if theirs.get("model_type") != "gpt2":
         raise UsageError(f"model_type is {theirs.get('model_type')!r}, and must be 'gpt2'")
-    if get("add_cross_attention", False):
+    if theirs.get("quantization_config") is not None:
+        raise UsageError("quantization_config is given, and quantised weights are not supported")
+    if get("add_cross_attention", False, bool):
         raise UsageError("add_cross_attention is true, and a model with a decoder alone has none")
-    activation = get("activation_function", "gelu_new")
+    number = (int, float)
+    activation = get("activation_function", "gelu_new", str)
     if activation not in _ACTIVATIONS:
         names = ", ".join(_ACTIVATIONS)
         raise UsageError(f"activation_function is {activation!r}, and must be one of {names}")
-    dropouts = {get(f"{place}_pdrop", 0.1) for place in ("resid", "embd", "attn")}
+    dropouts = {get(f"{place}_pdrop", 0.1, number) for place in ("resid", "embd", "attn")}
     if len(dropouts) > 1:
         raise UsageError(
             f"resid_pdrop, embd_pdrop and attn_pdrop are {sorted(dropouts)}, and must be one number"
@@ -74,11 +89,11 @@ def model_config(theirs: dict[str, Any]) -> ModelConfig:
         n_embd=get("n_embd", 768),
         n_inner=get("n_inner", 0),
         dropout=dropouts.pop(),
-        norm_eps=get("layer_norm_epsilon", 1e-5),
+        norm_eps=get("layer_norm_epsilon", 1e-5, number),
         activation=_ACTIVATIONS[activation],
-        tie_embeddings=get("tie_word_embeddings", True),
-        scale_attention=get("scale_attn_weights", True),
-        scale_attention_by_layer=get("scale_attn_by_inverse_layer_idx", False),
+        tie_embeddings=get("tie_word_embeddings", True, bool),
+        scale_attention=get("scale_attn_weights", True, bool),
+        scale_attention_by_layer=get("scale_attn_by_inverse_layer_idx", False, bool),
     )
 
 

@@ -15,6 +15,7 @@ NEEDED = [
     "model.safetensors.index.json",
     "model-*-of-*.safetensors",
     "tokenizer.json",
+    "tokenizer_config.json",
     "vocab.json",
     "merges.txt",
     "added_tokens.json",

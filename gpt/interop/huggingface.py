@@ -1,5 +1,6 @@
 """A folder in Hugging Face's layout to a model, without a second copy of its weights."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gpt.config import UsageError
-from gpt.interop.files import WeightFiles, forget
+from gpt.interop.files import Stored, WeightFiles
 from gpt.interop.gpt2 import hugging_face_name, is_buffer, is_transposed, model_config
 from gpt.model.gpt import GPT
 
@@ -18,12 +19,14 @@ PIECE = 1 << 20
 
 
 def load_folder(
-    folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
 ) -> GPT:
     """The GPT-2 in ``folder``, in evaluation mode; ``UsageError`` if it is not one, or not whole.
 
-    On a CPU weights that have the ``dtype`` already stay in their file, mapped, the matrices
-    transposed: nothing is read before it is used, and the file never changes.
+    ``dtype`` is the token embedding's in the file if it is ``None``. On a CPU weights that have the
+    ``dtype`` already stay in their file, mapped, the matrices transposed: nothing is read before it
+    is used. The model never changes the file, and the file must not be changed either while the
+    model is there (replacing it by another is no change).
     """
     try:
         config = model_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
@@ -33,29 +36,57 @@ def load_folder(
         raise UsageError(f"{folder / 'config.json'}: {error}") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"{folder / 'config.json'} is broken ({error})") from None
+    files = WeightFiles(folder)
+    if config.tie_embeddings and _has_another_head(files):
+        config = dataclasses.replace(config, tie_embeddings=False)
     with torch.device("meta"):
         model = GPT(config)
-    files = WeightFiles(folder)
     names = _matched(folder, files, model)
-    weights = {}
-    copies: list[tuple[Tensor, Tensor]] = []
-    for theirs, tensor in files.tensors(names):
-        name, turned = names[theirs], is_transposed(names[theirs])
-        tensor = tensor.T if turned else tensor
-        if _usable(tensor, device, dtype):
+    embedding = next(theirs for theirs, name in names.items() if name == "embed.weight")
+    dtype = dtype or next(files.tensors([embedding])).tensor.dtype
+    weights: dict[str, Tensor] = {}
+    copies = []
+    used = set()  # two weights may be one tensor in the file
+    for stored in files.tensors(names):
+        name, turned = names[stored.name], is_transposed(names[stored.name])
+        tensor = stored.tensor.T if turned else stored.tensor
+        if stored.tensor.data_ptr() not in used and _usable(tensor, device, dtype):
             weights[name] = tensor
+            used.add(stored.tensor.data_ptr())
         else:
             weights[name] = torch.empty(tensor.shape, dtype=dtype, device=device)
             step = len(tensor) if turned else max(1, PIECE // max(1, tensor[0].numel()))
-            copies += zip(tensor.split(step), weights[name].split(step), strict=True)
+            pairs = zip(tensor.split(step), weights[name].split(step), strict=True)
+            copies += [(stored, source, place) for source, place in pairs]
     _copy(copies)
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     return model.requires_grad_(True).eval()
 
 
+def _has_another_head(files: WeightFiles) -> bool:
+    """Whether the files hold a head that is not the embedding, whatever the configuration says:
+    transformers keeps it then.
+    """
+    found = {name.removeprefix("transformer."): name for name in files.shapes}
+    if not {"lm_head.weight", "wte.weight"} <= found.keys():
+        return False
+    head, embedding = files.tensors([found["lm_head.weight"], found["wte.weight"]])
+    if head.tensor.shape != embedding.tensor.shape:
+        return True
+    if head.tensor.data_ptr() == embedding.tensor.data_ptr():
+        return False
+    step = max(1, PIECE // max(1, head.tensor.shape[-1]))
+    for one, two in zip(head.tensor.split(step), embedding.tensor.split(step), strict=True):
+        if not torch.equal(one, two):
+            return True
+        head.forget(one)
+        embedding.forget(two)
+    return False
+
+
 def _usable(tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> bool:
-    """Whether the mapped tensor can be a weight as it lies in the file.
+    """Whether the tensor can be a weight as it lies in the file.
 
     Where a matrix is turned, a CPU reads it faster for one token in float32, and slower in
     bfloat16. The first safetensors files were not aligned.
@@ -65,19 +96,19 @@ def _usable(tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> b
     return here and aligned and (tensor.is_contiguous() or dtype == torch.float32)
 
 
-def _copy(copies: list[tuple[Tensor, Tensor]]) -> None:
-    """Copy mapped tensors to their places, one thread a core: half of it is the system's work on
-    new pages.
+def _copy(copies: list[tuple[Stored, Tensor, Tensor]]) -> None:
+    """Copy parts of stored tensors to their places, one thread a core: half of it is the system's
+    work on new pages.
     """
 
-    def copy(pair: tuple[Tensor, Tensor]) -> None:
-        source, place = pair
+    def copy(part: tuple[Stored, Tensor, Tensor]) -> None:
+        stored, source, place = part
         if source.is_contiguous():
             place.copy_(source)
-            forget(source)
+            stored.forget(source)
         else:  # converted first, to turn half the bytes
             place.copy_(source.to(device=place.device, dtype=place.dtype))
-            forget(source.T)
+            stored.forget(source.T)
 
     threads = torch.get_num_threads()
     try:
@@ -91,10 +122,12 @@ def _matched(folder: Path, files: WeightFiles, model: GPT) -> dict[str, str]:
     """Their name of each tensor that is needed, to this project's; every tensor has to be known."""
     parameters = dict(model.named_parameters())
     ours = {hugging_face_name(name): name for name in parameters}
-    names = {}
+    names: dict[str, str] = {}
     for theirs, shape in files.shapes.items():
         bare = theirs.removeprefix("transformer.")
         if bare in ours:
+            if ours[bare] in names.values():
+                raise UsageError(f"the weights in {folder} have {bare} twice, under two names")
             names[theirs] = ours[bare]
             wanted = list(parameters[ours[bare]].shape)
             wanted = wanted[::-1] if is_transposed(ours[bare]) else wanted

@@ -28,15 +28,15 @@ def load(
     name: str | Path,
     *,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     say: Callable[[str], None] = lambda text: None,
 ) -> Loaded:
     """The model that ``name`` names, in evaluation mode, and its tokenizer.
 
     ``name`` is a run's folder (its best checkpoint is taken), one checkpoint's folder, a folder in
     the Hugging Face layout, or a GPT-2 on the hub (``gpt2``, ``owner/model``, ``model@revision``).
-    ``UsageError`` if there is no such model; a damaged checkpoint is passed over for an older one,
-    and ``say`` is told.
+    A ``dtype`` of ``None`` takes the one that is stored. ``UsageError`` if there is no such model;
+    a damaged checkpoint is passed over for an older one, and ``say`` is told.
     """
     path = Path(name)
     if not path.is_dir():

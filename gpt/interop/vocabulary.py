@@ -16,7 +16,7 @@ from gpt.config import UsageError
 from gpt.data.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
 
 
-def load_tokenizer(folder: Path, *, end_of_text: int | None = None) -> GPT2Tokenizer:
+def load_tokenizer(folder: Path, *, end_of_text: int | None = None) -> Tokenizer:
     """The tokenizer in ``folder``; the released one where it has no tokenizer's files.
 
     ``end_of_text`` is the id that the model's configuration names. ``UsageError`` for a tokenizer
@@ -26,13 +26,17 @@ def load_tokenizer(folder: Path, *, end_of_text: int | None = None) -> GPT2Token
     try:
         if whole.exists():
             return _from_json(whole, json.loads(whole.read_text(encoding="utf-8")), end_of_text)
-        if vocab.exists() and merges.exists():
+        if vocab.exists() != merges.exists():
+            raise UsageError(f"{folder} has one of vocab.json and merges.txt, and needs both")
+        if vocab.exists():
             lines = merges.read_text(encoding="utf-8").splitlines()
             pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
             ids = json.loads(vocab.read_text(encoding="utf-8"))
             extra = folder / "added_tokens.json"
             added = json.loads(extra.read_text(encoding="utf-8")) if extra.exists() else {}
-            return _make(vocab, ids, pairs, special={}, added=added, end_of_text=end_of_text)
+            special, more = _settings(folder / "tokenizer_config.json")
+            added = {k: i for k, i in (added | more).items() if k not in special}
+            return _make(vocab, ids, pairs, special=special, added=added, end_of_text=end_of_text)
     except OSError as error:
         raise UsageError(f"{error.filename} cannot be read: {error.strerror}") from None
     except UsageError:
@@ -42,8 +46,19 @@ def load_tokenizer(folder: Path, *, end_of_text: int | None = None) -> GPT2Token
     return GPT2Tokenizer.released()
 
 
-def _from_json(path: Path, state: dict[str, Any], end_of_text: int | None) -> GPT2Tokenizer:
+def _characters(path: Path, vocab: dict[str, int]) -> CharTokenizer:
+    """The character tokenizer that :func:`hugging_face_files` wrote."""
+    tokenizer = CharTokenizer(token for token in vocab if len(token) == 1)
+    if {c: i for i, c in enumerate(tokenizer.characters)} != vocab:
+        raise UsageError(f"{path} has no pre_tokenizer, and is no vocabulary of characters either")
+    return tokenizer
+
+
+def _from_json(path: Path, state: dict[str, Any], end_of_text: int | None) -> Tokenizer:
     model, before = state["model"], state.get("pre_tokenizer") or {}
+    after = state.get("post_processor") or {}
+    if state.get("pre_tokenizer") is None and state.get("decoder") == {"type": "Fuse"}:
+        return _characters(path, model["vocab"])
     for what, found, right in (
         ("model.type", model.get("type", "BPE"), "BPE"),
         ("model.ignore_merges", model.get("ignore_merges", False), False),
@@ -52,11 +67,22 @@ def _from_json(path: Path, state: dict[str, Any], end_of_text: int | None) -> GP
         ("pre_tokenizer.type", before.get("type"), "ByteLevel"),
         ("pre_tokenizer.add_prefix_space", before.get("add_prefix_space", False), False),
         ("pre_tokenizer.use_regex", before.get("use_regex", True), True),
+        ("post_processor.type", after.get("type", "ByteLevel"), "ByteLevel"),
+        ("model.end_of_word_suffix", model.get("end_of_word_suffix") or None, None),
+        ("model.continuing_subword_prefix", model.get("continuing_subword_prefix") or None, None),
     ):
         if found != right:
             raise UsageError(f"{path} has {what} {found!r}, and GPT-2's tokenizer has {right!r}")
+    special, added = _added(path, state.get("added_tokens", []))
+    _settings(path.with_name("tokenizer_config.json"))
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    return _make(path, model["vocab"], pairs, special=special, added=added, end_of_text=end_of_text)
+
+
+def _added(path: Path, tokens: list[dict[str, Any]]) -> tuple[dict[str, int], dict[str, int]]:
+    """Special tokens, and others that are taken whole."""
     special, added = {}, {}
-    for token in state.get("added_tokens", []):
+    for token in tokens:
         if token["special"]:
             special[token["content"]] = token["id"]
         elif token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
@@ -66,8 +92,20 @@ def _from_json(path: Path, state: dict[str, Any], end_of_text: int | None) -> GP
             )
         else:
             added[token["content"]] = token["id"]
-    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    return _make(path, model["vocab"], pairs, special=special, added=added, end_of_text=end_of_text)
+    return special, added
+
+
+def _settings(path: Path) -> tuple[dict[str, int], dict[str, int]]:
+    """What ``tokenizer_config.json`` adds: special tokens, and others that are taken whole."""
+    if not path.exists():
+        return {}, {}
+    state = json.loads(path.read_text(encoding="utf-8"))
+    if state.get("add_prefix_space"):
+        raise UsageError(f"{path} has add_prefix_space true, and GPT-2's tokenizer has false")
+    if state.get("add_bos_token"):
+        raise UsageError(f"{path} has add_bos_token true, and GPT-2's tokenizer has false")
+    entries = state.get("added_tokens_decoder", {}).items()
+    return _added(path, [{"special": False, **token, "id": int(i)} for i, token in entries])
 
 
 def _make(
@@ -84,7 +122,11 @@ def _make(
     if END_OF_TEXT in vocab and END_OF_TEXT not in named:
         special = special | {END_OF_TEXT: vocab[END_OF_TEXT]}
         named |= special
-    spelled = sorted((i, token) for token, i in vocab.items() if token not in named)
+    # A token that was added and is made by merges too stays in the vocabulary.
+    made = {a + b for a, b in merges}
+    spelled = sorted((i, t) for t, i in vocab.items() if t not in named or t in made)
+    if not spelled:
+        raise UsageError(f"{path} has an empty vocabulary")
     first_id = spelled[0][0]
     if [i for i, _ in spelled] != list(range(first_id, first_id + len(spelled))):
         raise UsageError(f"{path} has gaps in its ids, which is not supported")
@@ -93,7 +135,8 @@ def _make(
         raise UsageError(f"{path} lacks some of the 256 bytes, so not every text could be encoded")
     if [a + b for a, b in merges] != tokens[256:] or set(tokens[:256]) != bytes_of.keys():
         raise UsageError(f"{path} has merges in another order than its ids, which is not supported")
-    ids = sorted([*named.values(), *range(first_id, first_id + len(tokens))])
+    apart = [i for token, i in named.items() if token not in made]
+    ids = sorted([*apart, *range(first_id, first_id + len(tokens))])
     if ids != list(range(len(ids))):
         raise UsageError(f"{path} has gaps in its ids, or two tokens with one id")
     if end_of_text not in special.values():

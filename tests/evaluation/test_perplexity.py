@@ -99,6 +99,19 @@ def test_scores_on_other_windows_are_not_compared(model):
         paired_bootstrap(one, two)
 
 
+def test_a_comparison_of_few_windows_is_refused(model):
+    score = score_text(model, ByteTokenizer(), some_ids(60))
+    with pytest.raises(UsageError, match=r"gives \d windows, .* needs at least 10"):
+        paired_bootstrap(score, score)
+
+
+def test_a_model_that_is_as_wrong_as_can_be_has_an_infinite_perplexity():
+    from gpt.evaluation.perplexity import TextScore
+
+    score = TextScore(np.array([1e6]), np.array([10]), 10)
+    assert score.perplexity == math.inf
+
+
 @pytest.mark.parametrize("stride", [-1, 17])
 def test_a_stride_that_would_skip_tokens_is_refused(stride, model):
     with pytest.raises(UsageError, match=f"stride is {stride}, and must be from 1 to .* .16."):

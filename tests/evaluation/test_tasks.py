@@ -159,6 +159,66 @@ def test_a_broken_file_is_told_by_its_line(content, said, tmp_path):
         read_jsonl(path, {"text": str})
 
 
+HELLASWAG = {"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": ["d", "e"], "label": "0"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"label": 7}, "item 1 has the answer 7, and 2 choices"),
+        ({"label": ""}, "item 1 has the answer -1, and 2 choices"),
+        ({"ctx_b": None}, "line 1 has None as its 'ctx_b', which must be a string"),
+        ({"endings": "de"}, "line 1 has 'de' as its 'endings', which must be a list"),
+        ({"endings": ["d", 3]}, "item 1 has the choices .'d', 3., which must be texts"),
+        ({"endings": ["d", "[x]"]}, "item 1 has the choices .*, which must be texts"),
+    ],
+    ids=str,
+)
+def test_an_item_of_hellaswag_that_cannot_be_scored_is_refused(both, changes, said, tmp_path):
+    path = write(tmp_path / "h.jsonl", [HELLASWAG | changes])
+    with pytest.raises(UsageError, match=said):
+        hellaswag(both[0], ByteTokenizer(), path)
+
+
+@pytest.mark.parametrize(
+    ("task", "item", "said"),
+    [
+        (lambada, {"text": 3}, "line 1 has 3 as its 'text'"),
+        (lambada, {"text": " word "}, "item 1 has no words before its last one"),
+        (multiple_choice, {"context": "", "choices": [], "answer": 0}, "and 0 choices"),
+        (multiple_choice, {"context": "", "choices": ["a"], "answer": 0.5}, "has 0.5 as its"),
+    ],
+    ids=["number", "one word", "no choices", "half"],
+)
+def test_an_item_that_cannot_be_scored_is_refused(both, task, item, said, tmp_path):
+    with pytest.raises(UsageError, match=said):
+        task(both[0], ByteTokenizer(), write(tmp_path / "a.jsonl", [item]))
+
+
+def test_lines_are_json_objects_whatever_separators_their_texts_have(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a\u2028b\x85c"}\n', encoding="utf-8")
+    assert read_jsonl(path, {"text": str}) == [{"text": "a\u2028b\x85c"}]
+
+
+def test_of_one_item_the_error_is_unknown_and_the_json_is_valid(both, tmp_path, capsys):
+    export_huggingface(both[0], ByteTokenizer(), tmp_path / "model")
+    words = ["evaluate", str(tmp_path / "model"), "--json"]
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+    words += ["--lambada", str(write(tmp_path / "x" / "a.jsonl", [{"text": "to be"}]))]
+    item = {"context": "q", "choices": ["a", "b"], "answer": 1}
+    words += ["--choices", str(write(tmp_path / "y" / "a.jsonl", [item]))]
+    assert main(words) == 0
+
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    [scores] = json.loads(capsys.readouterr().out, parse_constant=refuse)["scores"].values()
+    assert len(scores) == 2
+    assert all(m["standard_error"] is None for task in scores.values() for m in task.values())
+
+
 def test_an_answer_that_is_no_choice_is_refused(both, tmp_path):
     item = {"context": "q", "choices": ["a", "b"], "answer": 2}
     with pytest.raises(UsageError, match="item 1 has the answer 2, and 2 choices"):
@@ -203,6 +263,7 @@ def load_folder_copy(model, scale):
         (["m"], "there is nothing to evaluate on"),
         (["m", "--text", "t", "--paired"], "paired compares two models on one text"),
         (["m", "--text", "t", "--stride", "-1"], "stride is -1"),
+        (["m", "m", "--text", "t", "--paired"], "models are m, m, and each must be another one"),
     ],
 )
 def test_words_that_make_no_sense_are_refused(words, said, capsys):

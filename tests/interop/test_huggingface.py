@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -36,7 +38,18 @@ SETTINGS = {
     "extended": {"vocab_size": 131},
     **{
         name: {"activation_function": name}
-        for name in ("gelu", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh")
+        for name in (
+            "gelu",
+            "gelu_accurate",
+            "gelu_fast",
+            "gelu_python",
+            "gelu_python_tanh",
+            "gelu_pytorch_tanh",
+            "relu",
+            "silu",
+            "swish",
+            "tanh",
+        )
     },
 }
 
@@ -148,6 +161,149 @@ def test_weights_that_are_not_aligned_in_their_file_are_copied(tmp_path):
     assert all(parameter.data_ptr() % 4 == 0 for parameter in ours.parameters())
     tokens = tokens_of(theirs)
     torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=0, atol=1e-4)
+
+
+def test_a_head_that_is_not_the_embedding_is_kept_whatever_the_configuration_says(tmp_path):
+    theirs = random_gpt2(tie_word_embeddings=False)
+    saved(theirs, tmp_path)
+    edit_config(tmp_path, tie_word_embeddings=True)
+    ours = load_folder(tmp_path)
+    expected = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    tokens = tokens_of(theirs)
+    torch.testing.assert_close(ours(tokens), expected(tokens).logits, rtol=0, atol=1e-4)
+    assert not torch.equal(ours.head.weight, ours.embed.weight)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
+def test_a_head_and_an_embedding_in_one_storage_are_one_weight_or_two(new, tied, tmp_path):
+    theirs = random_gpt2()
+    saved(theirs, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(theirs.state_dict(), path, _use_new_zipfile_serialization=new)
+    edit_config(tmp_path, tie_word_embeddings=tied)
+    for dtype in (torch.float32, torch.bfloat16):
+        ours = load_folder(tmp_path, dtype=dtype)
+        assert torch.equal(ours.head.weight, ours.embed.weight)
+        with torch.no_grad():
+            ours.head.weight.add_(1)
+        assert torch.equal(ours.head.weight, ours.embed.weight) == tied
+        for name, tensor in theirs.state_dict().items():
+            if "wte" not in name and "lm_head" not in name:
+                assert torch.equal(dict(exported(ours))[name], tensor.to(dtype)), name
+
+
+def test_a_pickle_whose_tensors_are_views_is_loaded_and_nothing_else_is_touched(tmp_path):
+    theirs = random_gpt2()
+    with torch.no_grad():
+        theirs.transformer.wte.weight.zero_()
+    saved(theirs, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    state = {k: v for k, v in theirs.state_dict().items() if k != "lm_head.weight"}
+    state["transformer.wte.weight"] = torch.zeros(1, 1).expand(97, 32)
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    for dtype in (torch.float32, torch.bfloat16):
+        ours = load_folder(tmp_path, dtype=dtype)
+        assert not ours.embed.weight.any()
+        assert torch.equal(ours.position.weight, theirs.transformer.wpe.weight.to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "said"),
+    [
+        (torch.zeros(97, 32, dtype=torch.int8), "wte.weight in .* is int8 strided"),
+        (torch.zeros(97, 32).to_sparse(), "wte.weight in .* is float32 sparse_coo"),
+    ],
+    ids=["int8", "sparse"],
+)
+def test_weights_that_are_no_numbers_are_refused(tensor, said, tmp_path):
+    saved(random_gpt2(), tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    state = {k: v for k, v in random_gpt2().state_dict().items() if k != "lm_head.weight"}
+    torch.save(state | {"transformer.wte.weight": tensor}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UsageError, match=said):
+        load_folder(tmp_path)
+
+
+def test_a_tensor_under_two_names_is_refused(tmp_path):
+    theirs = random_gpt2()
+    path = saved(theirs, tmp_path) / "model.safetensors"
+    save_file(load_file(path) | {"wte.weight": torch.zeros(97, 32)}, path)
+    with pytest.raises(UsageError, match="have wte.weight twice, under two names"):
+        load_folder(tmp_path)
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in content.items() if v != "absent"}))
+
+
+def test_the_other_names_that_gpt2config_takes_mean_the_same(tmp_path):
+    theirs = random_gpt2()
+    saved(theirs, tmp_path)
+    edit_config(
+        tmp_path,
+        n_head="absent", num_attention_heads=4, n_embd="absent", hidden_size=32,
+        n_layer="absent", num_hidden_layers=2, n_positions="absent", max_position_embeddings=64,
+    )  # fmt: skip
+    tokens = tokens_of(theirs)
+    torch.testing.assert_close(
+        load_folder(tmp_path)(tokens), theirs(tokens).logits, rtol=0, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"n_layer": "2"}, "n_layer is '2', and must be like 12"),
+        ({"vocab_size": 97.0}, "vocab_size is 97.0"),
+        ({"layer_norm_epsilon": "1e-5"}, "layer_norm_epsilon is '1e-5'"),
+        ({"scale_attn_weights": "false"}, "scale_attn_weights is 'false'"),
+        ({"activation_function": ["gelu"]}, "activation_function is .'gelu'."),
+        ({"num_attention_heads": 8}, "n_head and num_attention_heads is 8"),
+        ({"quantization_config": {"a": 1}}, "quantization_config is given"),
+    ],
+    ids=str,
+)
+def test_a_field_of_the_wrong_kind_is_named(changes, said, tmp_path):
+    saved(random_gpt2(), tmp_path)
+    edit_config(tmp_path, **changes)
+    with pytest.raises(UsageError, match=said):
+        load_folder(tmp_path)
+
+
+def test_without_a_dtype_the_stored_one_is_taken(tmp_path):
+    saved(random_gpt2().to(torch.bfloat16), tmp_path)
+    assert load_folder(tmp_path, dtype=None).embed.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's account of a process")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_peak_of_loading_is_at_most_1_2_times_the_weights(dtype, tmp_path):
+    config = ModelConfig(vocab_size=60_000, context_length=64, n_layer=6, n_head=8, n_embd=512)
+    model = make_model(config)
+    export_huggingface(model, ByteTokenizer(), tmp_path / "model")
+    program = f"""
+import torch
+from pathlib import Path
+from gpt.interop.huggingface import load_folder
+def read(name):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+load_folder(Path({str(tmp_path / "model")!r}), dtype=torch.float16)  # what is imported late
+before = read("VmRSS:")
+open("/proc/self/clear_refs", "w").write("5")
+model = load_folder(Path({str(tmp_path / "model")!r}), dtype=torch.{dtype})
+float(sum(p.sum() for p in model.parameters()))
+print(read("VmHWM:") - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
+    weights = model.parameter_count() * getattr(torch, dtype).itemsize
+    assert weights * 0.8 < int(done.stdout) < weights * 1.2
 
 
 @pytest.mark.slow
@@ -353,10 +509,9 @@ def test_an_exported_tokenizer_gives_the_same_ids_in_transformers_and_comes_back
     strict.encode_special_tokens = True  # what looks like a special token in a text is text
     ids = strict.encode(text).ids
     assert ids == tokenizer.encode(text).tolist()
-    if kind != "char":
-        _, back = gpt.load(tmp_path / "out")
-        assert back.encode(text).tolist() == ids
-        assert back.end_of_text == tokenizer.end_of_text
+    _, back = gpt.load(tmp_path / "out")
+    assert back.encode(text).tolist() == ids
+    assert back.end_of_text == tokenizer.end_of_text
 
 
 def test_what_gpt2_cannot_express_is_refused_by_its_fields(tmp_path):

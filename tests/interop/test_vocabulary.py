@@ -115,6 +115,12 @@ def changed(content, how):
             added.clear()
         case "lacks a byte":
             model["vocab"]["spare"] = model["vocab"].pop("!")
+        case "post processor":
+            content["post_processor"] = {"type": "TemplateProcessing", "single": []}
+        case "suffix":
+            model["end_of_word_suffix"] = "</w>"
+        case "empty":
+            model["vocab"], model["merges"] = {}, []
         case "no model":
             del content["model"]
     return content
@@ -131,6 +137,9 @@ def changed(content, how):
         ("gap", "gaps in its ids"),
         ("no end", "no token for the end of a text"),
         ("lacks a byte", "lacks some of the 256 bytes"),
+        ("post processor", "has post_processor.type 'TemplateProcessing'"),
+        ("suffix", "has model.end_of_word_suffix '</w>'"),
+        ("empty", "has an empty vocabulary"),
         ("no model", "is broken .KeyError"),
     ],
 )
@@ -138,4 +147,56 @@ def test_a_tokenizer_whose_ids_could_differ_is_refused(how, said, folder):
     path = folder / "tokenizer.json"
     path.write_text(json.dumps(changed(json.loads(path.read_text()), how)))
     with pytest.raises(UsageError, match=said):
+        load_tokenizer(folder)
+
+
+def test_added_tokens_are_hugging_faces_the_longest_first(folder):
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    known = next(t for t in content["model"]["vocab"] if t.isascii() and len(t) > 3 and t.isalpha())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    last = max(token["id"] for token in content["added_tokens"])
+    new = [("<a>", last + 1), ("<a><b>", last + 2), ("<a><b><c>", last + 3)]
+    new.append((known, content["model"]["vocab"][known]))
+    content["added_tokens"] += [{"id": i, "content": t, **flags} for t, i in new]
+    path.write_text(json.dumps(content))
+    theirs, ours = Tokenizer.from_file(str(path)), load_tokenizer(folder)
+    for text in ("x<a><b><c>y", "<a><b>", "<a> <b><c><a>", f"a{known}b <a>{known}", "plain", ""):
+        assert ours.encode(text).tolist() == theirs.encode(text).ids
+        assert decode(ours, ours.encode(text).tolist()) == text
+    again = tokenizers.load(saved_tokenizer(ours, folder / "own.json"))
+    assert again.encode(f"x<a><b>{known}").tolist() == ours.encode(f"x<a><b>{known}").tolist()
+
+
+def saved_tokenizer(tokenizer, path):
+    path.write_text(tokenizers.to_json(tokenizer))
+    return path
+
+
+def test_a_folder_with_vocab_and_merges_takes_its_added_tokens(folder, tmp_path):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocab, merges = content["model"]["vocab"], content["model"]["merges"]
+    n = len(vocab)
+    place = tmp_path / "old"
+    place.mkdir()
+    (place / "vocab.json").write_text(json.dumps(vocab | {"<|endoftext|>": n}))
+    lines = [m if isinstance(m, str) else " ".join(m) for m in merges]
+    (place / "merges.txt").write_text("#version: 0.2\n" + "\n".join(lines) + "\n")
+    (place / "added_tokens.json").write_text(json.dumps({"<old>": n + 1}))
+    more = {str(n + 2): {"content": "<chat>", "special": False}}
+    more |= {str(n + 3): {"content": "<pad>", "special": True}}
+    (place / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": more}))
+    tokenizer = load_tokenizer(place)
+    assert tokenizer.encode("<old><chat>").tolist() == [n + 1, n + 2]
+    assert len(tokenizer.encode("<pad>")) > 1  # special tokens are text in a text
+    assert tokenizer.vocab_size == n + 4
+    (place / "merges.txt").unlink()
+    with pytest.raises(UsageError, match=r"one of vocab.json and merges.txt, and needs both"):
+        load_tokenizer(place)
+
+
+@pytest.mark.parametrize("setting", ["add_prefix_space", "add_bos_token"])
+def test_settings_that_change_ids_are_refused(setting, folder):
+    (folder / "tokenizer_config.json").write_text(json.dumps({setting: True}))
+    with pytest.raises(UsageError, match=f"{setting} true, and GPT-2's tokenizer has false"):
         load_tokenizer(folder)
