@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -100,14 +101,19 @@ def _copy(copies: list[tuple[Stored, Tensor, Tensor]]) -> None:
     """Copy parts of stored tensors to their places, one thread a core: half of it is the system's
     work on new pages.
     """
+    own = threading.local()
 
     def copy(part: tuple[Stored, Tensor, Tensor]) -> None:
         stored, source, place = part
         if source.is_contiguous():
             place.copy_(source)
             stored.forget(source)
-        else:  # converted first, to turn half the bytes
-            place.copy_(source.to(device=place.device, dtype=place.dtype))
+        else:  # converted first, to turn half the bytes, and always in the same memory
+            if not hasattr(own, "memory"):
+                largest = max(s.numel() for _, s, _ in copies if not s.is_contiguous())
+                own.memory = torch.empty(largest, dtype=place.dtype, device=place.device)
+            converted = own.memory[: source.numel()].view(source.T.shape)
+            place.copy_(converted.copy_(source.T).T)
             stored.forget(source.T)
 
     threads = torch.get_num_threads()

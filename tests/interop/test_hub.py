@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import gpt
 from gpt.data.tokenizer import ByteTokenizer
@@ -137,6 +138,28 @@ def test_a_model_is_downloaded_once_and_only_what_is_needed_of_it(hub):
     hub.requests.clear()
     assert sampled(hub, "someone/tiny", HF_HUB_OFFLINE="1").stdout == first.stdout
     assert hub.requests == []
+
+
+@pytest.mark.parametrize("kind", ["pickle", "sharded pickle", "sharded safetensors"])
+def test_weights_of_any_form_are_downloaded(hub, kind):
+    whole = sampled(hub, "someone/tiny")
+    (hub.folder / "pytorch_model.bin").unlink()
+    path = hub.folder / "model.safetensors"
+    state = load_file(path)
+    path.unlink()
+    if kind == "pickle":
+        torch.save(state, hub.folder / "pytorch_model.bin")
+    else:
+        stem, suffix = ("model", "safetensors") if "safe" in kind else ("pytorch_model", "bin")
+        write, names, places = (save_file if "safe" in kind else torch.save), sorted(state), {}
+        for i, part in enumerate((names[::2], names[1::2]), 1):
+            file = f"{stem}-0000{i}-of-00002.{suffix}"
+            write({name: state[name] for name in part}, hub.folder / file)
+            places |= dict.fromkeys(part, file)
+        index = hub.folder / f"{stem}.{suffix}.index.json"
+        index.write_text(json.dumps({"weight_map": places}))
+    got = sampled(hub, "someone/tiny", HF_HOME=str(hub.home / "new"))
+    assert (got.returncode, got.stdout) == (0, whole.stdout), got.stderr
 
 
 def test_an_interrupted_transfer_is_taken_up_again(hub):
