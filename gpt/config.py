@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
@@ -30,6 +30,23 @@ def _at_least(low: float, **fields: float) -> None:
     for name, value in fields.items():
         if not value >= low:
             raise UsageError(f"{name.replace('__', '.')} is {value}, and must be at least {low:g}")
+
+
+def _check_kinds(config: Any) -> None:
+    """Numbers are numbers and choices are among the choices, whoever made the configuration."""
+    for item in dataclasses.fields(config):
+        value, kinds = getattr(config, item.name), {int: (int,), float: (int, float)}
+        if item.type in kinds and (
+            isinstance(value, bool) or not isinstance(value, kinds[item.type])
+        ):
+            raise UsageError(
+                f"{item.name} is {value!r}, and must be a "
+                f"{'whole number' if item.type is int else 'number'}"
+            )
+        if get_origin(item.type) is Literal and value not in get_args(item.type):
+            raise UsageError(
+                f"{item.name} is {value!r}, and must be one of {', '.join(get_args(item.type))}"
+            )
 
 
 def _in_range(low: float, high: float, **fields: float) -> None:
@@ -317,6 +334,7 @@ class SamplingConfig:
     """Draw among the tokens that are at least p times as likely as the likeliest."""
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         if 0 < self.temperature < 1e-5:
             raise UsageError(
                 f"temperature is {self.temperature}, and must be 0 (the likeliest token) or at "
@@ -374,7 +392,8 @@ class GenerationConfig(SamplingConfig):
     past_context: Literal["slide", "stop"] = "slide"
     """When the context is full: slide re-reads its newer half and goes on, stop ends the text."""
     logprobs: int | None = None
-    """Give log-probabilities as well: of each token, and of this many likeliest ones."""
+    """Give log-probabilities as well, in Python and in the lines of out: of each token, and of this
+    many likeliest ones."""
     seed: int | None = None
     """Of the draws: the same seed gives a prompt the same text. Without it, a new one each time."""
 
@@ -409,7 +428,8 @@ class SampleConfig(GenerationConfig):
     out: Path | None = None
     """The .jsonl file for the completions of prompt_file's lines; goes on where it ends."""
     batch_size: int = 32
-    """Sequences that go through the model at once; it does not change them."""
+    """Sequences that go through the model at once, which changes them by rounding alone; beams and
+    guesses go one prompt after the other."""
     num_draft_tokens: int = 0
     """Tokens to guess and then read at once; 0: none. It is faster where many guesses are right."""
     draft: str = ""
@@ -429,6 +449,8 @@ class SampleConfig(GenerationConfig):
         _at_least(0, num_draft_tokens=self.num_draft_tokens)
         if self.prompt is not None and self.prompt_file is not None:
             raise UsageError("prompt and prompt_file are both given, and only one can be it")
+        if self.out is not None and self.out == self.prompt_file:
+            raise UsageError(f"out is {self.out}, which is prompt_file as well")
         if self.takes_many != (self.out is not None):
             raise UsageError(
                 "a .jsonl file as prompt_file and the file out for its completions go together, "

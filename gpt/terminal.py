@@ -4,19 +4,20 @@ made.
 
 import dataclasses
 import itertools
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from gpt.config import GenerationConfig, SampleConfig, UsageError
 from gpt.generation.batch import continue_file
 from gpt.generation.explain import as_page, as_text, explain, token_text
 from gpt.generation.speculative import Speculator
-from gpt.generation.text import Continuer, encode_prompt, new_decoder, run
+from gpt.generation.text import Completion, Continuer, encode_prompt, new_decoder, run
 from gpt.interop.load import Loaded
 
 HELP = """\
@@ -50,6 +51,8 @@ class Session:
 
     def __init__(self, config: SampleConfig, model: Loaded, draft: Loaded | None = None) -> None:
         self.config, self.model, self.draft = config, model, draft
+        if config.explain and not Path(config.explain[0]).parent.is_dir():
+            raise UsageError(f"explain is {config.explain[0]}, and there is no such folder")
         self.prompt: str | None = None
         self.answer: list[int] = []
         self._retries = 0
@@ -87,7 +90,7 @@ class Session:
 
     def command(self, line: str) -> None:
         """Do what a line that begins with a slash says."""
-        name, *words = line[1:].split()
+        name, *words = _words(line[1:]) or [""]
         if name == "help":
             tell(HELP.rstrip())
         elif name == "settings":
@@ -122,7 +125,7 @@ class Session:
         sys.stdout.write(prompt)
         for piece, completion in itertools.chain([first], pieces):
             if completion.sample == 0:
-                self.answer = completion.tokens
+                self.answer = self._shown(completion)
                 sys.stdout.write(piece)
                 sys.stdout.flush()
             else:
@@ -132,6 +135,15 @@ class Session:
         sys.stdout.write("\n")
         if isinstance(decoder, Speculator):
             tell(_speculation(decoder))
+
+    def _shown(self, completion: Completion) -> list[int]:
+        """The tokens of its text: without those of a stop text."""
+        tokens, size = list(completion.tokens), len(completion.text.encode())
+        while completion.reason == "stop" and tokens:
+            if len(self.model.tokenizer.decode_bytes(tokens)) <= size:
+                break
+            tokens.pop()
+        return tokens
 
     def explain(self) -> None:
         """The last answer's probabilities, on the terminal or as the page that was asked for."""
@@ -146,7 +158,7 @@ class Session:
             path.write_text(page, encoding="utf-8")
             tell(f"{path}: {len(tokens):,} tokens explained")
         else:
-            Console(highlight=False).print(as_text(tokens, opening=opening))
+            Console(highlight=False).print(as_text(tokens, opening=opening), soft_wrap=True)
 
     def decoder(self, config: GenerationConfig) -> Continuer:
         """What decodes as ``config`` and the options say."""
@@ -163,7 +175,7 @@ class Session:
         assert self.config.prompt_file is not None
         assert self.config.out is not None
         columns = (
-            SpinnerColumn(),
+            BarColumn(),
             TextColumn(
                 "{task.completed:,} of {task.total:,} prompts, {task.fields[rate]} tokens/s"
             ),
@@ -205,10 +217,20 @@ def _read() -> str:
     return "\n".join(lines)
 
 
+def _words(line: str) -> list[str]:
+    """Words, and what stands between quotes as one."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=False)
+    lexer.whitespace_split, lexer.commenters, lexer.escape = True, "", ""
+    try:
+        return list(lexer)
+    except ValueError:
+        raise UsageError(f"/{line} has a quote that is not closed") from None
+
+
 def _set(config: SampleConfig, name: str, words: list[str]) -> SampleConfig:
     value: object
     if name == "stop":
-        value = tuple(word.encode().decode("unicode_escape") for word in words)
+        value = tuple(word.replace("\\n", "\n").replace("\\t", "\t") for word in words)
     elif name == "seed" and words in ([], ["none"]):
         value = None
     elif len(words) != 1:

@@ -84,6 +84,14 @@ def test_explain_shows_the_last_answer(monkeypatch, capsys, model):
     assert "expected: " in out
 
 
+def test_explain_shows_nothing_of_a_stop_text(monkeypatch, capsys, model):
+    [whole] = gpt.generate(model, "JULIET", temperature=0, max_new_tokens=20)
+    own = session(model, temperature=0, stop=(whole.text[5:8],))
+    out, _ = talk(monkeypatch, capsys, own, "JULIET", "/explain")
+    assert out.count("JULIET" + whole.text[:5]) == 2
+    assert "\n5 tokens" in out
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -97,6 +105,8 @@ def test_explain_shows_the_last_answer(monkeypatch, capsys, model):
         ("/explain", "there is nothing to explain yet"),
         ("/temprature 1", "/temprature is no command; there are: help, retry"),
         ("/help", "Ctrl-D ends"),
+        ("/", "/ is no command"),
+        ('/stop "a', "has a quote that is not closed"),
     ],
 )
 def test_a_mistake_is_told_in_a_sentence_and_changes_nothing(
@@ -110,10 +120,10 @@ def test_a_mistake_is_told_in_a_sentence_and_changes_nothing(
 
 def test_stops_and_no_seed_can_be_set(model):
     own = session(model, seed=3)
-    own.command("/stop \\n\\n JULIET")
+    own.command('/stop \\n\\n "JULIET É"')
     own.command("/seed")
     assert own.config == dataclasses.replace(
-        session(model).config, stop=("\n\n", "JULIET"), seed=None
+        session(model).config, stop=("\n\n", "JULIET É"), seed=None
     )
 
 
@@ -170,6 +180,11 @@ def test_the_command_writes_a_page_that_explains(tmp_path, capsys):
         ({"explain": ("a.txt",)}, "explain is 'a.txt', and must be one .html file"),
         ({"explain": (), "prompt_file": "a.jsonl", "out": "b"}, "prompt_file has many"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"prompt_file": "a.jsonl", "out": "a.jsonl"}, "out is a.jsonl, which is prompt_file"),
+        ({"early_stopping": "x"}, "early_stopping is 'x', and must be one of likely"),
+        ({"past_context": "x"}, "past_context is 'x', and must be one of slide, stop"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5, and must be a whole number"),
+        ({"temperature": "hot"}, "temperature is 'hot', and must be a number"),
         ({"min_p": 1.5}, "min_p is 1.5"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
         ({"presence_penalty": float("nan")}, "presence_penalty is nan"),

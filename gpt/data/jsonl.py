@@ -24,8 +24,9 @@ def read_jsonl(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
             continue
         try:
             item = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{path} line {number} is not JSON: {error.msg}") from None
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+            raise UsageError(f"{path} line {number} is not JSON: {reason}") from None
         for name, kind in fields.items():
             if not isinstance(item, dict) or name not in item:
                 raise UsageError(f"{path} line {number} has no {name!r}")

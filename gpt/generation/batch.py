@@ -2,15 +2,20 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from gpt.config import GenerationConfig, UsageError
 from gpt.data.jsonl import read_jsonl
 from gpt.data.tokenizer import Tokenizer
-from gpt.generation.text import Completion, Continuer, run
+from gpt.generation.decode import check_prompt
+from gpt.generation.text import Completion, Continuer, encode_prompt, run
 from gpt.model.gpt import GPT
+
+if sys.platform != "win32":
+    import fcntl
 
 Progress = Callable[[int, int, int], None]
 
@@ -32,11 +37,20 @@ def continue_file(
     written; the number of prompts that were continued is returned.
     """
     items = read_jsonl(prompts, {"prompt": str})
-    first = _lines_written(out, items)
+    for number, item in enumerate(items, 1):
+        try:
+            check_prompt(
+                model[0], encode_prompt(model[1], item["prompt"]), config, model[1].vocab_size
+            )
+        except UsageError as error:
+            raise UsageError(f"{prompts} item {number}: {error}") from None
+    if not out.parent.is_dir():
+        raise UsageError(f"out is {out}, and there is no folder {out.parent}")
     waiting: dict[int, list[Completion]] = {}
-    next_one = first
     tokens = 0
     with out.open("a", encoding="utf-8") as file:
+        _lock(file, out)
+        first = next_one = _lines_written(out, items)
         texts = [item["prompt"] for item in items[first:]]
         progress(first, len(items), 0)
         for _, completion in run(model, texts, config, decoder=decoder):
@@ -53,6 +67,16 @@ def continue_file(
     return len(items) - first
 
 
+def _lock(file: TextIO, out: Path) -> None:
+    """Keep other processes from writing to ``out`` as long as this one does."""
+    if sys.platform == "win32":
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UsageError(f"another process is writing to {out}") from None
+
+
 def _line(item: dict[str, Any], completions: list[Completion]) -> str:
     ordered = sorted(completions, key=lambda completion: completion.sample)
     return json.dumps({**item, "completions": [_as_json(c) for c in ordered]}) + "\n"
@@ -60,11 +84,14 @@ def _line(item: dict[str, Any], completions: list[Completion]) -> str:
 
 def _as_json(completion: Completion) -> dict[str, Any]:
     content: dict[str, Any] = {"text": completion.text, "reason": completion.reason}
+    if completion.score is not None:
+        content["score"] = completion.score
     if completion.logprobs:
         content |= {"tokens": completion.tokens, "logprobs": completion.logprobs}
         content |= {"top": completion.top} if any(completion.top) else {}
         if completion.prompt_scores is not None:
             content["prompt_logprobs"] = completion.prompt_scores.logprobs
+            content |= {"prompt_top": completion.prompt_scores.top} if any(completion.top) else {}
     return content
 
 
@@ -86,6 +113,15 @@ def _lines_written(out: Path, items: list[dict[str, Any]]) -> int:
                 f"{out} line {number} is not of prompt {number}: it was made from other prompts, "
                 "and another out keeps both"
             )
+    if rest and len(whole) < len(items):  # what is cut off has to be the beginning of a line
+        line = json.dumps({**items[len(whole)], "completions": []})[:-2].encode()
+        if not (rest.startswith(line) or line.startswith(rest)):
+            raise UsageError(
+                f"{out} ends with what is no completion of prompt {len(whole) + 1}: it was made "
+                "from other prompts, and another out keeps both"
+            )
+    elif rest:
+        raise UsageError(f"{out} has more in it than the completions of these prompts")
     if rest:
         os.truncate(out, out.stat().st_size - len(rest))
     return len(whole)

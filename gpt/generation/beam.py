@@ -5,6 +5,7 @@ end of the search are those of Hugging Face's ``generate``.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 
 from gpt.config import GenerationConfig, UsageError
-from gpt.generation.decode import Reason, Token, check_prompt
-from gpt.generation.sampling import Details, History, describe, penalise
+from gpt.generation.decode import Reason, Token, check_prompt, check_settings, evaluation_mode
+from gpt.generation.sampling import Details, History, describe, finite, penalise
 from gpt.model.gpt import GPT
 
 
@@ -45,8 +46,7 @@ def beam_search(
     """
     vocab_size = vocab_size or model.config.vocab_size
     context, width = model.config.context_length, config.num_beams
-    # A beam cannot slide: its tokens would no longer have been predicted from one text.
-    check_prompt(model, prompt, dataclasses.replace(config, past_context="stop"), vocab_size)
+    check(model, prompt, config, vocab_size)
     limit = min(config.max_new_tokens, context - len(prompt) + 1)
     device = model.embed.weight.device
     cache = model.new_cache(width, capacity=min(context, len(prompt) + limit))
@@ -55,21 +55,25 @@ def beam_search(
     if config.has_penalties:
         history = History(vocab_size, device)
         history.add(prompt)
-    training = model.training
-    model.eval()
     read = torch.tensor([prompt], device=device)
     beams = [Beam([], 0.0, [])]
     scores = torch.zeros(1, device=device)
     finished: list[Beam] = []
     for length in range(1, limit + 1):
-        logits = model(read, cache=cache, last_only=True)[:, -1, :vocab_size]
+        with evaluation_mode(model):
+            every = model(read, cache=cache, last_only=True)[:, -1]
+        logits = every[:, :vocab_size]
         early = range(len(beams)) if length <= config.min_new_tokens else ()
         logprobs = logits.float().log_softmax(dim=-1)
         logprobs = penalise(logprobs, config, history, early=early, end_of_text=end_of_text)
+        finite(logprobs)
         candidates = []
         for score, parent, token in _best(scores[:, None] + logprobs, 2 * width):
             [details] = describe(
-                logits[parent : parent + 1], torch.tensor([token], device=device), config.logprobs
+                every[parent : parent + 1],
+                torch.tensor([token], device=device),
+                config.logprobs,
+                vocab_size,
             )
             before = beams[parent]
             beam = Beam([*before.tokens, token], score, [*before.details, details])
@@ -80,7 +84,9 @@ def beam_search(
                 finished.append(dataclasses.replace(beam, score=score))
         finished = sorted(finished, key=lambda beam: -beam.score)[:width]
         going_on = [c for c in candidates if c[1].tokens[-1] != end_of_text][:width]
-        if length == limit or _is_over(finished, going_on[0][1].score, length, limit, config):
+        if length == limit or not going_on:
+            break
+        if _is_over(finished, going_on[0][1].score, length, limit, config):
             break
         parents, beams = [parent for parent, _ in going_on], [beam for _, beam in going_on]
         scores = torch.tensor([beam.score for beam in beams], device=device)
@@ -89,17 +95,28 @@ def beam_search(
         if history is not None:
             history.keep(parents)
             history.append(read[:, 0])
-    model.train(training)
     return finished[: config.num_samples]
 
 
 def _best(scores: Tensor, n: int) -> list[tuple[float, int, int]]:
     """The ``n`` highest of ``[B, V]``, each with its row and its token."""
     best = scores.flatten().topk(min(n, scores.numel()))
-    if not best.values[0].isfinite():
-        raise UsageError("the model's logits are not numbers: its weights are damaged")
-    places = [divmod(i, scores.shape[1]) for i in best.indices.tolist()]
-    return [(score, *place) for score, place in zip(best.values.tolist(), places, strict=True)]
+    pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    return [(x, *divmod(i, scores.shape[1])) for x, i in pairs if x > -math.inf]
+
+
+def check(model: GPT, prompt: Sequence[int], config: GenerationConfig, vocab_size: int) -> None:
+    """``UsageError`` for what cannot be searched. A beam cannot slide: its tokens would no longer
+    have been predicted from one text.
+    """
+    context = model.config.context_length
+    if len(prompt) > context:
+        raise UsageError(
+            f"the prompt has {len(prompt):,} tokens, and a beam search, which cannot slide, takes "
+            f"up to the model's context_length ({context:,})"
+        )
+    check_prompt(model, prompt, config, vocab_size)
+    check_settings(config, vocab_size)
 
 
 def _is_over(
@@ -129,7 +146,8 @@ class BeamSearch:
         end_of_text: int | None = None,
     ) -> None:
         self.model, self.config = model, config
-        self.vocab_size, self.end_of_text = vocab_size, end_of_text
+        self.vocab_size = vocab_size or model.config.vocab_size
+        self.end_of_text = end_of_text
         self._waiting: list[list[int]] = []
         self._count = 0
 
@@ -138,9 +156,10 @@ class BeamSearch:
         """Whether there is anything left to do."""
         return bool(self._waiting)
 
-    def add(self, prompt: Sequence[int], *, stream: int = 0) -> int:
-        """Queue a prompt; its sequence ``stream`` will be the search's result of that rank."""
-        if stream == 0:
+    def add(self, prompt: Sequence[int], *, sample: int = 0) -> int:
+        """Queue a prompt; its sequence ``sample`` will be the search's result of that rank."""
+        check(self.model, prompt, self.config, self.vocab_size)
+        if sample == 0:
             self._waiting.append(list(prompt))
         self._count += 1
         return self._count - 1
@@ -155,6 +174,11 @@ class BeamSearch:
             vocab_size=self.vocab_size,
             end_of_text=self.end_of_text,
         )
+        if len(beams) < self.config.num_samples:
+            raise UsageError(
+                f"num_samples is {self.config.num_samples}, and no more than {len(beams)} "
+                "continuations were found"
+            )
         tokens = []
         for sequence, beam in enumerate(beams, first):
             last = beam.tokens[-1]
@@ -163,7 +187,7 @@ class BeamSearch:
             reason = "end_of_text" if last == self.end_of_text else reason
             for token, details in zip(beam.tokens[:-1], beam.details, strict=False):
                 tokens.append(Token(sequence, token, None, *details))
-            tokens.append(Token(sequence, last, reason, *beam.details[-1]))
+            tokens.append(Token(sequence, last, reason, *beam.details[-1], score=beam.score))
         return tokens
 
     def end(self, sequence: int) -> None:

@@ -16,9 +16,10 @@ When the context of a sequence is full, one of two policies holds:
     only that half.
 """
 
-import secrets
+import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from gpt.config import GenerationConfig, UsageError
-from gpt.generation.sampling import History, choose, describe, penalise
+from gpt.generation.sampling import History, choose, describe, new_draws, penalise
 from gpt.model.cache import KVCache
 from gpt.model.gpt import GPT
 
@@ -50,6 +51,8 @@ class Token:
     """Its log-probability in nats, as the model has it: before bias, penalties and temperature."""
     top: tuple[tuple[int, float], ...] = ()
     """The likeliest tokens and their log-probabilities, the likeliest first."""
+    score: float | None = None
+    """Of a beam, with its last token."""
 
 
 @dataclass(eq=False)
@@ -64,7 +67,9 @@ class _Row:
 class Decoder:
     """Continues sequences, up to ``batch_size`` at a time: ``add`` prompts, then ``step``.
 
-    The tokens of a sequence are the same whatever else is in the batch.
+    The tokens of a sequence are the same whatever else is in the batch, as far as rounding lets
+    them: matrix products of another size round otherwise, which float32 hardly ever shows and
+    bfloat16 sometimes does where two tokens are about equally likely.
     """
 
     def __init__(
@@ -82,9 +87,9 @@ class Decoder:
         self.model, self.config, self.batch_size = model, config, batch_size
         self.vocab_size = vocab_size or model.config.vocab_size
         self.end_of_text = end_of_text
-        self.seed = secrets.randbits(63) if config.seed is None else config.seed
-        check_ids("bias", config.bias, self.vocab_size)
-        check_ids("ban", config.ban, self.vocab_size)
+        if batch_size < 1:
+            raise UsageError(f"batch_size is {batch_size}, and must be at least 1")
+        check_settings(config, self.vocab_size)
         self._waiting: deque[_Row] = deque()
         self._rows: list[_Row] = []  # as in the cache
         self._cache: KVCache | None = None
@@ -100,16 +105,16 @@ class Decoder:
         """Whether there is anything left to do."""
         return bool(self._waiting) or any(row.ended is None for row in self._rows)
 
-    def add(self, prompt: Sequence[int], *, stream: int = 0) -> int:
+    def add(self, prompt: Sequence[int], *, sample: int = 0) -> int:
         """Queue a sequence that begins with ``prompt``, and return its number.
 
-        Sequences of one prompt differ by their ``stream`` of random numbers. Under ``slide`` the
-        last ``context_length`` tokens of a longer prompt count; under ``stop`` it is a
-        ``UsageError``, as is an empty one, or an id that is out of the vocabulary.
+        Sequences of one prompt and one seed differ by their ``sample``. Under ``slide`` the last
+        ``context_length`` tokens of a longer prompt count; under ``stop`` that is a ``UsageError``,
+        and so is an empty one, or an id that is out of the vocabulary.
         """
         check_prompt(self.model, prompt, self.config, self.vocab_size)
         context = self.model.config.context_length
-        draws = np.random.Generator(np.random.Philox(key=[self.seed, stream]))
+        draws = new_draws(self.config.seed, prompt, sample)
         self._waiting.append(_Row(self._count, list(prompt)[-context:], draws))
         self._count += 1
         return self._count - 1
@@ -127,17 +132,9 @@ class Decoder:
         """The next token of each sequence that is running. The model is in evaluation mode
         meanwhile.
         """
-        training = self.model.training
-        if training:
-            self.model.eval()
-        try:
+        with evaluation_mode(self.model):
             features = self._read()
-            return (
-                self._write(self.model.head(features)[:, : self.vocab_size]) if self._rows else []
-            )
-        finally:
-            if training:
-                self.model.train()
+            return self._write(self.model.head(features)) if self._rows else []
 
     @property
     def _device(self) -> torch.device:
@@ -195,10 +192,12 @@ class Decoder:
     def _shared_beginning(self, prompts: list[list[int]]) -> KVCache:
         """A cache of a row a prompt that holds what they begin with in common, or nothing."""
         longest = max(map(len, prompts))
-        # What the first and the last in order have in common, all between them have.
-        shared = common(min(prompts)[:-1], max(prompts)[:-1])
-        known = len(common(self._prefix, shared))
-        if len(prompts) > 1 and len(shared) - known >= WORTH_SHARING:
+        # What the first and the last in order have in common, all between them have. The next one
+        # counts too: it may begin with the same.
+        seen = prompts + [row.tokens for row in itertools.islice(self._waiting, 1)]
+        shared = common(min(seen)[:-1], max(seen)[:-1])
+        known = min(len(common(p[:-1], self._prefix)) for p in prompts)
+        if len(seen) > 1 and len(shared) - known >= WORTH_SHARING:
             self._prefix, known = shared, len(shared)
             self._prefix_cache = self.model.new_cache(1, capacity=len(shared))
             ids = torch.tensor([shared], device=self._device)
@@ -230,8 +229,9 @@ class Decoder:
         return min(self.model.config.context_length, most)
 
     def _write(self, logits: Tensor) -> list[Token]:
-        """Choose the next token of each row."""
-        config, rows = self.config, self._rows
+        """Choose the next token of each row, from logits ``[B, V]`` of all the model's rows."""
+        config, rows, every = self.config, self._rows, logits
+        logits = logits[:, : self.vocab_size]
         early = [i for i, row in enumerate(rows) if row.written < config.min_new_tokens]
         processed = penalise(
             logits, config, self._history, early=early, end_of_text=self.end_of_text
@@ -240,7 +240,7 @@ class Decoder:
         chosen = choose(processed, config, numbers)
         if self._history is not None:
             self._history.append(chosen)
-        details = describe(logits, chosen, config.logprobs)
+        details = describe(every, chosen, config.logprobs, self.vocab_size)
         tokens = []
         for row, token, detail in zip(rows, chosen.tolist(), details, strict=True):
             row.tokens.append(token)
@@ -266,10 +266,29 @@ def decode(
     """
     decoder = Decoder(model, config, **options)
     for prompt in prompts:
-        for stream in range(config.num_samples):
-            decoder.add(prompt, stream=stream)
+        for sample in range(config.num_samples):
+            decoder.add(prompt, sample=sample)
     while decoder.busy:
         yield from decoder.step()
+
+
+@contextmanager
+def evaluation_mode(model: GPT) -> Iterator[None]:
+    """The model in evaluation mode, and then in the mode that it was in."""
+    training = model.training
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if training:
+            model.train()
+
+
+def check_settings(config: GenerationConfig, vocab_size: int) -> None:
+    """``UsageError`` for a bias or a ban of what is no token."""
+    check_ids("bias", config.bias, vocab_size)
+    check_ids("ban", config.ban, vocab_size)
 
 
 def check_prompt(

@@ -40,15 +40,15 @@ def explain(
 ) -> list[ExplainedToken]:
     """Each token of ``prompt`` from the second, and each of ``continuation``.
 
-    The surprisals sum to the text's loss. A text that is longer than the context is read in windows
-    of it, each beginning half a context after the one before: then a token has at least that half
-    before it.
+    The surprisals sum to the text's loss: a text that is longer than the context is read in windows
+    of it, as the evaluation does it, each beginning half a context after the one before.
     """
     network, tokenizer = model
     ids, context = prompt + continuation, network.config.context_length
     explained: list[ExplainedToken] = []
-    for start in range(0, max(1, len(ids) - context + context // 2), max(1, context // 2)):
-        window = ids[start : start + context]
+    stride = max(1, context // 2)
+    for start in range(0, max(1, len(ids) - 1 - context + stride), stride):
+        window = ids[start : start + context + 1]
         scored = score_tokens(network, window, top=ALTERNATIVES, vocab_size=tokenizer.vocab_size)
         for i in range(len(explained) + 1 - start, len(window)):
             alternatives = tuple(

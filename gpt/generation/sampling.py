@@ -8,6 +8,7 @@ processors. What a filter drops has a logit of minus infinity.
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,20 @@ from gpt.config import SamplingConfig, UsageError
 
 Details = tuple[float | None, tuple[tuple[int, float], ...]]
 """A token's log-probability, and the likeliest ids with theirs."""
+
+
+def new_draws(
+    seed: int | None, prompt: Sequence[int], sample: int, *, guesses: bool = False
+) -> np.random.Generator:
+    """The random numbers of one sequence: of its seed, its prompt and which sample of it it is.
+
+    So they are the same whatever else is in the batch. What guesses has others than what decides.
+    Without a seed they are new each time.
+    """
+    if seed is None:
+        return np.random.default_rng()
+    entropy = [seed, sample, int(guesses), *prompt]
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
 
 
 def add_bias(logits: Tensor, bias: Mapping[int, float]) -> Tensor:
@@ -117,15 +132,16 @@ def finite(logits: Tensor) -> Tensor:
     return logits
 
 
-def describe(logits: Tensor, tokens: Tensor, top: int | None) -> list[Details]:
-    """Of each token ``[B]`` its log-probability under ``logits`` ``[B, V]``, and the ``top``
-    likeliest ids with theirs; nothing if ``top`` is ``None``.
+def describe(logits: Tensor, tokens: Tensor, top: int | None, vocab_size: int) -> list[Details]:
+    """Of each token ``[B]`` its log-probability under ``logits`` ``[B, V]``, all rows of the model
+    counted as the loss counts them, and the ``top`` likeliest ids below ``vocab_size`` with theirs;
+    nothing if ``top`` is ``None``.
     """
     if top is None:
         return [(None, ())] * len(tokens)
-    logprobs = logits.float().log_softmax(dim=-1)
+    logprobs = logits.float().log_softmax(dim=-1)[:, :vocab_size]
     own = logprobs.gather(1, tokens[:, None]).squeeze(1).tolist()
-    best = logprobs.topk(min(top, logprobs.shape[1]), dim=-1)
+    best = logprobs.topk(min(top, vocab_size), dim=-1)
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     likeliest = (tuple(zip(ids, values, strict=True)) for ids, values in pairs)
     return list(zip(own, likeliest, strict=True))

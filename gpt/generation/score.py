@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gpt.generation.decode import evaluation_mode
+from gpt.generation.sampling import describe
 from gpt.model.gpt import GPT
 
 POSITIONS_AT_ONCE = 512
@@ -42,22 +44,22 @@ def score_tokens(model: GPT, ids: list[int], *, top: int, vocab_size: int) -> Sc
     """The log-probability of each id but the first, given all before it, with the ``top``
     likeliest at each place.
 
-    Of a text that is longer than the context, the last ``context_length`` tokens count.
+    Of a text that is longer, the last ``context_length + 1`` tokens count.
     """
-    ids = ids[-model.config.context_length :]
+    ids = ids[-(model.config.context_length + 1) :]
     tokens = torch.tensor([ids], device=model.embed.weight.device)
     scored = Scored([], [], [])
-    training = model.training
-    model.eval()
-    features = model.features(tokens)[0, :-1]
-    model.train(training)
+    if len(ids) < 2:
+        return scored
+    with evaluation_mode(model):
+        features = model.features(tokens[:, :-1])[0]
     for x, target in zip(
         features.split(POSITIONS_AT_ONCE), tokens[0, 1:].split(POSITIONS_AT_ONCE), strict=True
     ):
-        logprobs = model.head(x)[:, :vocab_size].float().log_softmax(dim=-1)
-        scored.logprobs.extend(logprobs.gather(1, target[:, None]).squeeze(1).tolist())
+        logits = model.head(x).float()
+        for logprob, likeliest in describe(logits, target, top, vocab_size):
+            scored.logprobs.append(logprob or 0.0)
+            scored.top.append(likeliest)
+        logprobs = logits.log_softmax(dim=-1)
         scored.entropies.extend((-logprobs.exp() * logprobs).sum(dim=-1).tolist())
-        best = logprobs.topk(min(top, vocab_size), dim=-1)
-        for i, values in zip(best.indices.tolist(), best.values.tolist(), strict=True):
-            scored.top.append(tuple(zip(i, values, strict=True)))
     return scored

@@ -7,7 +7,6 @@ more than ``q``. At temperature 0 these are the tokens of plain decoding. Guesse
 smaller model with the same tokenizer, or from what followed the same tokens earlier in the text.
 """
 
-import secrets
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -16,12 +15,20 @@ import torch
 from torch import Tensor
 
 from gpt.config import GenerationConfig, SamplingConfig, UsageError
-from gpt.generation.decode import Reason, Token, check_prompt, common
+from gpt.generation.decode import (
+    Reason,
+    Token,
+    check_prompt,
+    check_settings,
+    common,
+    evaluation_mode,
+)
 from gpt.generation.sampling import (
     History,
     describe,
     draw,
     finite,
+    new_draws,
     next_token_probabilities,
     penalise,
 )
@@ -30,6 +37,9 @@ from gpt.model.gpt import GPT
 
 class Draft(Protocol):
     """Whatever guesses."""
+
+    def start(self, prompt: Sequence[int], sample: int) -> None:
+        """A new sequence begins."""
 
     def propose(self, tokens: list[int], n: int) -> tuple[list[int], Tensor | None]:
         """Up to ``n`` guesses of what follows ``tokens``, and the distributions that they were
@@ -46,6 +56,9 @@ class PromptLookup:
         """Looks for the last ``longest`` tokens, then for fewer, down to one."""
         self.longest = longest
 
+    def start(self, prompt: Sequence[int], sample: int) -> None:
+        """Nothing to forget."""
+
     def propose(self, tokens: list[int], n: int) -> tuple[list[int], None]:
         """What followed the latest earlier occurrence."""
         for length in range(min(self.longest, len(tokens) - 1), 0, -1):
@@ -60,11 +73,21 @@ class DraftModel:
     """Guesses with a smaller model."""
 
     def __init__(
-        self, model: GPT, config: SamplingConfig, *, vocab_size: int | None = None, seed: int = 0
+        self,
+        model: GPT,
+        config: SamplingConfig,
+        *,
+        vocab_size: int | None = None,
+        seed: int | None = None,
     ) -> None:
         self._reader, self._config = _Reader(model), config
         self._vocab_size = vocab_size or model.config.vocab_size
-        self._draws = np.random.Generator(np.random.Philox(key=[seed, 1]))
+        self._seed = seed
+        self._draws = new_draws(seed, [], 0, guesses=True)
+
+    def start(self, prompt: Sequence[int], sample: int) -> None:
+        """The guesses of a sequence depend on no other one."""
+        self._draws = new_draws(self._seed, prompt, sample, guesses=True)
 
     def propose(self, tokens: list[int], n: int) -> tuple[list[int], Tensor | None]:
         """Tokens drawn from the smaller model, one after the other."""
@@ -98,7 +121,7 @@ class Speculator:
         self.model, self.config, self.draft = model, config, draft
         self.num_draft_tokens, self.end_of_text = num_draft_tokens, end_of_text
         self.vocab_size = vocab_size or model.config.vocab_size
-        self.seed = secrets.randbits(63) if config.seed is None else config.seed
+        check_settings(config, self.vocab_size)
         self.rounds = 0
         """Times that the model read something."""
         self.guesses = 0
@@ -112,10 +135,10 @@ class Speculator:
         """Whether there is anything left to do."""
         return bool(self._waiting)
 
-    def add(self, prompt: Sequence[int], *, stream: int = 0) -> int:
+    def add(self, prompt: Sequence[int], *, sample: int = 0) -> int:
         """Queue a sequence that begins with ``prompt``, and return its number."""
         check_prompt(self.model, prompt, self.config, self.vocab_size)
-        self._waiting[self._count] = self.decode(prompt, stream=stream, sequence=self._count)
+        self._waiting[self._count] = self.decode(prompt, sample=sample, sequence=self._count)
         self._count += 1
         return self._count - 1
 
@@ -132,14 +155,15 @@ class Speculator:
 
     @torch.inference_mode()
     def decode(
-        self, prompt: Sequence[int], *, stream: int = 0, sequence: int = 0
+        self, prompt: Sequence[int], *, sample: int = 0, sequence: int = 0
     ) -> Iterator[Token]:
         """The new tokens of ``prompt``; refuses what :class:`gpt.generation.decode.Decoder`
         refuses.
         """
         config, context = self.config, self.model.config.context_length
         check_prompt(self.model, prompt, config, self.vocab_size)
-        draws = np.random.Generator(np.random.Philox(key=[self.seed, stream]))
+        draws = new_draws(config.seed, prompt, sample)
+        self.draft.start(prompt, sample)
         reader, tokens, written = _Reader(self.model), list(prompt)[-context:], 0
         history = None
         if config.has_penalties:
@@ -150,7 +174,8 @@ class Speculator:
                 tokens = tokens[-max(1, context // 2) :]
             room = min(context - len(tokens), config.max_new_tokens - written - 1)
             guesses, distributions = self.draft.propose(tokens, min(room, self.num_draft_tokens))
-            logits = reader.logits(tokens + guesses, len(guesses) + 1)[:, : self.vocab_size]
+            every = reader.logits(tokens + guesses, len(guesses) + 1)
+            logits = every[:, : self.vocab_size]
             self.rounds += 1
             self.guesses += len(guesses)
             for i in range(len(guesses) + 1):
@@ -170,7 +195,7 @@ class Speculator:
                 if history is not None:
                     history.append(chosen)
                 ended = self._end(token, written, len(tokens))
-                [details] = describe(logits[i : i + 1], chosen, config.logprobs)
+                [details] = describe(every[i : i + 1], chosen, config.logprobs, self.vocab_size)
                 yield Token(sequence, token, ended, *details)
                 if ended:
                     return
@@ -227,8 +252,7 @@ class _Reader:
         self._cache.truncate(kept)
         self._tokens = list(tokens)
         unread = torch.tensor([tokens[kept:]], device=self.model.embed.weight.device)
-        training = self.model.training
-        self.model.eval()
-        logits: Tensor = self.model.head(self.model.features(unread, cache=self._cache)[0, -n:])
-        self.model.train(training)
+        with evaluation_mode(self.model):
+            features = self.model.features(unread, cache=self._cache)[0, -n:]
+        logits: Tensor = self.model.head(features)
         return logits

@@ -36,6 +36,8 @@ class Completion:
     """Of each of ``tokens``, in nats, where ``logprobs`` is set: the model's own."""
     top: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     """At each of ``tokens`` the likeliest ids and their log-probabilities."""
+    score: float | None = None
+    """Of a beam: its log-probability over its length to the power of the length penalty."""
     prompt_scores: Scored | None = None
     """The same for the prompt's tokens from the second, where ``logprobs`` is set."""
 
@@ -45,6 +47,8 @@ def generate(
     prompts: str | Sequence[str] = "",
     *,
     batch_size: int = 32,
+    draft: tuple[GPT, Tokenizer] | None = None,
+    num_draft_tokens: int = 0,
     **settings: Any,
 ) -> list[Completion]:
     """Continue ``prompts``: ``num_samples`` completions of each, in order.
@@ -52,27 +56,39 @@ def generate(
     ``model`` is what :func:`gpt.load` gives, and ``settings`` are the fields of
     :class:`gpt.config.GenerationConfig`: ``temperature``, ``top_p``, ``max_new_tokens``, ``stop``,
     ``seed`` and so on. An empty prompt is the start of a document. Up to ``batch_size`` sequences
-    go through together, which changes none of them. Raises ``UsageError`` for settings and prompts
-    that make no sense.
+    go through together, which changes none of them but for rounding (:class:`Decoder`); with
+    ``num_draft_tokens`` they go one by one, and speculatively (:func:`new_decoder`). Raises
+    ``UsageError`` for settings and prompts that make no sense.
     """
     texts = [prompts] if isinstance(prompts, str) else prompts
     config = _config(settings)
+    decoder = new_decoder(
+        model, config, batch_size=batch_size, draft=draft, num_draft_tokens=num_draft_tokens
+    )
     done = [
         completion
-        for _, completion in run(model, texts, config, batch_size=batch_size)
+        for _, completion in run(model, texts, config, decoder=decoder)
         if completion.reason
     ]
     return sorted(done, key=lambda completion: (completion.prompt, completion.sample))
 
 
-def stream(model: tuple[GPT, Tokenizer], prompt: str = "", **settings: Any) -> Iterator[str]:
+def stream(
+    model: tuple[GPT, Tokenizer],
+    prompt: str = "",
+    *,
+    draft: tuple[GPT, Tokenizer] | None = None,
+    num_draft_tokens: int = 0,
+    **settings: Any,
+) -> Iterator[str]:
     """One continuation of ``prompt`` in pieces as they are made; joined, they are what
     :func:`generate` gives. To stop early, leave the loop.
     """
     config = _config(settings)
     if config.num_samples != 1:
         raise UsageError(f"num_samples is {config.num_samples}, and a stream is of 1")
-    return (piece for piece, _ in run(model, [prompt], config) if piece)
+    decoder = new_decoder(model, config, draft=draft, num_draft_tokens=num_draft_tokens)
+    return (piece for piece, _ in run(model, [prompt], config, decoder=decoder) if piece)
 
 
 def run(
@@ -80,16 +96,14 @@ def run(
     prompts: Sequence[str],
     config: GenerationConfig,
     *,
-    batch_size: int = 32,
-    decoder: Continuer | None = None,
+    decoder: Continuer,
 ) -> Iterator[tuple[str, Completion]]:
     """Each piece of text as it becomes certain, with the completion that it was added to.
 
-    A completion's last piece, which may be empty, comes when its ``reason`` is set. A ``decoder``
-    is what :func:`new_decoder` gives unless it is given.
+    A completion's last piece, which may be empty, comes when its ``reason`` is set. ``decoder`` is
+    a new one of :func:`new_decoder`.
     """
     network, tokenizer = model
-    decoder = decoder or new_decoder(model, config, batch_size=batch_size)
     completions: list[Completion] = []
     growing: list[GrowingText] = []
     for number, prompt in enumerate(prompts):
@@ -100,7 +114,7 @@ def run(
                 network, ids, top=config.logprobs, vocab_size=tokenizer.vocab_size
             )
         for sample in range(config.num_samples):
-            decoder.add(ids, stream=sample)
+            decoder.add(ids, sample=sample)
             completions.append(Completion(number, sample, prompt_scores=scores))
             growing.append(GrowingText(tokenizer, config.stop))
     while decoder.busy:
@@ -114,6 +128,7 @@ def run(
                 completion.top.append(token.top)
             piece = text.add(token.id)
             completion.reason = token.ended
+            completion.score = token.score
             if token.ended:
                 piece += text.finish()
             elif text.ended:
@@ -149,8 +164,7 @@ def new_decoder(
                 "the draft model has another tokenizer than the model, and its guesses would mean "
                 "other text"
             )
-        seed = config.seed or 0
-        guesser = DraftModel(draft[0], config, vocab_size=size, seed=seed)
+        guesser = DraftModel(draft[0], config, vocab_size=size, seed=config.seed)
     return Speculator(
         network,
         config,

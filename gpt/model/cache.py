@@ -210,6 +210,8 @@ class StaticCache(KVCache):
     the caller's to see to; :attr:`lengths` reads the tensor, and waits for the device.
     """
 
+    _lengths: Tensor
+
     @property
     def lengths(self) -> list[int]:
         """Tokens of each row, read from the device."""
@@ -218,7 +220,11 @@ class StaticCache(KVCache):
 
     @lengths.setter
     def lengths(self, new: Sequence[int]) -> None:
-        self._lengths = torch.tensor(new, dtype=torch.int64, device=self.keys.device)
+        lengths = torch.tensor(new, dtype=torch.int64, device=self.keys.device)
+        if hasattr(self, "_lengths") and self._lengths.shape == lengths.shape:
+            self._lengths.copy_(lengths)  # a captured graph reads this memory
+        else:
+            self._lengths = lengths
 
     def positions(self, n: int) -> Tensor:
         """The positions of each row's next ``n`` tokens, ``[B, n]``."""

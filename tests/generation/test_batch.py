@@ -1,5 +1,8 @@
 import json
 import random
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from gpt.data.tokenizer import ByteTokenizer
 from gpt.generation.batch import continue_file
 from gpt.generation.text import new_decoder
 from tests.conftest import make_model
+from tests.test_cli import RUN
 
 CONFIG = GenerationConfig(temperature=0, max_new_tokens=12, past_context="stop", stop=("q",))
 
@@ -130,10 +134,63 @@ def test_a_broken_file_of_prompts_is_refused_before_anything_is_written(
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("\\ud800", "item 2: the prompt is not UTF-8"),
+        ("a" * 41, "item 2: the prompt has 41 tokens"),
+    ],
+)
+def test_a_prompt_that_cannot_be_continued_is_named_before_anything_is_written(
+    model, tmp_path, prompt, message
+):
+    path, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": "%s"}\n' % prompt)  # noqa: UP031
+    with pytest.raises(UsageError, match=message):
+        continued(model, path, out)
+    assert not out.exists()
+
+
+def test_two_processes_do_not_write_to_one_file(model, prompts, tmp_path):
+    out = tmp_path / "out.jsonl"
+
+    def again(done, total, tokens):
+        with pytest.raises(UsageError, match=f"another process is writing to {out}"):
+            continued(model, prompts, out)
+
+    continued(model, prompts, out, progress=again)
+    assert len(read(out)) == 23
+
+
+def test_a_folder_that_is_not_there_is_told(model, prompts, tmp_path):
+    with pytest.raises(UsageError, match="there is no folder"):
+        continued(model, prompts, tmp_path / "none" / "out.jsonl")
+
+
+def test_a_process_that_is_killed_loses_nothing(tmp_path):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    lines = [json.dumps({"prompt": "JULIET"[: 1 + i % 6]}) for i in range(400)]
+    prompts.write_text("\n".join(lines) + "\n")
+    words = [sys.executable, "-m", "gpt.cli", "sample", "--model", str(RUN), "--device", "cpu"]
+    words += ["--prompt_file", str(prompts), "--out", str(out), "--seed", "1", "--batch_size", "8"]
+    words += ["--max_new_tokens", "100", "--precision", "float32"]
+    process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    while not out.exists() or out.stat().st_size < 3000:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    killed = out.read_bytes()
+    assert killed.count(b"\n") < 400
+    subprocess.run(words, check=True, capture_output=True)
+    assert out.read_bytes().startswith(killed[: killed.rindex(b"\n")])
+    assert [line["prompt"] for line in read(out)] == [json.loads(x)["prompt"] for x in lines]
+
+
 def test_the_completions_of_other_prompts_are_left_alone(model, prompts, tmp_path):
     out = tmp_path / "out.jsonl"
-    for content in ('{"prompt": "other", "completions": []}\n', "a text of mine\n"):
+    for content in ('{"prompt": "other", "completions": []}\n', "a text\n", "a text of mine"):
         out.write_text(content)
-        with pytest.raises(UsageError, match="line 1 is not of prompt 1"):
+        with pytest.raises(UsageError, match="is not of prompt 1|no completion of prompt 1"):
             continued(model, prompts, out)
         assert out.read_text() == content

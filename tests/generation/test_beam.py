@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gpt.config import GenerationConfig, ModelConfig, UsageError
-from gpt.generation.beam import beam_search
+from gpt.generation.beam import BeamSearch, beam_search
 from gpt.generation.decode import decode
 from tests.model.test_gpt import with_hugging_face_weights
 
@@ -126,7 +126,7 @@ def test_a_search_ends_where_the_context_is_full(both):
 
 @pytest.mark.parametrize(
     ("prompt", "message"),
-    [([1] * 49, "has 49 tokens, and .* context_length is 48"), ([23], "token id 23")],
+    [([1] * 49, "has 49 tokens, and a beam search, .* context_length .48."), ([23], "token id 23")],
 )
 def test_prompts_that_cannot_be_continued_are_refused(both, prompt, message):
     with pytest.raises(UsageError, match=message):
@@ -136,3 +136,44 @@ def test_prompts_that_cannot_be_continued_are_refused(both, prompt, message):
 def test_more_results_than_beams_are_refused():
     with pytest.raises(UsageError, match="num_samples is 3, and a search of 2 beams"):
         GenerationConfig(num_beams=2, num_samples=3)
+
+
+def test_banned_tokens_are_never_written(both):
+    config = GenerationConfig(max_new_tokens=3, num_beams=4, num_samples=4, ban=tuple(range(20)))
+    beams = beam_search(both[0], [1, 2], config)
+    assert {token for beam in beams for token in beam.tokens} <= {20, 21, 22}
+    with pytest.raises(UsageError, match="every token is banned"):
+        beam_search(both[0], [1], GenerationConfig(num_beams=2, ban=tuple(range(23))))
+    with pytest.raises(UsageError, match="ban has the token id 23"):
+        beam_search(both[0], [1], GenerationConfig(num_beams=2, ban=(23,)))
+
+
+def test_a_search_that_finds_too_few_says_so():
+    config = ModelConfig(vocab_size=3, context_length=8, n_layer=1, n_head=1, n_embd=16)
+    model, _ = with_hugging_face_weights(config)
+    search = BeamSearch(model, GenerationConfig(max_new_tokens=1, num_beams=4, num_samples=4))
+    for sample in range(4):
+        search.add([1], sample=sample)
+    with pytest.raises(UsageError, match="num_samples is 4, and no more than 3 continuations"):
+        search.step()
+
+
+def test_the_models_mode_is_left_as_it_was_after_an_error_too(both):
+    import copy
+
+    model = copy.deepcopy(both[0]).train()
+    beam_search(model, [1], GenerationConfig(num_beams=2, max_new_tokens=2))
+    assert model.training
+    with torch.no_grad():
+        model.norm.weight[0] = torch.nan
+    with pytest.raises(UsageError, match="logits are not numbers"):
+        beam_search(model, [1], GenerationConfig(num_beams=2))
+    assert model.training
+
+
+def test_a_search_where_every_candidate_ends_ends():
+    config = ModelConfig(vocab_size=1, context_length=8, n_layer=1, n_head=1, n_embd=16)
+    model, _ = with_hugging_face_weights(config)
+    search = GenerationConfig(max_new_tokens=4, num_beams=2)
+    [beam] = beam_search(model, [0], search, end_of_text=0)
+    assert beam.tokens == [0]

@@ -151,6 +151,21 @@ def test_what_prompts_begin_with_in_common_is_read_once(tiny_model, reads):
     assert reads == [(1, 10), (2, 2), (2, 4)]
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_what_the_next_prompts_begin_with_is_kept_for_them(batch_size, tiny_model, reads):
+    prompts = [[*prompt_of(10), i] for i in range(6)]
+    continued(tiny_model, prompts, greedy(1), batch_size=batch_size)
+    assert sum(rows * n for rows, n in reads) == 10 + 6
+    reads.clear()
+    continued(tiny_model, [prompt_of(12)], greedy(1, num_samples=6), batch_size=batch_size)
+    assert sum(rows * n for rows, n in reads) <= 11 + 6
+
+
+def test_without_a_seed_each_text_is_new_also_of_equal_prompts(tiny_model):
+    config = GenerationConfig(temperature=50.0, max_new_tokens=8)
+    assert len(set(map(tuple, continued(tiny_model, [[1, 2]] * 5, config)))) == 5
+
+
 def test_a_slide_costs_one_prefill_of_half_the_context(tiny_model, reads):
     continued(tiny_model, [prompt_of(CONTEXT)], greedy(11))
     half = CONTEXT // 2
@@ -250,6 +265,17 @@ def test_log_probabilities_are_the_models_own(tiny_model):
         tokens.append(token.id)
 
 
+def test_log_probabilities_of_a_padded_vocabulary_are_the_losses(tiny_model):
+    """Rows that no token has count in the loss, and so here."""
+    config = greedy(4, logprobs=60)
+    for token in decode(tiny_model, [[1, 2]], config, vocab_size=50):
+        assert len(token.top) == 50
+        assert max(i for i, _ in token.top) < 50
+    expected = tiny_model(torch.tensor([[1, 2]]))[0, -1].log_softmax(-1)
+    [first, *_] = decode(tiny_model, [[1, 2]], config, vocab_size=50)
+    assert first.logprob == pytest.approx(expected[first.id].item(), abs=1e-4)
+
+
 def test_no_gradient_is_kept(tiny_model):
     decoder = Decoder(tiny_model, greedy(3))
     decoder.add(prompt_of(3))
@@ -290,3 +316,8 @@ def test_a_model_that_gives_no_numbers_is_refused(temperature, tiny_model):
     config = GenerationConfig(temperature=temperature, max_new_tokens=2)
     with pytest.raises(UsageError, match="the model's logits are not numbers"):
         continued(tiny_model, [[1]], config)
+
+
+def test_a_batch_of_nothing_is_refused(tiny_model):
+    with pytest.raises(UsageError, match="batch_size is 0"):
+        Decoder(tiny_model, greedy(1), batch_size=0)

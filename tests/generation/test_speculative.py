@@ -42,6 +42,9 @@ def near(model, noise):
 class Right:
     """Guesses what is known to come."""
 
+    def start(self, prompt, sample):
+        pass
+
     def __init__(self, tokens):
         self.tokens = tokens
 
@@ -112,8 +115,8 @@ def test_samples_have_the_models_distribution(name):
     prompt = [1, 2, 3, 1, 2]
     speculator = Speculator(model, config, draft, num_draft_tokens=2)
     n, counts = 3000, {}
-    for stream in range(n):
-        text = tuple(token.id for token in speculator.decode(prompt, stream=stream))
+    for sample in range(n):
+        text = tuple(token.id for token in speculator.decode(prompt, sample=sample))
         counts[text] = counts.get(text, 0) + 1
     assert 0.05 < speculator.accepted / speculator.guesses < 0.999
     chi_square, cells, rest, rest_seen = 0.0, 0, 0.0, 0
@@ -128,6 +131,42 @@ def test_samples_have_the_models_distribution(name):
     assert cells > 5
     freedom = cells + (rest > 1) - 1
     assert chi_square < freedom + 3.1 * (2 * freedom) ** 0.5 + 6  # beyond p = 0.001
+
+
+def test_guesses_have_other_numbers_than_decisions_at_every_seed_and_sample():
+    """Of one sample each over many seeds: the same numbers for both would show."""
+    model = model_of(1, vocab_size=4)
+    prompt, n = [1, 2, 3], 1500
+    expected = distribution(model, prompt, SamplingConfig(temperature=2.0), 1)
+    for sample in (0, 1):
+        counts = [0] * 4
+        for seed in range(n):
+            config = GenerationConfig(temperature=2.0, max_new_tokens=2, seed=seed)
+            draft = DraftModel(model_of(5, vocab_size=4), config, seed=seed)
+            speculator = Speculator(model, config, draft, num_draft_tokens=1)
+            counts[next(speculator.decode(prompt, sample=sample)).id] += 1
+        chi_square = sum((counts[i] - p * n) ** 2 / (p * n) for (i,), p in expected.items())
+        assert chi_square < 16.3  # 3 degrees of freedom, p = 0.001
+
+
+@pytest.mark.parametrize("name", ["look-up", "another model"])
+def test_a_seed_gives_a_prompt_the_same_tokens_in_any_company(name):
+    model = model_of(1)
+    config = GenerationConfig(temperature=1.5, max_new_tokens=12, seed=3)
+
+    def texts(*prompts):
+        draft = {
+            "look-up": PromptLookup(),
+            "another model": DraftModel(model_of(5), config, seed=3),
+        }
+        speculator = Speculator(model, config, draft[name])
+        rows = {speculator.add(prompt): [] for prompt in prompts}
+        while speculator.busy:
+            for token in speculator.step():
+                rows[token.sequence].append(token.id)
+        return list(rows.values())
+
+    assert texts([4, 5], [1, 2, 3])[1] == texts([1, 2, 3])[0]
 
 
 def test_right_guesses_are_all_kept_and_read_together(monkeypatch):
@@ -161,6 +200,9 @@ def test_prompts_and_numbers_that_make_no_sense_are_refused():
     model = model_of(1)
     with pytest.raises(UsageError, match="num_draft_tokens is 0"):
         Speculator(model, GenerationConfig(), PromptLookup(), num_draft_tokens=0)
+    for settings in ({"ban": (31,)}, {"bias": {-1: 1.0}}):
+        with pytest.raises(UsageError, match="has the token id"):
+            Speculator(model, GenerationConfig(**settings), PromptLookup())
     speculator = Speculator(model, GenerationConfig(past_context="stop"), PromptLookup())
     for prompt, message in (([], "no tokens"), ([31], "token id 31"), ([1] * 25, "has 25 tokens")):
         with pytest.raises(UsageError, match=message):

@@ -159,3 +159,37 @@ def test_impossible_settings_are_refused(byte_model):
         gpt.generate(byte_model, "x", num_samples=0)
     with pytest.raises(UsageError, match="max_new_tokens is 0"):
         gpt.generate(byte_model, "x", max_new_tokens=0)
+
+
+def test_a_stream_that_is_left_leaves_the_model_as_it_was(byte_model):
+    byte_model[0].train()
+    pieces = gpt.stream(byte_model, "x", max_new_tokens=30, seed=1)
+    next(pieces)
+    pieces.close()
+    assert byte_model[0].training
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_guesses_and_beams_are_had_from_python(byte_model):
+    options = {"max_new_tokens": 20, "temperature": 0}
+    [plain] = gpt.generate(byte_model, "x", **options)
+    [guessed] = gpt.generate(byte_model, "x", draft=byte_model, num_draft_tokens=3, **options)
+    assert guessed.tokens == plain.tokens
+    pieces = gpt.stream(byte_model, "x", num_draft_tokens=3, **options)
+    assert "".join(pieces) == plain.text
+    one, two = gpt.generate(byte_model, "x", num_beams=3, num_samples=2, **options)
+    assert one.score >= two.score
+
+
+def test_log_probabilities_sum_to_the_evaluations_loss(byte_model):
+    import numpy as np
+
+    from gpt.evaluation.perplexity import score_text
+
+    [got] = gpt.generate(byte_model, "prompt", max_new_tokens=20, logprobs=2, seed=1)
+    ids = np.array([*b"prompt", *got.tokens], np.uint32)
+    loss = score_text(*byte_model, ids).losses.sum()
+    total = sum(got.logprobs) + sum(got.prompt_scores.logprobs)
+    assert -total == pytest.approx(loss, abs=1e-4)
+    assert -total / (len(ids) - 1) == pytest.approx(loss / (len(ids) - 1), abs=1e-5)
+    assert len(got.prompt_scores.top) == 5
