@@ -28,12 +28,14 @@ def streamed(tokenizer, ids, stop=()):
 
 
 @pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize("kind", ["byte", "gpt2"])
+@pytest.mark.parametrize("kind", ["byte", "gpt2", "char"])
 def test_streamed_text_is_decoded_text(kind, seed, gpt2):
-    tokenizer = {"byte": ByteTokenizer(), "gpt2": gpt2}[kind]
+    hard = "héllo wörld 東京 \U0001f469‍\U0001f467 "
+    chars = CharTokenizer("".join(sorted(set(hard))))
+    tokenizer = {"byte": ByteTokenizer(), "gpt2": gpt2, "char": chars}[kind]
     draw = random.Random(seed)
     noise = draw.choices(range(tokenizer.end_of_text), k=80)
-    text = tokenizer.encode("héllo wörld 東京 \U0001f469‍\U0001f467 ").tolist()
+    text = tokenizer.encode(hard).tolist()
     for ids in (noise, text, noise[:5] + text + noise[5:9]):
         assert "".join(streamed(tokenizer, ids)) == decode(tokenizer, ids)
 
@@ -129,6 +131,16 @@ def test_generation_stops_at_a_stop_text(byte_model):
     for stops in (stop, [stop], ["\x00\x00", stop]):
         [got] = gpt.generate(byte_model, "x", stop=stops, **options)
         assert (got.text, got.reason) == (expected, "stop")
+
+
+def test_a_beam_shows_nothing_from_its_stop_text_on(byte_model):
+    options = {"max_new_tokens": 20, "num_beams": 3}
+    [whole] = gpt.generate(byte_model, "x", **options)
+    stop = next(whole.text[i] for i in range(3, 20) if whole.text[i] not in whole.text[:i])
+    [got] = gpt.generate(byte_model, "x", stop=stop, **options)
+    assert (got.text, got.reason) == (whole.text[: whole.text.find(stop)], "stop")
+    assert got.tokens == whole.tokens[: len(got.tokens)]
+    assert len(got.tokens) < len(whole.tokens)
 
 
 def test_rows_of_a_padded_vocabulary_are_never_drawn():
