@@ -35,13 +35,15 @@ def _at_least(low: float, **fields: float) -> None:
 def _check_kinds(config: Any) -> None:
     """Numbers are numbers and choices are among the choices, whoever made the configuration."""
     for item in dataclasses.fields(config):
-        value, kinds = getattr(config, item.name), {int: (int,), float: (int, float)}
+        value = getattr(config, item.name)
+        kinds: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float)}
+        kinds[int | None] = (int, type(None))
         if item.type in kinds and (
             isinstance(value, bool) or not isinstance(value, kinds[item.type])
         ):
             raise UsageError(
                 f"{item.name} is {value!r}, and must be a "
-                f"{'whole number' if item.type is int else 'number'}"
+                f"{'number' if item.type is float else 'whole number'}"
             )
         if get_origin(item.type) is Literal and value not in get_args(item.type):
             raise UsageError(
@@ -356,6 +358,10 @@ class SamplingConfig:
         for name in ("presence_penalty", "frequency_penalty"):
             if not math.isfinite(getattr(self, name)):
                 raise UsageError(f"{name} is {getattr(self, name)}, and must be a number")
+        for name, tokens in (("bias", self.bias), ("ban", self.ban)):
+            for token in tokens:
+                if not isinstance(token, int):
+                    raise UsageError(f"{name} has {token!r}, and takes the ids of tokens")
         for token, number in self.bias.items():
             if not math.isfinite(number):
                 raise UsageError(
@@ -407,6 +413,9 @@ class GenerationConfig(SamplingConfig):
                 "no more than these"
             )
         _at_least(0, min_new_tokens=self.min_new_tokens, logprobs=self.logprobs or 0)
+        for text in self.stop:
+            if not isinstance(text, str):
+                raise UsageError(f"stop has {text!r} in it, and takes texts")
         if "" in self.stop:
             raise UsageError("stop has an empty text in it, and each must have a character")
         if self.seed is not None:

@@ -2,11 +2,14 @@
 made.
 """
 
+import atexit
+import contextlib
 import dataclasses
 import itertools
+import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -23,7 +26,7 @@ from gpt.interop.load import Loaded
 HELP = """\
 a text and Enter    continues it; \"\"\" before it, and after its end, for several lines
 /retry              the last text again, otherwise
-/explain            the last answer, each token shaded by its probability
+/explain            the last answer, each token shaded by its probability; /explain x.html: a page
 /settings           what is set; /temperature 0.9 sets it, and so for all of these
 Ctrl-C              stops an answer; Ctrl-D ends
 """
@@ -40,6 +43,7 @@ _SETTABLE: dict[str, Callable[[str], object]] = {
     "num_samples": int,
     "num_beams": int,
     "length_penalty": float,
+    "early_stopping": str,
     "past_context": str,
     "stop": str,
     "seed": int,
@@ -51,8 +55,7 @@ class Session:
 
     def __init__(self, config: SampleConfig, model: Loaded, draft: Loaded | None = None) -> None:
         self.config, self.model, self.draft = config, model, draft
-        if config.explain and not Path(config.explain[0]).parent.is_dir():
-            raise UsageError(f"explain is {config.explain[0]}, and there is no such folder")
+        _check_folder(config)
         self.prompt: str | None = None
         self.answer: list[int] = []
         self._retries = 0
@@ -65,8 +68,7 @@ class Session:
 
     def ask(self) -> None:
         """Ask for prompts until Ctrl-D."""
-        import readline  # noqa: F401  (its import gives input() a history and editing)
-
+        _remember_lines()
         tell("a prompt and Enter continues it; /help for more; Ctrl-C stops a text, Ctrl-D ends")
         while True:
             try:
@@ -103,7 +105,7 @@ class Session:
             self._retries += 1
             self.write(self.prompt)
         elif name == "explain":
-            self.explain()
+            self.explain(words)
         elif name in _SETTABLE:
             self.config = _set(self.config, name, words)
         else:
@@ -145,8 +147,11 @@ class Session:
             tokens.pop()
         return tokens
 
-    def explain(self) -> None:
-        """The last answer's probabilities, on the terminal or as the page that was asked for."""
+    def explain(self, page: Sequence[str] = ()) -> None:
+        """The last answer's probabilities, on the terminal or as the ``page`` asked for."""
+        if page:
+            self.config = dataclasses.replace(self.config, explain=tuple(page))
+        _check_folder(self.config)
         assert self.prompt is not None
         ids = encode_prompt(self.model.tokenizer, self.prompt)
         tokens = explain(self.model, ids, self.answer)
@@ -189,20 +194,47 @@ class Session:
                 rate = f"{tokens / seconds:,.0f}" if seconds else "0"
                 bar.update(task, completed=done, total=total, rate=rate, visible=True)
 
-            n = continue_file(
-                self.model,
-                self.config.prompt_file,
-                self.config.out,
-                self.config,
-                decoder=self.decoder(self.config),
-                progress=show,
-            )
+            decoder = self.decoder(self.config)
+            try:
+                n = continue_file(
+                    self.model,
+                    self.config.prompt_file,
+                    self.config.out,
+                    self.config,
+                    decoder=decoder,
+                    progress=show,
+                )
+            except KeyboardInterrupt:
+                tell(f"stopped; the same command goes on where {self.config.out} ends")
+                raise
         tell(f"{self.config.out}: {n:,} prompts continued")
+        if isinstance(decoder, Speculator):
+            tell(_speculation(decoder))
 
 
 def tell(text: str, *, file: TextIO | None = None) -> None:
     """A line beside the text: on standard error."""
     (file or sys.stderr).write(text + "\n")
+
+
+def _check_folder(config: SampleConfig) -> None:
+    if config.explain and not Path(config.explain[0]).parent.is_dir():
+        raise UsageError(f"explain is {config.explain[0]}, and there is no such folder")
+
+
+def _remember_lines() -> None:
+    """Editing and a history for input(), kept for the next session."""
+    try:
+        import readline
+    except ImportError:  # not on Windows
+        return
+    path = Path(os.environ.get("XDG_STATE_HOME", Path.home() / ".local" / "state")) / "gpt"
+    with contextlib.suppress(OSError):
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "history").touch()
+        readline.read_history_file(path / "history")
+        readline.set_history_length(1000)
+        atexit.register(readline.write_history_file, path / "history")
 
 
 def _read() -> str:
@@ -212,7 +244,10 @@ def _read() -> str:
         return line
     lines = [line[3:]]
     while not lines[-1].endswith('"""'):
-        lines.append(input("… "))
+        try:
+            lines.append(input("… "))
+        except EOFError:  # ends the text, not the program
+            return "\n".join(lines)
     lines[-1] = lines[-1].removesuffix('"""')
     return "\n".join(lines)
 
@@ -240,8 +275,6 @@ def _set(config: SampleConfig, name: str, words: list[str]) -> SampleConfig:
             value = _SETTABLE[name](words[0])
         except ValueError:
             raise UsageError(f"/{name} takes a number, and {words[0]!r} is none") from None
-    if name == "past_context" and value not in ("slide", "stop"):
-        raise UsageError(f"past_context is {value!r}, and must be 'slide' or 'stop'")
     changes: dict[str, object] = {name: value}
     return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
 

@@ -1,6 +1,7 @@
 import os
 
 os.environ["WANDB_MODE"] = "offline"
+os.environ["XDG_STATE_HOME"] = os.devnull  # no history of lines is kept
 
 import pytest
 import torch

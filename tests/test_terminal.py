@@ -84,6 +84,38 @@ def test_explain_shows_the_last_answer(monkeypatch, capsys, model):
     assert "expected: " in out
 
 
+def test_explain_writes_the_page_that_is_named(monkeypatch, capsys, model, tmp_path):
+    page = tmp_path / "page.html"
+    lines = ("JULIET", f"/explain {page}", "/explain a.txt", "/explain no/such/folder.html")
+    _, err = talk(monkeypatch, capsys, session(model, temperature=0), *lines)
+    assert "20 tokens" in page.read_text()
+    assert "explain is 'a.txt', and must be one .html file" in err
+    assert "there is no such folder" in err
+
+
+def test_ctrl_d_ends_a_text_of_several_lines(monkeypatch, capsys, model):
+    own = session(model, temperature=0)
+    out, _ = talk(monkeypatch, capsys, own, '"""ROMEO:', "But", EOFError(), "JULIET")
+    assert out.count("ROMEO:\nBut") == 1
+    assert out.count("JULIET") == 1
+
+
+def test_lines_are_remembered_for_the_next_session(monkeypatch, capsys, model, tmp_path):
+    readline = pytest.importorskip("readline")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    readline.clear_history()
+    readline.add_history("JULIET")
+    kept = []
+    monkeypatch.setattr(terminal.atexit, "register", lambda *call: kept.append(call))
+    talk(monkeypatch, capsys, session(model))
+    [(write, path)] = kept
+    write(path)
+    readline.clear_history()
+    talk(monkeypatch, capsys, session(model))
+    assert readline.get_history_item(1) == "JULIET"
+    readline.clear_history()
+
+
 def test_explain_shows_nothing_of_a_stop_text(monkeypatch, capsys, model):
     [whole] = gpt.generate(model, "JULIET", temperature=0, max_new_tokens=20)
     own = session(model, temperature=0, stop=(whole.text[5:8],))
@@ -100,7 +132,7 @@ def test_explain_shows_nothing_of_a_stop_text(monkeypatch, capsys, model):
         ("/temperature -1", "temperature is -1.0, and must be"),
         ("/top_p 2", "top_p is 2.0, and must be above 0 and at most 1"),
         ("/top_k 1.5", "takes a number, and '1.5' is none"),
-        ("/past_context never", "must be 'slide' or 'stop'"),
+        ("/past_context never", "must be one of slide, stop"),
         ("/retry", "there is nothing to retry yet"),
         ("/explain", "there is nothing to explain yet"),
         ("/temprature 1", "/temprature is no command; there are: help, retry"),

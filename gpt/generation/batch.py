@@ -43,14 +43,18 @@ def continue_file(
                 model[0], encode_prompt(model[1], item["prompt"]), config, model[1].vocab_size
             )
         except UsageError as error:
-            raise UsageError(f"{prompts} item {number}: {error}") from None
+            raise UsageError(
+                f"{prompts} prompt {number}, {item['prompt'][:40]!r}: {error}"
+            ) from None
+    if out.is_dir():
+        raise UsageError(f"out is {out}, which is a folder, and must be a .jsonl file")
     if not out.parent.is_dir():
         raise UsageError(f"out is {out}, and there is no folder {out.parent}")
     waiting: dict[int, list[Completion]] = {}
     tokens = 0
     with out.open("a", encoding="utf-8") as file:
         _lock(file, out)
-        first = next_one = _lines_written(out, items)
+        first = next_one = _lines_written(out, items, config.num_samples)
         texts = [item["prompt"] for item in items[first:]]
         progress(first, len(items), 0)
         for _, completion in run(model, texts, config, decoder=decoder):
@@ -79,7 +83,11 @@ def _lock(file: TextIO, out: Path) -> None:
 
 def _line(item: dict[str, Any], completions: list[Completion]) -> str:
     ordered = sorted(completions, key=lambda completion: completion.sample)
-    return json.dumps({**item, "completions": [_as_json(c) for c in ordered]}) + "\n"
+    return json.dumps(_bare(item) | {"completions": [_as_json(c) for c in ordered]}) + "\n"
+
+
+def _bare(item: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in item.items() if name != "completions"}
 
 
 def _as_json(completion: Completion) -> dict[str, Any]:
@@ -95,7 +103,7 @@ def _as_json(completion: Completion) -> dict[str, Any]:
     return content
 
 
-def _lines_written(out: Path, items: list[dict[str, Any]]) -> int:
+def _lines_written(out: Path, items: list[dict[str, Any]], num_samples: int) -> int:
     """How many whole lines ``out`` has; what follows them is cut off."""
     if not out.exists():
         return 0
@@ -105,7 +113,7 @@ def _lines_written(out: Path, items: list[dict[str, Any]]) -> int:
         try:
             written = json.loads(line)
             same = number <= len(items) and written["prompt"] == items[number - 1]["prompt"]
-            same = same and "completions" in written
+            samples = len(written["completions"])
         except (ValueError, KeyError, TypeError):
             same = False
         if not same:
@@ -113,8 +121,13 @@ def _lines_written(out: Path, items: list[dict[str, Any]]) -> int:
                 f"{out} line {number} is not of prompt {number}: it was made from other prompts, "
                 "and another out keeps both"
             )
+        if samples != num_samples:
+            raise UsageError(
+                f"{out} line {number} has {samples} completions, and num_samples is {num_samples}: "
+                "another out keeps both"
+            )
     if rest and len(whole) < len(items):  # what is cut off has to be the beginning of a line
-        line = json.dumps({**items[len(whole)], "completions": []})[:-2].encode()
+        line = json.dumps(_bare(items[len(whole)]) | {"completions": []})[:-2].encode()
         if not (rest.startswith(line) or line.startswith(rest)):
             raise UsageError(
                 f"{out} ends with what is no completion of prompt {len(whole) + 1}: it was made "

@@ -116,7 +116,7 @@ def check(model: GPT, prompt: Sequence[int], config: GenerationConfig, vocab_siz
             f"up to the model's context_length ({context:,})"
         )
     check_prompt(model, prompt, config, vocab_size)
-    check_settings(config, vocab_size)
+    check_settings(model, config, vocab_size)
 
 
 def _is_over(

@@ -89,7 +89,7 @@ class Decoder:
         self.end_of_text = end_of_text
         if batch_size < 1:
             raise UsageError(f"batch_size is {batch_size}, and must be at least 1")
-        check_settings(config, self.vocab_size)
+        check_settings(model, config, self.vocab_size)
         self._waiting: deque[_Row] = deque()
         self._rows: list[_Row] = []  # as in the cache
         self._cache: KVCache | None = None
@@ -204,7 +204,8 @@ class Decoder:
             self.model.features(ids, cache=self._prefix_cache)
         if self._prefix_cache is None or known < WORTH_SHARING:
             return self.model.new_cache(len(prompts), capacity=longest)
-        cache = self._prefix_cache.expand(len(prompts), capacity=longest)
+        capacity = max(longest, self._prefix_cache.length)
+        cache = self._prefix_cache.expand(len(prompts), capacity=capacity)
         cache.truncate(known)
         return cache
 
@@ -285,8 +286,14 @@ def evaluation_mode(model: GPT) -> Iterator[None]:
             model.train()
 
 
-def check_settings(config: GenerationConfig, vocab_size: int) -> None:
-    """``UsageError`` for a bias or a ban of what is no token."""
+def check_settings(model: GPT, config: GenerationConfig, vocab_size: int) -> None:
+    """``UsageError`` for a bias or a ban of what is no token, and for more tokens than the model
+    has.
+    """
+    if vocab_size > model.config.vocab_size:
+        raise UsageError(
+            f"the tokenizer has {vocab_size:,} tokens, and the model {model.config.vocab_size:,}"
+        )
     check_ids("bias", config.bias, vocab_size)
     check_ids("ban", config.ban, vocab_size)
 

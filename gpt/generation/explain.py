@@ -2,6 +2,7 @@
 as a page.
 """
 
+import codecs
 import html
 import math
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ class ExplainedToken:
     """A token of a text, and what the model made of its place."""
 
     text: str
+    """The characters that it completes: none, where it is the beginning of one."""
+    name: str
+    """The token alone, :func:`token_text`."""
     logprob: float
     """In nats, given all before it."""
     entropy: float
@@ -46,6 +50,8 @@ def explain(
     network, tokenizer = model
     ids, context = prompt + continuation, network.config.context_length
     explained: list[ExplainedToken] = []
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    decoder.decode(tokenizer.decode_bytes(ids[:1]))
     stride = max(1, context // 2)
     for start in range(0, max(1, len(ids) - 1 - context + stride), stride):
         window = ids[start : start + context + 1]
@@ -55,9 +61,13 @@ def explain(
                 (token_text(tokenizer, other), math.exp(logprob))
                 for other, logprob in scored.top[i - 1]
             )
+            content, name = tokenizer.decode_bytes([window[i]]), token_text(tokenizer, window[i])
             explained.append(
                 ExplainedToken(
-                    text=token_text(tokenizer, window[i]),
+                    text=decoder.decode(content, final=len(explained) == len(ids) - 2)
+                    if content
+                    else name,
+                    name=name,
                     logprob=scored.logprobs[i - 1],
                     entropy=scored.entropies[i - 1],
                     alternatives=alternatives,
@@ -92,15 +102,14 @@ def as_text(tokens: list[ExplainedToken], *, opening: str = "", alternatives: in
     written = [token for token in tokens if not token.is_prompt]
     surprising = sorted(written, key=lambda token: token.logprob)[:ALTERNATIVES]
     for token in surprising:
-        text.append(f"{token.probability:7.2%}  {visible(token.text):<16} ", style="bold")
+        text.append(f"{token.probability:7.2%}  {visible(token.name):<16} ", style="bold")
         others = (
             f"{visible(other)} {p:.1%}"
             for other, p in token.alternatives[: alternatives + 1]
-            if other != token.text
+            if other != token.name
         )
         text.append("expected: " + ", ".join(list(others)[:alternatives]) + "\n", style="dim")
-    total = -sum(token.logprob for token in written)
-    text.append(f"\n{_summary(len(written), total)}\n")
+    text.append(f"\n{_summary(tokens)}\n")
     return text
 
 
@@ -108,12 +117,10 @@ def as_page(tokens: list[ExplainedToken], *, title: str, opening: str = "") -> s
     """The same as one HTML page that needs no other file: hovering over a token, or going to it
     with Tab, shows its ten likeliest alternatives, its surprisal and the entropy.
     """
-    written = [token for token in tokens if not token.is_prompt]
-    total = -sum(token.logprob for token in written)
     highest = max([-token.logprob for token in tokens] + [1.0])
     return _PAGE.substitute(
         title=html.escape(title),
-        summary=html.escape(_summary(len(written), total)),
+        summary=html.escape(_summary(tokens)),
         bars="".join(_bar(i, token, highest) for i, token in enumerate(tokens)),
         width=max(1, len(tokens)),
         tokens=f'<span class="p">{_shown(opening)}</span>' + "".join(map(_span, tokens)),
@@ -126,13 +133,20 @@ def visible(text: str) -> str:
     return "".join(signs.get(c, c if c.isprintable() else f"\\x{ord(c):02x}") for c in text)
 
 
-def _summary(n: int, total: float) -> str:
-    if not n:
-        return "nothing was written"
-    mean = total / n
-    return (
-        f"{n:,} tokens, {total:.4f} nats in all, {mean:.4f} each, perplexity {math.exp(mean):.2f}"
-    )
+def _summary(tokens: list[ExplainedToken]) -> str:
+    written = [-token.logprob for token in tokens if not token.is_prompt]
+    prompt = [-token.logprob for token in tokens if token.is_prompt]
+    said = "nothing was written"
+    if written:
+        mean = sum(written) / len(written)
+        perplexity = math.exp(mean) if mean < 700 else math.inf
+        said = (
+            f"{len(written):,} tokens, {sum(written):.4f} nats in all, {mean:.4f} each, "
+            f"perplexity {perplexity:.2f}"
+        )
+    if prompt:
+        said += f"; the prompt's {len(prompt):,} before them {sum(prompt):.4f} nats"
+    return said
 
 
 def _colour(probability: float) -> str:
@@ -152,15 +166,15 @@ def _bar(i: int, token: ExplainedToken, highest: float) -> str:
 
 def _span(token: ExplainedToken) -> str:
     rows = "".join(
-        f"<tr{' class=own' if other == token.text else ''}><td>{html.escape(visible(other))}"
+        f"<tr{' class=own' if other == token.name else ''}><td>{html.escape(visible(other))}"
         f'<td><i style="width:{100 * p:.1f}%"></i><td>{p:.2%}'
         for other, p in token.alternatives
     )
     hue = round(130 * (1 - min(1.0, -token.logprob / 7)))
     return (
         f'<span class="t{" p" if token.is_prompt else ""}" tabindex=0 style="--h:{hue}">'
-        f"{_shown(token.text)}"
-        f'<span class="c"><b>{html.escape(visible(token.text))}</b> {token.probability:.2%}'
+        f"{_shown(token.text) or '<b class=n>‥</b>'}"
+        f'<span class="c"><b>{html.escape(visible(token.name))}</b> {token.probability:.2%}'
         f"<br>surprisal <u>{-token.logprob:.6f}</u> nats, entropy {token.entropy:.3f}"
         f"<table>{rows}</table></span></span>"
     )
@@ -210,6 +224,8 @@ td:first-child { text-align: left; font-family: ui-monospace, monospace; width: 
   max-width: 7rem; overflow: hidden; text-overflow: ellipsis }
 td:nth-child(2) { width: 6rem }
 td i { display: block; height: .6em; min-width: 1px; background: #4a7fb5; border-radius: 2px }
+@media (max-width: 44rem) { .c { position: fixed; top: auto; left: 1rem; right: 1rem; bottom: 1rem;
+  width: auto } }
 .own td { font-weight: 700 } .own i { background: #c2653e }
 </style>
 <h1>$title</h1>

@@ -70,11 +70,12 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """
     if p >= 1:
         return logits
-    ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
-    probabilities = ordered.softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities  # of all the likelier tokens
-    dropped = torch.empty_like(before, dtype=torch.bool).scatter_(-1, ids, before >= p)
-    return logits.masked_fill(dropped, -torch.inf)
+    # From the least likely up, as Hugging Face sums them; flipped, so that ties end as promised.
+    ordered, ids = logits.flip(-1).sort(dim=-1, stable=True)
+    tail = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
+    tail[..., -1] = False
+    dropped = torch.empty_like(tail).scatter_(-1, ids, tail)
+    return logits.masked_fill(dropped.flip(-1), -torch.inf)
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:

@@ -94,7 +94,8 @@ class DraftModel:
         tokens, guesses, distributions = list(tokens), [], []
         for _ in range(n):
             logits = self._reader.logits(tokens, 1)[:, : self._vocab_size]
-            probabilities = next_token_probabilities(penalise(logits, self._config), self._config)
+            processed = finite(penalise(logits, self._config))
+            probabilities = next_token_probabilities(processed, self._config)
             guesses.append(int(draw(probabilities, [self._draws.random()])))
             distributions.append(probabilities)
             tokens.append(guesses[-1])
@@ -121,7 +122,7 @@ class Speculator:
         self.model, self.config, self.draft = model, config, draft
         self.num_draft_tokens, self.end_of_text = num_draft_tokens, end_of_text
         self.vocab_size = vocab_size or model.config.vocab_size
-        check_settings(config, self.vocab_size)
+        check_settings(model, config, self.vocab_size)
         self.rounds = 0
         """Times that the model read something."""
         self.guesses = 0
@@ -227,6 +228,8 @@ def _verified(
         rest[0, guess] = 0
     else:
         rest = (p - q).clamp_min(0)
+    if not rest.any():  # p and q are one, but for rounding
+        rest = p
     return int(draw(rest, [draws.random()])), False
 
 

@@ -3,7 +3,7 @@ document.
 """
 
 import codecs
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,8 @@ from gpt.generation.score import Scored, score_tokens
 from gpt.generation.speculative import Draft, DraftModel, PromptLookup, Speculator
 from gpt.model.gpt import GPT
 
+Prompt = str | Sequence[int]
+"""A text, or token ids."""
 Continuer = Decoder | Speculator | BeamSearch
 """Whatever turns prompts into tokens, with ``add``, ``step``, ``end`` and ``busy``."""
 
@@ -39,43 +41,47 @@ class Completion:
     score: float | None = None
     """Of a beam: its log-probability over its length to the power of the length penalty."""
     prompt_scores: Scored | None = None
-    """The same for the prompt's tokens from the second, where ``logprobs`` is set."""
+    """The same for the prompt's tokens from the second, where ``logprobs`` is set; of a prompt that
+    is longer than the context, for its last ``context_length``."""
 
 
 def generate(
     model: tuple[GPT, Tokenizer],
-    prompts: str | Sequence[str] = "",
+    prompts: str | Sequence[Prompt] = "",
     *,
     batch_size: int = 32,
     draft: tuple[GPT, Tokenizer] | None = None,
     num_draft_tokens: int = 0,
+    cancelled: Callable[[], bool] = lambda: False,
     **settings: Any,
 ) -> list[Completion]:
-    """Continue ``prompts``: ``num_samples`` completions of each, in order.
+    """Continue ``prompts``, texts or lists of token ids: ``num_samples`` completions of each, in
+    order.
 
     ``model`` is what :func:`gpt.load` gives, and ``settings`` are the fields of
     :class:`gpt.config.GenerationConfig`: ``temperature``, ``top_p``, ``max_new_tokens``, ``stop``,
     ``seed`` and so on. An empty prompt is the start of a document. Up to ``batch_size`` sequences
     go through together, which changes none of them but for rounding (:class:`Decoder`); with
-    ``num_draft_tokens`` they go one by one, and speculatively (:func:`new_decoder`). Raises
-    ``UsageError`` for settings and prompts that make no sense.
+    ``num_draft_tokens`` they go one by one, and speculatively (:func:`new_decoder`). After each
+    piece of text ``cancelled`` is asked; if it says so, what there is is returned, and what has not
+    ended has no ``reason``. Raises ``UsageError`` for settings and prompts that make no sense.
     """
     texts = [prompts] if isinstance(prompts, str) else prompts
     config = _config(settings)
     decoder = new_decoder(
         model, config, batch_size=batch_size, draft=draft, num_draft_tokens=num_draft_tokens
     )
-    done = [
-        completion
-        for _, completion in run(model, texts, config, decoder=decoder)
-        if completion.reason
-    ]
-    return sorted(done, key=lambda completion: (completion.prompt, completion.sample))
+    completions = {}
+    for _, completion in run(model, texts, config, decoder=decoder):
+        completions[completion.prompt, completion.sample] = completion
+        if cancelled():
+            break
+    return [completions[key] for key in sorted(completions)]
 
 
 def stream(
     model: tuple[GPT, Tokenizer],
-    prompt: str = "",
+    prompt: Prompt = "",
     *,
     draft: tuple[GPT, Tokenizer] | None = None,
     num_draft_tokens: int = 0,
@@ -93,7 +99,7 @@ def stream(
 
 def run(
     model: tuple[GPT, Tokenizer],
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     config: GenerationConfig,
     *,
     decoder: Continuer,
@@ -106,22 +112,29 @@ def run(
     network, tokenizer = model
     completions: list[Completion] = []
     growing: list[GrowingText] = []
-    for number, prompt in enumerate(prompts):
-        ids = encode_prompt(tokenizer, prompt)
-        scores = None
-        if config.logprobs is not None:
-            scores = score_tokens(
-                network, ids, top=config.logprobs, vocab_size=tokenizer.vocab_size
-            )
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    for number, ids in enumerate(encoded):
         for sample in range(config.num_samples):
             decoder.add(ids, sample=sample)
-            completions.append(Completion(number, sample, prompt_scores=scores))
+            completions.append(Completion(number, sample))
             growing.append(GrowingText(tokenizer, config.stop))
+    scores: dict[int, Scored] = {}
     while decoder.busy:
         for token in decoder.step():
             completion, text = completions[token.sequence], growing[token.sequence]
             if completion.reason:  # a search goes on behind a stop text
+                completion.score = token.score
                 continue
+            if config.logprobs is not None and completion.prompt_scores is None:
+                number = completion.prompt
+                if number not in scores:
+                    scores[number] = score_tokens(
+                        network,
+                        encoded[number],
+                        top=config.logprobs,
+                        vocab_size=tokenizer.vocab_size,
+                    )
+                completion.prompt_scores = scores[number]
             completion.tokens.append(token.id)
             if token.logprob is not None:
                 completion.logprobs.append(token.logprob)
@@ -153,6 +166,10 @@ def new_decoder(
     """
     network, tokenizer = model
     size, end = tokenizer.vocab_size, tokenizer.end_of_text
+    if config.num_beams > 1 and num_draft_tokens:
+        raise UsageError("num_beams and num_draft_tokens are both given, and only one can be")
+    if draft is not None and not num_draft_tokens:
+        raise UsageError("there is a draft, and num_draft_tokens is 0; 5 is a good number")
     if config.num_beams > 1:
         return BeamSearch(network, config, vocab_size=size, end_of_text=end)
     if not num_draft_tokens:
@@ -176,13 +193,15 @@ def new_decoder(
 
 
 def _config(settings: dict[str, Any]) -> GenerationConfig:
-    stop = settings.get("stop", ())
+    stop = settings.get("stop") or ()
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     return GenerationConfig(**settings | {"stop": stop})
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """The prompt's ids; an empty one is the end-of-text that stands between documents."""
+    if not isinstance(prompt, str):
+        return list(prompt) or [tokenizer.end_of_text]
     try:
         prompt.encode()
     except UnicodeEncodeError as error:

@@ -93,10 +93,7 @@ class KVCache:
 
         ``ValueError`` if they do not fit.
         """
-        if self.length + n > self.capacity:
-            raise ValueError(
-                f"the cache holds {self.length} of {self.capacity} tokens, and {n} more do not fit"
-            )
+        self._check_room(n)
         new = torch.arange(n, device=self.keys.device)
         if not self.is_ragged:
             return new + self.lengths[0]
@@ -104,6 +101,12 @@ class KVCache:
         positions = starts[:, None] + new
         self._places = torch.arange(self.batch_size, device=self.keys.device)[:, None], positions
         return positions
+
+    def _check_room(self, n: int) -> None:
+        if self.length + n > self.capacity:
+            raise ValueError(
+                f"the cache holds {self.length} of {self.capacity} tokens, and {n} more do not fit"
+            )
 
     def mask(self, positions: Tensor) -> Tensor | None:
         """True where the queries at ``positions`` may look, broadcast over heads; ``None`` where
@@ -189,6 +192,10 @@ class KVCache:
         """A new cache with each row ``n`` times, side by side: one prefill, ``n`` continuations."""
         if n < 1:
             raise ValueError(f"cannot expand a cache by {n}")
+        if capacity is not None and capacity < self.length:
+            raise ValueError(
+                f"the cache holds {self.length} tokens, which do not fit a capacity of {capacity}"
+            )
         other = object.__new__(type(self))
         L, _, H, S, D = self.keys.shape
         B, S = self.batch_size, capacity or S
@@ -206,8 +213,9 @@ class KVCache:
 class StaticCache(KVCache):
     """A :class:`KVCache` whose lengths are a tensor, for compiled decoding.
 
-    A forward of ``n`` tokens has the same shapes whatever the cache holds. That the tokens fit is
-    the caller's to see to; :attr:`lengths` reads the tensor, and waits for the device.
+    A forward of ``n`` tokens has the same shapes whatever the cache holds. In a compiled graph and
+    on a GPU, that the tokens fit is the caller's to see to; :attr:`lengths` reads the tensor, and
+    waits for the device.
     """
 
     _lengths: Tensor
@@ -227,7 +235,11 @@ class StaticCache(KVCache):
             self._lengths = lengths
 
     def positions(self, n: int) -> Tensor:
-        """The positions of each row's next ``n`` tokens, ``[B, n]``."""
+        """The positions of each row's next ``n`` tokens, ``[B, n]``. On a CPU, ``ValueError`` if
+        they do not fit.
+        """
+        if self.keys.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._check_room(n)
         return self._lengths[:, None] + torch.arange(n, device=self.keys.device)
 
     def mask(self, positions: Tensor) -> Tensor:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import random
 import subprocess
@@ -137,8 +138,8 @@ def test_a_broken_file_of_prompts_is_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ("\\ud800", "item 2: the prompt is not UTF-8"),
-        ("a" * 41, "item 2: the prompt has 41 tokens"),
+        ("\\ud800", "prompt 2, .*: the prompt is not UTF-8"),
+        ("a" * 41, "prompt 2, 'a{40}': the prompt has 41 tokens"),
     ],
 )
 def test_a_prompt_that_cannot_be_continued_is_named_before_anything_is_written(
@@ -149,6 +150,29 @@ def test_a_prompt_that_cannot_be_continued_is_named_before_anything_is_written(
     with pytest.raises(UsageError, match=message):
         continued(model, path, out)
     assert not out.exists()
+
+
+def test_what_stands_in_the_place_of_completions_does_not_matter(model, tmp_path):
+    path, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    path.write_text('{"prompt": "a", "completions": [1], "id": 7}\n' * 3)
+    continued(model, path, out)
+    whole = out.read_bytes()
+    for size in (len(whole) - 5, len(whole) // 2, 30):
+        out.write_bytes(whole[:size])
+        continued(model, path, out)
+        assert out.read_bytes() == whole
+    assert [line["id"] for line in read(out)] == [7, 7, 7]
+
+
+def test_another_number_of_samples_is_not_added_to_a_file(model, prompts, tmp_path):
+    out = tmp_path / "out.jsonl"
+    continued(model, prompts, out)
+    before = out.read_bytes()
+    with pytest.raises(UsageError, match="line 1 has 1 completions, and num_samples is 2"):
+        continued(model, prompts, out, dataclasses.replace(CONFIG, num_samples=2))
+    assert out.read_bytes() == before
+    with pytest.raises(UsageError, match="which is a folder"):
+        continued(model, prompts, tmp_path)
 
 
 def test_two_processes_do_not_write_to_one_file(model, prompts, tmp_path):

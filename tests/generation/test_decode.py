@@ -84,6 +84,19 @@ def test_prompts_that_begin_alike_are_decoded_as_if_they_did_not(
     assert continued(tiny_model, prompts, config, batch_size=batch_size) == expected
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+@pytest.mark.parametrize("seed", range(12))
+def test_beginnings_of_any_lengths_are_shared_without_a_difference(seed, batch_size):
+    model = make_model(
+        ModelConfig(vocab_size=61, context_length=64, n_layer=1, n_embd=16, n_head=2)
+    )
+    draw = random.Random(seed)
+    base = draw.choices(range(61), k=50)
+    prompts = [base[: draw.randint(1, 50)] + draw.choices(range(61), k=n) for n in [0, 1, 2, 0, 9]]
+    together = continued(model, prompts, greedy(4), batch_size=batch_size)
+    assert together == [continued(model, [prompt], greedy(4))[0] for prompt in prompts]
+
+
 def test_greedy_decoding_is_hugging_faces():
     config = ModelConfig(
         vocab_size=97, context_length=48, n_layer=2, n_head=4, n_embd=32, tie_embeddings=False
@@ -217,9 +230,10 @@ def test_end_of_text_ends_a_sequence_unless_it_is_too_early(tiny_model):
     assert end not in [token.id for token in later[: first + 1]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_a_seed_gives_a_prompt_the_same_tokens_in_any_company(batch_size, tiny_config):
-    model = make_model(tiny_config, dtype=torch.float64)
+def test_a_seed_gives_a_prompt_the_same_tokens_in_any_company(batch_size, dtype, tiny_config):
+    model = make_model(tiny_config, dtype=dtype)
     config = GenerationConfig(temperature=1.5, max_new_tokens=20, num_samples=2, seed=7)
     prompts = [prompt_of(n) for n in (3, 9, 5, 12)]
     together = continued(model, prompts, config, batch_size=batch_size)
@@ -316,6 +330,11 @@ def test_a_model_that_gives_no_numbers_is_refused(temperature, tiny_model):
     config = GenerationConfig(temperature=temperature, max_new_tokens=2)
     with pytest.raises(UsageError, match="the model's logits are not numbers"):
         continued(tiny_model, [[1]], config)
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_has_is_refused(tiny_model):
+    with pytest.raises(UsageError, match="the tokenizer has 62 tokens, and the model 61"):
+        Decoder(tiny_model, greedy(1), vocab_size=62)
 
 
 def test_a_batch_of_nothing_is_refused(tiny_model):

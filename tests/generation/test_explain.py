@@ -96,6 +96,30 @@ def test_the_page_has_the_text_and_its_loss_and_needs_no_other_file(model):
     assert total == pytest.approx(-sum(token.logprob for token in written), abs=1e-4)
 
 
+def test_a_character_of_several_tokens_is_shown_whole_where_it_ends(model):
+    text = "東京 \U0001f600!"
+    tokens = explain(model, [104], list(text.encode()))
+    assert "".join(token.text for token in tokens) == text
+    assert [token.text for token in tokens[:4]] == ["", "", "東", ""]
+    assert tokens[0].name == r"\xe6"
+    assert text in as_text(tokens).plain
+    page = Page()
+    page.feed(as_page(tokens, title="t"))
+    assert page.text == text
+    half = explain(model, [104], list("a東".encode())[:-1])
+    assert "".join(token.text for token in half) == "a\ufffd"
+
+
+def test_the_summary_counts_what_was_written_and_the_prompt(model):
+    tokens = explain(model, IDS[:9], IDS[9:])
+    said = as_text(tokens).plain.strip().splitlines()[-1]
+    numbers = [float(n) for n in re.findall(r"([\d.]+) nats", said)]
+    total = sum(score_text(*model, np.array(IDS, np.uint32)).losses)
+    assert sum(numbers) == pytest.approx(total, abs=1e-3)
+    assert said.startswith(f"{len(IDS) - 9} tokens")
+    assert "the prompt's 8 before them" in said
+
+
 def test_the_terminals_text_has_the_tokens_and_the_least_expected_ones(model):
     tokens = explain(model, IDS[:9], IDS[9:])
     shown = as_text(tokens, opening="H").plain

@@ -80,9 +80,10 @@ def test_what_the_filters_keep_keeps_its_logit():
         assert filtered[0, [0, 2]].tolist() == LOGITS[0, [0, 2]].tolist()
 
 
+@pytest.mark.parametrize("vocab_size", [100, 50257])
 @pytest.mark.parametrize("seed", range(10))
-def test_the_filters_are_hugging_faces(seed):
-    logits = 3 * torch.randn(5, 100, generator=torch.Generator().manual_seed(seed))
+def test_the_filters_are_hugging_faces(seed, vocab_size):
+    logits = 3 * torch.randn(5, vocab_size, generator=torch.Generator().manual_seed(seed))
     for k in (1, 7, 99):
         assert torch.equal(keep_top_k(logits, k), TopKLogitsWarper(k)(None, logits))
     for p in (0.05, 0.5, 0.9, 0.999):
@@ -93,8 +94,8 @@ def test_the_filters_are_hugging_faces(seed):
     sequences = [([i], number) for i, number in bias.items()]
     ids = torch.zeros(5, 1, dtype=torch.int64)
     assert torch.equal(add_bias(logits, bias), SequenceBiasLogitsProcessor(sequences)(ids, logits))
-    tokens = torch.randint(100, (5, 30), generator=torch.Generator().manual_seed(seed))
-    seen = torch.zeros(5, 100, dtype=torch.bool).scatter_(1, tokens, True)
+    tokens = torch.randint(vocab_size, (5, 30), generator=torch.Generator().manual_seed(seed))
+    seen = torch.zeros(5, vocab_size, dtype=torch.bool).scatter_(1, tokens, True)
     for penalty in (0.8, 1.0, 1.3):
         assert torch.equal(
             penalise_repetition(logits, seen, penalty),

@@ -6,6 +6,8 @@ import torch
 import gpt
 from gpt.config import ModelConfig, UsageError
 from gpt.data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, decode
+from gpt.generation import text as text_module
+from gpt.generation.score import Scored
 from gpt.generation.text import GrowingText, encode_prompt
 from tests.conftest import make_model
 
@@ -141,6 +143,47 @@ def test_a_beam_shows_nothing_from_its_stop_text_on(byte_model):
     assert (got.text, got.reason) == (whole.text[: whole.text.find(stop)], "stop")
     assert got.tokens == whole.tokens[: len(got.tokens)]
     assert len(got.tokens) < len(whole.tokens)
+    assert got.score == whole.score
+
+
+def test_prompts_may_be_token_ids(byte_model):
+    options = {"max_new_tokens": 5, "temperature": 0}
+    texts = gpt.generate(byte_model, ["ab", "c"], **options)
+    assert gpt.generate(byte_model, [[97, 98], [99]], **options) == texts
+    assert "".join(gpt.stream(byte_model, [97, 98], **options)) == texts[0].text
+
+
+def test_generation_can_be_cancelled_and_keeps_what_there_is(byte_model):
+    options = {"max_new_tokens": 30, "temperature": 0}
+    asked = []
+
+    def cancelled():
+        asked.append(True)
+        return len(asked) == 12
+
+    got = gpt.generate(byte_model, ["ab", "c"], cancelled=cancelled, **options)
+    whole = gpt.generate(byte_model, ["ab", "c"], **options)
+    for one, all_of_it in zip(got, whole, strict=True):
+        assert one.reason is None
+        assert 3 < len(one.tokens) < 30
+        assert all_of_it.tokens[: len(one.tokens)] == one.tokens
+
+
+def test_a_prompt_is_scored_when_its_turn_comes(byte_model, monkeypatch):
+    scored = []
+
+    def score(network, ids, **options):
+        scored.append(ids)
+        return Scored([], [], [])
+
+    monkeypatch.setattr(text_module, "score_tokens", score)
+    options = {"max_new_tokens": 3, "logprobs": 0, "batch_size": 1}
+    left = len([None for _ in gpt.generate(byte_model, ["ab", "c"], **options)])
+    assert left == 2
+    assert scored == [[97, 98], [99]]
+    scored.clear()
+    gpt.generate(byte_model, ["ab", "c"], cancelled=lambda: True, **options)
+    assert scored == [[97, 98]]
 
 
 def test_rows_of_a_padded_vocabulary_are_never_drawn():
@@ -171,6 +214,13 @@ def test_impossible_settings_are_refused(byte_model):
         gpt.generate(byte_model, "x", num_samples=0)
     with pytest.raises(UsageError, match="max_new_tokens is 0"):
         gpt.generate(byte_model, "x", max_new_tokens=0)
+    for name, value in {"seed": "a", "logprobs": True, "stop": [3], "bias": {"a": 1.0}}.items():
+        with pytest.raises(UsageError, match=f"{name} (is|has)"):
+            gpt.generate(byte_model, "x", **{name: value})
+    with pytest.raises(UsageError, match="there is a draft, and num_draft_tokens is 0"):
+        gpt.generate(byte_model, "x", draft=byte_model)
+    with pytest.raises(UsageError, match="num_beams and num_draft_tokens are both given"):
+        gpt.generate(byte_model, "x", num_beams=2, num_draft_tokens=2)
 
 
 def test_a_stream_that_is_left_leaves_the_model_as_it_was(byte_model):

@@ -127,23 +127,27 @@ def test_the_law_holds_in_bfloat16_to_its_rounding(variant, chunks):
     assert full_error < 0.1 * exact.abs().max()
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
-def test_the_cache_takes_exactly_the_context_and_refuses_one_token_more():
+def test_the_cache_takes_exactly_the_context_and_refuses_one_token_more(kind):
     model = model_of("gpt2")
-    cache = model.new_cache()
+    cache = model.new_cache(kind=kind)
     model(some_tokens(1, CONTEXT), cache=cache)
     with pytest.raises(ValueError, match=r"holds 16 of 16 tokens, and 1 more do not fit"):
         model(some_tokens(1, 1), cache=cache)
     assert cache.length == CONTEXT
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
-def test_a_cache_of_less_capacity_refuses_what_does_not_fit():
+def test_a_cache_of_less_capacity_refuses_what_does_not_fit(kind):
     model = model_of("gpt2")
-    cache = model.new_cache(capacity=5)
+    cache = model.new_cache(capacity=5, kind=kind)
     model(some_tokens(1, 4), cache=cache)
     with pytest.raises(ValueError, match="holds 4 of 5 tokens, and 2 more do not fit"):
         model(some_tokens(1, 2), cache=cache)
+    with pytest.raises(ValueError, match="4 tokens, which do not fit a capacity of 3"):
+        cache.expand(2, capacity=3)
 
 
 @pytest.mark.parametrize("capacity", [0, CONTEXT + 1])
