@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gpt.config import ModelConfig
+    from gpt.generation.inference import prepare_for_inference
     from gpt.generation.text import generate, stream
     from gpt.interop.load import load
     from gpt.model.cache import KVCache
     from gpt.model.gpt import GPT
 
 __version__ = "0.1.0"
-__all__ = ["GPT", "KVCache", "ModelConfig", "generate", "load", "stream"]
+__all__ = ["GPT", "KVCache", "ModelConfig", "generate", "load", "prepare_for_inference", "stream"]
 
 _HOME = {
     "GPT": "gpt.model.gpt",
@@ -23,6 +24,7 @@ _HOME = {
     "ModelConfig": "gpt.config",
     "generate": "gpt.generation.text",
     "load": "gpt.interop.load",
+    "prepare_for_inference": "gpt.generation.inference",
     "stream": "gpt.generation.text",
 }
 

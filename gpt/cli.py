@@ -77,14 +77,16 @@ def sample(words: Sequence[str], prog: str) -> int:
     """Continue a prompt with a trained model."""
     config = parse(SampleConfig, words, prog=prog)
     prompt = None if config.takes_many else _given_prompt(config)
-    from gpt.device import choose_device, choose_precision
+    from gpt.device import choose_device, keep_freed_memory
     from gpt.interop.load import load
     from gpt.terminal import Session
 
+    keep_freed_memory()
     device = choose_device(config.device)
-    dtype = choose_precision(config.precision, device)
-    model = load(config.model, device=device, dtype=dtype, say=_tell)
-    draft = load(config.draft, device=device, dtype=dtype, say=_tell) if config.draft else None
+    model = load(config.model, device=device, weights=config.weights, say=_tell)
+    draft = None
+    if config.draft:
+        draft = load(config.draft, device=device, weights=config.weights, say=_tell)
     session = Session(config, model, draft)
     if config.takes_many:
         session.continue_file()
@@ -119,13 +121,19 @@ def prepare(words: Sequence[str], prog: str) -> int:
 
 
 def export(words: Sequence[str], prog: str) -> int:
-    """Write a model in the layout that Hugging Face's from_pretrained reads."""
+    """Write a model in Hugging Face's layout, or packed to run."""
     config = parse(ExportConfig, words, prog=prog)
+    from gpt.generation.inference import prepare_for_inference
     from gpt.interop.export import export_huggingface
     from gpt.interop.load import load
+    from gpt.interop.packed import save_packed
 
-    loaded = load(config.model, dtype=None, say=_tell)
-    export_huggingface(loaded.model, loaded.tokenizer, config.out)
+    loaded = load(config.model, dtype=None, trainable=True, say=_tell)
+    if config.to == "packed":
+        packed = prepare_for_inference(loaded.model, config.weights)
+        save_packed(packed, loaded.tokenizer, config.out)
+    else:
+        export_huggingface(loaded.model, loaded.tokenizer, config.out)
     _tell(f"{config.out}: {loaded.model.parameter_count():,} parameters")
     return 0
 

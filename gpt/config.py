@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Weights = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
 Activation = Literal["gelu_tanh", "gelu", "relu", "silu", "tanh"]
 TokenizerKind = Literal["char", "byte", "gpt2"]
 
@@ -449,8 +450,9 @@ class SampleConfig(GenerationConfig):
     .html file, as a page."""
     device: Device = "auto"
     """auto: CUDA, else Apple's MPS, else the CPU."""
-    precision: Precision = "auto"
-    """Of the weights and the cache. auto: bfloat16 where the device has it, else float32."""
+    weights: Weights = "auto"
+    """Their format: the fewer bytes, the faster. auto: bfloat16 where the device has it, else
+    float32 (float16 on older GPUs); int8 and int4 round."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -503,8 +505,10 @@ class ExportConfig:
     """Whatever sample.py takes as --model."""
     out: Path
     """The new folder to write."""
-    to: Literal["huggingface"] = "huggingface"
-    """The layout: what from_pretrained of transformers reads."""
+    to: Literal["huggingface", "packed"] = "huggingface"
+    """The layout: what from_pretrained of transformers reads; or weights that are packed to run."""
+    weights: Weights = "auto"
+    """The format of packed weights, as for sample.py."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -531,8 +535,8 @@ class EvaluateConfig:
     """Windows or texts that go through the model at once, for the same scores; 0: what is fast."""
     device: Device = "auto"
     """auto: CUDA, else Apple's MPS, else the CPU."""
-    precision: Precision = "auto"
-    """Of the weights. auto: bfloat16 where the device has it, else float32."""
+    weights: Weights = "auto"
+    """Their format, as for sample.py."""
 
     def __post_init__(self) -> None:
         _at_least(0, stride=self.stride, batch_size=self.batch_size)

@@ -16,9 +16,11 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from gpt import kernels
 from gpt.config import GenerationConfig, SampleConfig, UsageError
 from gpt.generation.batch import continue_file
 from gpt.generation.explain import as_page, as_text, explain, token_text
+from gpt.generation.inference import InferenceGPT
 from gpt.generation.speculative import Speculator
 from gpt.generation.text import Completion, Continuer, encode_prompt, new_decoder, run
 from gpt.interop.load import Loaded
@@ -59,6 +61,18 @@ class Session:
         self.prompt: str | None = None
         self.answer: list[int] = []
         self._retries = 0
+        self._introduced = False
+
+    def _introduce(self) -> None:
+        """Say once what it is that answers."""
+        model = self.model.model
+        if self._introduced or not isinstance(model, InferenceGPT):
+            return
+        self._introduced = True
+        size = f"{model.parameter_count():,} parameters"
+        tell(f"{self.config.model}: {size}, weights in {model.weights}, on {model.device}")
+        if model.device.type == "cpu" and (problem := kernels.problem()):
+            tell(f"{problem}; torch's own operators run instead, more slowly")
 
     def answer_once(self, prompt: str) -> None:
         """Continue one prompt, and show what the configuration wants to see of it."""
@@ -69,6 +83,7 @@ class Session:
     def ask(self) -> None:
         """Ask for prompts until Ctrl-D."""
         _remember_lines()
+        self._introduce()
         tell("a prompt and Enter continues it; /help for more; Ctrl-C stops a text, Ctrl-D ends")
         while True:
             try:
@@ -123,6 +138,7 @@ class Session:
         waiting = [prompt] * config.num_samples
         pieces = run(self.model, [prompt], config, decoder=decoder)
         first = next(pieces)  # a prompt that cannot be continued is not shown
+        self._introduce()
         self.prompt, self.answer = prompt, []
         sys.stdout.write(prompt)
         for piece, completion in itertools.chain([first], pieces):
@@ -207,6 +223,7 @@ class Session:
             except KeyboardInterrupt:
                 tell(f"stopped; the same command goes on where {self.config.out} ends")
                 raise
+        self._introduce()
         tell(f"{self.config.out}: {n:,} prompts continued")
         if isinstance(decoder, Speculator):
             tell(_speculation(decoder))

@@ -90,19 +90,21 @@ def test_the_same_seed_gives_the_same_text(capsys):
     assert sampled(capsys, *words)[1].out != sampled(capsys, *words, "--seed", "4")[1].out
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_the_model_is_loaded_in_the_precision_that_is_asked_for(precision, capsys, monkeypatch):
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
+def test_the_weights_have_the_format_that_is_asked_for(weights, capsys, monkeypatch):
     from gpt.interop import load as loading
 
-    dtypes, load_model = [], loading.checkpoints.load_model
+    prepared, prepare = [], loading.prepare_for_inference
 
-    def record(checkpoint, **options):
-        dtypes.append(options["dtype"])
-        return load_model(checkpoint, **options)
+    def record(model, kind):
+        prepared.append(prepare(model, kind))
+        return prepared[-1]
 
-    monkeypatch.setattr(loading.checkpoints, "load_model", record)
-    sampled(capsys, "--prompt", "ROMEO:", "--max_new_tokens", "3", "--precision", precision)
-    assert [str(dtype) for dtype in dtypes] == [f"torch.{precision}"]
+    monkeypatch.setattr(loading, "prepare_for_inference", record)
+    words = ("--prompt", "ROMEO:", "--max_new_tokens", "3", "--weights", weights)
+    _, output = sampled(capsys, *words)
+    assert {model.head.matrix.kind for model in prepared} == {weights}
+    assert f"weights in {weights}, on cpu" in output.err
 
 
 def test_samples_are_shown_with_their_prompt_and_apart(capsys):

@@ -183,7 +183,7 @@ def test_a_file_of_prompts_is_continued_by_the_command(tmp_path, capsys, model):
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     prompts.write_text('{"prompt": "JULIET"}\n{"prompt": ""}\n')
     words = ["--model", str(RUN), "--temperature", "0", "--max_new_tokens", "9"]
-    words += ["--precision", "float32", "--prompt_file", str(prompts), "--out", str(out)]
+    words += ["--weights", "float32", "--prompt_file", str(prompts), "--out", str(out)]
     assert main(["sample", *words]) == 0
     assert "2 prompts continued" in capsys.readouterr().err
     lines = [json.loads(line) for line in out.read_text().splitlines()]

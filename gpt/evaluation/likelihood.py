@@ -55,7 +55,7 @@ def likelihoods(
     beginning; ``UsageError`` for a continuation that does not fit, or is empty.
     """
     limit = model.config.context_length
-    device = model.embed.weight.device
+    device = model.device
     batch_size = batch_size or 16
     rows = []
     for request in requests:

@@ -97,7 +97,7 @@ def score_text(
         raise UsageError(
             f"stride is {stride}, and must be from 1 to the model's context_length ({context})"
         )
-    device = model.embed.weight.device
+    device = model.device
     batch_size = batch_size or (1 if device.type == "cpu" else 8)
     starts = list(range(0, max(1, len(ids) - 1 - context + stride), stride))
     losses, counts = np.zeros(len(starts)), np.zeros(len(starts), np.int64)

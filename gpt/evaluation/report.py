@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from rich.table import Table
 
 from gpt.config import EvaluateConfig
-from gpt.device import choose_device, choose_precision
+from gpt.device import choose_device
 from gpt.evaluation import tasks
 from gpt.evaluation.perplexity import TextScore, encode_text, paired_bootstrap, score_text
 from gpt.evaluation.tasks import Metric
@@ -28,10 +28,9 @@ def measure(config: EvaluateConfig, *, say: Callable[[str], None]) -> Report:
     """Run what ``config`` asks for, a model at a time."""
     report = Report()
     device = choose_device(config.device)
-    dtype = choose_precision(config.precision, device)
     texts: list[TextScore] = []
     for name in config.models:
-        model, tokenizer = load(name, device=device, dtype=dtype, say=say)
+        model, tokenizer = load(name, device=device, weights=config.weights, say=say)
         own = report.scores.setdefault(name, {})
         if config.text:
             ids = encode_text(tokenizer, config.text)

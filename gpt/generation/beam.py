@@ -48,7 +48,7 @@ def beam_search(
     context, width = model.config.context_length, config.num_beams
     check(model, prompt, config, vocab_size)
     limit = min(config.max_new_tokens, context - len(prompt) + 1)
-    device = model.embed.weight.device
+    device = model.device
     cache = model.new_cache(width, capacity=min(context, len(prompt) + limit))
     cache.reorder([0])
     history = None

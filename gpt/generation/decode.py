@@ -95,7 +95,7 @@ class Decoder:
         self._cache: KVCache | None = None
         self._history: History | None = None
         if config.has_penalties:
-            self._history = History(self.vocab_size, self._device)
+            self._history = History(self.vocab_size, self.model.device)
         self._prefix: list[int] = []
         self._prefix_cache: KVCache | None = None
         self._count = 0
@@ -136,10 +136,6 @@ class Decoder:
             features = self._read()
             return self._write(self.model.head(features)) if self._rows else []
 
-    @property
-    def _device(self) -> torch.device:
-        return self.model.embed.weight.device
-
     def _read(self) -> Tensor:
         """Read what has not been read: features of the next tokens, ``[B, C]``."""
         context = self.model.config.context_length
@@ -154,7 +150,7 @@ class Decoder:
         self._rows = [self._rows[i] for i in order]
         features = []
         if self._rows:
-            last = torch.tensor([row.tokens[-1:] for row in self._rows], device=self._device)
+            last = torch.tensor([row.tokens[-1:] for row in self._rows], device=self.model.device)
             features.append(self.model.features(last, cache=self._cache)[:, -1])
         for row in sliding:
             row.tokens = row.tokens[-max(1, context // 2) :]
@@ -181,7 +177,7 @@ class Decoder:
         padded = [
             prompt[start:] + [0] * (max(ends) - n) for prompt, n in zip(prompts, ends, strict=True)
         ]
-        features = self.model.features(torch.tensor(padded, device=self._device), cache=cache)
+        features = self.model.features(torch.tensor(padded, device=self.model.device), cache=cache)
         cache.truncate([len(prompt) for prompt in prompts])
         self._make_room(arriving)
         assert self._cache is not None
@@ -200,7 +196,7 @@ class Decoder:
         if len(seen) > 1 and len(shared) - known >= WORTH_SHARING:
             self._prefix, known = shared, len(shared)
             self._prefix_cache = self.model.new_cache(1, capacity=len(shared))
-            ids = torch.tensor([shared], device=self._device)
+            ids = torch.tensor([shared], device=self.model.device)
             self.model.features(ids, cache=self._prefix_cache)
         if self._prefix_cache is None or known < WORTH_SHARING:
             return self.model.new_cache(len(prompts), capacity=longest)

@@ -31,10 +31,12 @@ def score_targets(model: GPT, features: Tensor, targets: Tensor) -> Tensor:
     positions at a time, so that the logits of a long text are never all there.
     """
     scores = []
+    weight = model.head.weight
+    features = features.to(weight.dtype)
     for x, target in zip(
         features.split(POSITIONS_AT_ONCE), targets.split(POSITIONS_AT_ONCE), strict=True
     ):
-        logits = (model.head.weight @ x.T).float()  # V, N: on a CPU faster than N, V
+        logits = (weight @ x.T).float()  # V, N: on a CPU faster than N, V
         scores.append(logits.gather(0, target[None]).squeeze(0) - logits.logsumexp(dim=0))
     return torch.cat(scores)
 
@@ -47,7 +49,7 @@ def score_tokens(model: GPT, ids: list[int], *, top: int, vocab_size: int) -> Sc
     Of a text that is longer, the last ``context_length + 1`` tokens count.
     """
     ids = ids[-(model.config.context_length + 1) :]
-    tokens = torch.tensor([ids], device=model.embed.weight.device)
+    tokens = torch.tensor([ids], device=model.device)
     scored = Scored([], [], [])
     if len(ids) < 2:
         return scored

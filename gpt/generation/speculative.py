@@ -168,7 +168,7 @@ class Speculator:
         reader, tokens, written = _Reader(self.model), list(prompt)[-context:], 0
         history = None
         if config.has_penalties:
-            history = History(self.vocab_size, self.model.embed.weight.device)
+            history = History(self.vocab_size, self.model.device)
             history.add(tokens)
         while True:
             if len(tokens) > context:
@@ -254,7 +254,7 @@ class _Reader:
         kept = min(len(common(self._tokens, tokens)), len(tokens) - n)
         self._cache.truncate(kept)
         self._tokens = list(tokens)
-        unread = torch.tensor([tokens[kept:]], device=self.model.embed.weight.device)
+        unread = torch.tensor([tokens[kept:]], device=self.model.device)
         with evaluation_mode(self.model):
             features = self.model.features(unread, cache=self._cache)[0, -n:]
         logits: Tensor = self.model.head(features)

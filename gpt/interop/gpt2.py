@@ -111,6 +111,7 @@ def hugging_face_config(config: ModelConfig) -> dict[str, Any]:
         "model_type": "gpt2",
         "vocab_size": config.vocab_size,
         "n_positions": config.context_length,
+        "n_ctx": config.context_length,  # the same, for what reads the old name (llama.cpp)
         "n_layer": config.n_layer,
         "n_head": config.n_head,
         "n_embd": config.n_embd,

@@ -95,6 +95,6 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.append(layer, k, v)
         scale = self.scale / (layer + 1) if self.scale_by_layer else self.scale
         dropout = self.dropout if self.training else 0.0
-        y = attend(q, k, v, mask=mask, dropout=dropout, scale=scale)
-        out: Tensor = self.out(y.transpose(1, 2).reshape(B, T, C))
+        y = attend(q.to(k.dtype), k, v, mask=mask, dropout=dropout, scale=scale)
+        out: Tensor = self.out(y.transpose(1, 2).reshape(B, T, C).to(x.dtype))
         return out

@@ -130,8 +130,8 @@ class KVCache:
         if self.is_ragged:
             assert self._places is not None, "positions() goes before"
             row, position = self._places
-            keys[row, :, position] = k.transpose(1, 2)
-            values[row, :, position] = v.transpose(1, 2)
+            keys[row, :, position] = k.transpose(1, 2).to(keys.dtype)
+            values[row, :, position] = v.transpose(1, 2).to(keys.dtype)
         else:
             keys[:, :, self.length :] = k
             values[:, :, self.length :] = v
@@ -255,8 +255,8 @@ class StaticCache(KVCache):
         rows = torch.arange(B, device=k.device)[:, None]
         keys, values = self.keys[layer, :B], self.values[layer, :B]
         positions = self.positions(n)
-        keys[rows, :, positions] = k.transpose(1, 2)
-        values[rows, :, positions] = v.transpose(1, 2)
+        keys[rows, :, positions] = k.transpose(1, 2).to(keys.dtype)
+        values[rows, :, positions] = v.transpose(1, 2).to(keys.dtype)
         return keys, values
 
     def advance(self, n: int) -> None:

@@ -26,6 +26,8 @@ class GPT(nn.Module):
         if config.vocab_size < 1:
             raise ValueError("model.vocab_size is 0, and a model needs at least 1 token")
         self.config = config
+        self.cache_dtype: torch.dtype | None = None
+        """Of keys and values; ``None``: the weights'."""
         self.embed = _table(torch.empty(config.vocab_size, config.n_embd))
         self.position = _table(torch.empty(config.context_length, config.n_embd))
         self.dropout = Dropout(config.dropout)
@@ -65,7 +67,8 @@ class GPT(nn.Module):
         else:
             positions = cache.positions(T)
             mask = cache.mask(positions)
-        x = self.dropout(self.embed(tokens) + self.position(positions))
+        x = self.embed(tokens)
+        x = self.dropout(x + self.position(positions).to(x.dtype))
         for layer, block in enumerate(self.blocks):
             x = block(x, mask=mask, cache=cache, layer=layer)
         if cache is not None:
@@ -137,14 +140,18 @@ class GPT(nn.Module):
         kind: type[KVCache] = KVCache,
     ) -> KVCache:
         """An empty cache for this model, of its dtype and on its device."""
-        weight = self.embed.weight
         return kind(
             self.config,
             batch_size=batch_size,
             capacity=capacity,
-            dtype=weight.dtype,
-            device=weight.device,
+            dtype=self.cache_dtype or self.position.weight.dtype,
+            device=self.device,
         )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.position.weight.device
 
     def parameter_count(self, *, embeddings: bool = True) -> int:
         """Parameters, a tied head counted once; without ``embeddings``, what the blocks and norms

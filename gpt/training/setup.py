@@ -39,7 +39,7 @@ def take_initial_model(
     """The model that ``config.init`` names, made to fit, and the configuration with its shape."""
     if not config.init:
         return config, None
-    loaded = load(checkpoint.path if checkpoint else config.init, say=say)
+    loaded = load(checkpoint.path if checkpoint else config.init, trainable=True, say=say)
     model, wanted = loaded.model, config.model
     if wanted.context_length < model.config.context_length:
         model.crop_context(wanted.context_length)

@@ -233,7 +233,7 @@ def test_the_command_shows_a_table_or_json_and_compares_two_models(both, tmp_pat
         names.append(str(tmp_path / name))
     (tmp_path / "text.txt").write_text("to be or not to be " * 50)
     words = ["evaluate", *names, "--text", str(tmp_path / "text.txt"), "--paired"]
-    words += ["--precision", "float32", "--device", "cpu"]
+    words += ["--weights", "float32", "--device", "cpu"]
     assert main(words) == 0
     shown = capsys.readouterr().out
     assert "nats/token" in shown

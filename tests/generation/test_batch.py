@@ -197,7 +197,7 @@ def test_a_process_that_is_killed_loses_nothing(tmp_path):
     prompts.write_text("\n".join(lines) + "\n")
     words = [sys.executable, "-m", "gpt.cli", "sample", "--model", str(RUN), "--device", "cpu"]
     words += ["--prompt_file", str(prompts), "--out", str(out), "--seed", "1", "--batch_size", "8"]
-    words += ["--max_new_tokens", "100", "--precision", "float32"]
+    words += ["--max_new_tokens", "100", "--weights", "float32"]
     process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
     while not out.exists() or out.stat().st_size < 3000:
         assert process.poll() is None

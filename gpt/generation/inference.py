@@ -1,0 +1,231 @@
+"""A model made to run: its matrices in a smaller format, each read once a token.
+
+Decoding one sequence reads every weight for every token, so the bytes of the weights are its time.
+:func:`prepare_for_inference` makes of a model one with the same methods whose matrices, the head's
+and the embedding's too, lie in one of the formats of :mod:`gpt.generation.quantisation`.
+
+On a CPU a few tokens at a time (decoding) go through the kernels of :mod:`gpt.kernels`, activations
+in float32, but that products with int8 and int4 take them as 8 bits with a scale for each 32. Many
+at a time (a prompt) go through torch's matrix products, in bfloat16 where the processor multiplies
+it.
+"""
+
+import copy
+import ctypes
+from collections.abc import Callable, Mapping
+from typing import Self, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt import kernels
+from gpt.config import UsageError, Weights
+from gpt.device import choose_precision
+from gpt.generation.quantisation import Matrix
+from gpt.model.attention import CausalSelfAttention
+from gpt.model.block import Block
+from gpt.model.cache import KVCache
+from gpt.model.gpt import GPT
+from gpt.model.mlp import MLP
+
+FEW: dict[Weights, int] = {"float32": 8, "bfloat16": 16, "int8": 32, "int4": 32}
+"""Tokens up to which the kernels are faster than matrix products."""
+
+
+class PackedLinear(nn.Module):
+    """A linear layer of a :class:`Matrix`: up to ``few`` rows go through the kernels, more through
+    a matrix product of the dtype ``wide``.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, matrix: Matrix, bias: Tensor | None, wide: torch.dtype, few: int) -> None:
+        super().__init__()
+        self.matrix, self.wide, self.few = matrix, wide, few
+        self.register_buffer("bias", None if bias is None else bias.detach().float())
+        self._raw: kernels.Matrix | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """``[N, K]``, as wide products have it."""
+        return self.matrix.dense(self.wide)
+
+    @property
+    def raw(self) -> kernels.Matrix:
+        """As the kernels see it."""
+        if self._raw is None:
+            matrix = self.matrix
+            tensors = (matrix.data, matrix.scales, matrix.lows, self.bias)
+            self._raw = kernels.Matrix(matrix.kind, matrix.width, *tensors)
+        return self._raw
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., K]`` to ``[..., N]``, of few rows in float32."""
+        if x.numel() <= self.few * self.matrix.width:
+            return kernels.linear(x.float(), self.raw)
+        bias = None if self.bias is None else self.bias.to(self.wide)
+        return F.linear(x.to(self.wide), self.weight, bias).to(x.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._raw = None  # it knows the old places
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+class PackedEmbedding(nn.Module):
+    """A table of tokens that is a :class:`Matrix`: few tokens become float32, many ``wide``."""
+
+    def __init__(self, matrix: Matrix, wide: torch.dtype, few: int) -> None:
+        super().__init__()
+        self.matrix, self.wide, self.few = matrix, wide, few
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """``[...]`` to ``[..., C]``."""
+        few = ids.numel() <= self.few
+        return self.matrix.rows(ids, torch.float32 if few else self.wide)
+
+
+class InferenceGPT(GPT):
+    """A :class:`GPT` made to run. One token of each of a few rows goes through all blocks in one
+    call of the kernels, where these know the blocks and the cache.
+    """
+
+    weights: Weights
+    """The format of its matrices."""
+    few: int
+    _layers: "ctypes.Array[kernels.Layer] | None"
+
+    def features(self, tokens: Tensor, *, cache: KVCache | None = None) -> Tensor:
+        """As :meth:`GPT.features`."""
+        if tokens.shape[1] != 1 or len(tokens) > self.few or type(cache) is not KVCache:
+            return super().features(tokens, cache=cache)
+        C = self.config.n_embd
+        positions = cache.positions(1)  # of all rows, or each one's
+        x = (self.embed(tokens).view(-1, C) + self.position(positions).view(-1, C)).contiguous()
+        memory = kernels.Cache(cache.keys, cache.values)
+        kernels.blocks(x, self._known_layers(), self._shape(), memory, cache.lengths)
+        cache.advance(1)
+        out: Tensor = self.norm(x[:, None])
+        return out
+
+    def parameter_count(self, *, embeddings: bool = True) -> int:
+        """Of the model that it was made of."""
+        with torch.device("meta"):
+            return GPT(self.config).parameter_count(embeddings=embeddings)
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """What it is made of by name, what is shared once."""
+        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Be made of ``tensors``, named as by :meth:`own_tensors`. ``UsageError`` if they do not
+        fit.
+        """
+        wants = {(name, old.shape, old.dtype) for name, old in self.own_tensors().items()}
+        has = {(name, new.shape, new.dtype) for name, new in tensors.items()}
+        if wants != has:
+            odd = ", ".join(sorted({name for name, *_ in wants ^ has})[:3])
+            raise UsageError(f"the packed weights do not fit their configuration: {odd}")
+        self.load_state_dict(tensors, strict=False, assign=True)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the kernels have the blocks' arithmetic."""
+        return self.config.head_dim % 16 == 0 and all(
+            (type(block), type(block.attn), type(block.mlp)) == (Block, CausalSelfAttention, MLP)
+            for block in self.blocks
+        )
+
+    def _known_layers(self) -> "ctypes.Array[kernels.Layer]":
+        if self._layers is None:
+            layers = (_layer(cast(Block, b), i) for i, b in enumerate(self.blocks))
+            self._layers = (kernels.Layer * len(self.blocks))(*layers)
+        return self._layers
+
+    def _shape(self) -> kernels.Shape:
+        config, known = self.config, kernels.ACTIVATIONS
+        heads = (config.n_layer, config.n_head, config.kv_heads, config.head_dim)
+        return kernels.Shape(*heads, known[config.activation])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._layers = None  # they know the old places
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+def prepare_for_inference(
+    model: GPT, weights: Weights = "auto", *, device: torch.device | None = None
+) -> InferenceGPT:
+    """A model with ``model``'s methods that is made to run, its matrices in the format ``weights``.
+
+    ``model`` stays as it is, and may be dropped; what needs no conversion is shared. ``auto`` is
+    bfloat16 where the processor multiplies it, else float32 (float16 on GPUs without it). The new
+    model cannot be trained. ``device`` is where it will run, ``model``'s unless given.
+    """
+    device = device or model.device
+    kind, fast = choose_weights(weights, device), choose_precision("auto", device)
+    here = device.type == "cpu"
+    few = FEW.get(kind, 0) if here and kernels.library() is not None else 0
+    wide = fast if kind in ("int8", "int4") else getattr(torch, kind)
+    if here and fast == torch.float32 and kind == "bfloat16":
+        wide = fast  # products of bfloat16 would be slow
+    new = _Packing(model, kind, wide, few).of(model)
+    new.__class__ = InferenceGPT
+    assert isinstance(new, InferenceGPT)
+    new._layers, new.weights = None, kind
+    new.few = few if new.is_known else 0
+    new.cache_dtype = torch.float32 if kind == "float32" else wide
+    return new.eval()
+
+
+def choose_weights(weights: Weights, device: torch.device) -> Weights:
+    """The format that ``auto`` means on ``device``, or the one that was named."""
+    if weights != "auto":
+        return weights
+    return cast(Weights, str(choose_precision("auto", device)).removeprefix("torch."))
+
+
+class _Packing:
+    """Modules to their packed kin; what they share stays shared."""
+
+    def __init__(self, model: GPT, kind: Weights, wide: torch.dtype, few: int) -> None:
+        self.kind, self.wide, self.few = kind, wide, few
+        self.rest = torch.float32 if few else wide  # norms and positions
+        self.tables = {id(model.embed.weight)}
+        self.matrices: dict[int, Matrix] = {}
+
+    def of(self, module: nn.Module) -> nn.Module:
+        """The module, made to run; the one that was given stays as it is."""
+        if isinstance(module, nn.Linear):
+            return PackedLinear(self.matrix(module.weight), module.bias, self.wide, self.few)
+        if isinstance(module, nn.Embedding) and id(module.weight) in self.tables:
+            return PackedEmbedding(self.matrix(module.weight), self.wide, self.few)
+        new = copy.copy(module)
+        new._parameters = {
+            name: p if p is None else nn.Parameter(p.detach().to(self.rest), requires_grad=False)
+            for name, p in module._parameters.items()
+        }
+        new._modules = {name: child and self.of(child) for name, child in module._modules.items()}
+        return new
+
+    def matrix(self, weight: Tensor) -> Matrix:
+        """The weight's matrix: one for a head and the embedding that it is tied to."""
+        if id(weight) not in self.matrices:
+            self.matrices[id(weight)] = Matrix(self.kind, weight.detach())
+        return self.matrices[id(weight)]
+
+
+def _layer(block: Block, index: int) -> kernels.Layer:
+    attn, mlp = block.attn, block.mlp
+    linears = [cast(PackedLinear, linear) for linear in (attn.qkv, attn.out, mlp.up, mlp.down)]
+    return kernels.Layer(
+        *(_norm(norm) for norm in (block.attn_norm, block.mlp_norm)),
+        *(linear.raw for linear in linears),
+        attn.scale / (index + 1) if attn.scale_by_layer else attn.scale,
+    )
+
+
+def _norm(norm: nn.LayerNorm) -> kernels.Norm:
+    bias = None if norm.bias is None else norm.bias.data_ptr()
+    return kernels.Norm(norm.weight.data_ptr(), bias, norm.eps)

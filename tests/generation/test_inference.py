@@ -1,0 +1,323 @@
+"""Models made to run: every format's arithmetic is that of its dense weights, and its rounding is
+bounded.
+"""
+
+import copy
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import gpt
+from gpt import kernels
+from gpt.config import GenerationConfig, ModelConfig, UsageError
+from gpt.data.tokenizer import ByteTokenizer
+from gpt.generation.decode import decode
+from gpt.generation.inference import FEW, InferenceGPT, PackedLinear, prepare_for_inference
+from gpt.generation.quantisation import Matrix
+from gpt.interop.packed import PACKED, load_packed, save_packed
+from tests.conftest import make_model
+
+KINDS = ["float32", "bfloat16", "int8", "int4"]
+NEEDS_A_COMPILER = pytest.mark.skipif(
+    kernels.library() is None, reason=f"no kernels: {kernels.problem()}"
+)
+CONFIG = ModelConfig(vocab_size=257, context_length=48, n_layer=2, n_head=2, n_embd=64)
+VARIANTS = {
+    "gpt2": {},
+    "grouped-query": {"n_head": 4, "n_kv_head": 2},
+    "one key head": {"n_head": 4, "n_kv_head": 1},
+    "no biases": {"bias": False},
+    "separate head": {"tie_embeddings": False},
+    "odd widths": {"n_embd": 96, "n_head": 3, "n_inner": 200},
+    "narrow heads": {"n_head": 8},  # which the kernels of whole blocks do not take
+    "scaled by layer": {"scale_attention_by_layer": True},
+    "unscaled": {"scale_attention": False},
+    **{name: {"activation": name} for name in ("gelu", "relu", "silu", "tanh")},
+}
+
+
+def model_of(**changes):
+    model = make_model(dataclasses.replace(CONFIG, **changes))
+    with torch.no_grad():
+        model.position.weight.mul_(3)
+    return model
+
+
+def dense_of(prepared, plain):
+    """The plain model with the numbers that the prepared one's matrices stand for."""
+    dense = copy.deepcopy(plain)
+    modules = dict(prepared.named_modules())
+    with torch.no_grad():
+        for name, module in dense.named_modules():
+            matrix = getattr(modules[name], "matrix", None)
+            if matrix is not None:
+                module.weight.copy_(matrix.dense(torch.float32))
+    return dense
+
+
+def some_tokens(rows, n, seed=0):
+    return torch.randint(257, (rows, n), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    "shape", [(5, 128), (7, 96), (3, 200), (40, 32), (2, 1), (1, 513)], ids=str
+)
+@pytest.mark.parametrize("kind", KINDS)
+@NEEDS_A_COMPILER
+def test_a_product_with_few_rows_is_that_of_the_dense_matrix(kind, shape):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(shape[1], shape[0])
+    packed = PackedLinear(Matrix(kind, linear.weight), linear.bias, torch.float32, few=20)
+    for rows in (1, 2, 3, 5, 8, 9, 20):
+        x = torch.randn(rows, shape[1])
+        exact = x @ packed.weight.T + linear.bias
+        # activations of 8 bits: half a step of their group's largest, at the most
+        within = 0.02 if kind in ("int8", "int4") else 1e-6
+        scale = x.norm(dim=1, keepdim=True) * packed.weight.norm(dim=1) + 1
+        assert ((packed(x) - exact).abs() / scale).max() < within
+        alone = torch.cat([packed(row[None]) for row in x])
+        assert torch.equal(packed(x), alone)  # a row's product does not depend on the others
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kernels_and_torch_read_a_matrix_alike(kind, monkeypatch):
+    matrix = Matrix(kind, torch.randn(9, 200))
+    ids = torch.tensor([[3, 8], [0, 3]])
+    for dtype in (torch.float32, torch.bfloat16):
+        with_kernels = matrix.dense(dtype), matrix.rows(ids, dtype)
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "library", lambda: None)
+            dense, rows = matrix.dense(dtype), matrix.rows(ids, dtype)
+        assert torch.allclose(with_kernels[0].float(), dense.float(), rtol=1e-2, atol=1e-6)
+        assert torch.equal(rows, dense[ids])
+        assert torch.equal(with_kernels[1], with_kernels[0][ids])
+
+
+@pytest.mark.parametrize(("kind", "error"), [("bfloat16", 0.002), ("int8", 0.01), ("int4", 0.08)])
+def test_rounding_is_no_worse_than_its_bits(kind, error):
+    weight = torch.randn(64, 768, generator=torch.Generator().manual_seed(0))
+    weight[5] *= 100  # a channel's scale is its own
+    dense = Matrix(kind, weight).dense(torch.float32)
+    for row in (0, 5):
+        assert (dense[row] - weight[row]).norm() < error * weight[row].norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_has_few_values_is_kept(kind):
+    for row in ([0.0] * 64, [1.5] * 64, [0.0, 1.0] * 32, [-2.0] * 32 + [0.0] * 32):
+        weight = torch.tensor([row])
+        assert torch.allclose(Matrix(kind, weight).dense(torch.float32), weight, atol=1e-2)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_decoding_gives_the_dense_models_logits(kind, variant):
+    plain = model_of(**VARIANTS[variant])
+    prepared = prepare_for_inference(plain, kind)
+    dense = dense_of(prepared, plain)
+    tokens = some_tokens(3, 40)
+    expected = dense(tokens)
+    within = {"float32": 1e-5, "bfloat16": 0.02}.get(kind, 0.05) * expected.norm()
+    assert (prepared(tokens).float() - expected).norm() < within
+    cache = prepared.new_cache(3)
+    chunks = [prepared(tokens[:, :17], cache=cache)]
+    chunks += [prepared(tokens[:, i : i + 1], cache=cache) for i in range(17, 40)]
+    cached = torch.cat([chunk.float() for chunk in chunks], dim=1)
+    assert (cached - expected).norm() < within
+    if kind == "float32":
+        assert (cached - expected).abs().max() < 1e-5 * expected.abs().max().clamp_min(1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variant", ["gpt2", "grouped-query", "narrow heads"])
+@torch.inference_mode()
+def test_rows_of_unequal_lengths_are_each_row_alone(kind, variant):
+    prepared = prepare_for_inference(model_of(**VARIANTS[variant]), kind)
+    lengths = [3, 30, 1, 12]
+    tokens = some_tokens(4, 31)
+    together = prepared.new_cache(4)
+    prepared(tokens[:, :30], cache=together)
+    together.truncate(lengths)
+    last = prepared(torch.stack([row[n : n + 1] for row, n in zip(tokens, lengths, strict=True)]),
+                    cache=together)  # fmt: skip
+    for i, n in enumerate(lengths):
+        alone = prepared.new_cache()
+        prepared(tokens[i : i + 1, :n], cache=alone)
+        expected = prepared(tokens[i : i + 1, n : n + 1], cache=alone)
+        scale = expected.abs().max()
+        assert (last[i] - expected[0]).abs().max() < (2e-5 if kind == "float32" else 0.1) * scale
+    assert together.lengths == [n + 1 for n in lengths]
+
+
+@NEEDS_A_COMPILER
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+def test_few_and_many_rows_give_the_same_tokens(kind):
+    prepared = prepare_for_inference(model_of(), kind)
+    config = GenerationConfig(temperature=0, max_new_tokens=12)
+    prompts = some_tokens(FEW[kind] + 3, 9).tolist()
+    together = {t.sequence: [] for t in []}
+    for token in decode(prepared, prompts, config, batch_size=len(prompts)):
+        together.setdefault(token.sequence, []).append(token.id)
+    same = 0
+    for i, prompt in enumerate(prompts):
+        same += together[i] == [t.id for t in decode(prepared, [prompt], config)]
+    assert same == len(prompts) if kind == "float32" else same > 0.7 * len(prompts)
+
+
+@NEEDS_A_COMPILER
+def test_a_number_that_is_none_is_passed_on():
+    for kind in KINDS:
+        for bad in (torch.nan, torch.inf):
+            linear = PackedLinear(Matrix(kind, torch.randn(3, 64)), None, torch.float32, few=8)
+            x = torch.zeros(1, 64)
+            x[0, 40] = bad
+            assert not linear(x).isfinite().any()
+
+
+def test_without_a_compiler_the_texts_are_nearly_the_same(monkeypatch):
+    plain = model_of()
+    tokens = some_tokens(2, 20)
+    for kind in KINDS:
+        with_kernels = prepare_for_inference(plain, kind)
+        with monkeypatch.context() as patch, torch.inference_mode():
+            expected = with_kernels(tokens).float()
+            patch.setattr(kernels, "library", lambda: None)
+            without = prepare_for_inference(plain, kind)
+            assert without.few == 0
+            cache = without.new_cache(2)
+            without(tokens[:, :-1], cache=cache)
+            last = without(tokens[:, -1:], cache=cache).float()
+        difference = (last[:, 0] - expected[:, -1]).norm() / expected[:, -1].norm()
+        assert difference < (1e-5 if kind == "float32" else 0.05)
+
+
+def test_a_missing_or_broken_compiler_is_said(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "no C++ compiler" in kernels.problem()
+    monkeypatch.setenv("CXX", "false")
+    assert "false cannot compile kernels.cpp" in kernels.problem()
+    assert not list((tmp_path / "gpt").iterdir())
+
+
+@NEEDS_A_COMPILER
+def test_the_kernels_are_compiled_once_and_then_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert kernels.problem() is None
+    [kept] = (tmp_path / "gpt").iterdir()
+    before = kept.stat().st_mtime_ns
+    assert kernels.problem() is None
+    assert [path.stat().st_mtime_ns for path in (tmp_path / "gpt").iterdir()] == [before]
+
+
+def test_the_model_that_was_given_stays_as_it_is():
+    plain = model_of()
+    before = copy.deepcopy(plain.state_dict())
+    prepared = prepare_for_inference(plain, "int4")
+    assert isinstance(prepared, InferenceGPT)
+    assert type(plain) is gpt.GPT
+    assert all(torch.equal(before[name], p) for name, p in plain.state_dict().items())
+    assert all(p.requires_grad for p in plain.parameters())
+    assert prepared.parameter_count() == plain.parameter_count()
+    assert prepared.embed.matrix is prepared.head.matrix
+
+
+def test_the_bytes_are_those_of_the_format():
+    plain = model_of(vocab_size=1000, n_embd=256, n_head=4)
+    matrices = plain.parameter_count() - plain.position.weight.numel()
+    size = {}
+    for kind in KINDS:
+        prepared = prepare_for_inference(plain, kind)
+        matrix = [m for m in prepared.modules() if isinstance(m, Matrix)]
+        size[kind] = sum(b.nbytes for m in set(matrix) for b in m.buffers()) / matrices
+    assert size["float32"] == pytest.approx(4, rel=0.02)
+    assert size["bfloat16"] == pytest.approx(2, rel=0.02)
+    assert size["int8"] == pytest.approx(1, rel=0.03)
+    assert size["int4"] == pytest.approx(0.625, rel=0.02)
+
+
+@NEEDS_A_COMPILER
+def test_a_model_that_was_moved_is_read_at_its_new_place():
+    prepared = prepare_for_inference(model_of(), "int8")
+    tokens = some_tokens(1, 5)
+
+    def decoded():
+        cache = prepared.new_cache()
+        with torch.inference_mode():
+            prepared(tokens[:, :4], cache=cache)
+            return prepared(tokens[:, 4:], cache=cache)
+
+    before = decoded()
+    old = prepared.blocks[0].mlp.up.matrix.data
+    prepared._apply(lambda tensor: tensor.clone())
+    old.zero_()
+    assert torch.equal(decoded(), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_weights_are_loaded_as_they_were_saved(kind, tmp_path):
+    for tie in (True, False):
+        prepared = prepare_for_inference(model_of(tie_embeddings=tie), kind)
+        folder = tmp_path / f"packed-{tie}"
+        save_packed(prepared, ByteTokenizer(), folder)
+        loaded, tokenizer = gpt.load(folder)
+        assert (loaded.weights, loaded.few, tokenizer.kind) == (kind, prepared.few, "byte")
+        for prompt in ("a", "some text"):
+            options = {"max_new_tokens": 12, "temperature": 0}
+            [got] = gpt.generate((loaded, tokenizer), prompt, **options)
+            assert [got] == gpt.generate((prepared, tokenizer), prompt, **options)
+
+
+def test_packed_weights_that_are_damaged_or_meant_for_something_else_are_refused(tmp_path):
+    folder = tmp_path / "packed"
+    save_packed(prepare_for_inference(model_of(), "int8"), ByteTokenizer(), folder)
+    with pytest.raises(UsageError, match="is there already"):
+        save_packed(prepare_for_inference(model_of(), "int8"), ByteTokenizer(), folder)
+    with pytest.raises(UsageError, match="has its weights in int8, and weights is 'int4'"):
+        gpt.load(folder, weights="int4")
+    assert gpt.load(folder, weights="auto").model.weights == "int8"
+    with pytest.raises(UsageError, match="packed weights, which can only run"):
+        gpt.load(folder, trainable=True)
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-9] + b"x" + weights[-8:])
+    with pytest.raises(UsageError, match=r"model.safetensors is damaged"):
+        load_packed(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UsageError, match=r"model.safetensors cannot be read"):
+        load_packed(folder)
+    (folder / PACKED).write_text("{}")
+    with pytest.raises(UsageError, match=r"packed.json is broken"):
+        load_packed(folder)
+
+
+def test_load_takes_the_format_of_the_weights(tmp_path):
+    from tests.test_cli import RUN
+
+    for kind in KINDS:
+        model = gpt.load(RUN, weights=kind).model
+        assert model.weights == model.head.matrix.kind == kind
+    assert gpt.load(RUN, weights="auto").model.weights in ("float32", "bfloat16")
+
+
+def test_the_environment_of_the_threads_does_not_change_a_text(tmp_path):
+    program = (
+        "import sys, torch, gpt; torch.set_num_threads(int(sys.argv[1]));"
+        "from tests.generation.test_inference import model_of, some_tokens;"
+        "from gpt.generation.decode import decode; from gpt.config import GenerationConfig;"
+        "m = gpt.prepare_for_inference(model_of(n_embd=256, n_head=4), 'int8');"
+        "c = GenerationConfig(temperature=0, max_new_tokens=30);"
+        "print([t.id for t in decode(m, some_tokens(1, 5).tolist(), c)])"
+    )
+    texts = [
+        subprocess.run(
+            [sys.executable, "-c", program, threads],
+            capture_output=True, text=True, check=True, env={**os.environ},
+        ).stdout
+        for threads in ("1", "2")
+    ]  # fmt: skip
+    assert texts[0] == texts[1]
