@@ -20,6 +20,14 @@ def describe() -> str:
     )
 
 
+def bandwidth() -> float:
+    """Bytes/s at which large memory is summed, the best of some tries."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    memory = torch.ones(1 << 28, dtype=torch.uint8, device=device).view(torch.int64)
+    best = min(seconds(lambda: memory.sum()) for _ in range(10))
+    return memory.nbytes / best
+
+
 def seconds(function: Callable[[], object]) -> float:
     """How long one call takes."""
     start = time.perf_counter()

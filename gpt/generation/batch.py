@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from gpt.config import GenerationConfig, UsageError
 from gpt.data.jsonl import read_jsonl
 from gpt.data.tokenizer import Tokenizer
-from gpt.generation.decode import check_prompt
+from gpt.generation.checks import check_prompt
 from gpt.generation.text import Completion, Continuer, encode_prompt, run
 from gpt.model.gpt import GPT
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from gpt.config import GenerationConfig, UsageError
-from gpt.generation.decode import Reason, Token, check_prompt, check_settings, evaluation_mode
+from gpt.generation.checks import check_prompt, check_settings
+from gpt.generation.decode import Reason, Token, evaluation_mode
 from gpt.generation.sampling import Details, History, describe, finite, penalise
 from gpt.model.gpt import GPT
 

@@ -18,18 +18,28 @@ When the context of a sequence is full, one of two policies holds:
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gpt.config import GenerationConfig, UsageError
-from gpt.generation.sampling import History, choose, describe, new_draws, penalise
-from gpt.model.cache import KVCache
+from gpt.generation.ahead import MOST, Steps
+from gpt.generation.checks import check_prompt, check_settings
+from gpt.generation.sampling import (
+    NO_NUMBERS,
+    History,
+    choose,
+    describe,
+    finite,
+    new_draws,
+    penalise,
+)
+from gpt.model.cache import KVCache, StaticCache
 from gpt.model.gpt import GPT
 
 Reason = Literal["end_of_text", "length", "context", "stop"]
@@ -80,9 +90,12 @@ class Decoder:
         batch_size: int = 32,
         vocab_size: int | None = None,
         end_of_text: int | None = None,
+        ahead: int | None = None,
     ) -> None:
         """``vocab_size`` is the tokenizer's: a model may have rows that no token has. Sequences end
-        at ``end_of_text``, if it is given.
+        at ``end_of_text``, if it is given. Up to ``ahead`` tokens of a sequence come from one step,
+        where nothing needs the host between them: by default 1, and on a GPU some, which it makes
+        without waiting for the host.
         """
         self.model, self.config, self.batch_size = model, config, batch_size
         self.vocab_size = vocab_size or model.config.vocab_size
@@ -96,6 +109,11 @@ class Decoder:
         self._history: History | None = None
         if config.has_penalties:
             self._history = History(self.vocab_size, self.model.device)
+        on_gpu = model.device.type == "cuda"
+        self._ahead = min(MOST, ahead or (MOST if on_gpu else 1))
+        if config.has_penalties or config.logprobs is not None:
+            self._ahead = 1  # what was chosen changes what is wanted next, or more of it is wanted
+        self._steps: dict[int, Steps] = {}  # by rows
         self._prefix: list[int] = []
         self._prefix_cache: KVCache | None = None
         self._count = 0
@@ -129,10 +147,12 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self) -> list[Token]:
-        """The next token of each sequence that is running. The model is in evaluation mode
-        meanwhile.
+        """The next token of each sequence that is running, or the next ones, the earlier ones
+        first. The model is in evaluation mode meanwhile.
         """
         with evaluation_mode(self.model):
+            if (n := self._room_ahead()) > 1:
+                return self._go_ahead(n)
             features = self._read()
             return self._write(self.model.head(features)) if self._rows else []
 
@@ -142,12 +162,10 @@ class Decoder:
         running = [i for i, row in enumerate(self._rows) if row.ended is None]
         order = _compacted([i for i in running if len(self._rows[i].tokens) <= context])
         full = [i for i in running if len(self._rows[i].tokens) > context]
-        if self._cache is not None:
-            self._cache.reorder(order)
+        sliding = [self._rows[i] for i in full]
         if self._history is not None:
             self._history.keep(order + full)
-        sliding = [self._rows[i] for i in full]
-        self._rows = [self._rows[i] for i in order]
+        self._keep(order)
         features = []
         if self._rows:
             last = torch.tensor([row.tokens[-1:] for row in self._rows], device=self.model.device)
@@ -162,6 +180,44 @@ class Decoder:
         if arriving:
             features.append(self._prefill(arriving))
         return torch.cat(features) if features else torch.empty(0)
+
+    def _keep(self, order: list[int]) -> None:
+        """Row ``i`` becomes what row ``order[i]`` was."""
+        if self._cache is not None:
+            self._cache.reorder(order)
+        self._rows = [self._rows[i] for i in order]
+
+    def _room_ahead(self) -> int:
+        """Steps for which no row needs the host: none ends for its length, slides, or makes
+        room.
+        """
+        running = [row for row in self._rows if row.ended is None]
+        if self._ahead == 1 or not running:
+            return 0
+        if self._waiting and len(running) < self.batch_size:
+            return 0
+        if any(row.written < self.config.min_new_tokens for row in running):
+            return 0
+        context, most = self.model.config.context_length, self.config.max_new_tokens
+        room = (min(most - r.written, context + 1 - len(r.tokens)) for r in running)
+        return min(self._ahead, *room)
+
+    def _go_ahead(self, n: int) -> list[Token]:
+        """The next ``n`` tokens of each row that does not end before."""
+        self._keep(_compacted([i for i, row in enumerate(self._rows) if row.ended is None]))
+        rows = list(self._rows)
+        if len(rows) not in self._steps:
+            assert isinstance(self._cache, StaticCache)
+            self._steps[len(rows)] = Steps(
+                self.model, self._cache, self.config, vocab_size=self.vocab_size
+            )
+        drawn = bool(self.config.temperature)
+        numbers = [[row.draws.random() if drawn else 0.0 for row in rows] for _ in range(n)]
+        chosen = self._steps[len(rows)].take([row.tokens[-1] for row in rows], numbers)
+        if chosen is None:
+            raise UsageError(NO_NUMBERS)
+        pairs = (pair for step in chosen for pair in zip(rows, step, strict=True))
+        return [self._written(row, token) for row, token in pairs if row.ended is None]
 
     def _prefill(self, arriving: list[_Row]) -> Tensor:
         """Read whole prompts, each different one once, and put them into the cache."""
@@ -215,8 +271,10 @@ class Decoder:
         length = self._longest([*arriving, *self._waiting])
         if old is not None:
             rows, length = max(rows, old.max_batch_size), max(length, old.capacity)
-        self._cache = self.model.new_cache(rows, capacity=length)
+        kind = StaticCache if self._ahead > 1 else KVCache
+        self._cache = self.model.new_cache(rows, capacity=length, kind=kind)
         self._cache.reorder([])
+        self._steps.clear()  # they are of the old one
         if old is not None:
             self._cache.add(old)
 
@@ -234,34 +292,35 @@ class Decoder:
             logits, config, self._history, early=early, end_of_text=self.end_of_text
         )
         numbers = [row.draws.random() for row in rows] if config.temperature else []
-        chosen = choose(processed, config, numbers)
+        chosen = choose(finite(processed), config, numbers)
         if self._history is not None:
             self._history.append(chosen)
         details = describe(every, chosen, config.logprobs, self.vocab_size)
-        tokens = []
-        for row, token, detail in zip(rows, chosen.tolist(), details, strict=True):
-            row.tokens.append(token)
-            row.written += 1
-            if token == self.end_of_text:
-                row.ended = "end_of_text"
-            elif row.written == config.max_new_tokens:
-                row.ended = "length"
-            elif (
-                config.past_context == "stop" and len(row.tokens) > self.model.config.context_length
-            ):
-                row.ended = "context"
-            tokens.append(Token(row.sequence, token, row.ended, *detail))
-        return tokens
+        tokens = zip(rows, chosen.tolist(), details, strict=True)
+        return [self._written(row, token, *detail) for row, token, detail in tokens]
+
+    def _written(self, row: _Row, token: int, *details: Any) -> Token:
+        """The row's next token, counted."""
+        row.tokens.append(token)
+        row.written += 1
+        full = len(row.tokens) > self.model.config.context_length
+        if token == self.end_of_text:
+            row.ended = "end_of_text"
+        elif row.written == self.config.max_new_tokens:
+            row.ended = "length"
+        elif full and self.config.past_context == "stop":
+            row.ended = "context"
+        return Token(row.sequence, token, row.ended, *details)
 
 
 def decode(
-    model: GPT, prompts: Sequence[Sequence[int]], config: GenerationConfig, **options: int
+    model: GPT, prompts: Sequence[Sequence[int]], config: GenerationConfig, **options: int | None
 ) -> Iterator[Token]:
     """The new tokens of every prompt, ``config.num_samples`` sequences each, as they are made.
 
     Sequence ``i`` continues prompt ``i // num_samples``; ``options`` are :class:`Decoder`'s.
     """
-    decoder = Decoder(model, config, **options)
+    decoder = Decoder(model, config, **options)  # type: ignore[arg-type]
     for prompt in prompts:
         for sample in range(config.num_samples):
             decoder.add(prompt, sample=sample)
@@ -280,42 +339,6 @@ def evaluation_mode(model: GPT) -> Iterator[None]:
     finally:
         if training:
             model.train()
-
-
-def check_settings(model: GPT, config: GenerationConfig, vocab_size: int) -> None:
-    """``UsageError`` for a bias or a ban of what is no token, and for more tokens than the model
-    has.
-    """
-    if vocab_size > model.config.vocab_size:
-        raise UsageError(
-            f"the tokenizer has {vocab_size:,} tokens, and the model {model.config.vocab_size:,}"
-        )
-    check_ids("bias", config.bias, vocab_size)
-    check_ids("ban", config.ban, vocab_size)
-
-
-def check_prompt(
-    model: GPT, prompt: Sequence[int], config: GenerationConfig, vocab_size: int
-) -> None:
-    """``UsageError`` for a prompt that cannot be continued."""
-    context = model.config.context_length
-    if not len(prompt):
-        raise UsageError("the prompt has no tokens, and there must be one to continue")
-    if config.past_context == "stop" and len(prompt) > context:
-        raise UsageError(
-            f"the prompt has {len(prompt):,} tokens, and the model's context_length is "
-            f"{context:,}; shorten it, or let past_context be 'slide'"
-        )
-    check_ids("the prompt", prompt, vocab_size)
-
-
-def check_ids(what: str, ids: Iterable[int], vocab_size: int) -> None:
-    """``UsageError`` for an id that no token has."""
-    for i in ids:
-        if not 0 <= i < vocab_size:
-            raise UsageError(
-                f"{what} has the token id {i}, and the vocabulary ends at {vocab_size - 1}"
-            )
 
 
 def common(one: list[int], two: list[int]) -> list[int]:

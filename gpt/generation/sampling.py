@@ -14,6 +14,10 @@ from torch import Tensor
 
 from gpt.config import SamplingConfig, UsageError
 
+NO_NUMBERS = (
+    "the model's logits are not numbers: its weights are damaged or too large for this precision "
+    "(float32 has the widest range), or every token is banned"
+)
 Details = tuple[float | None, tuple[tuple[int, float], ...]]
 """A token's log-probability, and the likeliest ids with theirs."""
 
@@ -100,24 +104,23 @@ def next_token_probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:
     return keep_min_p(kept, config.min_p).softmax(dim=-1)
 
 
-def draw(probabilities: Tensor, numbers: Sequence[float]) -> Tensor:
+def draw(probabilities: Tensor, numbers: Sequence[float] | Tensor) -> Tensor:
     """One token a row, ``[B, V]`` to ``[B]``: the first whose cumulated probability is above the
     row's number, from 0 to 1.
     """
     exact = torch.float32 if probabilities.device.type == "mps" else torch.float64
     cumulated = probabilities.to(exact).cumsum(dim=-1)
-    wanted = torch.tensor(numbers, dtype=exact, device=probabilities.device)[:, None]
+    wanted = torch.as_tensor(numbers, dtype=exact, device=probabilities.device)[:, None]
     # Below the sum, which may not be 1 to the last bit.
     return (
         (cumulated <= wanted * cumulated[:, -1:]).sum(dim=-1).clamp_max_(len(probabilities[0]) - 1)
     )
 
 
-def choose(logits: Tensor, config: SamplingConfig, numbers: Sequence[float]) -> Tensor:
+def choose(logits: Tensor, config: SamplingConfig, numbers: Sequence[float] | Tensor) -> Tensor:
     """One token a row, ``[B, V]`` to ``[B]``: the likeliest at temperature 0, else drawn with the
-    row's number. ``UsageError`` if no token can be told from the logits.
+    row's number. The logits are :func:`finite`.
     """
-    logits = finite(logits)
     if config.temperature == 0:
         return logits.argmax(dim=-1)
     return draw(next_token_probabilities(logits, config), numbers)
@@ -126,10 +129,7 @@ def choose(logits: Tensor, config: SamplingConfig, numbers: Sequence[float]) -> 
 def finite(logits: Tensor) -> Tensor:
     """``logits`` as they are; ``UsageError`` if in one row no token can be told from them."""
     if not logits.amax(dim=-1).isfinite().all():
-        raise UsageError(
-            "the model's logits are not numbers: its weights are damaged or too large for this "
-            "precision (float32 has the widest range), or every token is banned"
-        )
+        raise UsageError(NO_NUMBERS)
     return logits
 
 
@@ -187,8 +187,7 @@ def penalise(
 
     Without a ``history`` there are no penalties; ``early`` are the rows that may not end yet.
     """
-    bias = config.bias | dict.fromkeys(config.ban, -math.inf)
-    if bias:
+    if bias := config.bias | dict.fromkeys(config.ban, -math.inf):
         logits = add_bias(logits, bias)
     if history is not None:
         logits = penalise_repetition(logits, history.seen, config.repetition_penalty)

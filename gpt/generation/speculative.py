@@ -15,14 +15,8 @@ import torch
 from torch import Tensor
 
 from gpt.config import GenerationConfig, SamplingConfig, UsageError
-from gpt.generation.decode import (
-    Reason,
-    Token,
-    check_prompt,
-    check_settings,
-    common,
-    evaluation_mode,
-)
+from gpt.generation.checks import check_prompt, check_settings
+from gpt.generation.decode import Reason, Token, common, evaluation_mode
 from gpt.generation.sampling import (
     History,
     describe,

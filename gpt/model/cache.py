@@ -219,6 +219,7 @@ class StaticCache(KVCache):
     """
 
     _lengths: Tensor
+    _memory: Tensor
 
     @property
     def lengths(self) -> list[int]:
@@ -228,11 +229,12 @@ class StaticCache(KVCache):
 
     @lengths.setter
     def lengths(self, new: Sequence[int]) -> None:
-        lengths = torch.tensor(new, dtype=torch.int64, device=self.keys.device)
-        if hasattr(self, "_lengths") and self._lengths.shape == lengths.shape:
-            self._lengths.copy_(lengths)  # a captured graph reads this memory
-        else:
-            self._lengths = lengths
+        if not hasattr(self, "_memory"):
+            self._memory = torch.zeros(
+                self.max_batch_size, dtype=torch.int64, device=self.keys.device
+            )
+        self._lengths = self._memory[: len(new)]  # a captured graph reads this memory
+        self._lengths.copy_(torch.tensor(new, dtype=torch.int64))
 
     def positions(self, n: int) -> Tensor:
         """The positions of each row's next ``n`` tokens, ``[B, n]``. On a CPU, ``ValueError`` if

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from gpt.config import GenerationConfig, ModelConfig, UsageError
+from gpt.generation.ahead import Steps
 from gpt.generation.decode import Decoder, decode
 from tests.conftest import make_model
 from tests.model.test_gpt import with_hugging_face_weights
@@ -95,6 +96,56 @@ def test_beginnings_of_any_lengths_are_shared_without_a_difference(seed, batch_s
     prompts = [base[: draw.randint(1, 50)] + draw.choices(range(61), k=n) for n in [0, 1, 2, 0, 9]]
     together = continued(model, prompts, greedy(4), batch_size=batch_size)
     assert together == [continued(model, [prompt], greedy(4))[0] for prompt in prompts]
+
+
+@pytest.mark.parametrize("policy", ["stop", "slide"])
+@pytest.mark.parametrize("ahead", [2, 5, 16])
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 1.3, "top_p": 0.9, "seed": 3},
+        {"bias": {4: 2.0}, "ban": (7, 9), "min_new_tokens": 4},
+        {"repetition_penalty": 1.5},
+    ],
+    ids=["greedy", "drawn", "biased", "penalised"],
+)
+def test_steps_taken_ahead_give_the_same_tokens(settings, batch_size, ahead, policy, tiny_model):
+    config = GenerationConfig(
+        **{"temperature": 0, "max_new_tokens": 23, "past_context": policy} | settings
+    )
+    prompts = [prompt_of(n) for n in (3, 9, 16, 5, 1)]
+    plain = list(decode(tiny_model, prompts, config, batch_size=batch_size, end_of_text=11))
+    got = list(
+        decode(tiny_model, prompts, config, batch_size=batch_size, end_of_text=11, ahead=ahead)
+    )
+    for number in range(len(prompts)):
+        assert [t for t in got if t.sequence == number] == [
+            t for t in plain if t.sequence == number
+        ]
+
+
+def test_steps_ahead_do_not_wait_for_each_token(tiny_model, monkeypatch):
+    taken = []
+    take = Steps.take
+    monkeypatch.setattr(
+        Steps, "take", lambda self, tokens, n: taken.append(len(n)) or take(self, tokens, n)
+    )
+    config = GenerationConfig(temperature=0, max_new_tokens=12, past_context="stop")
+    got = list(decode(tiny_model, [prompt_of(3)], config, ahead=4))
+    assert len(got) == 12
+    assert taken == [4, 4, 3]  # the first token is the prompt's
+
+
+def test_steps_ahead_of_a_model_that_gives_no_numbers_are_refused(tiny_model):
+    decoder = Decoder(tiny_model, greedy(20), ahead=4)
+    decoder.add([1, 2])
+    decoder.step()
+    with torch.no_grad():
+        tiny_model.head.weight.fill_(torch.nan)
+    with pytest.raises(UsageError, match="logits are not numbers"):
+        decoder.step()
 
 
 def test_greedy_decoding_is_hugging_faces():

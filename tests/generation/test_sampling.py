@@ -18,6 +18,7 @@ from gpt.generation.sampling import (
     add_bias,
     choose,
     draw,
+    finite,
     keep_min_p,
     keep_top_k,
     keep_top_p,
@@ -181,7 +182,7 @@ def test_draws_follow_the_probabilities():
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_no_numbers_are_refused(logits, temperature):
     with pytest.raises(UsageError, match="logits are not numbers"):
-        choose(torch.tensor([logits]), SamplingConfig(temperature=temperature), [0.5])
+        choose(finite(torch.tensor([logits])), SamplingConfig(temperature=temperature), [0.5])
 
 
 def test_bfloat16_logits_are_filtered_in_float32():
