@@ -11,12 +11,14 @@ import gpt
 from gpt.config import (
     DataConfig,
     EvaluationConfig,
+    GenerationConfig,
     LogConfig,
     ModelConfig,
     OptimizerConfig,
     TrainConfig,
     TrainingConfig,
 )
+from gpt.generation.decode import decode
 from gpt.training.loop import train
 from tests.conftest import make_model
 
@@ -63,6 +65,23 @@ def test_training_learns_on_a_gpu_and_resumes(precision, compile_mode, text_file
     longer = dataclasses.replace(config.training, max_steps=50)
     config = dataclasses.replace(config, resume=True, training=longer)
     assert train(config, console=console).step == 50
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_captured_steps_give_the_tokens_of_plain_ones(weights, temperature):
+    model = gpt.prepare_for_inference(make_model(CONFIG).cuda(), weights)
+    config = GenerationConfig(
+        temperature=temperature, seed=1, max_new_tokens=40, past_context="stop", bias={3: 1.0}
+    )
+    prompts = [torch.randint(61, (n,)).tolist() for n in (3, 20, 9)]
+    plain = list(decode(model, prompts, config, ahead=1))
+    ahead = list(decode(model, prompts, config, ahead=16))
+    for number in range(3):
+        expected = [token for token in plain if token.sequence == number]
+        got = [token for token in ahead if token.sequence == number]
+        same = sum(a == b for a, b in zip(expected, got, strict=False))
+        assert same == len(expected) if weights == "float32" else same > 5
 
 
 def test_a_seed_gives_the_same_text_on_a_gpu(tmp_path):
