@@ -126,6 +126,8 @@ def make_files(folder: Path, peers: list[str], source: Path | None) -> None:
         parameters = llama_cpp.llama_model_quantize_default_params()
         parameters.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0
         names = [f"{folder}/{kind}.gguf".encode() for kind in ("f32", "q4_0")]
+        quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
+        llama_cpp.llama_log_set(quiet, None)
         llama_cpp.llama_model_quantize(*names, parameters)
 
 
@@ -228,7 +230,9 @@ def main() -> None:
             for peer in peers:
                 has = peer in rate
                 row += [
-                    f"{rate[peer]:.1f} ({who[peer]})" if has else "",
+                    f"{rate[peer]:.1f}" + (f" ({who[peer]})" if who.get(peer, kind) != kind else "")
+                    if has
+                    else "",
                     f"{rate['ours'] / rate[peer]:.2f} x" if has else "",
                 ]
             table.add_row(*row)

@@ -53,7 +53,7 @@ constexpr long GROUP = 32;  // activations, and weights of int4, with one scale
 constexpr long CHUNK = 128; // weights of int8 and int4 that are read together
 constexpr long SMALL = 1 << 15;         // numbers of a matrix that one thread reads alone
 constexpr long BLOCK = 64;              // rows of a matrix that meet all activations in turn
-constexpr int AT_ONCE = 8;              // rows of activations that meet a row of the matrix at once
+constexpr int AT_ONCE = 4;              // rows of activations that meet a row of the matrix at once
 
 using Floats = float __attribute__((vector_size(64)));
 using Ints = int32_t __attribute__((vector_size(64)));
@@ -207,21 +207,26 @@ struct Activations {
   }
 };
 
-// M rows x [M, K] times one row of float32 or bfloat16.
-template <int M, class Weight>
-inline void products(const Weight* row, const float* x, long K, float* y) {
-  Floats even[M] = {}, odd[M] = {};
-  long k = 0;
-  for (; k + 2 * LANES <= K; k += 2 * LANES) {
-    Floats a = floats(row + k), b = floats(row + k + LANES);
+// M rows x [M, K] times R rows of float32 or bfloat16: y [R, M]. A sum has one order whatever M is.
+template <int R, int M, class Weight>
+inline void products(const Weight* rows, const float* x, long K, float* y) {
+  Floats even[R][M] = {}, odd[R][M] = {};
+  auto step = [=](long k, Floats (&sums)[R][M]) {
+    Floats w[R];
+    for (int r = 0; r < R; r++) w[r] = floats(rows + r * K + k);
     for (int m = 0; m < M; m++) {
-      even[m] += a * floats(x + m * K + k);
-      odd[m] += b * floats(x + m * K + k + LANES);
+      Floats v = floats(x + m * K + k);
+      for (int r = 0; r < R; r++) sums[r][m] += w[r] * v;
     }
-  }
-  for (int m = 0; m < M; m++) y[m] = sum(even[m] + odd[m]);
-  for (; k < K; k++)
-    for (int m = 0; m < M; m++) y[m] = std::fma(number(row[k]), x[m * K + k], y[m]);
+  };
+  long k = 0;
+  for (; k + 2 * LANES <= K; k += 2 * LANES) step(k, even), step(k + LANES, odd);
+  for (int r = 0; r < R; r++)
+    for (int m = 0; m < M; m++) {
+      float rest = 0;
+      for (long i = k; i < K; i++) rest = std::fma(number(rows[r * K + i]), x[m * K + i], rest);
+      y[r * M + m] = sum(even[r][m] + odd[r][m]) + rest;
+    }
 }
 
 // Bytes w stand for (w - 128) * scale.
@@ -273,54 +278,64 @@ struct Product {
   float* y;
   bool add;
 
-  // Rows begin .. end - 1 of the matrix times rows first .. first + M - 1 of the activations.
-  template <int M, class Row>
-  void sweep(long begin, long end, long first, Row row) const {
-    for (long n = begin; n < end; n++) {
-      float out[M], bias = matrix.bias ? matrix.bias[n] : 0;
-      row(n, out);
+  // Rows n .. n + R - 1 of the matrix times rows first .. first + M - 1 of x: `row` gives [R, M].
+  template <int R, int M, class Rows>
+  void put(long n, long first, Rows rows) const {
+    float out[R * M];
+    rows(n, out);
+    for (int r = 0; r < R; r++)
       for (int m = 0; m < M; m++) {
-        float& place = y[(first + m) * matrix.N + n];
-        place = (add ? place : 0) + out[m] + bias;
+        float& place = y[(first + m) * matrix.N + n + r];
+        place = (add ? place : 0) + out[r * M + m] + (matrix.bias ? matrix.bias[n + r] : 0);
       }
-    }
   }
 };
+
+// Rows of floating point: R of them meet the same activations while these are in registers.
+template <int M, class Weight>
+void sweep_floats(const Product& product, const Weight* weights, long begin, long end, long first,
+                  const float* x) {
+  constexpr int R = M == 1 ? 1 : 3;  // one token waits for the memory, in its order
+  long K = product.matrix.K, n = begin;
+  for (; n + R <= end; n += R)
+    product.put<R, M>(n, first, [=](long n, float* out) {
+      products<R, M>(weights + n * K, x + first * K, K, out);
+    });
+  for (; n < end; n++)
+    product.put<1, M>(n, first, [=](long n, float* out) {
+      products<1, M>(weights + n * K, x + first * K, K, out);
+    });
+}
 
 template <int M>
 void sweep(const Product& product, long begin, long end, long first, const float* x,
            const Activations& q) {
   const Matrix& matrix = product.matrix;
-  long K = matrix.K, P = q.K;
-  const float* rows = x + first * K;
-  auto floats = static_cast<const float*>(matrix.weights);
-  auto halves = static_cast<const uint16_t*>(matrix.weights);
   auto bytes = static_cast<const uint8_t*>(matrix.weights);
-  auto scales = static_cast<const float*>(matrix.scales);
-  auto half_scales = static_cast<const uint16_t*>(matrix.scales);
-  auto lows = static_cast<const uint16_t*>(matrix.lows);
-  if (matrix.format == 0)
-    product.sweep<M>(begin, end, first, [=](long n, float* out) {
-      products<M>(floats + n * K, rows, K, out);
-    });
-  else if (matrix.format == 1)
-    product.sweep<M>(begin, end, first, [=](long n, float* out) {
-      products<M>(halves + n * K, rows, K, out);
-    });
-  else if (matrix.format == 2)
-    product.sweep<M>(begin, end, first, [=, &q](long n, float* out) {
-      products8<M>(bytes + n * P, scales[n], q, first, out);
-    });
-  else
-    product.sweep<M>(begin, end, first, [=, &q](long n, float* out) {
-      long g = n * P / GROUP;
-      products4<M>(bytes + n * P / 2, half_scales + g, lows + g, q, first, out);
-    });
+  auto halves = static_cast<const uint16_t*>(matrix.weights);
+  if (matrix.format == 0) {
+    sweep_floats<M>(product, static_cast<const float*>(matrix.weights), begin, end, first, x);
+  } else if (matrix.format == 1) {
+    sweep_floats<M>(product, halves, begin, end, first, x);
+  } else if (matrix.format == 2) {
+    auto scales = static_cast<const float*>(matrix.scales);
+    for (long n = begin; n < end; n++)
+      product.put<1, M>(n, first, [=, &q](long n, float* out) {
+        products8<M>(bytes + n * q.K, scales[n], q, first, out);
+      });
+  } else {
+    auto scales = static_cast<const uint16_t*>(matrix.scales);
+    auto lows = static_cast<const uint16_t*>(matrix.lows);
+    for (long n = begin; n < end; n++)
+      product.put<1, M>(n, first, [=, &q](long n, float* out) {
+        long g = n * q.K / GROUP;
+        products4<M>(bytes + n * q.K / 2, scales + g, lows + g, q, first, out);
+      });
+  }
 }
 
 using Sweep = void (*)(const Product&, long, long, long, const float*, const Activations&);
-constexpr Sweep SWEEPS[AT_ONCE + 1] = {nullptr,  sweep<1>, sweep<2>, sweep<3>, sweep<4>,
-                                       sweep<5>, sweep<6>, sweep<7>, sweep<8>};
+constexpr Sweep SWEEPS[] = {nullptr, sweep<1>, sweep<2>, sweep<3>, sweep<4>};
 
 // This thread's part of y [M, N] = x [M, K] times the matrix, plus its bias; or added to y.
 void multiply(const Matrix& matrix, long M, const float* x, float* y, bool add = false) {

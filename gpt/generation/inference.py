@@ -29,7 +29,7 @@ from gpt.model.cache import KVCache
 from gpt.model.gpt import GPT
 from gpt.model.mlp import MLP
 
-FEW: dict[Weights, int] = {"float32": 8, "bfloat16": 16, "int8": 32, "int4": 32}
+FEW: dict[Weights, int] = {"float32": 32, "bfloat16": 32, "int8": 32, "int4": 32}
 """Tokens up to which the kernels are faster than matrix products."""
 
 

@@ -211,6 +211,7 @@ def hugging_face_files(tokenizer: Tokenizer) -> dict[str, str]:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": end,
         "eos_token": end,
+        "unk_token": end,  # never needed, but GPT-2's has it, and CTranslate2 wants one
         "clean_up_tokenization_spaces": False,
     }
     files = {"tokenizer.json": whole, "tokenizer_config.json": settings}
