@@ -1,5 +1,5 @@
-// Decoding on a CPU: products of a few rows with a matrix that is read once, and a whole GPT-2 block
-// for one token of each row. gpt/kernels.py compiles this file and is its interface.
+// Decoding on a CPU: products of a few rows with a matrix that is read once, and whole GPT-2 blocks
+// for a few tokens. gpt/kernels.py compiles this file and is its interface.
 //
 // Vectors of 16 are GCC's and Clang's, so that any processor runs this; `dot4` alone is written for
 // AVX-512's VNNI, which multiplies 64 pairs of bytes at once. What is small is done by every thread
@@ -11,8 +11,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -46,6 +47,11 @@ struct Cache {
   long layer_stride, row_stride, head_stride;
 };
 
+// Where in the cache a token stands.
+struct Token {
+  long row, place;
+};
+
 namespace {
 
 constexpr long LANES = 16;  // numbers in a vector
@@ -61,6 +67,7 @@ using Words = uint32_t __attribute__((vector_size(64)));
 using Halves = uint16_t __attribute__((vector_size(32)));
 using Bytes = uint8_t __attribute__((vector_size(64)));
 using Unsigned = uint8_t __attribute__((vector_size(16)));
+using Pairs = uint16_t __attribute__((vector_size(64)));
 
 template <class Vector>
 inline Vector load(const void* from) {
@@ -160,16 +167,27 @@ struct Share {
   }
 };
 
-// Rows of activations as signed bytes, with a scale for each GROUP. Of CHUNK of them, the first
-// halves of the four groups come first, and then the second ones.
+// Rows of activations as a matrix wants them: as bfloat16; or as signed bytes, with a scale for each
+// GROUP. Of CHUNK bytes, the first halves of the four groups come first, and then the second ones.
 struct Activations {
+  std::vector<uint16_t> halves;  // [M, n]
+
   long K = 0;                  // padded
   std::vector<int8_t> values;  // [M, K]
   std::vector<float> scales;   // [M, K / 8], each group's four times
   std::vector<float> sums;     // [M, K / GROUP], of the numbers that the values stand for
   std::vector<float> totals;   // [M], of the sums
 
-  void fill(const float* x, long M, long n) {
+  void round(const float* x, long n) {
+    halves.resize(n);
+    for (long i = 0; i < n; i += LANES) {
+      Floats v = {};
+      std::memcpy(&v, x + i, std::min(LANES, n - i) * sizeof(float));
+      put(&halves[i], v, std::min(LANES, n - i));
+    }
+  }
+
+  void quantise(const float* x, long M, long n) {
     K = padded(n);
     values.resize(M * K), scales.resize(M * K / 8), sums.resize(M * K / GROUP);
     totals.assign(M, 0);
@@ -207,24 +225,40 @@ struct Activations {
   }
 };
 
-// M rows x [M, K] times R rows of float32 or bfloat16: y [R, M]. A sum has one order whatever M is.
-template <int R, int M, class Weight>
-inline void products(const Weight* rows, const float* x, long K, float* y) {
+// To each sum, the product of two floats, or those of two pairs of bfloat16, is added.
+inline Floats dot(Floats sums, Floats a, Floats b) { return sums + a * b; }
+
+inline Floats dot(Floats sums, Pairs a, Pairs b) {
+#if defined(__AVX512BF16__)
+  return (Floats)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
+#else
+  Words w = (Words)a, x = (Words)b;
+  sums += (Floats)(w << 16) * (Floats)(x << 16);
+  return sums + (Floats)(w & 0xffff0000) * (Floats)(x & 0xffff0000);
+#endif
+}
+
+// M rows x [M, K] times R rows of the same kind: y [R, M]. A sum has one order whatever M is.
+template <int R, int M, class Number>
+inline void products(const Number* rows, const Number* x, long K, float* y) {
+  constexpr long STEP = 64 / sizeof(Number);
+  using Vector = std::conditional_t<sizeof(Number) == 2, Pairs, Floats>;
   Floats even[R][M] = {}, odd[R][M] = {};
   auto step = [=](long k, Floats (&sums)[R][M]) {
-    Floats w[R];
-    for (int r = 0; r < R; r++) w[r] = floats(rows + r * K + k);
+    Vector w[R];
+    for (int r = 0; r < R; r++) w[r] = load<Vector>(rows + r * K + k);
     for (int m = 0; m < M; m++) {
-      Floats v = floats(x + m * K + k);
-      for (int r = 0; r < R; r++) sums[r][m] += w[r] * v;
+      Vector v = load<Vector>(x + m * K + k);
+      for (int r = 0; r < R; r++) sums[r][m] = dot(sums[r][m], w[r], v);
     }
   };
   long k = 0;
-  for (; k + 2 * LANES <= K; k += 2 * LANES) step(k, even), step(k + LANES, odd);
+  for (; k + 2 * STEP <= K; k += 2 * STEP) step(k, even), step(k + STEP, odd);
   for (int r = 0; r < R; r++)
     for (int m = 0; m < M; m++) {
       float rest = 0;
-      for (long i = k; i < K; i++) rest = std::fma(number(rows[r * K + i]), x[m * K + i], rest);
+      for (long i = k; i < K; i++)
+        rest = std::fma(number(rows[r * K + i]), number(x[m * K + i]), rest);
       y[r * M + m] = sum(even[r][m] + odd[r][m]) + rest;
     }
 }
@@ -292,9 +326,9 @@ struct Product {
 };
 
 // Rows of floating point: R of them meet the same activations while these are in registers.
-template <int M, class Weight>
-void sweep_floats(const Product& product, const Weight* weights, long begin, long end, long first,
-                  const float* x) {
+template <int M, class Number>
+void sweep_floats(const Product& product, const Number* weights, long begin, long end, long first,
+                  const Number* x) {
   constexpr int R = M == 1 ? 1 : 3;  // one token waits for the memory, in its order
   long K = product.matrix.K, n = begin;
   for (; n + R <= end; n += R)
@@ -316,7 +350,7 @@ void sweep(const Product& product, long begin, long end, long first, const float
   if (matrix.format == 0) {
     sweep_floats<M>(product, static_cast<const float*>(matrix.weights), begin, end, first, x);
   } else if (matrix.format == 1) {
-    sweep_floats<M>(product, halves, begin, end, first, x);
+    sweep_floats<M>(product, halves, begin, end, first, q.halves.data());
   } else if (matrix.format == 2) {
     auto scales = static_cast<const float*>(matrix.scales);
     for (long n = begin; n < end; n++)
@@ -340,7 +374,8 @@ constexpr Sweep SWEEPS[] = {nullptr, sweep<1>, sweep<2>, sweep<3>, sweep<4>};
 // This thread's part of y [M, N] = x [M, K] times the matrix, plus its bias; or added to y.
 void multiply(const Matrix& matrix, long M, const float* x, float* y, bool add = false) {
   static thread_local Activations q;
-  if (matrix.format >= 2) q.fill(x, M, matrix.K);
+  if (matrix.format == 1) q.round(x, M * matrix.K);
+  if (matrix.format >= 2) q.quantise(x, M, matrix.K);
   Share own(matrix.N);
   for (long n = own.begin; n < own.end; n += BLOCK)  // it stays in the processor's cache
     for (long first = 0; first < M; first += AT_ONCE)
@@ -468,15 +503,16 @@ void attend(const float* q, const Number* keys, const Number* values, long S, lo
 }
 
 // This thread's part of the attention of M new tokens, qkv [M, H + 2 Hkv, D], to out [M, H, D].
-// Keys and values are put behind the `lengths` tokens of each row.
+// Each token's keys and values are put at its place in its row of the cache, and it sees those up to
+// there.
 template <class Number>
 void attention(const Shape& shape, double scale, Number* keys, Number* values, const Cache& cache,
-               const long* lengths, long M, const float* qkv, float* out) {
+               const Token* tokens, long M, const float* qkv, float* out) {
   long H = shape.n_head, G = shape.kv_heads, D = shape.head_dim;
   Share appending(M * G), own(M * H);
   for (long i = appending.begin; i < appending.end; i++) {
     long m = i / G, g = i % G;
-    long at = m * cache.row_stride + g * cache.head_stride + lengths[m] * D;
+    long at = tokens[m].row * cache.row_stride + g * cache.head_stride + tokens[m].place * D;
     const float *k = qkv + (m * (H + 2 * G) + H + g) * D, *v = k + G * D;
     for (long d = 0; d < D; d += LANES) {
       put(keys + at + d, floats(k + d));
@@ -485,9 +521,10 @@ void attention(const Shape& shape, double scale, Number* keys, Number* values, c
   }
 #pragma omp barrier
   for (long i = own.begin; i < own.end; i++) {
-    long m = i / H, h = i % H, at = m * cache.row_stride + h / (H / G) * cache.head_stride;
+    long m = i / H, h = i % H;
+    long at = tokens[m].row * cache.row_stride + h / (H / G) * cache.head_stride;
     const float* q = qkv + (m * (H + 2 * G) + h) * D;
-    attend(q, keys + at, values + at, lengths[m] + 1, D, float(scale), out + i * D);
+    attend(q, keys + at, values + at, tokens[m].place + 1, D, float(scale), out + i * D);
   }
 }
 
@@ -507,9 +544,9 @@ void gpt_dense(const Matrix* matrix, long halves, void* out) {
   else dense(*matrix, static_cast<float*>(out));
 }
 
-// GPT-2's blocks (pre-norm, as gpt/model/block.py has them) for one new token of each row: x [M, C]
-// becomes what comes out. The rows have `lengths` tokens in the cache, which takes one more of each.
-void gpt_blocks(const Layer* layers, const Shape* shape, const Cache* cache, const long* lengths,
+// GPT-2's blocks (pre-norm, as gpt/model/block.py has them) for M new tokens, each of some row of the
+// cache, which takes them: x [M, C] becomes what comes out.
+void gpt_blocks(const Layer* layers, const Shape* shape, const Cache* cache, const Token* tokens,
                 long M, float* x) {
   long C = layers->out.N, inner = layers->up.N;
   std::vector<float> qkv(M * layers->qkv.N), heads(M * C), hidden(M * inner);
@@ -523,7 +560,7 @@ void gpt_blocks(const Layer* layers, const Shape* shape, const Cache* cache, con
 #pragma omp barrier
       auto attended = [&](auto* keys, auto* values) {
         attention(*shape, layer.scale, keys + l * cache->layer_stride,
-                  values + l * cache->layer_stride, *cache, lengths, M, qkv.data(), heads.data());
+                  values + l * cache->layer_stride, *cache, tokens, M, qkv.data(), heads.data());
       };
       if (cache->halves)
         attended(static_cast<uint16_t*>(cache->keys), static_cast<uint16_t*>(cache->values));

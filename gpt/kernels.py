@@ -1,5 +1,5 @@
 """What decoding on a CPU spends its time on, in C++: products of a few rows with a matrix that is
-read once, and GPT-2's blocks for one token of each row.
+read once, and GPT-2's blocks for a few tokens.
 
 ``kernels.cpp`` is compiled for this machine at its first use, in two seconds, with the C++ compiler
 that is there (``CXX``, or c++), and kept in the user's cache folder. It works on raw memory and
@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -152,16 +153,22 @@ class Cache(ctypes.Structure):
 
 
 def blocks(
-    x: Tensor, layers: "ctypes.Array[Layer]", shape: Shape, cache: Cache, lengths: list[int]
+    x: Tensor,
+    layers: "ctypes.Array[Layer]",
+    shape: Shape,
+    cache: Cache,
+    places: Sequence[tuple[int, int]],
 ) -> None:
-    """GPT-2's blocks for one token of each row, in place: ``x`` ``[B, C]`` of float32. The rows
-    have ``lengths`` tokens in the cache, and one more of each is written to it.
+    """GPT-2's blocks for a few new tokens, in place: ``x`` ``[M, C]`` of float32. ``places`` has
+    each token's row of the cache and its position in it; the cache takes them.
     """
     lib = library()
     assert lib is not None
     assert x.dtype == torch.float32
     assert x.is_contiguous()
-    lib.gpt_blocks(layers, shape, cache, (_LONG * len(lengths))(*lengths), len(x), x.data_ptr())
+    numbers = [number for place in places for number in place]
+    tokens = (_LONG * len(numbers))(*numbers)
+    lib.gpt_blocks(layers, shape, cache, tokens, len(x), x.data_ptr())
 
 
 def _compiled() -> Path:

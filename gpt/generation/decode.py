@@ -178,7 +178,14 @@ class Decoder:
             if self._history is not None:
                 self._history.add(arriving[-1].tokens)
         if arriving:
-            features.append(self._prefill(arriving))
+            order = sorted(range(len(arriving)), key=lambda i: len(arriving[i].tokens))
+            if self._history is not None:
+                n = len(self._rows)
+                self._history.keep([*range(n), *(n + i for i in order)])
+            arriving = [arriving[i] for i in order]
+            self._make_room(arriving)
+            self._look_for_prefix([row.tokens for row in arriving])
+        features += [self._prefill(rows) for rows in _of_like_lengths(arriving)]
         return torch.cat(features) if features else torch.empty(0)
 
     def _keep(self, order: list[int]) -> None:
@@ -227,7 +234,7 @@ class Decoder:
             if row.tokens not in prompts:
                 prompts.append(row.tokens)
             places.append(prompts.index(row.tokens))
-        cache = self._shared_beginning(prompts)
+        cache = self._new_cache(prompts)
         start = cache.length
         ends = [len(prompt) - start for prompt in prompts]
         padded = [
@@ -235,25 +242,30 @@ class Decoder:
         ]
         features = self.model.features(torch.tensor(padded, device=self.model.device), cache=cache)
         cache.truncate([len(prompt) for prompt in prompts])
-        self._make_room(arriving)
         assert self._cache is not None
         self._cache.add(cache, places)
         self._rows += arriving
         return features[places, [ends[place] - 1 for place in places]]
 
-    def _shared_beginning(self, prompts: list[list[int]]) -> KVCache:
-        """A cache of a row a prompt that holds what they begin with in common, or nothing."""
-        longest = max(map(len, prompts))
+    def _look_for_prefix(self, prompts: list[list[int]]) -> None:
+        """Read what ``prompts`` begin with in common, if it is more than what is known."""
         # What the first and the last in order have in common, all between them have. The next one
         # counts too: it may begin with the same.
-        seen = prompts + [row.tokens for row in itertools.islice(self._waiting, 1)]
+        different = [list(prompt) for prompt in dict.fromkeys(map(tuple, prompts))]
+        seen = different + [row.tokens for row in itertools.islice(self._waiting, 1)]
+        if len(seen) == 1:
+            return
         shared = common(min(seen)[:-1], max(seen)[:-1])
-        known = min(len(common(p[:-1], self._prefix)) for p in prompts)
-        if len(seen) > 1 and len(shared) - known >= WORTH_SHARING:
-            self._prefix, known = shared, len(shared)
+        if len(shared) - len(common(shared, self._prefix)) >= WORTH_SHARING:
+            self._prefix = shared
             self._prefix_cache = self.model.new_cache(1, capacity=len(shared))
             ids = torch.tensor([shared], device=self.model.device)
             self.model.features(ids, cache=self._prefix_cache)
+
+    def _new_cache(self, prompts: list[list[int]]) -> KVCache:
+        """A cache of a row a prompt, with what is known of their beginnings in it."""
+        known = min(len(common(prompt[:-1], self._prefix)) for prompt in prompts)
+        longest = max(map(len, prompts))
         if self._prefix_cache is None or known < WORTH_SHARING:
             return self.model.new_cache(len(prompts), capacity=longest)
         capacity = max(longest, self._prefix_cache.length)
@@ -345,6 +357,18 @@ def common(one: list[int], two: list[int]) -> list[int]:
     """What both begin with."""
     n = min(len(one), len(two))
     return one[: next((i for i in range(n) if one[i] != two[i]), n)]
+
+
+def _of_like_lengths(rows: list[_Row]) -> Iterator[list[_Row]]:
+    """Groups of ``rows``, ordered by length, none of which pads a row by much."""
+    group: list[_Row] = []
+    for row in rows:
+        if group and len(row.tokens) > 16 + 1.25 * len(group[0].tokens):
+            yield group
+            group = []
+        group.append(row)
+    if group:
+        yield group
 
 
 def _compacted(rows: list[int]) -> list[int]:

@@ -29,8 +29,10 @@ from gpt.model.cache import KVCache
 from gpt.model.gpt import GPT
 from gpt.model.mlp import MLP
 
-FEW: dict[Weights, int] = {"float32": 32, "bfloat16": 32, "int8": 32, "int4": 32}
-"""Tokens up to which the kernels are faster than matrix products."""
+FEW = 32
+"""Tokens of a prompt up to which the kernels are faster than matrix products; of rows that take one
+token each, twice as many.
+"""
 
 
 class PackedLinear(nn.Module):
@@ -87,8 +89,8 @@ class PackedEmbedding(nn.Module):
 
 
 class InferenceGPT(GPT):
-    """A :class:`GPT` made to run. One token of each of a few rows goes through all blocks in one
-    call of the kernels, where these know the blocks and the cache.
+    """A :class:`GPT` made to run. A few tokens go through all blocks in one call of the kernels,
+    where these know the blocks and the cache.
     """
 
     weights: Weights
@@ -98,15 +100,18 @@ class InferenceGPT(GPT):
 
     def features(self, tokens: Tensor, *, cache: KVCache | None = None) -> Tensor:
         """As :meth:`GPT.features`."""
-        if tokens.shape[1] != 1 or len(tokens) > self.few or type(cache) is not KVCache:
+        B, T = tokens.shape
+        few = 2 * self.few if T == 1 else self.few  # a prompt goes well through matrix products
+        if tokens.numel() > few or type(cache) is not KVCache:
             return super().features(tokens, cache=cache)
-        C = self.config.n_embd
-        positions = cache.positions(1)  # of all rows, or each one's
-        x = (self.embed(tokens).view(-1, C) + self.position(positions).view(-1, C)).contiguous()
+        positions = cache.positions(T)  # of all rows, or each one's
+        x = self.embed(tokens).float() + self.position(positions)
+        x = x.flatten(0, 1).contiguous()
+        places = [(b, start + t) for b, start in enumerate(cache.lengths) for t in range(T)]
         memory = kernels.Cache(cache.keys, cache.values)
-        kernels.blocks(x, self._known_layers(), self._shape(), memory, cache.lengths)
-        cache.advance(1)
-        out: Tensor = self.norm(x[:, None])
+        kernels.blocks(x, self._known_layers(), self._shape(), memory, places)
+        cache.advance(T)
+        out: Tensor = self.norm(x.view(B, T, -1))
         return out
 
     def parameter_count(self, *, embeddings: bool = True) -> int:
@@ -166,7 +171,8 @@ def prepare_for_inference(
     device = device or model.device
     kind, fast = choose_weights(weights, device), choose_precision("auto", device)
     here = device.type == "cpu"
-    few = FEW.get(kind, 0) if here and kernels.library() is not None else 0
+    known = here and kind in kernels.FORMATS and kernels.library() is not None
+    few = FEW if known else 0
     wide = fast if kind in ("int8", "int4") else getattr(torch, kind)
     if here and fast == torch.float32 and kind == "bfloat16":
         wide = fast  # products of bfloat16 would be slow
