@@ -119,14 +119,32 @@ inline void put_bytes(int8_t* to, Ints v) {
   std::memcpy(to, &narrow, sizeof narrow);
 }
 
-inline float sum(Floats v) {
+// The sum of each of up to four vectors, in an order that does not depend on their number.
+template <int M>
+inline void sums(const Floats (&v)[M], float* out) {
 #if defined(__AVX512F__)
-  return _mm512_reduce_add_ps((__m512)v);
+  auto get = [&](int i) { return i < M ? (__m512)v[i < M ? i : 0] : _mm512_setzero_ps(); };
+  auto half = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  };
+  __m512 ab = half(get(0), get(1)), cd = half(get(2), get(3));
+  __m512 quarters = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  __m256 eighths = _mm256_add_ps(_mm512_castps512_ps256(quarters),
+                                 (__m256)_mm512_extractf64x4_pd((__m512d)quarters, 1));
+  __m128 all = _mm_add_ps(_mm256_castps256_ps128(eighths), _mm256_extractf128_ps(eighths, 1));
+  std::memcpy(out, &all, M * sizeof(float));
 #else
-  float total = 0;
-  for (int i = 0; i < LANES; i++) total += v[i];
-  return total;
+  for (int m = 0; m < M; m++) {
+    out[m] = 0;
+    for (int i = 0; i < LANES; i++) out[m] += v[m][i];
+  }
 #endif
+}
+
+inline float sum(Floats v) {
+  float total;
+  sums<1>({v}, &total);
+  return total;
 }
 
 // To each sum, four products of an unsigned and a signed byte are added.
@@ -254,13 +272,16 @@ inline void products(const Number* rows, const Number* x, long K, float* y) {
   };
   long k = 0;
   for (; k + 2 * STEP <= K; k += 2 * STEP) step(k, even), step(k + STEP, odd);
-  for (int r = 0; r < R; r++)
-    for (int m = 0; m < M; m++) {
+  for (int r = 0; r < R; r++) {
+    for (int m = 0; m < M; m++) even[r][m] += odd[r][m];
+    sums<M>(even[r], y + r * M);
+    for (int m = 0; m < M && k < K; m++) {
       float rest = 0;
       for (long i = k; i < K; i++)
         rest = std::fma(number(rows[r * K + i]), number(x[m * K + i]), rest);
-      y[r * M + m] = sum(even[r][m] + odd[r][m]) + rest;
+      y[r * M + m] += rest;
     }
+  }
 }
 
 // Bytes w stand for (w - 128) * scale.
@@ -275,7 +296,8 @@ inline void products8(const uint8_t* row, float scale, const Activations& x, lon
       total[m] += __builtin_convertvector(sums, Floats) * floats(&x.scales[at / 8]);
     }
   }
-  for (int m = 0; m < M; m++) y[m] = scale * (sum(total[m]) - 128 * x.totals[first + m]);
+  sums<M>(total, y);
+  for (int m = 0; m < M; m++) y[m] = scale * (y[m] - 128 * x.totals[first + m]);
 }
 
 // The 16 bytes of a group have its first 16 weights in their lower halves. A weight w stands for
@@ -293,16 +315,16 @@ inline void products4(const uint8_t* row, const uint16_t* scales, const uint16_t
       total[m] += __builtin_convertvector(sums, Floats) * (scale * floats(&x.scales[at / 8]));
     }
   }
-  long G = x.K / GROUP;
+  long G = x.K / GROUP, whole = G / LANES * LANES;
+  for (int m = 0; m < M; m++)
+    for (long g = 0; g < whole; g += LANES)
+      total[m] += floats(lows + g) * floats(&x.sums[(first + m) * G + g]);
+  sums<M>(total, y);
   for (int m = 0; m < M; m++) {
-    const float* sums = &x.sums[(first + m) * G];
-    long g = 0;
-    for (; g + LANES <= G; g += LANES) total[m] += floats(lows + g) * floats(sums + g);
-    float rest = 0;
-    for (; g < G; g += 4)  // a chunk has four
-      rest += (number(lows[g]) * sums[g] + number(lows[g + 1]) * sums[g + 1]) +
-              (number(lows[g + 2]) * sums[g + 2] + number(lows[g + 3]) * sums[g + 3]);
-    y[m] = sum(total[m]) + rest;
+    const float* rest = &x.sums[(first + m) * G];
+    for (long g = whole; g < G; g += 4)  // a chunk has four
+      y[m] += (number(lows[g]) * rest[g] + number(lows[g + 1]) * rest[g + 1]) +
+              (number(lows[g + 2]) * rest[g + 2] + number(lows[g + 3]) * rest[g + 3]);
   }
 }
 
