@@ -44,6 +44,8 @@ from gpt.model.gpt import GPT
 
 Reason = Literal["end_of_text", "length", "context", "stop"]
 
+PREFILL = 4096
+"""Tokens of prompts that go through the model at once; of more, each row's next ones follow."""
 WORTH_SHARING = 8
 """Tokens: a shorter common beginning is not read apart."""
 
@@ -240,7 +242,9 @@ class Decoder:
         padded = [
             prompt[start:] + [0] * (max(ends) - n) for prompt, n in zip(prompts, ends, strict=True)
         ]
-        features = self.model.features(torch.tensor(padded, device=self.model.device), cache=cache)
+        ids = torch.tensor(padded, device=self.model.device)
+        chunks = ids.split(max(1, PREFILL // len(prompts)), dim=1)
+        features = torch.cat([self.model.features(chunk, cache=cache) for chunk in chunks], dim=1)
         cache.truncate([len(prompt) for prompt in prompts])
         assert self._cache is not None
         self._cache.add(cache, places)

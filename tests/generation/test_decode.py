@@ -7,6 +7,7 @@ import torch
 from gpt.config import GenerationConfig, ModelConfig, UsageError
 from gpt.generation.ahead import Steps
 from gpt.generation.decode import Decoder, decode
+from gpt.model.gpt import GPT
 from tests.conftest import make_model
 from tests.model.test_gpt import with_hugging_face_weights
 
@@ -124,6 +125,23 @@ def test_steps_taken_ahead_give_the_same_tokens(settings, batch_size, ahead, pol
         assert [t for t in got if t.sequence == number] == [
             t for t in plain if t.sequence == number
         ]
+
+
+@pytest.mark.parametrize("prefill", [1, 5, 12])
+def test_prompts_are_read_in_chunks_without_a_difference(prefill, tiny_model, monkeypatch):
+    prompts = [prompt_of(n) for n in (3, 9, 16, 5, 1)]
+    whole = continued(tiny_model, prompts, greedy(8), batch_size=3)
+    read = []
+    features = GPT.features
+
+    def count(self, tokens, **options):
+        read.append(tokens.numel())
+        return features(self, tokens, **options)
+
+    monkeypatch.setattr("gpt.generation.decode.PREFILL", prefill)
+    monkeypatch.setattr(GPT, "features", count)
+    assert continued(tiny_model, prompts, greedy(8), batch_size=3) == whole
+    assert max(read) <= max(prefill, 3)
 
 
 def test_steps_ahead_do_not_wait_for_each_token(tiny_model, monkeypatch):
