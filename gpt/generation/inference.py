@@ -102,7 +102,7 @@ class InferenceGPT(GPT):
         """As :meth:`GPT.features`."""
         B, T = tokens.shape
         few = 2 * self.few if T == 1 else self.few  # a prompt goes well through matrix products
-        if tokens.numel() > few or type(cache) is not KVCache:
+        if tokens.numel() > few or cache is None or not self._fits(cache, B):
             return super().features(tokens, cache=cache)
         positions = cache.positions(T)  # of all rows, or each one's
         x = self.embed(tokens).float() + self.position(positions)
@@ -113,6 +113,17 @@ class InferenceGPT(GPT):
         cache.advance(T)
         out: Tensor = self.norm(x.view(B, T, -1))
         return out
+
+    def _fits(self, cache: KVCache, rows: int) -> bool:
+        """Whether the kernels can write to the cache: they check nothing themselves."""
+        config, shape = self.config, cache.keys.shape
+        return (
+            type(cache) is KVCache
+            and cache.batch_size == rows > 0
+            and (shape[0], shape[2], shape[4]) == (config.n_layer, config.kv_heads, config.head_dim)
+            and cache.keys.device.type == "cpu"
+            and cache.keys.dtype in (torch.float32, torch.bfloat16)
+        )
 
     def parameter_count(self, *, embeddings: bool = True) -> int:
         """Of the model that it was made of."""

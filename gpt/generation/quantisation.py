@@ -67,8 +67,9 @@ class Matrix(nn.Module):
         if self.scales is None:
             return F.embedding(ids, self.data).to(dtype)
         flat = ids.flatten()
-        lows = None if self.lows is None else self.lows[flat]
-        rows = self._numbers(self.data[flat], self.scales[flat], lows, dtype)
+        data, scales = self.data.index_select(0, flat), self.scales.index_select(0, flat)
+        lows = None if self.lows is None else self.lows.index_select(0, flat)
+        rows = self._numbers(data, scales, lows, dtype)
         return rows.view(*ids.shape, self.width)
 
     def _numbers(

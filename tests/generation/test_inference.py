@@ -206,6 +206,25 @@ def test_a_number_that_is_none_is_passed_on():
             assert not linear(x).isfinite().any()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_what_does_not_fit_is_refused_and_not_written_past(kind):
+    prepared = prepare_for_inference(model_of(), kind)
+    token = torch.tensor([[3]])
+    other = model_of(n_layer=1, n_embd=32)
+    for cache in (prepared.new_cache(2), other.new_cache()):
+        cache.lengths = [4] * cache.batch_size
+        with pytest.raises((RuntimeError, IndexError, ValueError)):
+            prepared(torch.cat([token] * 3), cache=cache)
+    full = prepared.new_cache(capacity=4)
+    prepared(token.expand(1, 4), cache=full)
+    with pytest.raises(ValueError, match="4 of 4 tokens, and 1 more do not fit"):
+        prepared(token, cache=full)
+    for wrong in (-1, 257):
+        with pytest.raises((IndexError, RuntimeError)):
+            prepared(torch.tensor([[wrong]]), cache=prepared.new_cache())
+
+
 def test_without_a_compiler_the_texts_are_nearly_the_same(monkeypatch):
     plain = model_of()
     tokens = some_tokens(2, 20)
