@@ -546,6 +546,15 @@ def test_what_gpt2_cannot_express_is_refused_by_its_fields(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_export_has_what_other_converters_read(tmp_path):
+    config = ModelConfig(vocab_size=257, context_length=16, n_layer=1, n_head=1, n_embd=16)
+    export_huggingface(make_model(config), ByteTokenizer(), tmp_path / "out")
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert settings["n_ctx"] == settings["n_positions"] == 16  # llama.cpp's knows the old name
+    tokens = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert tokens["unk_token"] == tokens["eos_token"]  # CTranslate2's wants one
+
+
 def test_an_export_does_not_write_over_anything(tiny_model, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(UsageError, match="is there already"):
