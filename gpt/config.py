@@ -46,6 +46,8 @@ def _check_kinds(config: Any) -> None:
                 f"{item.name} is {value!r}, and must be a "
                 f"{'number' if item.type is float else 'whole number'}"
             )
+        if item.type is bool and not isinstance(value, bool):
+            raise UsageError(f"{item.name} is {value!r}, and must be true or false")
         if get_origin(item.type) is Literal and value not in get_args(item.type):
             raise UsageError(
                 f"{item.name} is {value!r}, and must be one of {', '.join(get_args(item.type))}"
@@ -94,6 +96,7 @@ class ModelConfig:
     """Divide attention scores by the number of the layer, from 1, as well."""
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         _at_least(
             0,
             model__vocab_size=self.vocab_size,
@@ -509,6 +512,13 @@ class ExportConfig:
     """The layout: what from_pretrained of transformers reads; or weights that are packed to run."""
     weights: Weights = "auto"
     """The format of packed weights, as for sample.py."""
+
+    def __post_init__(self) -> None:
+        if self.to == "huggingface" and self.weights != "auto":
+            raise UsageError(
+                f"weights is {self.weights!r}, and Hugging Face's layout has them as they are "
+                "stored; to packed takes a format"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -92,11 +92,15 @@ class Matrix(ctypes.Structure):
 
 def linear(x: Tensor, matrix: Matrix) -> Tensor:
     """``x`` ``[..., K]`` of float32 times the matrix, plus its bias: ``[..., N]``. The matrix is
-    read once for up to eight rows.
+    read from memory once.
     """
     lib = library()
     assert lib is not None
-    assert x.dtype == torch.float32
+    if x.dtype != torch.float32 or x.device.type != "cpu" or x.shape[-1] != matrix.K:
+        raise ValueError(
+            f"the product takes float32 of {matrix.K} numbers on the CPU, and not {x.dtype} of "
+            f"{x.shape[-1]} on {x.device}"
+        )
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], matrix.N)
     lib.gpt_linear(matrix, x.numel() // matrix.K, x.data_ptr(), y.data_ptr())

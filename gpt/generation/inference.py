@@ -13,7 +13,7 @@ it.
 import copy
 import ctypes
 from collections.abc import Callable, Mapping
-from typing import Self, cast
+from typing import Any, Self, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +73,9 @@ class PackedLinear(nn.Module):
         self._raw = None  # it knows the old places
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_raw": None}  # places in this process's memory
 
 
 class PackedEmbedding(nn.Module):
@@ -138,12 +141,31 @@ class InferenceGPT(GPT):
         """Be made of ``tensors``, named as by :meth:`own_tensors`. ``UsageError`` if they do not
         fit.
         """
-        wants = {(name, old.shape, old.dtype) for name, old in self.own_tensors().items()}
-        has = {(name, new.shape, new.dtype) for name, new in tensors.items()}
+        old = self.own_tensors()
+        wants, has = (
+            # norms and biases have the dtype that is right for where they run
+            {(n, t.shape, t.dtype if ".matrix." in n else None) for n, t in each.items()}
+            for each in (old, tensors)
+        )
         if wants != has:
             odd = ", ".join(sorted({name for name, *_ in wants ^ has})[:3])
             raise UsageError(f"the packed weights do not fit their configuration: {odd}")
-        self.load_state_dict(tensors, strict=False, assign=True)
+        kept = {name: t.to(old[name].dtype) for name, t in tensors.items()}
+        self.load_state_dict(kept, strict=False, assign=True)
+
+    def load_state_dict(self, *args: Any, **options: Any) -> Any:
+        """As of any module."""
+        result = super().load_state_dict(*args, **options)
+        self._forget()
+        return result
+
+    def train(self, mode: bool = True) -> Self:
+        """It is always in evaluation mode."""
+        if mode:
+            raise ValueError(
+                "a model that was made to run cannot be trained; the one that it was made of can"
+            )
+        return super().train(mode)
 
     @property
     def is_known(self) -> bool:
@@ -165,9 +187,24 @@ class InferenceGPT(GPT):
         return kernels.Shape(*heads, known[config.activation])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._layers = None  # they know the old places
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._forget()
+        if any(isinstance(m, Matrix) and m.dtypes() != m.has_dtypes for m in self.modules()):
+            raise TypeError(
+                f"a model that was made to run in {self.weights} cannot become another dtype; "
+                "prepare_for_inference makes one of the model that it was made of"
+            )
         return self
+
+    def _forget(self) -> None:
+        """Where everything was: the kernels' places are taken anew."""
+        self._layers = None
+        for module in self.modules():
+            if isinstance(module, PackedLinear):
+                module._raw = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_layers": None}
 
 
 def prepare_for_inference(
@@ -179,6 +216,8 @@ def prepare_for_inference(
     bfloat16 where the processor multiplies it, else float32 (float16 on GPUs without it). The new
     model cannot be trained. ``device`` is where it will run, ``model``'s unless given.
     """
+    if isinstance(model, InferenceGPT):
+        raise UsageError(f"the model is made to run in {model.weights} already")
     device = device or model.device
     kind, fast = choose_weights(weights, device), choose_precision("auto", device)
     here = device.type == "cpu"
@@ -198,6 +237,10 @@ def prepare_for_inference(
 
 def choose_weights(weights: Weights, device: torch.device) -> Weights:
     """The format that ``auto`` means on ``device``, or the one that was named."""
+    if weights not in get_args(Weights):
+        raise UsageError(
+            f"weights is {weights!r}, and must be one of {', '.join(get_args(Weights))}"
+        )
     if weights != "auto":
         return weights
     return cast(Weights, str(choose_precision("auto", device)).removeprefix("torch."))
@@ -223,6 +266,9 @@ class _Packing:
             name: p if p is None else nn.Parameter(p.detach().to(self.rest), requires_grad=False)
             for name, p in module._parameters.items()
         }
+        for name, hooks in list(vars(new).items()):
+            if name.endswith("hooks"):
+                setattr(new, name, type(hooks)())
         new._modules = {name: child and self.of(child) for name, child in module._modules.items()}
         return new
 

@@ -57,6 +57,11 @@ class Matrix(nn.Module):
         self.register_buffer("data", data)
         self.register_buffer("scales", scales)
         self.register_buffer("lows", lows)
+        self.has_dtypes = self.dtypes()
+
+    def dtypes(self) -> list[torch.dtype]:
+        """Of its tensors, which the kernels rely on."""
+        return [buffer.dtype for buffer in self.buffers()]
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """``[N, K]``."""

@@ -5,7 +5,7 @@
     FOLDER/   model.safetensors  packed.json  tokenizer.json
 
 ``packed.json`` has the format's version, the format of the weights, the model's configuration, and
-the SHA-256 of the weights. The matrices stay mapped: nothing is read before it is used.
+the SHA-256 of the weights. These are checked, and then stay mapped.
 """
 
 import dataclasses
@@ -67,12 +67,12 @@ def load_packed(
             )
         config, kind = ModelConfig(**meta["model"]), meta["weights"]
         expected = meta["sha256"]
+        with torch.device("meta"):
+            model = prepare_for_inference(GPT(config), kind, device=torch.device(device))
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, UsageError):
-            raise
+            raise UsageError(f"{folder / PACKED}: {error}") from None
         raise UsageError(f"{folder / PACKED} is broken ({error!r})") from None
-    with torch.device("meta"):
-        model = prepare_for_inference(GPT(config), kind, device=torch.device(device))
     try:
         if _sha256(folder / WEIGHTS) != expected:
             raise UsageError(f"{folder / WEIGHTS} is damaged: it is not what was saved")

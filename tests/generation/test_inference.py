@@ -4,7 +4,8 @@ bounded.
 
 import copy
 import dataclasses
-import os
+import json
+import pickle
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ import torch
 
 import gpt
 from gpt import kernels
-from gpt.config import GenerationConfig, ModelConfig, UsageError
+from gpt.config import ExportConfig, GenerationConfig, ModelConfig, UsageError
 from gpt.data.tokenizer import ByteTokenizer
 from gpt.generation.decode import decode
 from gpt.generation.inference import FEW, InferenceGPT, PackedLinear, prepare_for_inference
@@ -319,6 +320,90 @@ def test_packed_weights_are_loaded_as_they_were_saved(kind, tmp_path):
             assert [got] == gpt.generate((prepared, tokenizer), prompt, **options)
 
 
+@NEEDS_A_COMPILER
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_weights_run_where_there_is_no_compiler_and_the_other_way_round(
+    kind, tmp_path, monkeypatch
+):
+    plain = model_of()
+    options = {"max_new_tokens": 12, "temperature": 0}
+    for has_one in (True, False):
+        with monkeypatch.context() as patch:
+            if not has_one:
+                patch.setattr(kernels, "library", lambda: None)
+            prepared = prepare_for_inference(plain, kind)
+            save_packed(prepared, ByteTokenizer(), tmp_path / f"{has_one}")
+        with monkeypatch.context() as patch:
+            if has_one:
+                patch.setattr(kernels, "library", lambda: None)
+            loaded = gpt.load(tmp_path / f"{has_one}")
+            assert (loaded.model.few == 0) == has_one
+            [got] = gpt.generate(loaded, "text", **options)
+            assert len(got.tokens) == 12
+
+
+@NEEDS_A_COMPILER
+def test_a_model_made_to_run_can_be_copied_refilled_and_not_cast_or_trained():
+    prepared = prepare_for_inference(model_of(), "int4")
+    tokens = some_tokens(1, 3)
+    with torch.inference_mode():
+        before = prepared(tokens, cache=prepared.new_cache())
+        for other in (copy.deepcopy(prepared), pickle.loads(pickle.dumps(prepared))):
+            assert torch.equal(other(tokens, cache=other.new_cache()), before)
+        new = prepare_for_inference(make_model(CONFIG, seed=5), "int4")
+        expected = new(tokens, cache=new.new_cache())
+        prepared.take({name: tensor.clone() for name, tensor in new.own_tensors().items()})
+        assert torch.equal(prepared(tokens, cache=prepared.new_cache()), expected)
+        prepared.load_state_dict(
+            prepare_for_inference(model_of(), "int4").state_dict(), assign=True
+        )
+        assert torch.equal(prepared(tokens, cache=prepared.new_cache()), before)
+    with pytest.raises(ValueError, match="cannot be trained"):
+        prepared.train()
+    with pytest.raises(UsageError, match="made to run in int4 already"):
+        prepare_for_inference(prepared, "int8")
+    with pytest.raises(
+        ValueError, match="float32 of 64 numbers on the CPU, and not torch.float32 of 1"
+    ):
+        prepared.head(torch.randn(1, 128))
+    with pytest.raises(TypeError, match="made to run in int4 cannot become another dtype"):
+        prepared.half()
+
+
+def test_hooks_of_the_one_are_not_the_others():
+    plain, called = model_of(), []
+    prepared = prepare_for_inference(plain, "float32")
+    prepared.norm.register_forward_hook(lambda *call: called.append(call))
+    plain(some_tokens(1, 3))
+    assert not called
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weights": "foo"}, {"weights": None}, {"weights": ["int8"]}, {"model": {"bias": "no"}},
+        {"model": {"vocab_size": 0}}, {"model": {"activation": "foo"}}, {"model": {"n_inner": 1.5}},
+        {"model": {"n_layer": 3}}, {"format": 2}, {"sha256": None}, {"model": {"what": 1}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_packed_folder_that_says_something_else_is_refused(change, tmp_path):
+    folder = tmp_path / "packed"
+    save_packed(prepare_for_inference(model_of(), "int8"), ByteTokenizer(), folder)
+    meta = json.loads((folder / PACKED).read_text())
+    model = meta["model"] | change.pop("model", {})
+    (folder / PACKED).write_text(json.dumps(meta | change | {"model": model}))
+    with pytest.raises(UsageError, match="packed"):
+        gpt.load(folder)
+
+
+def test_formats_that_there_are_not_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="weights is 'int5', and must be one of auto, float32"):
+        gpt.load(tmp_path, weights="int5")
+    with pytest.raises(UsageError, match="to packed takes a format"):
+        ExportConfig(model="m", out=tmp_path, weights="int4")
+
+
 def test_packed_weights_that_are_damaged_or_meant_for_something_else_are_refused(tmp_path):
     folder = tmp_path / "packed"
     save_packed(prepare_for_inference(model_of(), "int8"), ByteTokenizer(), folder)
@@ -350,7 +435,7 @@ def test_load_takes_the_format_of_the_weights(tmp_path):
     assert gpt.load(RUN, weights="auto").model.weights in ("float32", "bfloat16")
 
 
-def test_the_environment_of_the_threads_does_not_change_a_text(tmp_path):
+def test_the_number_of_threads_does_not_change_a_text():
     program = (
         "import sys, torch, gpt; torch.set_num_threads(int(sys.argv[1]));"
         "from tests.generation.test_inference import model_of, some_tokens;"
@@ -362,7 +447,7 @@ def test_the_environment_of_the_threads_does_not_change_a_text(tmp_path):
     texts = [
         subprocess.run(
             [sys.executable, "-c", program, threads],
-            capture_output=True, text=True, check=True, env={**os.environ},
+            capture_output=True, text=True, check=True,
         ).stdout
         for threads in ("1", "2")
     ]  # fmt: skip
