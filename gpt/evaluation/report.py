@@ -5,14 +5,17 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from rich.table import Table
 
-from gpt.config import EvaluateConfig
+from gpt.config import EvaluateConfig, Weights
 from gpt.device import choose_device
 from gpt.evaluation import tasks
 from gpt.evaluation.perplexity import TextScore, encode_text, paired_bootstrap, score_text
 from gpt.evaluation.tasks import Metric
-from gpt.interop.load import load
+from gpt.generation.inference import choose_weights
+from gpt.interop.load import Loaded, load
+from gpt.interop.packed import is_packed
 
 
 @dataclass
@@ -24,13 +27,21 @@ class Report:
     """Nats per token, first model less the second, with the ends of its 95 % interval."""
 
 
+def _load(name: str, weights: Weights, device: torch.device, say: Callable[[str], None]) -> Loaded:
+    kind = choose_weights(weights, device)
+    if kind in ("int8", "int4") or is_packed(name):
+        return load(name, device=device, weights=weights, say=say)
+    # what is read whole is no faster packed, and may stay as it lies in its file
+    return load(name, device=device, dtype=getattr(torch, kind), say=say)
+
+
 def measure(config: EvaluateConfig, *, say: Callable[[str], None]) -> Report:
     """Run what ``config`` asks for, a model at a time."""
     report = Report()
     device = choose_device(config.device)
     texts: list[TextScore] = []
     for name in config.models:
-        model, tokenizer = load(name, device=device, weights=config.weights, say=say)
+        model, tokenizer = _load(name, config.weights, device, say)
         own = report.scores.setdefault(name, {})
         if config.text:
             ids = encode_text(tokenizer, config.text)

@@ -14,7 +14,7 @@ from gpt.data.tokenizer import Tokenizer
 from gpt.generation.inference import InferenceGPT, choose_weights, prepare_for_inference
 from gpt.interop.hub import download
 from gpt.interop.huggingface import load_folder
-from gpt.interop.packed import PACKED, load_packed
+from gpt.interop.packed import is_packed, load_packed
 from gpt.interop.vocabulary import load_tokenizer
 from gpt.model.gpt import GPT
 
@@ -62,7 +62,7 @@ def load(
         if isinstance(name, Path) or path.exists() or in_a_folder:
             raise UsageError(f"model is {str(name)!r}, which is no folder of a run or of a model")
         path = download(name)
-    if (path / PACKED).exists():
+    if is_packed(path):
         if trainable:
             raise UsageError(f"{name} has packed weights, which can only run")
         return Loaded(*load_packed(path, device=device))

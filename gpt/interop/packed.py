@@ -55,6 +55,11 @@ def save_packed(model: InferenceGPT, tokenizer: Tokenizer, out: Path) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
+def is_packed(name: str | Path) -> bool:
+    """Whether ``name`` is a folder of packed weights."""
+    return (Path(name) / PACKED).exists()
+
+
 def load_packed(
     folder: Path, *, device: torch.device | str = "cpu"
 ) -> tuple[InferenceGPT, Tokenizer]:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import gpt
 from gpt.cli import main
 from gpt.config import UsageError
 from gpt.data.tokenizer import ByteTokenizer
@@ -12,6 +13,7 @@ from gpt.evaluation.likelihood import Request, encode_pair, likelihoods
 from gpt.evaluation.tasks import hellaswag, lambada, multiple_choice, read_jsonl
 from gpt.interop.export import export_huggingface
 from gpt.interop.huggingface import load_folder
+from gpt.interop.packed import save_packed
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +225,24 @@ def test_an_answer_that_is_no_choice_is_refused(both, tmp_path):
     item = {"context": "q", "choices": ["a", "b"], "answer": 2}
     with pytest.raises(UsageError, match="item 1 has the answer 2, and 2 choices"):
         multiple_choice(both[0], ByteTokenizer(), write(tmp_path / "c.jsonl", [item]))
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
+def test_a_model_is_evaluated_in_the_format_that_is_asked_for(weights, both, tmp_path, capsys):
+    export_huggingface(load_folder_copy(both[0], 1.0), ByteTokenizer(), tmp_path / "model")
+    (tmp_path / "text.txt").write_text("to be or not to be " * 50)
+    packed = gpt.prepare_for_inference(gpt.load(tmp_path / "model").model, weights)
+    save_packed(packed, ByteTokenizer(), tmp_path / "packed")
+    losses = []
+    for name in ("model", "packed"):
+        words = ["evaluate", str(tmp_path / name), "--text", str(tmp_path / "text.txt"), "--json"]
+        assert main([*words, "--weights", weights, "--device", "cpu"]) == 0
+        [scores] = json.loads(capsys.readouterr().out)["scores"].values()
+        losses.append(scores[str(tmp_path / "text.txt")]["nats/token"]["value"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6 if weights[0] in "fi" else 1e-2)
+    other = "int4" if weights == "int8" else "int8"
+    assert main([*words, "--weights", other, "--device", "cpu"]) == 2
+    assert f"has its weights in {weights}, and weights is '{other}'" in capsys.readouterr().err
 
 
 def test_the_command_shows_a_table_or_json_and_compares_two_models(both, tmp_path, capsys):
