@@ -31,6 +31,8 @@ def _load(name: str, weights: Weights, device: torch.device, say: Callable[[str]
     kind = choose_weights(weights, device)
     if kind in ("int8", "int4") or is_packed(name):
         return load(name, device=device, weights=weights, say=say)
+    if weights == "auto":
+        say(f"{name}: weights in {kind}, on {device}")
     # what is read whole is no faster packed, and may stay as it lies in its file
     return load(name, device=device, dtype=getattr(torch, kind), say=say)
 
