@@ -330,13 +330,13 @@ class Decoder:
 
 
 def decode(
-    model: GPT, prompts: Sequence[Sequence[int]], config: GenerationConfig, **options: int | None
+    model: GPT, prompts: Sequence[Sequence[int]], config: GenerationConfig, **options: Any
 ) -> Iterator[Token]:
     """The new tokens of every prompt, ``config.num_samples`` sequences each, as they are made.
 
     Sequence ``i`` continues prompt ``i // num_samples``; ``options`` are :class:`Decoder`'s.
     """
-    decoder = Decoder(model, config, **options)  # type: ignore[arg-type]
+    decoder = Decoder(model, config, **options)
     for prompt in prompts:
         for sample in range(config.num_samples):
             decoder.add(prompt, sample=sample)

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import pickle
+import platform
 import subprocess
 import sys
 
@@ -250,6 +251,35 @@ def test_a_missing_or_broken_compiler_is_said(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "false")
     assert "false cannot compile kernels.cpp" in kernels.problem()
     assert not list((tmp_path / "gpt").iterdir())
+
+
+@NEEDS_A_COMPILER
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="compiles for an older x86-64")
+@pytest.mark.parametrize("march", ["x86-64-v3", "x86-64"])
+def test_the_portable_code_of_other_processors_gives_the_same(march, monkeypatch, tmp_path):
+    prepared = {kind: prepare_for_inference(model_of(), kind) for kind in KINDS}
+    tokens = some_tokens(2, 7)
+
+    def decoded():
+        with torch.inference_mode():
+            return {
+                kind: (
+                    model(tokens, cache=model.new_cache(2)),
+                    model.head.matrix.dense(torch.float32),
+                )
+                for kind, model in prepared.items()
+            }
+
+    here = decoded()
+    flags = [f"-march={march}" if flag == "-march=native" else flag for flag in kernels.FLAGS]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kernels, "FLAGS", flags)
+    portable = kernels.library.__wrapped__()
+    assert portable is not None
+    monkeypatch.setattr(kernels, "library", lambda: portable)
+    for kind, (logits, dense) in decoded().items():
+        assert torch.allclose(dense, here[kind][1], rtol=1e-5, atol=1e-7)
+        assert (logits - here[kind][0]).norm() < 1e-3 * logits.norm()
 
 
 @NEEDS_A_COMPILER
