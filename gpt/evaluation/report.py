@@ -31,8 +31,6 @@ def _load(name: str, weights: Weights, device: torch.device, say: Callable[[str]
     kind = choose_weights(weights, device)
     if kind in ("int8", "int4") or is_packed(name):
         return load(name, device=device, weights=weights, say=say)
-    if weights == "auto":
-        say(f"{name}: weights in {kind}, on {device}")
     # what is read whole is no faster packed, and may stay as it lies in its file
     return load(name, device=device, dtype=getattr(torch, kind), say=say)
 
@@ -65,6 +63,8 @@ def measure(config: EvaluateConfig, *, say: Callable[[str], None]) -> Report:
         ):
             if path is not None:
                 own[str(path)] = task(model, tokenizer, path, batch_size=config.batch_size)
+        if config.weights == "auto":
+            say(f"{name}: weights in {choose_weights('auto', device)}, on {device}")
     if config.paired:
         report.difference = paired_bootstrap(*texts)
     return report
