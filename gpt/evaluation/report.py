@@ -13,7 +13,7 @@ from gpt.device import choose_device
 from gpt.evaluation import tasks
 from gpt.evaluation.perplexity import TextScore, encode_text, paired_bootstrap, score_text
 from gpt.evaluation.tasks import Metric
-from gpt.generation.inference import choose_weights
+from gpt.generation.inference import InferenceGPT, choose_weights
 from gpt.interop.load import Loaded, load
 from gpt.interop.packed import is_packed
 
@@ -64,7 +64,9 @@ def measure(config: EvaluateConfig, *, say: Callable[[str], None]) -> Report:
             if path is not None:
                 own[str(path)] = task(model, tokenizer, path, batch_size=config.batch_size)
         if config.weights == "auto":
-            say(f"{name}: weights in {choose_weights('auto', device)}, on {device}")
+            packed = isinstance(model, InferenceGPT)
+            kind = model.weights if packed else choose_weights("auto", device)
+            say(f"{name}: weights in {kind}, on {device}")
     if config.paired:
         report.difference = paired_bootstrap(*texts)
     return report

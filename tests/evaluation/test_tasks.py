@@ -240,6 +240,8 @@ def test_a_model_is_evaluated_in_the_format_that_is_asked_for(weights, both, tmp
         [scores] = json.loads(capsys.readouterr().out)["scores"].values()
         losses.append(scores[str(tmp_path / "text.txt")]["nats/token"]["value"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6 if weights[0] in "fi" else 1e-2)
+    assert main([*words, "--device", "cpu"]) == 0
+    assert f"packed: weights in {weights}, on cpu" in capsys.readouterr().err
     other = "int4" if weights == "int8" else "int8"
     assert main([*words, "--weights", other, "--device", "cpu"]) == 2
     assert f"has its weights in {weights}, and weights is '{other}'" in capsys.readouterr().err
