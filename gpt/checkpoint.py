@@ -2,15 +2,17 @@
 
 ::
 
-    RUN/checkpoints/step-00002000/   model.safetensors  training.pt  meta.json
+    RUN/checkpoints/step-00002000/   model.safetensors  training.safetensors  meta.json
     RUN/best  RUN/last               names of checkpoints, in text files
 
 What is killed half-way is never mistaken for a checkpoint: it has no ``meta.json`` that fits it, or
-not yet its name. ``meta.json`` has the format's version, the model's configuration, and
-the SHA-256 of each file and of itself. Weights are safetensors; ``training.pt`` is loaded with
-``weights_only=True``. Nothing here unpickles.
+not yet its name. ``meta.json`` has the format's version, the model's configuration, the run's
+progress, and the SHA-256 of each file and of itself. Where the state is too large for one host,
+``model/`` and ``training/`` are folders of shards instead of files (:mod:`gpt.tensors`). Nothing
+here unpickles; the ``training.pt`` of format 1 is loaded with ``weights_only=True``.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -21,22 +23,47 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import torch.distributed as dist
 from torch import Tensor
 
+from gpt import tensors
 from gpt.config import ModelConfig, UsageError
 from gpt.model.gpt import GPT
 
-FORMAT = 1
-WEIGHTS, TRAINING, META = "model.safetensors", "training.pt", "meta.json"
+FORMAT = 2
+MODEL, TRAINING, META = "model", "training", "meta.json"
 Pointer = Literal["best", "last"]
 Say = Callable[[str], None]
+T = TypeVar("T")
 
 _NAME = re.compile(r"step-\d{8,}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """What a checkpoint holds."""
+
+    step: int
+    model: ModelConfig
+    weights: Mapping[str, Tensor]
+    training: Mapping[str, Tensor]
+    """What the optimizers have learned, as ``parameter/name``."""
+    progress: Mapping[str, Any]
+    """What else resuming needs, as plain values."""
+    metrics: Mapping[str, float]
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's folder."""
+        return name_of(self.step)
+
+
+def name_of(step: int) -> str:
+    """The folder of the checkpoint of ``step``."""
+    return f"step-{step:08d}"
 
 
 @dataclass(frozen=True)
@@ -44,50 +71,114 @@ class Checkpoint:
     """A checkpoint whose files are what its ``meta.json`` says."""
 
     path: Path
+    format: int
     step: int
     model: ModelConfig
     metrics: dict[str, float]
+    progress: dict[str, Any]
 
 
-def save(
-    run: Path, step: int, *, model: GPT, training: Mapping[str, Any], metrics: Mapping[str, float]
-) -> Path:
-    """Write the checkpoint of ``step`` into the folder ``run``; it is whole, or it is not there."""
+def save(run: Path, state: State) -> Path:
+    """Write the checkpoint into the folder ``run``: it is whole, or it is not there.
+
+    ``OSError`` where the disk does not take it.
+    """
+    with _draft(run, state) as work:
+        tensors.write(work / MODEL, state.weights)
+        tensors.write(work / TRAINING, state.training)
+        files = _files(work)
+        return _finish(run, work, state, {name: _flush_and_hash(work / name) for name in files})
+
+
+def save_sharded(run: Path, state: State, group: dist.ProcessGroup) -> Path:
+    """Write the checkpoint from all processes of ``group`` at once, each its own shards.
+
+    All raise ``OSError`` if one of them cannot.
+    """
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+
+    def first(work: Callable[[], T]) -> T:
+        result: T = _everywhere(lambda: work() if rank == 0 else None, group)[0]  # type: ignore[assignment]
+        return result
+
+    with contextlib.ExitStack() as stack:
+        work = first(lambda: stack.enter_context(_draft(run, state)))
+        for part, content in ((MODEL, state.weights), (TRAINING, state.training)):
+            _everywhere(lambda: tensors.write_shards(work / part, content, group), group)  # noqa: B023
+        mine = _files(work)[rank::size]
+        parts = _everywhere(lambda: {name: _flush_and_hash(work / name) for name in mine}, group)
+        files = {name: digest for part in parts for name, digest in part.items()}
+        return first(lambda: _finish(run, work, state, files))
+
+
+def _everywhere(work: Callable[[], T], group: dist.ProcessGroup) -> list[T]:
+    """What ``work`` returned on each process; where it failed on one, all raise ``OSError``."""
+    try:
+        outcome: tuple[T | None, str] = (work(), "")
+    except OSError as error:
+        outcome = (None, str(error))
+    outcomes: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(outcomes, outcome, group)
+    for _, problem in outcomes:
+        if problem:
+            raise OSError(problem)
+    return [result for result, _ in outcomes]
+
+
+@contextlib.contextmanager
+def _draft(run: Path, state: State) -> Iterator[Path]:
+    """A folder to write in, beside the checkpoint's place; deleted unless it was renamed."""
     folder = run / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
-    place = folder / f"step-{step:08d}"
-    work = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=folder))
+    work = Path(tempfile.mkdtemp(prefix=f".{state.name}-", dir=folder))
     try:
-        weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
-        save_file(weights, work / WEIGHTS)
-        torch.save(dict(training), work / TRAINING)
-        meta = {
-            "format": FORMAT,
-            "step": step,
-            "model": dataclasses.asdict(model.config),
-            "metrics": dict(metrics),
-            "files": {name: _sha256(work / name) for name in (WEIGHTS, TRAINING)},
-        }
-        meta["sha256"] = _checksum(meta)
-        (work / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-        for name in (WEIGHTS, TRAINING, META):
-            (work / name).chmod(0o644)
-            _flush(work / name)
-        _flush(work)
-        work.chmod(0o755)
-        if place.exists():  # a broken one, or the same step of a run that was resumed before it
-            place.rename(work / "replaced")
-        work.rename(place)
-        shutil.rmtree(place / "replaced", ignore_errors=True)
-        _flush(folder)
+        yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _files(work: Path) -> list[str]:
+    paths = (path for path in work.rglob("*") if path.is_file())
+    return sorted(str(path.relative_to(work)) for path in paths)
+
+
+def _finish(run: Path, work: Path, state: State, files: Mapping[str, str]) -> Path:
+    """Write ``meta.json`` for the ``files`` (their hashes by name), and give the folder its
+    name.
+    """
+    meta = {
+        "format": FORMAT,
+        "step": state.step,
+        "model": dataclasses.asdict(state.model),
+        "metrics": dict(state.metrics),
+        "progress": dict(state.progress),
+        "files": dict(files),
+    }
+    meta["sha256"] = _checksum(meta)
+    (work / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    _flush(work / META)
+    work.chmod(0o755)
+    for folder in {work, *((work / name).parent for name in files)}:
+        _flush(folder)
+    place = run / "checkpoints" / state.name
+    if place.exists():  # a broken one, or the same step of a run that was resumed before it
+        _delete(place)
+    work.rename(place)
+    _flush(place.parent)
     return place
 
 
-def point(run: Path, name: Pointer, checkpoint: Path) -> None:
+def point(run: Path, name: Pointer, checkpoint: str) -> None:
     """Let ``RUN/name`` name the checkpoint, in one step."""
-    write_atomically(run / name, checkpoint.name + "\n")
+    write_atomically(run / name, checkpoint + "\n")
+
+
+def pointed(run: Path, name: Pointer) -> str | None:
+    """The checkpoint that ``RUN/name`` names."""
+    try:
+        return (run / name).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return None
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -99,29 +190,32 @@ def write_atomically(path: Path, text: str) -> None:
     _flush(path.parent)
 
 
-def prune(run: Path, *, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints and those that ``best`` and ``last`` name."""
-    named = {_pointed(run, "best"), _pointed(run, "last")}
+def prune(run: Path, *, keep: int, keep_every: int = 0) -> None:
+    """Delete all but the newest ``keep`` checkpoints, those at multiples of ``keep_every`` steps,
+    and those that ``best`` and ``last`` name.
+    """
+    named = {pointed(run, "best"), pointed(run, "last")}
     for path in list(_newest_first(run))[keep:]:
-        if path.name not in named:
-            shutil.rmtree(path)
-    for path in (run / "checkpoints").glob(".step-*"):  # what a killed save has left
+        if path.name not in named and not (keep_every and _step(path) % keep_every == 0):
+            _delete(path)
+    for path in (run / "checkpoints").glob(".step-*"):  # what a kill has left
         shutil.rmtree(path)
 
 
 def find(path: Path, name: Pointer = "best", *, say: Say = lambda text: None) -> Checkpoint | None:
-    """The checkpoint at ``path``, or the one that the run at ``path`` calls ``name``.
+    """The checkpoint at ``path``; or of the run at ``path`` its ``best`` one, or its ``last``.
 
-    When that one is missing or broken, the newest valid one, saying so. ``None`` if the run has no
-    checkpoint yet; ``UsageError`` if it has some and none is valid, or if ``path`` is one and
-    broken.
+    ``last`` is the newest valid one, whatever ``RUN/last`` names: a kill may come before it is
+    written there. Where the best one is missing or broken, the newest valid one is taken too. What
+    is passed over is said. ``None`` if the run has no checkpoint yet; ``UsageError`` if it has
+    some and none is valid, or if ``path`` is one and broken.
     """
     if (path / META).exists():
         return verify(path)
-    wanted = _pointed(path, name)
-    paths = sorted(
-        _newest_first(path), key=lambda p: p.name != wanted
-    )  # stable: the rest newest first
+    wanted = pointed(path, name)
+    paths = list(_newest_first(path))
+    if name == "best":
+        paths.sort(key=lambda p: p.name != wanted)  # stable: the rest newest first
     problems = []
     for candidate in paths:
         try:
@@ -130,34 +224,40 @@ def find(path: Path, name: Pointer = "best", *, say: Say = lambda text: None) ->
             problems.append(str(error))
             say(f"{error}; looking for an older checkpoint")
         else:
-            if wanted and candidate.name != wanted:
-                say(f"{path / name} names {wanted}, which is not valid; taking {candidate.name}")
+            gone = wanted not in {None, *(p.name for p in paths)}
+            if problems or gone:
+                say(f"{path / name} names {wanted}, and the newest valid one is {candidate.name}")
             return checkpoint
     if problems:
         raise UsageError(f"the run {path} has no valid checkpoint: {problems[0]}")
     return None
 
 
-def verify(path: Path) -> Checkpoint:
-    """The checkpoint at ``path``, its files' hashes checked; ``UsageError`` if it is not whole."""
+def verify(path: Path, *, hashes: bool = True) -> Checkpoint:
+    """The checkpoint at ``path``, its files' ``hashes`` checked; ``UsageError`` if it is not
+    whole.
+    """
     try:
-        meta = json.loads((path / META).read_text(encoding="utf-8"))
+        meta = json.loads((path / META).read_bytes())
         version = meta["format"]
-        if version != FORMAT:
+        if version not in (1, FORMAT):
             raise UsageError(
-                f"the checkpoint {path} has format {version}, and this program reads {FORMAT}"
+                f"the checkpoint {path} has format {version}, and this program reads 1 to {FORMAT}"
             )
         if meta.pop("sha256") != _checksum(meta):
             raise UsageError(f"the checkpoint {path} is damaged: {META} is not what was saved")
         for name, expected in meta["files"].items():
-            if _sha256(path / name) != expected:
+            if hashes and _sha256(path / name) != expected:
                 raise UsageError(f"the checkpoint {path} is damaged: {name} is not what was saved")
-        return Checkpoint(path, meta["step"], ModelConfig(**meta["model"]), meta["metrics"])
+        model, progress = ModelConfig(**meta["model"]), meta.get("progress", {})
+        return Checkpoint(path, version, meta["step"], model, meta["metrics"], progress)
     except OSError as error:
         raise UsageError(
             f"the checkpoint {path} cannot be read: {error.strerror} ({error.filename})"
         ) from None
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except UsageError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"the checkpoint {path} is damaged: {META} is broken ({error!r})"
         ) from None
@@ -172,53 +272,47 @@ def load_model(
     """The checkpoint's model in evaluation mode, made without a second copy of its weights."""
     with torch.device("meta"):
         model = GPT(checkpoint.model)
-    weights = dict(_tensors(checkpoint.path / WEIGHTS, device=device, dtype=dtype))
-    has = {(name, weight.shape) for name, weight in weights.items()}
-    wants = {(name, parameter.shape) for name, parameter in model.named_parameters()}
-    if has != wants:
-        odd = ", ".join(sorted({name for name, _ in has ^ wants}))
-        raise UsageError(f"the checkpoint {checkpoint.path} does not fit its configuration: {odd}")
+    weights = tensors.load(checkpoint.path / MODEL, device=device, dtype=dtype)
+    check_fit(checkpoint, weights, dict(model.named_parameters()))
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     return model.requires_grad_(True).eval()
 
 
-def load_training(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The ``training`` that was saved, on the CPU."""
-    state: dict[str, Any] = torch.load(
-        checkpoint.path / TRAINING, map_location="cpu", weights_only=True
-    )
+def check_fit(
+    checkpoint: Checkpoint, has: Mapping[str, Tensor], wants: Mapping[str, Tensor]
+) -> None:
+    """Raise ``UsageError`` where weights are missing, too many, or of other shapes."""
+    shapes = [{(name, tensor.shape) for name, tensor in side.items()} for side in (has, wants)]
+    if shapes[0] != shapes[1]:
+        odd = ", ".join(sorted({name for name, _ in shapes[0] ^ shapes[1]}))
+        raise UsageError(f"the checkpoint {checkpoint.path} does not fit its configuration: {odd}")
+
+
+def load_format_1(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The ``training.pt`` of a checkpoint of format 1."""
+    path = checkpoint.path / "training.pt"
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return state
-
-
-def _tensors(
-    path: Path, *, device: torch.device | str, dtype: torch.dtype | None
-) -> Iterator[tuple[str, Tensor]]:
-    """A safetensors file's tensors; each is mapped alone, so a conversion keeps no page of the
-    others.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-        for name in names:
-            with safe_open(path, framework="pt") as file:
-                yield name, file.get_tensor(name).to(device=device, dtype=dtype)
-    except SafetensorError as error:
-        raise UsageError(f"the weights {path} cannot be read: {error}") from None
 
 
 def _newest_first(run: Path) -> Iterator[Path]:
     folder = run / "checkpoints"
     if folder.is_dir():
         paths = [p for p in folder.iterdir() if p.is_dir() and _NAME.fullmatch(p.name)]
-        yield from sorted(paths, key=lambda p: int(p.name[5:]), reverse=True)
+        yield from sorted(paths, key=_step, reverse=True)
 
 
-def _pointed(run: Path, name: Pointer) -> str | None:
-    try:
-        return (run / name).read_text(encoding="utf-8").strip()
-    except OSError:
-        return None
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _delete(path: Path) -> None:
+    """Take the checkpoint's name from it first: what is half deleted is none."""
+    gone = path.with_name(f".{path.name}-deleted")
+    shutil.rmtree(gone, ignore_errors=True)
+    path.rename(gone)
+    shutil.rmtree(gone)
 
 
 def _sha256(path: Path) -> str:
@@ -229,6 +323,11 @@ def _sha256(path: Path) -> str:
 def _checksum(meta: Mapping[str, Any]) -> str:
     """SHA-256 of what ``meta.json`` says beside it."""
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def _flush_and_hash(path: Path) -> str:
+    _flush(path)
+    return _sha256(path)
 
 
 def _flush(path: Path) -> None:

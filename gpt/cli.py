@@ -33,7 +33,9 @@ SAMPLE_SEED = 0
 
 
 def main(arguments: Sequence[str] | None = None, *, prog: str = "gpt") -> int:
-    """Run a command; the exit status is 0, 2 for a mistake of the user's, or 130 after Ctrl-C."""
+    """Run a command; the exit status is 0, 2 for what ends in a sentence (a mistake of the user's,
+    a full disk, a run that diverged), 130 after Ctrl-C, or 143 after SIGTERM.
+    """
     command, *words = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     if command in ("-h", "--help"):
         sys.stdout.write(_usage())
@@ -70,7 +72,7 @@ def train(words: Sequence[str], prog: str) -> int:
             return _training_sample(config, model, tokenizer)
 
     result = run(config, console=Console(), sample=sample)
-    return 130 if result.interrupted else 0
+    return 128 + result.signal if result.signal else 0
 
 
 def sample(words: Sequence[str], prog: str) -> int:

@@ -174,8 +174,16 @@ class TrainingConfig:
     """auto: CUDA, else Apple's MPS, else the CPU."""
     precision: Precision = "auto"
     """Of the matrix products; weights stay float32. auto: bfloat16 where the device has it."""
+    tf32: bool = False
+    """Let NVIDIA's tensor cores round float32's matrix products to TensorFloat-32."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile. auto: on CUDA with a working compiler."""
+    """torch.compile, block by block. auto: on CUDA with a working compiler."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Memory for time: selective keeps what matrix products and attention give and computes the
+    rest of a block again for the backward pass; full keeps a block's input alone."""
+    skip_nonfinite: int = 0
+    """Updates to skip in a run, and count, whose loss or gradient is not finite; one more stops
+    it."""
 
     def __post_init__(self) -> None:
         _at_least(
@@ -184,7 +192,11 @@ class TrainingConfig:
             training__batch_tokens=self.batch_tokens,
             training__micro_batch_size=self.micro_batch_size,
         )
-        _at_least(0, training__gradient_clip=self.gradient_clip)
+        _at_least(
+            0,
+            training__gradient_clip=self.gradient_clip,
+            training__skip_nonfinite=self.skip_nonfinite,
+        )
         _in_range(0, 2**63 - 1, training__seed=self.seed)
 
 
@@ -254,10 +266,32 @@ class CheckpointConfig:
     """Steps between checkpoints beside those of each evaluation; 0: no others."""
     keep: int = 2
     """The newest checkpoints that stay; the best one always does."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this many steps stay too; 0: no others."""
+    format: Literal["auto", "full", "sharded"] = "auto"
+    """full: one file, through the first process; sharded: each process writes its part. auto: full,
+    unless an fsdp run's state is more than half of the host's memory."""
 
     def __post_init__(self) -> None:
-        _at_least(0, checkpoint__every=self.every)
+        _at_least(0, checkpoint__every=self.every, checkpoint__keep_every=self.keep_every)
         _at_least(1, checkpoint__keep=self.keep)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the processes of torchrun divide the work: each takes an equal share of a step's
+    sequences.
+    """
+
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """ddp: a whole model in each; fsdp: the state is shared out between them. auto: ddp, unless the
+    state is more than half of a GPU's memory."""
+    shard_size: int = 0
+    """fsdp: how many processes share one copy of the state; 0: all. As many as a node has is hybrid
+    sharding: between nodes go gradients alone."""
+
+    def __post_init__(self) -> None:
+        _at_least(0, parallel__shard_size=self.shard_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,9 +304,13 @@ class LogConfig:
     """Send metrics to Weights & Biases, or keep them in the run's folder for a later sync."""
     wandb_project: str = "gpt"
     """The project there."""
+    profile: int = 0
+    """Steps to trace with torch.profiler, after two that warm up: trace.json in the run's folder,
+    for Perfetto or chrome://tracing; 0: none."""
 
     def __post_init__(self) -> None:
         _at_least(1, log__every=self.every)
+        _at_least(0, log__profile=self.profile)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,6 +330,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:

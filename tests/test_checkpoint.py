@@ -7,21 +7,33 @@ import pytest
 import torch
 
 from gpt import checkpoint as checkpoints
+from gpt import tensors
+from gpt.checkpoint import State
 from gpt.config import ModelConfig, UsageError
 from tests.conftest import make_model
 
 COMMITTED = Path(__file__).parent / "checkpoints"
 
 
+def save(run, step, model, *, training=None, progress=None, metrics=None):
+    state = State(
+        step=step,
+        model=model.config,
+        weights=dict(model.named_parameters()),
+        training=training or {"embed.weight/exp_avg": torch.ones(2)},
+        progress=progress or {},
+        metrics=metrics or {},
+    )
+    return checkpoints.save(run, state)
+
+
 @pytest.fixture
 def run(tmp_path, tiny_model):
     for step in (10, 20, 30):
-        path = checkpoints.save(
-            tmp_path, step, model=tiny_model, training={"note": step}, metrics={"loss": 1.5}
-        )
-        checkpoints.point(tmp_path, "last", path)
+        path = save(tmp_path, step, tiny_model)
+        checkpoints.point(tmp_path, "last", path.name)
         if step == 20:
-            checkpoints.point(tmp_path, "best", path)
+            checkpoints.point(tmp_path, "best", path.name)
     return tmp_path
 
 
@@ -32,8 +44,9 @@ def folder(run, step):
 @pytest.mark.parametrize("tied", [True, False])
 def test_what_is_loaded_is_what_was_saved(tied, tiny_config, tmp_path):
     model = make_model(dataclasses.replace(tiny_config, tie_embeddings=tied, n_kv_head=2))
-    training = {"tensor": torch.arange(3), "nested": [{"x": 1.5}]}
-    path = checkpoints.save(tmp_path, 7, model=model, training=training, metrics={"loss": 2.0})
+    training = {"norm.bias/exp_avg": torch.arange(3), "norm.bias/step": torch.tensor(4.0)}
+    progress = {"nested": [{"x": 0.1, "y": None}]}
+    path = save(tmp_path, 7, model, training=training, progress=progress, metrics={"loss": 2.0})
     found = checkpoints.verify(path)
     assert (found.step, found.metrics, found.model) == (7, {"loss": 2.0}, model.config)
     loaded = checkpoints.load_model(found)
@@ -41,9 +54,10 @@ def test_what_is_loaded_is_what_was_saved(tied, tiny_config, tmp_path):
     assert torch.equal(loaded(tokens), model(tokens))
     assert (loaded.head.weight is loaded.embed.weight) == tied
     assert not loaded.training
-    learned = checkpoints.load_training(found)
-    assert torch.equal(learned["tensor"], torch.arange(3))
-    assert learned["nested"] == [{"x": 1.5}]
+    assert found.progress == progress
+    learned = tensors.load(found.path / "training")
+    assert learned.keys() == training.keys()
+    assert all(torch.equal(learned[name], training[name]) for name in training)
 
 
 def test_weights_are_loaded_in_the_dtype_that_is_asked_for(run, tiny_model):
@@ -78,7 +92,7 @@ def damage(path, how):
 
 
 @pytest.mark.parametrize("how", ["flipped bit", "truncated", "empty", "missing"])
-@pytest.mark.parametrize("file", ["model.safetensors", "training.pt", "meta.json"])
+@pytest.mark.parametrize("file", ["model.safetensors", "training.safetensors", "meta.json"])
 def test_a_damaged_checkpoint_is_passed_over_for_the_newest_valid_one_and_it_is_said(
     file, how, run
 ):
@@ -86,7 +100,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_newest_valid_one_and_it_is_
     said = []
     assert checkpoints.find(run, "last", say=said.append).step == 20
     assert "step-00000030" in said[0]
-    assert said[-1].endswith("last names step-00000030, which is not valid; taking step-00000020")
+    assert said[-1].endswith("last names step-00000030, and the newest valid one is step-00000020")
 
 
 def test_a_run_with_no_valid_checkpoint_is_refused(run):
@@ -106,11 +120,11 @@ def test_a_killed_save_is_no_checkpoint(run, tiny_model, monkeypatch):
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
 
-    for name in ("save_file", "_sha256", "_flush"):
+    for module, name in ((tensors, "save_file"), (checkpoints, "_sha256"), (checkpoints, "_flush")):
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoints, name, killed)
+            patch.setattr(module, name, killed)
             with pytest.raises(KeyboardInterrupt):
-                checkpoints.save(run, 40, model=tiny_model, training={}, metrics={})
+                save(run, 40, tiny_model)
         assert not folder(run, 40).exists()
         assert checkpoints.find(run, "last").step == 30
 
@@ -124,9 +138,9 @@ def test_a_checkpoint_is_flushed_to_disk_before_it_has_its_name(tmp_path, tiny_m
         flush(path)
 
     monkeypatch.setattr(checkpoints, "_flush", record)
-    checkpoints.save(tmp_path, 1, model=tiny_model, training={}, metrics={})
+    save(tmp_path, 1, tiny_model)
     before = {name for name, named in flushed if not named}
-    assert {"model.safetensors", "training.pt", "meta.json"} < before
+    assert {"model.safetensors", "training.safetensors", "meta.json"} < before
     assert any(name.startswith(".step-00000001-") for name in before)
     assert flushed[-1] == ("checkpoints", True)
 
@@ -139,20 +153,20 @@ def test_a_temporary_folder_that_a_kill_left_is_no_checkpoint(run):
 
 def test_saving_a_step_again_replaces_it(run, tiny_config):
     other = make_model(tiny_config, seed=9)
-    checkpoints.save(run, 30, model=other, training={}, metrics={})
+    save(run, 30, other)
     loaded = checkpoints.load_model(checkpoints.find(run, "last"))
     assert torch.equal(loaded.embed.weight, other.embed.weight)
     assert {p.name for p in folder(run, 30).iterdir()} == {
         "model.safetensors",
-        "training.pt",
+        "training.safetensors",
         "meta.json",
     }
 
 
 def test_pruning_keeps_the_newest_and_the_best(run, tiny_model):
     for step in (40, 50):
-        path = checkpoints.save(run, step, model=tiny_model, training={}, metrics={})
-        checkpoints.point(run, "last", path)
+        path = save(run, step, tiny_model)
+        checkpoints.point(run, "last", path.name)
     (run / "checkpoints" / ".step-00000035-left").mkdir()
     checkpoints.prune(run, keep=2)
     left = sorted(p.name for p in (run / "checkpoints").iterdir())
@@ -161,8 +175,8 @@ def test_pruning_keeps_the_newest_and_the_best(run, tiny_model):
 
 def test_a_later_format_is_refused(run):
     meta = folder(run, 30) / "meta.json"
-    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"format": 2}))
-    with pytest.raises(UsageError, match="has format 2, and this program reads 1"):
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"format": 3}))
+    with pytest.raises(UsageError, match="has format 3, and this program reads 1 to 2"):
         checkpoints.verify(folder(run, 30))
 
 
@@ -184,7 +198,7 @@ def test_a_training_file_that_would_run_code_is_not_run(run):
     found = checkpoints.find(run)
     torch.save({"x": Evil()}, found.path / "training.pt")
     with pytest.raises(Exception, match="Weights only load failed"):
-        checkpoints.load_training(found)
+        checkpoints.load_format_1(found)
     assert not (run / "executed").exists()
 
 

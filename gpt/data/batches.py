@@ -18,6 +18,9 @@ from torch import Tensor
 from gpt.config import UsageError
 from gpt.data.shards import Shard
 
+IGNORED = -100
+"""A target that is not to be learned."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -25,6 +28,10 @@ class Batch:
 
     tokens: Tensor
     targets: Tensor
+
+    def n_targets(self) -> int:
+        """Targets that are to be learned."""
+        return int((self.targets != IGNORED).sum())
 
     def split(self, size: int) -> "Iterator[Batch]":
         """Batches of ``size`` sequences; the last may have fewer."""

@@ -28,12 +28,15 @@ class GPT(nn.Module):
         self.config = config
         self.cache_dtype: torch.dtype | None = None
         """Of keys and values; ``None``: the weights'."""
-        self.embed = _table(torch.empty(config.vocab_size, config.n_embd))
-        self.position = _table(torch.empty(config.context_length, config.n_embd))
-        self.dropout = Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        # what modules draw for themselves does not count: weights follow from the seed alone,
+        # made at once or part by part
+        with torch.random.fork_rng(devices=[]):
+            self.embed = _table(torch.empty(config.vocab_size, config.n_embd))
+            self.position = _table(torch.empty(config.context_length, config.n_embd))
+            self.dropout = Dropout(config.dropout)
+            self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+            self.norm = nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
+            self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie_weights()
         if not self.embed.weight.is_meta:
             self.initialise()
@@ -77,15 +80,18 @@ class GPT(nn.Module):
         return out
 
     @torch.no_grad()
-    def initialise(self) -> None:
+    def initialise(self, part: nn.Module | None = None) -> None:
         """GPT-2's initial weights: N(0, 0.02), no biases, and what writes to the residual stream
         smaller.
 
         ``attn.out`` and ``mlp.down`` are scaled by ``1 / sqrt(2 n_layer)``, so that the stream's
-        variance does not grow with the number of the branches that add to it.
+        variance does not grow with the number of the branches that add to it. The children one by
+        one, and the blocks among them, each as ``part``, draw the same numbers as all at once.
         """
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
+        for name, module in (self if part is None else part).named_modules():
+            if isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+            elif isinstance(module, nn.Linear | nn.Embedding):
                 writes_residual = name.endswith(("attn.out", "mlp.down"))
                 scale = 1 / math.sqrt(2 * self.config.n_layer) if writes_residual else 1.0
                 nn.init.normal_(module.weight, std=0.02 * scale)

@@ -4,26 +4,27 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from torch import nn
 
 from gpt.config import UsageError
+from gpt.model.gpt import GPT
 
 
-def compiled(
-    model: nn.Module,
+def compile_blocks(
+    model: GPT,
     mode: Literal["auto", "on", "off"],
     *,
     device: torch.device,
     say: Callable[[str], None],
-) -> nn.Module:
-    """The model to call in training: compiled, or itself.
+) -> None:
+    """Compile each block, in place: one block's graph serves them all, and what shares out the
+    weights can come between them.
 
     ``auto`` compiles on CUDA; where no compiler works it says so and goes on without. On a CPU
     compiling made training slower, so there it is left to ``on``, which raises ``UsageError``
     instead.
     """
     if mode == "off" or (mode == "auto" and device.type != "cuda"):
-        return model
+        return
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
     except (RuntimeError, OSError, ImportError) as error:
@@ -33,5 +34,6 @@ def compiled(
                 f"training.compile is on, and torch.compile does not work here: {reason}"
             ) from error
         say(f"torch.compile does not work here ({reason}); training goes on without it")
-        return model
-    return torch.compile(model)  # type: ignore[return-value]
+        return
+    for block in model.blocks:
+        block.compile()

@@ -1,10 +1,10 @@
 """The training loop.
 
 :meth:`Trainer.run` is the loop, :meth:`Trainer.update` one step of it. All that a step depends on
-is the weights, the optimizers' state, the random state, and the step's number.
+is the weights, the optimizers' state, the loss scale, and the step's number.
 """
 
-import dataclasses
+import contextlib
 import math
 import shlex
 import time
@@ -14,32 +14,34 @@ from dataclasses import dataclass
 import torch
 from rich.console import Console
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from gpt import checkpoint as checkpoints
-from gpt.checkpoint import Checkpoint
+from gpt.checkpoint import Checkpoint, State
 from gpt.config import TrainConfig, UsageError
 from gpt.data import tokenizer as tokenizers
-from gpt.data.batches import Order, Windows
+from gpt.data.batches import Batch, Order, Windows
 from gpt.data.prepare import Prepared, prepare
 from gpt.data.tokenizer import Tokenizer
 from gpt.device import choose_device, choose_precision, peak_flops
 from gpt.model.gpt import GPT
-from gpt.training import state
-from gpt.training.compilation import compiled
+from gpt.training import build, nonfinite, setup, state
 from gpt.training.curve import draw_curve
 from gpt.training.interrupt import Interrupt
 from gpt.training.loss import summed_loss
-from gpt.training.metrics import Record, Reporter, as_settings
-from gpt.training.optimizer import clip_gradients, make_optimizers, set_learning_rate
-from gpt.training.precision import autocast, loss_scaler
-from gpt.training.schedule import learning_rate_factor
-from gpt.training.setup import (
-    checkpoint_to_resume,
-    identity,
-    resolve,
-    take_initial_model,
-    write_run_files,
+from gpt.training.metrics import Reporter, Silent, as_settings
+from gpt.training.optimizer import (
+    clip_gradients,
+    describe_groups,
+    gradient_norm,
+    make_optimizers,
+    set_learning_rate,
 )
+from gpt.training.parallel import World, choose_strategy, join, only_here
+from gpt.training.precision import autocast, loss_scaler
+from gpt.training.saving import Saver, point_and_prune
+from gpt.training.schedule import learning_rate_factor
+from gpt.training.stopwatch import Stopwatch, Trace
 from gpt.training.validation import score
 
 Sample = Callable[[GPT, Tokenizer], str]
@@ -52,49 +54,73 @@ class Result:
 
     step: int
     best_loss: float
-    interrupted: bool
+    signal: int | None
+    """Of the signal that stopped it, if one did."""
 
 
 def train(config: TrainConfig, *, console: Console, sample: Sample | None = None) -> Result:
-    """Train the model that ``config`` describes, from its start or from the run's last checkpoint.
+    """Train the model that ``config`` describes, from its start or from the run's last checkpoint,
+    on all the processes that torchrun started.
 
     Raises :class:`UsageError` for what cannot be trained; nothing that the run's folder holds is
     lost.
     """
+    with join(choose_device(config.training.device)) as world:
+        console.quiet = console.quiet or not world.is_main
+        with contextlib.ExitStack() as stack:
+            world.share(lambda: stack.enter_context(setup.held(config.run)))
+            return _train(config, world, console, sample)
 
+
+def _train(config: TrainConfig, world: World, console: Console, sample: Sample | None) -> Result:
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    checkpoint = checkpoint_to_resume(config, say)
-    config, initial = take_initial_model(config, checkpoint, say)
+    checkpoint = setup.checkpoint_to_resume(config, world, say)
+    config, initial = world.main_first(lambda: setup.take_initial_model(config, checkpoint, say))
     with console.status("preparing the text") as status:
-        data = prepare(
-            config.data,
-            config.cache_dir,
-            tokenizer=initial.tokenizer if initial else None,
-            progress=lambda share: status.update(f"preparing {config.data.source}: {share:.0%}"),
+        data = world.main_first(
+            lambda: prepare(
+                config.data,
+                config.cache_dir,
+                tokenizer=initial.tokenizer if initial else None,
+                progress=lambda share: status.update(
+                    f"preparing {config.data.source}: {share:.0%}"
+                ),
+            )
         )
-    config = resolve(config, data, checkpoint)
+    config = setup.resolve(config, data, checkpoint)
+    if checkpoint is not None:
+        setup.check_changes(config, checkpoint, data.train, say)
     model = initial.model if initial else None
-    trainer = Trainer(config, data, checkpoint=checkpoint, model=model, say=say)
-    write_run_files(config, data.tokenizer)
+    trainer = Trainer(config, data, world=world, checkpoint=checkpoint, model=model, say=say)
+    if world.is_main:
+        setup.write_run_files(config, data.tokenizer)
+        if checkpoint is not None:
+            name, best = checkpoint.path.name, trainer.best
+            point_and_prune(config.run, config.checkpoint, last=name, best=best)
     for line in trainer.describe():
         say(line)
-    with Reporter(
-        config.run,
-        config.log,
-        console=console,
-        first_step=trainer.step,
-        max_steps=config.training.max_steps,
-        settings=as_settings(config),
-    ) as reporter:
+    reporter: Reporter | Silent = Silent()
+    if world.is_main:
+        reporter = Reporter(
+            config.run,
+            config.log,
+            console=console,
+            first_step=trainer.step,
+            max_steps=config.training.max_steps,
+            settings=as_settings(config),
+        )
+    with reporter:
         result = trainer.run(reporter, sample)
-    if result.interrupted:
+        for line in trainer.summary():
+            reporter.say(line)
+    if result.signal is not None:
         say(
             f"stopped at step {result.step:,}, which is saved; go on with: "
             f"python train.py {shlex.quote(str(config.run / 'config.toml'))} --resume"
         )
-    else:
+    elif world.is_main:
         say(draw_curve(config.run / "metrics.jsonl"))
     return result
 
@@ -107,182 +133,302 @@ class Trainer:
         config: TrainConfig,
         data: Prepared,
         *,
+        world: World | None = None,
         checkpoint: Checkpoint | None = None,
         model: GPT | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         torch.manual_seed(config.training.seed)
-        self.config, self.data = config, data
+        self.config, self.data, self.world = config, data, world or World()
         self.device = choose_device(config.training.device)
         self.dtype = choose_precision(config.training.precision, self.device)
         self.autocast = autocast(self.device, self.dtype)
         self.scaler = loss_scaler(self.device, self.dtype)
+        torch.set_float32_matmul_precision("high" if config.training.tf32 else "highest")
 
         self.windows = Windows(data.train, config.model.context_length)
         self.validation = Windows(data.validation, config.model.context_length)
         self.byte_lengths = tokenizers.byte_lengths(data.tokenizer)
-        batch_size = config.training.batch_tokens // config.model.context_length
+        batch_size = setup.sequences_a_step(config, self.world)
         self.order = Order(len(self.windows), batch_size=batch_size, seed=config.training.seed)
 
-        if checkpoint is None:
-            self.model = (model or GPT(config.model)).to(self.device)
-        else:
-            self.model = checkpoints.load_model(
-                dataclasses.replace(checkpoint, model=config.model), device=self.device
-            )
-        self.model.train()
+        self.strategy = choose_strategy(
+            config.parallel,
+            self.world,
+            n_parameters=build.count_parameters(config.model),
+            device=self.device,
+        )
+        self.model, self.forward = build.build_model(
+            config,
+            self.world,
+            self.strategy,
+            device=self.device,
+            dtype=self.dtype,
+            checkpoint=checkpoint,
+            model=model,
+            say=say,
+        )
         self.optimizers = make_optimizers(self.model, config.optimizer)
-        self.forward = compiled(self.model, config.training.compile, device=self.device, say=say)
+        self.stopwatch = Stopwatch(self.device)
+        self.stalls: list[float] = []
+        """Seconds for which each checkpoint held up the run."""
+        self.reporter: Reporter | Silent = Silent()
+        self._ahead: tuple[int, Batch] | None = None
         self.step, self.best_loss = 0, math.inf
+        self.best: str | None = None
+        """The name of the checkpoint with the least validation loss."""
+        self.losses: list[float] = []
+        """Of the steps since the last record."""
+        self.skipped = 0
+        """Updates that were not made since their loss or gradient was not finite."""
         if checkpoint is not None:
-            learned = checkpoints.load_training(checkpoint)
-            state.restore(
-                learned, self.optimizers, self.scaler, identity=identity(config, data.train)
-            )
-            self.step, self.best_loss = checkpoint.step, learned["best_loss"]
+            progress = state.restore(self.model, self.optimizers, self.scaler, checkpoint)
+            self.step, self.best_loss = checkpoint.step, progress["best_loss"]
+            self.best, self.losses = progress["best"], progress["losses"]
+            self.skipped = progress["skipped"]
 
-    def run(self, reporter: Reporter, sample: Sample | None) -> Result:
+    def run(self, reporter: Reporter | Silent, sample: Sample | None) -> Result:
         """Train to ``max_steps``, or to the first Ctrl-C."""
-        config, last = self.config, self.config.training.max_steps
-        losses: list[Tensor] = []
-        with Interrupt() as interrupt:
-            if (
-                self.step == 0
-            ):  # what is learned is seen against it, and wrong settings come to light
-                self.evaluate(reporter, sample)
-            clock = time.monotonic()
-            while self.step < last and not interrupt.requested:
-                step_loss, norm = self.update()
-                losses.append(step_loss)
+        config, last, started = self.config, self.config.training.max_steps, self.step
+        saver = Saver(
+            config.run,
+            config.checkpoint,
+            self.world,
+            sharded=build.saves_shards(config, self.strategy),
+            flush=reporter.flush,
+        )
+        traced = config.log.profile if self.world.is_main else 0
+        trace = Trace(config.run / "trace.json", traced, device=self.device)
+        self.reporter = reporter
+        number, seconds = 0, 0.0
+        with contextlib.closing(trace), Interrupt() as interrupt, saver:
+            if self.step == 0:  # learning is seen against it, and wrong settings come to light
+                self.evaluate(sample)
+            while self.step < last and not number:
+                start = time.monotonic()
+                loss, norm = self.update()
+                if math.isfinite(loss):
+                    self.losses.append(loss)
+                number = self.world.largest(interrupt.signal or 0)
+                seconds += time.monotonic() - start
 
+                saver.check()
+                if trace.step():
+                    reporter.say(f"the trace of {traced} steps is {trace.path}")
                 if self.step % config.log.every == 0 or self.step == last:
-                    mean_loss = torch.stack(losses).mean().item()
-                    tokens = len(losses) * config.training.batch_tokens
-                    reporter.step(self.record(mean_loss, norm, tokens / (time.monotonic() - clock)))
-                    losses, clock = [], time.monotonic()
-
-                paused = time.monotonic()
-                if interrupt.requested or self.is_saved_at(self.step):
-                    self.check_finite(step_loss, norm)
+                    steps = min(config.log.every, self.step - started)
+                    self.record(norm, seconds=seconds / steps, steps=steps)
+                    seconds = 0.0
                 if self.step % config.evaluation.every == 0 or self.step == last:
-                    loss = self.evaluate(reporter, sample)
-                    best = loss < self.best_loss
-                    self.best_loss = min(loss, self.best_loss)
-                    self.save(best=best, metrics={"validation_loss": loss})
-                elif config.checkpoint.every and self.step % config.checkpoint.every == 0:
-                    self.save()
-                clock += time.monotonic() - paused
-            if interrupt.requested and self.step < last:
-                self.save()
-        return Result(self.step, self.best_loss, interrupted=self.step < last)
+                    self.save(saver, self.evaluate(sample))
+                elif number or (
+                    config.checkpoint.every and self.step % config.checkpoint.every == 0
+                ):
+                    self.save(saver)
+        self.stalls = saver.stalls
+        return Result(self.step, self.best_loss, number if self.step < last else None)
 
-    def update(self) -> tuple[Tensor, Tensor]:
-        """One step: its mean loss in nats per token, and the gradient's norm before clipping."""
-        config = self.config
+    def update(self) -> tuple[float, float]:
+        """One step: its mean loss in nats per target, and the gradient's norm before clipping."""
+        config, world = self.config, self.world
+        state.seed_step(config.training.seed, self.step, world.rank)
         factor = learning_rate_factor(
             self.step, max_steps=config.training.max_steps, config=config.optimizer
         )
         set_learning_rate(self.optimizers, factor)
-        batch = self.windows.batch(self.order.step(self.step))
-        total = torch.zeros((), device=self.device)
-        for micro in batch.split(config.training.micro_batch_size):
-            micro = micro.to(self.device)
-            with self.autocast:
-                logits = self.forward(micro.tokens)
-            loss = summed_loss(logits, micro.targets) / config.training.batch_tokens
-            self.scaler.scale(loss).backward()
-            total += loss.detach()
-
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
-        norm = clip_gradients(self.model, config.training.gradient_clip)
-        for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
-        self.scaler.update()
+        with self.stopwatch("data"):
+            batch = self.batch(self.step)
+            n_targets = int(world.sum(torch.tensor(batch.n_targets())))
+        if n_targets == 0:
+            raise UsageError(
+                f"every target of step {self.step + 1} is masked, in its windows "
+                f"{nonfinite.some(self.order.step(self.step))}: there is nothing to learn from"
+            )
+        total = self.accumulate(batch, n_targets)
+        with self.stopwatch("data"):  # while a GPU is at work
+            self._ahead = (self.step + 1, self.batch(self.step + 1))
+        with self.stopwatch("optimizer"):
+            for optimizer in self.optimizers:
+                self.scaler.unscale_(optimizer)
+            norm_here = gradient_norm(self.model)
+            loss, norm = torch.stack([total, norm_here]).tolist()  # a step's one wait for a GPU
+            if self.is_sound(loss, norm):
+                clip_gradients(self.model, config.training.gradient_clip, norm_here)
+                for optimizer in self.optimizers:
+                    self.scaler.step(optimizer)
+            else:
+                self.skip(loss)
+            for optimizer in self.optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            self.scaler.update()
         self.step += 1
-        return total, norm
+        return loss, norm
 
-    def record(self, loss: float, norm: Tensor, tokens_per_second: float) -> Record:
-        """What is logged of the steps since the last record."""
-        self.check_finite(torch.tensor(loss), norm)
+    def batch(self, step: int) -> Batch:
+        """What ``step`` learns from, on this process."""
+        if self._ahead is not None and self._ahead[0] == step:
+            return self._ahead[1]
+        return self.windows.batch(self.world.share_of(self.order.step(step)))
+
+    def accumulate(self, batch: Batch, n_targets: int) -> Tensor:
+        """Add up the gradients of the mean loss over ``n_targets``, those of all processes; returns
+        the loss.
+        """
+        total = torch.zeros((), device=self.device)
+        micros = list(batch.split(self.config.training.micro_batch_size))
+        for number, micro in enumerate(micros, 1):
+            micro = micro.to(self.device)
+            with only_here(self.forward) if number < len(micros) else contextlib.nullcontext():
+                with self.stopwatch("forward"):
+                    with self.autocast:
+                        logits = self.forward(micro.tokens)
+                    loss = summed_loss(logits, micro.targets) / n_targets
+                with self.stopwatch("backward"):  # whose gradients the processes average
+                    self.scaler.scale(loss * self.world.size).backward()
+            total += loss.detach()
+        return self.world.sum(total)
+
+    def is_sound(self, loss: float, norm: float) -> bool:
+        """Whether the update may be made; with a loss scale, ``scaler.step`` passes over one whose
+        gradient was scaled too far, and the scale falls.
+        """
+        scaled_too_far = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+        return math.isfinite(loss) and (math.isfinite(norm) or scaled_too_far)
+
+    def skip(self, loss: float) -> None:
+        """Leave out an update; ``UsageError`` if it is one too many."""
+        allowed = self.config.training.skip_nonfinite
+        what = nonfinite.report(
+            self.config.run,
+            step=self.step + 1,
+            loss=loss,
+            norms=nonfinite.gradient_norms(self.model),
+            windows=self.order.step(self.step),
+            write=self.world.is_main,
+        )
+        if self.skipped >= allowed:
+            passed = f" after {self.skipped} that were skipped" if self.skipped else ""
+            raise UsageError(
+                f"{what}{passed}: training has diverged, and the checkpoints are from before it; "
+                "try a lower optimizer.learning_rate, or training.skip_nonfinite"
+            )
+        self.skipped += 1
+        self.reporter.skipped(
+            {"step": self.step + 1, "skipped": self.skipped},
+            f"{what}; the update is skipped, the {self.skipped}. of {allowed}",
+        )
+
+    def record(self, norm: float, *, seconds: float, steps: int) -> None:
+        """Report the steps since the last record: ``seconds`` each, for the ``steps`` of them that
+        this process made, and the last gradient's ``norm``.
+        """
+        times = self.stopwatch.take(steps)
+        if not self.losses:
+            return  # all of them were skipped, and told
+        tokens_per_second = self.config.training.batch_tokens / seconds
         record = {
             "step": self.step,
-            "loss": loss,
+            "loss": sum(self.losses) / len(self.losses),
             "learning_rate": self.optimizers[-1].param_groups[0]["lr"],
-            "gradient_norm": norm.item(),
+            "gradient_norm": norm,
             "tokens": self.step * self.config.training.batch_tokens,
             "tokens_per_second": tokens_per_second,
+            **times,
         }
+        if self.scaler.is_enabled():
+            record["loss_scale"] = self.scaler.get_scale()
         peak = peak_flops(self.device) if self.dtype != torch.float32 else None
         if peak is not None:
-            record["mfu"] = tokens_per_second * self.model.flops_per_token() / peak
-        return record
+            flops = tokens_per_second * self.model.flops_per_token()
+            record["mfu"] = flops / (peak * self.world.size)
+        self.losses = []
+        self.reporter.step(record)
 
-    def is_saved_at(self, step: int) -> bool:
-        """Whether a checkpoint is due after ``step`` steps."""
-        every = (self.config.evaluation.every, self.config.checkpoint.every)
-        return step == self.config.training.max_steps or any(n and step % n == 0 for n in every)
-
-    def check_finite(self, loss: Tensor, norm: Tensor) -> None:
-        """Raise ``UsageError`` if training has diverged: what is not a number is never saved."""
-        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
-            raise UsageError(
-                f"the loss is {loss.item()} and the gradient's norm {norm.item()} at step "
-                f"{self.step}: training has diverged, and the checkpoints are from before it; try "
-                "a lower optimizer.learning_rate"
-            )
-
-    def evaluate(self, reporter: Reporter, sample: Sample | None) -> float:
+    def evaluate(self, sample: Sample | None) -> float:
         """The model's loss on the held-out text, reported with a sample of its own."""
         result = score(
-            self.forward,
+            self.model,
             self.validation,
             self.validation.spread(self.config.evaluation.windows),
             byte_lengths=self.byte_lengths,
             batch_size=self.config.training.micro_batch_size,
             device=self.device,
             autocast=self.autocast,
+            world=self.world,
         )
-        self.check_finite(torch.tensor(result.loss), torch.zeros(()))
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # no backward pass has done it
+        if not math.isfinite(result.loss):
+            raise UsageError(
+                f"the validation loss is {result.loss} at step {self.step}: training has diverged, "
+                "and the checkpoints are from before it; try a lower optimizer.learning_rate"
+            )
         record = {
             "step": self.step,
             "validation_loss": result.loss,
             "bits_per_byte": result.bits_per_byte,
         }
-        text = sample(self.model, self.data.tokenizer) if sample else ""
-        reporter.evaluation(
+        text = self.sample(sample) if sample else ""
+        self.reporter.evaluation(
             record, best=self.step > 0 and result.loss < self.best_loss, sample=text
         )
         return result.loss
 
-    def save(self, *, best: bool = False, metrics: Record | None = None) -> None:
-        """Write a checkpoint, let ``last`` (and ``best``) name it, and delete those that are not
-        kept.
+    def sample(self, make: Sample) -> str:
+        """What ``make`` writes with the model, on the main process."""
+        model = self.model
+        if self.strategy == "fsdp":
+            if build.saves_shards(self.config, self.strategy):
+                return ""  # no process could hold it
+            whole = build.whole_model(self.model, self.world, device=self.device, dtype=self.dtype)
+            if whole is None:
+                return ""
+            model = whole
+        if not self.world.is_main:
+            return ""
+        with torch.compiler.set_stance("force_eager"):  # no graph for each length of the text
+            return make(model, self.data.tokenizer)
+
+    def save(self, saver: Saver, loss: float | None = None) -> None:
+        """Let a checkpoint be written: the best one so far, if the validation ``loss`` says so.
+
+        ``UsageError`` if a weight is not a number: that is never saved.
         """
-        run = self.config.run
-        path = checkpoints.save(
-            run,
-            self.step,
-            model=self.model,
-            training=state.capture(
-                self.optimizers,
-                self.scaler,
-                best_loss=self.best_loss,
-                identity=identity(self.config, self.data.train),
+        weights = dict(self.model.named_parameters())
+        if self.world.largest(not nonfinite.all_finite(weights)):
+            raise UsageError(
+                f"a weight is no number at step {self.step}: training has diverged, and the "
+                "checkpoints are from before it; try a lower optimizer.learning_rate"
+            )
+        if loss is not None and loss < self.best_loss:
+            self.best_loss, self.best = loss, checkpoints.name_of(self.step)
+        saver.save(
+            State(
+                step=self.step,
+                model=self.config.model,
+                weights=weights,
+                training=state.learned(self.model, self.optimizers),
+                progress={
+                    "best": self.best,
+                    "best_loss": self.best_loss if self.best else None,
+                    "losses": list(self.losses),
+                    "skipped": self.skipped,
+                    "scaler": self.scaler.state_dict(),
+                    "identity": setup.identity(self.config, self.data.train),
+                },
+                metrics={} if loss is None else {"validation_loss": loss},
             ),
-            metrics=metrics or {},
+            best=self.best,
         )
-        checkpoints.point(run, "last", path)
-        if best:
-            checkpoints.point(run, "best", path)
-        checkpoints.prune(run, keep=self.config.checkpoint.keep)
 
     def describe(self) -> list[str]:
         """The run in a few lines, for the person who starts it."""
         config, model = self.config, self.config.model
-        tokens = config.training.batch_tokens
-        micro = config.training.micro_batch_size * model.context_length
+        tokens, n = config.training.batch_tokens, self.world.size
+        sequences = self.order.batch_size // n
+        micro = min(config.training.micro_batch_size, sequences)
+        split = f"{-(-sequences // micro)} x {micro} x {model.context_length}"
+        processes = f"{self.strategy} on {n} processes, " if n > 1 else ""
         return [
             f"run      {config.run}" + (f", going on from step {self.step:,}" if self.step else ""),
             f"text     {config.data.source}: {len(self.data.train):,} training and "
@@ -293,8 +439,16 @@ class Trainer:
             f"{model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, "
             f"context {model.context_length}",
             f"training {config.training.max_steps:,} steps of {tokens:,} tokens "
-            f"({tokens // micro} x {config.training.micro_batch_size} x {model.context_length}), "
+            f"({f'{n} x {split}' if n > 1 else split}), "
             f"{tokens * config.training.max_steps / len(self.data.train):.2f} epochs, "
-            f"{config.optimizer.name}, {self.device.type}, "
-            f"{str(self.dtype).removeprefix('torch.')}",
+            f"{processes}{self.device.type}, {str(self.dtype).removeprefix('torch.')}",
+            *describe_groups(self.optimizers),
         ]
+
+    def summary(self) -> list[str]:
+        """Where the time went, once the run is over."""
+        lines = self.stopwatch.summary()
+        if self.stalls:
+            mean = 1000 * sum(self.stalls) / len(self.stalls)
+            lines.append(f"a checkpoint ({len(self.stalls)} in all) held it up for {mean:.0f} ms")
+        return lines

@@ -3,9 +3,12 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpt.data.batches import IGNORED
+
 
 def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """The sum over all tokens, in float32, of ``logits`` ``[B, T, V]`` against ``targets`` ``[B,
-    T]``
+    """The sum over all targets but the ``IGNORED`` ones, in float32, of ``logits`` ``[B, T, V]``
+    against ``targets`` ``[B, T]``.
     """
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+    flat = logits.float().flatten(0, 1)
+    return F.cross_entropy(flat, targets.flatten(), reduction="sum", ignore_index=IGNORED)

@@ -5,6 +5,7 @@ for.
 import dataclasses
 import json
 import math
+import os
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -64,6 +65,16 @@ class Reporter:
         if self._wandb is not None:
             self._wandb.finish()
 
+    def flush(self) -> None:
+        """Let what is recorded so far be on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def skipped(self, record: Record, what: str) -> None:
+        """An update that was left out: ``step``, ``skipped`` so far; and ``what`` was wrong."""
+        self._write(record)
+        self.say(f"step {record['step']:,}: {what}")
+
     def say(self, text: str) -> None:
         """One line for the person who watches."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -117,6 +128,26 @@ class Reporter:
             *([f"MFU {record['mfu']:.1%}"] if "mfu" in record else []),
             f"{_clock(elapsed)}<{_clock(left)}",
         ]
+
+
+class Silent:
+    """The reporter of a process that is not the main one."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def flush(self) -> None: ...
+
+    def skipped(self, record: Record, what: str) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+    def step(self, record: Record) -> None: ...
+
+    def evaluation(self, record: Record, *, best: bool, sample: str) -> None: ...
 
 
 class Smoothed:

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Muon, Optimizer
 
 from gpt.config import OptimizerConfig
@@ -50,10 +50,30 @@ def set_learning_rate(optimizers: Iterable[Optimizer], factor: float) -> None:
             group["lr"] = factor * group["peak_lr"]
 
 
-def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:
-    """Scale the gradients to a norm of at most ``limit`` (0: leave them); the norm before it."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
+def describe_groups(optimizers: Iterable[Optimizer]) -> list[str]:
+    """A line for each group of parameters: what is learned how."""
+    lines = []
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            parameters = group["params"]
+            if not parameters:
+                continue
+            kind = "matrices" if parameters[0].ndim >= 2 else "biases and norms"
+            count = sum(parameter.numel() for parameter in parameters)
+            lines.append(
+                f"{type(optimizer).__name__.lower():<8} {len(parameters)} {kind} ({count:,} "
+                f"numbers), learning rate {group['peak_lr']:g}, decay {group['weight_decay']:g}"
+            )
+    return lines
+
+
+def gradient_norm(model: nn.Module) -> Tensor:
+    """The norm of all gradients together, those of other processes' shards too."""
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def clip_gradients(model: nn.Module, limit: float, norm: Tensor) -> None:
+    """Scale the gradients, whose norm is ``norm``, to one of at most ``limit`` (0: leave them)."""
     if limit:
         nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
-    return norm

@@ -1,10 +1,15 @@
-"""What stands before the first step: which checkpoint to go on from, and the run's folder."""
+"""What stands before the first step: the run's folder, and the checkpoint to go on from."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import os
+import tomllib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from gpt import checkpoint as checkpoints
 from gpt.checkpoint import Checkpoint
@@ -14,27 +19,53 @@ from gpt.data.prepare import Prepared
 from gpt.data.shards import Shard
 from gpt.data.tokenizer import Tokenizer
 from gpt.interop.load import Loaded, load
+from gpt.training.parallel import World
+
+Say = Callable[[str], None]
+FIXED = ("training.seed", "training.batch_tokens", "optimizer.name")
+FIXED_GROUPS = {"model": ("dropout",), "data": ("source", "cache_dir")}
+"""What makes a run this run, beside the text; of a group, all but these."""
 
 
-def checkpoint_to_resume(config: TrainConfig, say: Callable[[str], None]) -> Checkpoint | None:
-    """The run's newest checkpoint if it is to be resumed; refuses to start over one that is
+@contextlib.contextmanager
+def held(run: Path) -> Iterator[str]:
+    """The run's folder, made if need be, for this process alone while entered."""
+    run.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(run / ".lock", timeout=0):
+            yield str(run)
+    except Timeout:
+        raise UsageError(
+            f"{run} is in use by another process that trains it: wait for its end, or start "
+            "another run with --run_dir"
+        ) from None
+
+
+def checkpoint_to_resume(config: TrainConfig, world: World, say: Say) -> Checkpoint | None:
+    """The run's newest valid checkpoint if it is to be resumed; refuses to start over one that is
     there.
+
+    What torchrun starts again after a process was lost is resumed, whether it says so or not.
     """
-    checkpoint = checkpoints.find(config.run, "last", say=say) if config.run.exists() else None
-    if not config.resume:
-        if checkpoint is not None:
+    resume = config.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+    def look() -> str:
+        checkpoint = checkpoints.find(config.run, "last", say=say)
+        if checkpoint is not None and not resume:
             raise UsageError(
                 f"{config.run} holds a run at step {checkpoint.step:,} already: --resume goes on "
                 "with it, --run_dir starts another one elsewhere"
             )
-        return None
-    if checkpoint is None:
-        say(f"{config.run} has no checkpoint to resume from; starting at step 0")
-    return checkpoint
+        if checkpoint is None and resume:
+            say(f"{config.run} has no checkpoint to resume from; starting at step 0")
+        return str(checkpoint.path) if checkpoint else ""
+
+    path = world.share(look)
+    return checkpoints.verify(Path(path), hashes=False) if path else None
 
 
 def take_initial_model(
-    config: TrainConfig, checkpoint: Checkpoint | None, say: Callable[[str], None]
+    config: TrainConfig, checkpoint: Checkpoint | None, say: Say
 ) -> tuple[TrainConfig, Loaded | None]:
     """The model that ``config.init`` names, made to fit, and the configuration with its shape."""
     if not config.init:
@@ -64,16 +95,79 @@ def resolve(config: TrainConfig, data: Prepared, checkpoint: Checkpoint | None) 
         )
     model = dataclasses.replace(config.model, vocab_size=vocab_size)
     config = dataclasses.replace(config, run_dir=str(config.run), resume=False, model=model)
-    if checkpoint is not None:
-        _check_same_model(config.run, checkpoint.model, model)
-        if tokenizers.fingerprint(tokenizers.load(config.run / "tokenizer.json")) != (
-            tokenizers.fingerprint(tokenizer)
-        ):
-            raise UsageError(
-                f"{config.run} was trained with another tokenizer than {config.data.source} "
-                "has now: resume with the text and data.tokenizer that it was started with"
-            )
     return config
+
+
+def check_changes(config: TrainConfig, checkpoint: Checkpoint, text: Shard, say: Say) -> None:
+    """Say what was changed since the run was last started; ``UsageError`` if it would make it
+    another run.
+    """
+    changes = changes_since(config.run / "config.toml", config)
+    for field in dataclasses.fields(ModelConfig):  # of which the checkpoint knows better
+        old, new = getattr(checkpoint.model, field.name), getattr(config.model, field.name)
+        changes.pop(f"model.{field.name}", None)
+        if old != new:
+            changes[f"model.{field.name}"] = (old, new)
+    told = {name: f"{name} was {old} and is {new}" for name, (old, new) in changes.items()}
+    fixed = [told[name] for name in changes if is_fixed(name)]
+    free = [told[name] for name in changes if not is_fixed(name)]
+    if fixed:
+        raise UsageError(
+            f"{config.run} cannot be resumed as another run: {'; '.join(fixed)}"
+            + (f" (the rest may change: {'; '.join(free)})" if free else "")
+        )
+    saved = checkpoint.progress.get("identity", {})
+    for field_name, value in identity(config, text).items():
+        if saved.get(field_name, value) != value:
+            raise UsageError(
+                f"{config.run} cannot be resumed as another run: {field_name} was "
+                f"{saved[field_name]} and is {value}"
+            )
+    for line in free:
+        say(f"changed  {line}")
+
+
+def is_fixed(field: str) -> bool:
+    """Whether a run stays itself only if this ``group.field`` stays."""
+    group, _, name = field.partition(".")
+    return field in FIXED or (group in FIXED_GROUPS and name not in FIXED_GROUPS[group])
+
+
+def changes_since(path: Path, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Each ``group.field`` in which the configuration at ``path`` differs, with its value there and
+    now; empty if there is none that can be read.
+    """
+    try:
+        before = _flat(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+    before = _flat(tomllib.loads(to_toml(TrainConfig()))) | before  # of fields that it had not yet
+    now = _flat(tomllib.loads(to_toml(config)))
+    return {name: (before[name], new) for name, new in now.items() if before[name] != new}
+
+
+def _flat(table: dict[str, Any], group: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in table.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{group}{name}.")
+        else:
+            flat[f"{group}{name}"] = value
+    return flat
+
+
+def sequences_a_step(config: TrainConfig, world: World) -> int:
+    """Sequences of one step over all processes; ``UsageError`` if these cannot share them
+    equally.
+    """
+    tokens, length = config.training.batch_tokens, config.model.context_length
+    if tokens // length % world.size:
+        least = length * world.size
+        raise UsageError(
+            f"training.batch_tokens is {tokens}, {tokens // length} sequences, which {world.size} "
+            f"processes cannot share equally; {max(1, round(tokens / least)) * least} would do"
+        )
+    return tokens // length
 
 
 def write_run_files(config: TrainConfig, tokenizer: Tokenizer) -> None:
@@ -86,17 +180,8 @@ def write_run_files(config: TrainConfig, tokenizer: Tokenizer) -> None:
 def identity(config: TrainConfig, text: Shard) -> dict[str, str]:
     """What makes a resumed run the same run: its text, the order of it, and its optimizer."""
     return {
-        "the text of fingerprint": text.corpus.hex()[:12],
+        "the text's fingerprint": text.corpus.hex()[:12],
         "training.seed": str(config.training.seed),
         "training.batch_tokens": str(config.training.batch_tokens),
         "optimizer.name": config.optimizer.name,
     }
-
-
-def _check_same_model(run: Path, saved: ModelConfig, wanted: ModelConfig) -> None:
-    for field in dataclasses.fields(ModelConfig):
-        old, new = getattr(saved, field.name), getattr(wanted, field.name)
-        if old != new and field.name != "dropout":
-            raise UsageError(
-                f"{run} was trained with model.{field.name} {old}, and cannot be resumed with {new}"
-            )

@@ -1,57 +1,113 @@
-"""What resuming needs beside the weights: optimizers, loss scale, random states, the best loss so
-far.
+"""What resuming needs beside the weights: what the optimizers have learned, by parameter, and the
+loss scale.
 
-The schedule and the place in the data are functions of the step, and need no state. An optimizer's
-hyperparameters are the configuration's, not the checkpoint's: what is kept is what it has learned.
+The schedule, the place in the data and the random state are functions of the step, and need no
+state. An optimizer's hyperparameters are the configuration's, not the checkpoint's.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gpt.config import UsageError
+from gpt import checkpoint as checkpoints
+from gpt import tensors
+from gpt.checkpoint import Checkpoint
 
 
-def capture(
-    optimizers: Sequence[Optimizer],
-    scaler: torch.amp.GradScaler,
-    *,
-    best_loss: float,
-    identity: dict[str, str],
-) -> dict[str, Any]:
-    """The state as tensors and plain values; ``identity`` is what may not change in a run."""
-    random = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        random["cuda"] = torch.cuda.get_rng_state()
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Set torch's random state to that of ``step`` on the process ``rank``.
+
+    So dropout draws the same numbers whatever came before the step: a resumed run, an evaluation.
+    """
+    state = np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0]))
+
+
+def learned(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
+    """The optimizers' state as ``parameter/name``: the tensors themselves."""
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     return {
-        "optimizers": [optimizer.state_dict()["state"] for optimizer in optimizers],
-        "scaler": scaler.state_dict(),
-        "random": random,
-        "best_loss": best_loss,
-        "identity": identity,
+        f"{names[parameter]}/{key}": value
+        for optimizer in optimizers
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
     }
 
 
 def restore(
-    state: dict[str, Any],
+    model: nn.Module,
     optimizers: Sequence[Optimizer],
     scaler: torch.amp.GradScaler,
-    *,
-    identity: dict[str, str],
-) -> None:
-    """Put back what :func:`capture` took; ``UsageError`` if the run is another one by now."""
-    for field, value in identity.items():
-        if state["identity"][field] != value:
-            raise UsageError(
-                f"the run was trained with {field} {state['identity'][field]}, and cannot be "
-                f"resumed with {value}"
+    checkpoint: Checkpoint,
+) -> dict[str, Any]:
+    """Give the optimizers and the scaler what they had learned, of which each process reads its own
+    part; returns the rest of the progress: ``best``, ``best_loss``, ``losses``, ``skipped``.
+    """
+    progress = dict(checkpoint.progress)
+    parameters = dict(model.named_parameters())
+    if checkpoint.format == 1:
+        old = checkpoints.load_format_1(checkpoint)
+        saved, progress = from_format_1(old, names_of(model, optimizers))
+    else:
+        saved = {}
+        path = checkpoint.path / checkpoints.TRAINING
+        for name, like in tensors.describe(path).items():
+            parameter = parameters[name.rpartition("/")[0]]
+            # of the parameter's shape, it is laid out and shared out like it
+            same = like.shape == parameter.shape
+            saved[name] = (
+                torch.empty_like(parameter, dtype=like.dtype, requires_grad=False)
+                if same
+                else torch.empty_like(like, device="cpu")
             )
-    for optimizer, learned in zip(optimizers, state["optimizers"], strict=True):
+        tensors.read(path, saved)
+    for optimizer, names in zip(optimizers, names_of(model, optimizers), strict=True):
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in saved.items():
+            parameter_name, _, key = name.rpartition("/")
+            if parameter_name in names:
+                state.setdefault(names.index(parameter_name), {})[key] = tensor
         groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": learned, "param_groups": groups})
-    scaler.load_state_dict(state["scaler"])
-    torch.set_rng_state(state["random"]["cpu"])
-    if "cuda" in state["random"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["random"]["cuda"])
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+    if progress["scaler"]:  # the run had one
+        scaler.load_state_dict(progress["scaler"])
+    if progress["best_loss"] is None:
+        progress["best_loss"] = math.inf
+    return progress
+
+
+def names_of(model: nn.Module, optimizers: Sequence[Optimizer]) -> list[list[str]]:
+    """The names of each optimizer's parameters, in its order."""
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    return [
+        [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+        for optimizer in optimizers
+    ]
+
+
+def from_format_1(
+    saved: Mapping[str, Any], names: Sequence[Sequence[str]]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Format 1 had each optimizer's state by the parameter's number, and did not say which
+    checkpoint was the best.
+    """
+    learned = {
+        f"{of[number]}/{key}": value
+        for of, state in zip(names, saved["optimizers"], strict=True)
+        for number, values in state.items()
+        for key, value in values.items()
+    }
+    progress = {
+        "best": None,
+        "best_loss": saved["best_loss"],
+        "losses": [],
+        "skipped": 0,
+        "scaler": saved["scaler"],
+        "identity": saved["identity"],
+    }
+    return learned, progress

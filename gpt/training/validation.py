@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
-from gpt.data.batches import Windows
+from gpt.data.batches import IGNORED, Windows
 from gpt.training.loss import summed_loss
+from gpt.training.parallel import World
 
 
 @dataclass(frozen=True)
@@ -33,22 +34,33 @@ def score(
     batch_size: int,
     device: torch.device,
     autocast: AbstractContextManager[object],
+    world: World,
 ) -> Score:
     """The model's score on the ``chosen`` windows, in evaluation mode; leaves the model's mode as
     it was.
 
-    ``byte_lengths`` ``[V]`` says how many bytes of text each token stands for.
+    The processes take turns with the batches, and the batches' losses are added in their order: the
+    score is the same on any number of processes. ``byte_lengths`` ``[V]`` says how many bytes of
+    text each token stands for.
     """
     training = model.training
     model.eval()
-    total = torch.zeros((), dtype=torch.float64, device="cpu" if device.type == "mps" else device)
-    n_tokens = n_bytes = 0
-    for start in range(0, len(chosen), batch_size):
-        batch = windows.batch(chosen[start : start + batch_size])
+    batches = np.split(chosen, range(batch_size, len(chosen), batch_size))
+    losses: dict[int, Tensor] = {}
+    figures = torch.zeros(3, len(batches), dtype=torch.float64)  # losses, tokens, bytes
+    for turn in range(0, len(batches), world.size):
+        number = turn + world.rank
+        # a process without a batch computes the last one with the others: fsdp needs all at once
+        batch = windows.batch(batches[min(number, len(batches) - 1)])
         with autocast:
             logits = model(batch.tokens.to(device))
-        total += summed_loss(logits, batch.targets.to(device)).to(total)
-        n_tokens += batch.targets.numel()
-        n_bytes += int(byte_lengths[batch.targets.numpy()].sum())
+        if number < len(batches):
+            losses[number] = summed_loss(logits, batch.targets.to(device))
+            learned = batch.targets[batch.targets != IGNORED]
+            figures[1, number] = len(learned)
+            figures[2, number] = int(byte_lengths[learned.numpy()].sum())
     model.train(training)
-    return Score(total.item() / n_tokens, total.item() / (max(n_bytes, 1) * math.log(2)))
+    for number, summed in losses.items():  # now, so that nothing waited for a GPU before
+        figures[0, number] = summed.item()
+    loss, n_tokens, n_bytes = world.sum(figures).sum(1).tolist()
+    return Score(loss / n_tokens, loss / (max(n_bytes, 1) * math.log(2)))

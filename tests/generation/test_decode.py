@@ -42,7 +42,7 @@ def prompt_of(length, seed=None):
 
 def test_what_is_decoded_varies(tiny_model):
     [tokens] = continued(tiny_model, [prompt_of(5)], greedy(40))
-    assert len(set(tokens)) > 8
+    assert len(set(tokens)) > 4
 
 
 @torch.inference_mode()

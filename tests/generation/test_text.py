@@ -137,9 +137,9 @@ def test_generation_stops_at_a_stop_text(byte_model):
 
 def test_a_beam_shows_nothing_from_its_stop_text_on(byte_model):
     options = {"max_new_tokens": 20, "num_beams": 3}
-    [whole] = gpt.generate(byte_model, "x", **options)
-    stop = next(whole.text[i] for i in range(3, 20) if whole.text[i] not in whole.text[:i])
-    [got] = gpt.generate(byte_model, "x", stop=stop, **options)
+    [whole] = gpt.generate(byte_model, "to be", **options)
+    stop = next(whole.text[i] for i in range(1, 20) if whole.text[i] not in whole.text[:i])
+    [got] = gpt.generate(byte_model, "to be", stop=stop, **options)
     assert (got.text, got.reason) == (whole.text[: whole.text.find(stop)], "stop")
     assert got.tokens == whole.tokens[: len(got.tokens)]
     assert len(got.tokens) < len(whole.tokens)

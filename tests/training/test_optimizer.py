@@ -2,7 +2,12 @@ import pytest
 import torch
 
 from gpt.config import OptimizerConfig
-from gpt.training.optimizer import clip_gradients, make_optimizers, set_learning_rate
+from gpt.training.optimizer import (
+    clip_gradients,
+    gradient_norm,
+    make_optimizers,
+    set_learning_rate,
+)
 
 
 def names_of(model, parameters):
@@ -55,6 +60,8 @@ def test_the_schedule_scales_each_groups_own_highest_rate(tiny_model):
 def test_clipping_bounds_the_norm_over_all_parameters(limit, norm_after):
     model = torch.nn.ParameterList([torch.zeros(1), torch.zeros(1)])
     model[0].grad, model[1].grad = torch.tensor([3.0]), torch.tensor([4.0])
-    assert clip_gradients(model, limit).item() == pytest.approx(5)
+    before = gradient_norm(model)
+    assert before.item() == pytest.approx(5)
+    clip_gradients(model, limit, before)
     norm = torch.cat([p.grad for p in model]).norm().item()
     assert norm == pytest.approx(norm_after, rel=1e-5)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from gpt.data.batches import Windows
 from gpt.data.shards import ShardWriter, read_shard
 from gpt.training.loss import summed_loss
+from gpt.training.parallel import World
 from gpt.training.validation import score
 
 
@@ -30,6 +31,7 @@ def scored(model, windows, batch_size):
         batch_size=batch_size,
         device=torch.device("cpu"),
         autocast=contextlib.nullcontext(),
+        world=World(),
     )
 
 

@@ -1,0 +1,124 @@
+"""Named tensors on disk: one safetensors file, or a folder of shards that processes write together.
+
+The shards are torch.distributed.checkpoint's, in safetensors: whoever reads them need not be as
+many processes as wrote them. All functions take the path without the ending: ``model`` is the file
+``model.safetensors``, or the folder ``model``.
+"""
+
+import contextlib
+import os
+import re
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from gpt.config import UsageError
+
+
+def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one file; ``OSError`` where the disk does not take it."""
+    file = _file(path)
+    with _as_os_error(file):
+        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, file)
+    file.chmod(0o644)
+
+
+def write_shards(path: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup) -> None:
+    """Write a folder from all processes of ``group`` at once; a ``DTensor`` as its shards, another
+    tensor, which is the same everywhere, by one of them. All raise ``OSError`` if one cannot.
+    """
+    from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter, save
+
+    writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
+    try:
+        save(dict(tensors), storage_writer=writer, process_group=group)
+    except CheckpointException as error:
+        reason = next(iter(error.failures.values()))[0]
+        with _as_os_error(path):
+            raise reason from None
+
+
+def read(path: Path, into: Mapping[str, Tensor]) -> None:
+    """Fill the tensors ``into`` with those of their names, which must be there; of a ``DTensor``,
+    this process's shard.
+    """
+    if not path.is_dir():
+        for name, tensor in _each(_file(path), set(into)):
+            _fill(into[name], tensor)
+        return
+    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        reader = HuggingFaceStorageReader(str(path))
+        load(dict(into), storage_reader=reader, no_dist=True)  # each for itself
+
+
+def load(
+    path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """All tensors, whole; each one is mapped alone, so a conversion keeps no page of the others."""
+    if not path.is_dir():
+        return {n: t.to(device=device, dtype=dtype) for n, t in _each(_file(path))}
+    tensors = {name: torch.empty_like(like, device="cpu") for name, like in describe(path).items()}
+    read(path, tensors)
+    return {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
+
+
+def describe(path: Path) -> dict[str, Tensor]:
+    """Each tensor's name, and a tensor on ``meta`` of its shape and dtype."""
+    if not path.is_dir():
+        return {name: tensor.to("meta") for name, tensor in _each(_file(path))}
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+    found: dict[str, Any] = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    return {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+        for name, entry in found.items()
+    }
+
+
+def _file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.safetensors")
+
+
+def _each(file: Path, wanted: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            names = [name for name in opened.keys() if wanted is None or name in wanted]  # noqa: SIM118
+        for name in names:
+            with safe_open(file, framework="pt") as opened:
+                yield name, opened.get_tensor(name)
+    except SafetensorError as error:
+        raise UsageError(f"the tensors {file} cannot be read: {error}") from None
+
+
+def _fill(target: Tensor, values: Tensor) -> None:
+    if isinstance(target, DTensor):
+        mesh, placements = target.device_mesh, target.placements
+        here = values.to(mesh.device_type)
+        shard = distribute_tensor(here, mesh, placements, src_data_rank=None)
+        target.to_local().copy_(shard.to_local())
+    else:
+        target.copy_(values)
+
+
+@contextlib.contextmanager
+def _as_os_error(path: Path) -> Iterator[None]:
+    """A full disk is an error of its own to safetensors, with the system's number in its text."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)|code: (\d+)", str(error))
+        if number is None:
+            raise OSError(f"{path} cannot be written: {error}") from None
+        code = int(number[1] or number[2])
+        raise OSError(code, os.strerror(code), str(path)) from None

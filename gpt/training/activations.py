@@ -1,0 +1,51 @@
+"""Activation checkpointing (arXiv:1604.06174): memory for time, block by block."""
+
+import functools
+from typing import Any, Literal
+
+import torch
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from gpt.model.gpt import GPT
+
+aten = torch.ops.aten
+KEPT = {
+    aten.mm.default,
+    aten.bmm.default,
+    aten.addmm.default,
+    aten.baddbmm.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+"""Operators whose results ``selective`` keeps: they take the most time to compute again."""
+
+
+def checkpoint_activations(model: GPT, mode: Literal["none", "selective", "full"]) -> None:
+    """Let each block compute again for the backward pass what ``mode`` does not keep, in place.
+
+    Gradients are the same to the last bit: dropout draws the same numbers again.
+    """
+    if mode == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if mode == "selective":
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
+    for block in model.blocks:
+        block.forward = functools.partial(_run, block.forward, options)
+
+
+def _run(forward: Any, options: dict[str, Any], *args: Any, **keywords: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **keywords)
+    return checkpoint(forward, *args, **options, **keywords)
+
+
+def _policy(context: Any, operator: Any, *args: Any, **keywords: Any) -> CheckpointPolicy:
+    keep = operator in KEPT
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,65 @@
+"""What is not a number: where it came from, told before anything is changed by it."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+SHOWN = 5
+
+
+def gradient_norms(model: nn.Module) -> dict[str, float]:
+    """The norm of each parameter's gradient, by name; on all processes at once where it is
+    sharded.
+    """
+    norms = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            norm = parameter.grad.norm()
+            norms[name] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return norms
+
+
+def all_finite(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether every number is one, in this process's part of the tensors."""
+    here = [t.to_local() if isinstance(t, DTensor) else t for t in tensors.values()]
+    return bool(torch.stack([t.detach().isfinite().all() for t in here]).all())
+
+
+def report(
+    run: Path,
+    *,
+    step: int,
+    loss: float,
+    norms: Mapping[str, float],
+    windows: NDArray[np.int64],
+    write: bool,
+) -> str:
+    """A sentence on the step that failed, which names a file with all of it (if ``write``)."""
+    largest = sorted(norms.items(), key=lambda item: -item[1] if item[1] == item[1] else -math.inf)
+    path = run / f"nonfinite-{step:08d}.json"
+    if write:
+        everything = {
+            "step": step,
+            "loss": str(loss),
+            "gradient_norms": {name: str(norm) for name, norm in largest},
+            "windows": windows.tolist(),
+        }
+        path.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+    named = ", ".join(f"{name} {norm:.3g}" for name, norm in largest[:SHOWN])
+    return (
+        f"the loss is {loss:.4g} and the largest gradients are {named} at step {step}, "
+        f"whose batch has the windows {some(windows)} ({path} has all of them)"
+    )
+
+
+def some(windows: NDArray[np.int64]) -> str:
+    """The numbers of the first windows, and how many more there are."""
+    more = f" and {len(windows) - SHOWN} more" if len(windows) > SHOWN else ""
+    return ", ".join(str(window) for window in windows[:SHOWN]) + more

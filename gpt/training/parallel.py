@@ -1,0 +1,233 @@
+"""Several processes as one: the processes that torchrun started, and what they say to each other.
+
+Each takes an equal share of a step's sequences. ``ddp`` keeps a whole model in each and averages
+the gradients (arXiv:2006.15704); ``fsdp`` is torch's ``fully_shard``: each keeps a part of every
+weight, gradient and optimizer state, and gathers a block's weights when it is their turn (ZeRO,
+arXiv:1910.02054). One process is a world too, in which all of this is nothing.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from gpt.config import ParallelConfig, UsageError
+from gpt.model.gpt import GPT
+
+T = TypeVar("T")
+Strategy = Literal["single", "ddp", "fsdp"]
+STATE_BYTES = 16
+"""Of a parameter: its weight, gradient, and two moments in float32."""
+
+
+@dataclass
+class World:
+    """The processes of a run, and this one's place among them."""
+
+    rank: int = 0
+    size: int = 1
+    store: dist.Store | None = None
+    _shared: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
+
+    def share_of(self, windows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The part of a step's windows that this process takes."""
+        share: NDArray[np.int64] = windows.reshape(self.size, -1)[self.rank]
+        return share
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in place; through gloo for tensors on the CPU, so that
+        nothing waits for a GPU.
+        """
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def largest(self, number: int) -> int:
+        """The largest of the processes' numbers."""
+        if self.size == 1:
+            return number
+        everywhere = torch.tensor(int(number))
+        dist.all_reduce(everywhere, dist.ReduceOp.MAX)
+        return int(everywhere)
+
+    def share(self, make: Callable[[], str]) -> str:
+        """What ``make`` returns on the main process, everywhere; the others wait as long as it
+        takes, and raise its ``UsageError`` too.
+        """
+        if self.store is None:
+            return make()
+        self._shared += 1
+        key = f"shared {self._shared}"
+        if self.is_main:
+            try:
+                result = make()
+            except UsageError as error:
+                self.store.set(key, f"!{error}")
+                raise
+            self.store.set(key, f"={result}")
+            return result
+        self.store.wait([key], timedelta(days=7))
+        outcome: str = self.store.get(key).decode()
+        if outcome.startswith("!"):
+            raise UsageError(outcome[1:])
+        return outcome[1:]
+
+    def main_first(self, make: Callable[[], T]) -> T:
+        """What ``make`` returns here; the main process calls it before the others do."""
+        results: list[T] = []
+
+        def first() -> str:
+            results.append(make())
+            return ""
+
+        self.share(first)
+        return results[0] if results else make()
+
+    def fails_first(self) -> bool:
+        """Whether this is the first process to fail: its error is the one to print."""
+        return self.store is None or self.store.add("failures", 1) == 1
+
+
+@contextlib.contextmanager
+def join(device: torch.device) -> Iterator[World]:
+    """The world that torchrun made (or whoever set its variables), while entered; without one, this
+    process alone.
+
+    Of the errors that end it everywhere, one is raised: on the other processes that follows from
+    it, and they end with ``SystemExit``.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield World()
+        return
+    if device.type == "mps":
+        raise UsageError("device is mps, which one process alone can train on")
+    store, rank, size = next(dist.rendezvous("env://"))
+    if device.type == "cuda":
+        local_rank, n_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local_rank >= n_gpus:
+            raise UsageError(
+                f"torchrun started process {local_rank} on a machine with {n_gpus} GPUs: "
+                f"--nproc-per-node {n_gpus} is one for each"
+            )
+        torch.cuda.set_device(local_rank)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    world = World(rank, size, dist.PrefixStore("gpt", store))
+    try:
+        yield world
+        dist.barrier()
+        dist.destroy_process_group()
+    except Exception as error:
+        if not world.fails_first():
+            raise SystemExit(2) from None
+        if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
+            reason = str(error).splitlines()[0]
+            raise UsageError(
+                f"process {rank} of {size} has lost another one, which was killed or stopped "
+                f"({reason}); --resume goes on from the last checkpoint"
+            ) from error
+        raise
+
+
+def choose_strategy(
+    config: ParallelConfig, world: World, *, n_parameters: int, device: torch.device
+) -> Strategy:
+    """What ``auto`` means here; ``UsageError`` where the processes cannot share the state as asked
+    for.
+    """
+    if world.size == 1:
+        return "single"
+    if config.shard_size and world.size % config.shard_size:
+        raise UsageError(
+            f"parallel.shard_size is {config.shard_size}, and must divide the number of processes "
+            f"({world.size})"
+        )
+    if config.strategy != "auto":
+        return config.strategy
+    if device.type != "cuda":
+        return "ddp"
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return "fsdp" if STATE_BYTES * n_parameters > memory / 2 else "ddp"
+
+
+def replicate(model: GPT, device: torch.device) -> DistributedDataParallel:
+    """The model with a backward pass that averages the gradients over all processes."""
+    devices = [torch.cuda.current_device()] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+
+
+def shard(
+    model: GPT,
+    config: ParallelConfig,
+    world: World,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    fill: Callable[[str, nn.Module], None],
+) -> None:
+    """Share out the model's weights between the processes, in place.
+
+    ``model`` may be on ``meta``: part by part it is then made in full, filled by ``fill`` (which is
+    told the part's name), and cut, so that no process ever holds more than one block of it whole.
+    Blocks are gathered in ``dtype``; gradients are averaged in float32.
+    """
+    n_shards = config.shard_size or world.size
+    mesh = init_device_mesh(
+        device.type, (world.size // n_shards, n_shards), mesh_dim_names=("replicate", "shard")
+    )
+    if n_shards == world.size:
+        mesh = mesh["shard"]
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # autocast does it where it is due
+    )
+    for name, part in parts(model):
+        model.tie_weights()
+        if any(parameter.is_meta for parameter in part.parameters()):
+            part.to_empty(device="cpu")
+        fill(name, part)
+        if name.startswith("blocks."):
+            fully_shard(part, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh)
+
+
+def only_here(forward: nn.Module) -> contextlib.AbstractContextManager[object]:
+    """Backward passes that keep their gradients to this process, for a later one to average; fsdp
+    averages each, since it keeps no whole gradient.
+    """
+    if isinstance(forward, DistributedDataParallel):
+        return forward.no_sync()
+    return contextlib.nullcontext()
+
+
+def parts(model: GPT) -> Iterator[tuple[str, nn.Module]]:
+    """The model's children, the blocks one by one, in the order in which they are initialised."""
+    for name, child in model.named_children():
+        if name == "blocks":
+            yield from ((f"blocks.{i}", block) for i, block in enumerate(child.children()))
+        else:
+            yield name, child
+
+
+def cpu_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The same processes, for tensors on the CPU."""
+    if mesh.device_type == "cpu":
+        return mesh
+    return DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)

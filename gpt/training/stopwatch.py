@@ -1,0 +1,109 @@
+"""Where a step's time goes, and a trace of some steps on request."""
+
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PARTS = ("data", "forward", "backward", "optimizer")
+
+
+class Stopwatch:
+    """The seconds of each part of a step.
+
+    On CUDA a part is what the GPU took for it, between two events that nothing waits for until the
+    times are asked for; ``data``, which the host makes, is the host's time everywhere.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._total: dict[str, float] = defaultdict(float)
+        self._steps = 0
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextlib.contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Count what happens while this is entered for ``part``."""
+        if self._on_gpu and part != "data":
+            start = torch.cuda.Event(enable_timing=True)
+            end = torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            end.record()
+            self._events.append((part, start, end))
+        else:
+            begin = time.perf_counter()
+            yield
+            self._seconds[part] += time.perf_counter() - begin
+
+    def take(self, n_steps: int) -> dict[str, float]:
+        """Seconds a step of each part since the last call, over ``n_steps``; as
+        ``data_seconds`` etc.
+        """
+        if self._events:
+            torch.cuda.synchronize()
+        for part, start, end in self._events:
+            self._seconds[part] += start.elapsed_time(end) / 1000
+        seconds = {f"{part}_seconds": self._seconds[part] / n_steps for part in PARTS}
+        for part in PARTS:
+            self._total[part] += self._seconds[part]
+        self._steps += n_steps
+        self._events, self._seconds = [], defaultdict(float)
+        return seconds
+
+    def summary(self) -> list[str]:
+        """A line on the mean step so far; none if there was none."""
+        whole = sum(self._total.values())
+        if not whole:
+            return []
+        shares = ", ".join(f"{part} {self._total[part] / whole:.0%}" for part in PARTS)
+        return [f"a step took {1000 * whole / self._steps:.1f} ms: {shares}"]
+
+
+class Trace:
+    """torch.profiler over ``n_steps`` steps after two that warm up, written to ``path``; nothing
+    for 0.
+    """
+
+    WARMUP = 2
+
+    def __init__(self, path: Path, n_steps: int, *, device: torch.device) -> None:
+        self.path, self._active = path, n_steps
+        self._left = n_steps + self.WARMUP if n_steps else 0
+        self._profiler: Any = None
+        if not n_steps:
+            return
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if device.type == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        self._profiler = torch.profiler.profile(
+            activities=activities,
+            schedule=torch.profiler.schedule(wait=1, warmup=self.WARMUP - 1, active=n_steps),
+            record_shapes=True,
+            profile_memory=True,
+        )
+        self._profiler.start()
+
+    def step(self) -> bool:
+        """Count a step; whether the trace has just been written."""
+        if self._left == 0:
+            return False
+        self._profiler.step()
+        self._left -= 1
+        if self._left == 0:
+            self.close()
+            return True
+        return False
+
+    def close(self) -> None:
+        """Write what there is of the trace, if it was not written yet."""
+        if self._profiler is not None:
+            self._profiler.stop()
+            if self._left < self._active:
+                self._profiler.export_chrome_trace(str(self.path))
+            self._profiler, self._left = None, 0
