@@ -69,7 +69,15 @@ def train(config: TrainConfig, *, console: Console, sample: Sample | None = None
         console.quiet = console.quiet or not world.is_main
         with contextlib.ExitStack() as stack:
             world.share(lambda: stack.enter_context(setup.held(config.run)))
-            return _train(config, world, console, sample)
+            try:
+                return _train(config, world, console, sample)
+            except OSError as error:
+                if error.errno not in setup.DISK_ERRORS:
+                    raise
+                raise UsageError(
+                    f"{config.run} cannot be written: {error.strerror}; its checkpoints are whole, "
+                    "and --resume goes on from the newest one"
+                ) from error
 
 
 def _train(config: TrainConfig, world: World, console: Console, sample: Sample | None) -> Result:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import secrets
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from gpt.checkpoint import write_atomically
 from gpt.config import LogConfig, UsageError
 
 Record = dict[str, Any]
@@ -41,9 +43,13 @@ class Reporter:
         self._start = time.monotonic()
         self._smooth = Smoothed()
         self._validation = math.nan
-        self._wandb = _start_wandb(run, config, settings) if config.wandb != "off" else None
         path = run / "metrics.jsonl"
-        drop_later_records(path, first_step or -1)
+        told = drop_later_records(path, first_step or -1)
+        self._wandb, self._sent = None, -1
+        if config.wandb != "off":
+            self._wandb = _start_wandb(run, config, settings)
+            # a run that goes on has sent what a killed process told after its last checkpoint
+            self._sent = told if config.wandb == "offline" else self._wandb.step - 1
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._progress = Progress(
             BarColumn(bar_width=6),
@@ -112,7 +118,7 @@ class Reporter:
 
     def _write(self, record: Record) -> None:
         self._file.write(json.dumps(record) + "\n")
-        if self._wandb is not None:
+        if self._wandb is not None and record["step"] > self._sent:
             self._wandb.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
 
     def _parts(self, record: Record) -> list[str]:
@@ -167,24 +173,36 @@ class Smoothed:
         return self._sum / self._weight if self._weight else math.nan
 
 
-def drop_later_records(path: Path, step: int) -> None:
-    """Remove from a metrics file the records past ``step``, and a last line that was cut off."""
+def drop_later_records(path: Path, step: int) -> int:
+    """Remove from a metrics file the records past ``step``, and lines that were cut off or damaged;
+    the last step that it had, or -1.
+    """
     if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] <= step:
-            kept.append(line)
-    work = path.with_name(f".{path.name}.new")
-    work.write_text("".join(kept), encoding="utf-8")
-    work.replace(path)
+        return -1
+    kept, told = [], {-1}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            at = int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):
+            continue
+        if line.endswith("\n"):
+            told.add(at)
+            kept += [line] if at <= step else []
+    write_atomically(path, "".join(kept))
+    return max(told)
 
 
 def _start_wandb(run: Path, config: LogConfig, settings: Record) -> Any:
+    """A wandb run, or the one that this run has had so far."""
     import wandb
 
+    path = run / "wandb_id"
+    if not path.exists():
+        write_atomically(path, secrets.token_hex(4) + "\n")
     try:
         return wandb.init(
+            id=path.read_text(encoding="utf-8").strip(),
+            resume=None if config.wandb == "offline" else "allow",
             project=config.wandb_project,
             name=run.name,
             dir=run,

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import os
 import tomllib
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from gpt.interop.load import Loaded, load
 from gpt.training.parallel import World
 
 Say = Callable[[str], None]
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
 FIXED = ("training.seed", "training.batch_tokens", "optimizer.name")
 FIXED_GROUPS = {"model": ("dropout",), "data": ("source", "cache_dir")}
 """What makes a run this run, beside the text; of a group, all but these."""

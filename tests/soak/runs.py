@@ -1,0 +1,248 @@
+"""Runs that are killed, and disks that fail under them: what is left must go on as if nothing had
+happened.
+
+A server process has torch loaded and forks a child for each run: a run of twelve steps then takes
+a fraction of a second. The children meet real signals, and real errors of system calls (faults.c).
+"""
+
+import collections
+import ctypes
+import dataclasses
+import errno
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from gpt import checkpoint as checkpoints
+from gpt.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    LogConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    TrainingConfig,
+    UsageError,
+)
+from gpt.training.loop import train
+
+FAULTS = {"kill": -1, "ENOSPC": errno.ENOSPC, "EIO": errno.EIO}
+BEFORE = 4
+"""Steps that a run has made, in two checkpoints, when its disk begins to fail."""
+
+
+def config_of(folder: Path, *, max_steps: int = 9, every: int = 3) -> TrainConfig:
+    return TrainConfig(
+        run_dir=str(folder / "run"),
+        resume=True,
+        model=ModelConfig(
+            vocab_size=0, context_length=8, n_layer=1, n_head=2, n_embd=16, dropout=0.1
+        ),
+        data=DataConfig(source=str(folder.parent / "text.txt"), cache_dir=str(folder.parent / "data")),
+        training=TrainingConfig(
+            max_steps=max_steps,
+            batch_tokens=64,
+            micro_batch_size=4,
+            precision="float32",
+            device="cpu",
+        ),
+        optimizer=OptimizerConfig(name="muon", warmup_steps=2, schedule="constant"),
+        evaluation=EvaluationConfig(every=4, windows=4, sample_tokens=0),
+        checkpoint=CheckpointConfig(every=every, keep=2),
+        log=LogConfig(every=4),
+    )
+
+
+def run(config: TrainConfig) -> str:
+    """Train in this process; what was printed."""
+    console = Console(file=io.StringIO(), width=200)
+    train(config, console=console)
+    return console.file.getvalue()
+
+
+def digest(config: TrainConfig) -> str:
+    """Of all that a finished run has: weights, optimizers, progress, pointers, and the metrics but
+    for times.
+    """
+    found = checkpoints.find(config.run, "last")
+    total = hashlib.sha256()
+    for name in ("model.safetensors", "training.safetensors"):
+        total.update((found.path / name).read_bytes())
+    facts = [found.step, found.metrics, found.progress]
+    facts += [checkpoints.pointed(config.run, name) for name in ("best", "last")]
+    facts += [p.name for p in sorted((config.run / "checkpoints").glob("*"))]
+    for line in (config.run / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        facts.append({k: v for k, v in record.items() if "second" not in k})
+    total.update(json.dumps(facts, sort_keys=True).encode())
+    return total.hexdigest()[:16]
+
+
+def in_child(work: Callable[[], object], log: Path) -> subprocess.Popen | int:
+    """Fork a child that does the work and ends with status 0; or 2 and the sentence, or 1 and the
+    traceback, in ``log``.
+    """
+    process = os.fork()
+    if process:
+        return process
+    status = 0
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        work()
+    except UsageError as error:
+        status = 2
+        os.write(os.open(log, os.O_CREAT | os.O_WRONLY), str(error).encode())
+    except BaseException:
+        status = 1
+        os.write(os.open(log, os.O_CREAT | os.O_WRONLY), traceback.format_exc().encode())
+    os._exit(status)
+
+
+def prepare(folder: Path) -> None:
+    """A text, and its tokens."""
+    (folder / "text.txt").write_text("Speak, speak. You are all resolved rather to die?\n" * 60)
+    run(config_of(folder / "first", max_steps=1))
+    shutil.rmtree(folder / "first")
+
+
+def inject(folder: Path, *, stride: int = 1, kinds: tuple[str, ...] = tuple(FAULTS)) -> list[str]:
+    """Let each ``stride``-th change of a file fail in each of the ways; what was told of each case
+    that went wrong, after a line with the number of cases.
+    """
+    library = ctypes.CDLL(None)
+    start = config_of(folder / "start", max_steps=BEFORE)
+    run(start)
+
+    def copy(name: str) -> TrainConfig:
+        shutil.rmtree(folder / name, ignore_errors=True)
+        shutil.copytree(folder / "start", folder / name)
+        return config_of(folder / name)
+
+    whole = copy("whole")
+    counted = folder / "count"
+
+    def count() -> None:
+        library.faults_arm(str(whole.run).encode(), 0, 0)
+        run(whole)
+        counted.write_text(str(library.faults_count()))
+
+    assert os.waitpid(in_child(count, folder / "log"), 0)[1] == 0, (folder / "log").read_text()
+    n_calls = int(counted.read_text())
+    uninterrupted = config_of(folder / "uninterrupted")
+    run(uninterrupted)
+    expected = digest(uninterrupted)
+    problems, ends = [], collections.Counter()
+    for kind in kinds:
+        for number in range(1 + kinds.index(kind), n_calls + 1, stride):
+            faulty, log = copy("faulty"), folder / "log"
+            log.unlink(missing_ok=True)
+
+            def work(faulty=faulty, number=number, kind=kind) -> None:
+                library.faults_arm(str(faulty.run).encode(), number, FAULTS[kind])
+                run(faulty)
+
+            _, status = os.waitpid(in_child(work, log), 0)
+            ends[os.waitstatus_to_exitcode(status)] += 1
+            problem = problem_of(faulty, kind, status, log, expected)
+            if problem:
+                problems.append(f"{kind} at call {number} of {n_calls}: {problem}")
+    told = f"{ends[-9]} killed the run, {ends[2]} ended it in a sentence, {ends[0]} did no harm"
+    return [f"{ends.total()} faults at {n_calls} calls: {told}", *problems]
+
+
+def problem_of(config: TrainConfig, kind: str, status: int, log: Path, expected: str) -> str:
+    if kind == "kill":
+        if not (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL):
+            return f"was not killed ({status})"
+    elif os.waitstatus_to_exitcode(status) not in (0, 2):
+        return f"ended with {os.waitstatus_to_exitcode(status)}: {log.read_text()}"
+    elif os.waitstatus_to_exitcode(status) == 2 and str(config.run) not in log.read_text():
+        return f"said {log.read_text()!r}"
+    paths = [p for p in (config.run / "checkpoints").iterdir() if p.name.startswith("step-")]
+    try:
+        valid = sorted(checkpoints.verify(path).step for path in paths)
+    except UsageError as error:
+        return f"left something broken: {error}"
+    if len(valid) < 2 or valid[-1] < BEFORE:
+        return f"lost a checkpoint: {valid} are left"
+    run(config)
+    if digest(config) != expected:
+        return "was resumed as another run"
+    return ""
+
+
+def kill(folder: Path, *, n_runs: int, kills: int, seed: int = 0, max_steps: int = 120) -> list[str]:
+    """Kill runs at random instants and resume them; the digest of each, the uninterrupted one
+    first.
+    """
+    chance = random.Random(seed)
+    whole = config_of(folder / "whole-run", max_steps=max_steps)
+    start = time.monotonic()
+    assert os.waitpid(in_child(lambda: run(whole), folder / "log"), 0)[1] == 0
+    duration = time.monotonic() - start
+    digests = [digest(whole)]
+    for number in range(n_runs):
+        config = dataclasses.replace(whole, run_dir=str(folder / f"killed-{number}" / "run"))
+        for _ in range(kills):
+            child = in_child(lambda config=config: run(config), folder / "log")
+            time.sleep(chance.uniform(0, duration / kills * 1.5))
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        assert os.waitpid(in_child(lambda config=config: run(config), folder / "log"), 0)[1] == 0
+        digests.append(digest(config))
+    return digests
+
+
+def build(folder: Path) -> Path | None:
+    """faults.c compiled; ``None`` where there is no compiler."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None or sys.platform != "linux":
+        return None
+    library = folder / "faults.so"
+    source = Path(__file__).with_name("faults.c")
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-O1", "-w", str(source), "-o", str(library), "-ldl"], check=True
+    )
+    return library
+
+
+def serve(folder: Path, what: str, options: dict) -> list[str]:
+    """Run :func:`inject` or :func:`kill` in a process of its own; what it returned."""
+    library = build(folder)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if library is not None:
+        environment["LD_PRELOAD"] = str(library)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.soak.runs", str(folder), what, json.dumps(options)],
+        env=environment,
+        cwd=Path(__file__).parent.parent.parent,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout)
+
+
+def main() -> None:
+    folder, what, options = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+    torch.set_num_threads(1)
+    prepare(folder)
+    print(json.dumps({"inject": inject, "kill": kill}[what](folder, **options)))
+
+
+if __name__ == "__main__":
+    main()
