@@ -185,7 +185,7 @@ def shard(
 
     ``model`` may be on ``meta``: part by part it is then made in full, filled by ``fill`` (which is
     told the part's name), and cut, so that no process ever holds more than one block of it whole.
-    Blocks are gathered in ``dtype``; gradients are averaged in float32.
+    On GPUs blocks are gathered in ``dtype``; gradients are averaged in float32.
     """
     n_shards = config.shard_size or world.size
     mesh = init_device_mesh(
@@ -193,8 +193,9 @@ def shard(
     )
     if n_shards == world.size:
         mesh = mesh["shard"]
+    small = device.type == "cuda" and dtype != torch.float32  # a CPU's norms take no mixture
     policy = MixedPrecisionPolicy(
-        param_dtype=None if dtype == torch.float32 else dtype,
+        param_dtype=dtype if small else None,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # autocast does it where it is due
     )

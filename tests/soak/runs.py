@@ -52,7 +52,9 @@ def config_of(folder: Path, *, max_steps: int = 9, every: int = 3) -> TrainConfi
         model=ModelConfig(
             vocab_size=0, context_length=8, n_layer=1, n_head=2, n_embd=16, dropout=0.1
         ),
-        data=DataConfig(source=str(folder.parent / "text.txt"), cache_dir=str(folder.parent / "data")),
+        data=DataConfig(
+            source=str(folder.parent / "text.txt"), cache_dir=str(folder.parent / "data")
+        ),
         training=TrainingConfig(
             max_steps=max_steps,
             batch_tokens=64,
@@ -185,7 +187,9 @@ def problem_of(config: TrainConfig, kind: str, status: int, log: Path, expected:
     return ""
 
 
-def kill(folder: Path, *, n_runs: int, kills: int, seed: int = 0, max_steps: int = 120) -> list[str]:
+def kill(
+    folder: Path, *, n_runs: int, kills: int, seed: int = 0, max_steps: int = 120
+) -> list[str]:
     """Kill runs at random instants and resume them; the digest of each, the uninterrupted one
     first.
     """
@@ -215,7 +219,8 @@ def build(folder: Path) -> Path | None:
     library = folder / "faults.so"
     source = Path(__file__).with_name("faults.c")
     subprocess.run(
-        [compiler, "-shared", "-fPIC", "-O1", "-w", str(source), "-o", str(library), "-ldl"], check=True
+        [compiler, "-shared", "-fPIC", "-O1", "-w", str(source), "-o", str(library), "-ldl"],
+        check=True,
     )
     return library
 

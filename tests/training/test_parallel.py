@@ -1,0 +1,250 @@
+"""One result on any number of processes: gloo on the CPU, two and four of them."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2LMHeadModel
+
+import gpt
+from gpt import checkpoint as checkpoints
+from gpt.cli import main
+from gpt.config import ModelConfig, ParallelConfig, TrainingConfig, UsageError
+from gpt.training.build import count_parameters, saves_shards
+from gpt.training.parallel import World, choose_strategy
+from gpt.training.setup import sequences_a_step
+from tests.conftest import LINES
+from tests.training.worker import config_of, train
+
+ROOT = Path(__file__).parent.parent.parent
+WORLDS = {1: ("single",), 2: ("ddp", "fsdp"), 4: ("ddp", "fsdp", "hybrid")}
+PLACES = [(n, strategy) for n, strategies in WORLDS.items() for strategy in strategies]
+RUNS = [(n, s, f) for n, s in PLACES for f in ("full", "sharded") if s != "ddp" and n > 1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where worker.py has been on one, two and four processes."""
+    place = tmp_path_factory.mktemp("parallel")
+    (place / "text.txt").write_text("".join(LINES[i % 3] for i in range(160)))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for n in WORLDS:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
+        done = subprocess.run(
+            [sys.executable, *torchrun, str(ROOT / "tests/training/worker.py"), str(place)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+    return place
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    return {n: torch.load(folder / f"{n}.pt", weights_only=False) for n in WORLDS}
+
+
+def difference(one, two):
+    """Of two models' gradients, relative, and that of their worst parameter."""
+    names = [name for name in two if name not in ("loss", "norm")]
+    assert one.keys() == two.keys()
+    apart = [(one[n].double() - two[n].double()).norm() for n in names]
+    sizes = [two[n].double().norm() for n in names]
+    worst = max(a / s for a, s in zip(apart, sizes, strict=True))
+    return (torch.stack(apart).norm() / torch.stack(sizes).norm()).item(), worst.item()
+
+
+@pytest.mark.parametrize("kind", ["gradients", "masked"])
+@pytest.mark.parametrize("micro", [1, 2, 4, 8])
+@pytest.mark.parametrize(("n", "strategy"), PLACES)
+def test_gradients_are_the_same_however_a_step_is_split(n, strategy, micro, kind, results):
+    whole = results[1]["single", kind, 8]
+    split = results[n][strategy, kind, micro]
+    assert max(difference(split, whole)) < 1e-6
+    assert split["loss"].item() == pytest.approx(whole["loss"].item(), rel=1e-6)
+    assert split["norm"].item() == pytest.approx(whole["norm"].item(), rel=1e-6)
+
+
+def test_masked_targets_change_the_gradients(results):  # or the test above says nothing of them
+    assert (
+        difference(results[1]["single", "masked", 8], results[1]["single", "gradients", 8])[0] > 0.1
+    )
+
+
+@pytest.mark.parametrize("kind", ["selective", "full"])
+@pytest.mark.parametrize(("n", "strategy"), PLACES)
+def test_activation_checkpointing_changes_no_bit(n, strategy, kind, results):
+    plain = results[n][strategy, "gradients", 2]
+    assert all(torch.equal(plain[k], v) for k, v in results[n][strategy, kind].items())
+
+
+@pytest.mark.parametrize(("n", "strategy"), PLACES)
+def test_new_weights_are_the_same_to_the_bit_also_made_part_by_part(n, strategy, results):
+    plain = results[1]["single", "new"]
+    assert all(torch.equal(plain[name], v) for name, v in results[n][strategy, "new"].items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "tolerance"), [("bfloat16", 1e-3), ("float16", 1e-3), ("muon", 1e-3)]
+)
+@pytest.mark.parametrize(("n", "strategy"), PLACES)
+def test_rounded_training_is_the_same_to_its_rounding(n, strategy, kind, tolerance, results):
+    one = results[1]["single", kind]
+    assert one[0] - one[-1] > 0.05  # it learns
+    assert results[n][strategy, kind].tolist() == pytest.approx(one.tolist(), abs=tolerance)
+
+
+@pytest.mark.parametrize(("n", "strategy"), PLACES)
+def test_an_overflow_of_float16_skips_the_update_everywhere_and_halves_the_scale(
+    n, strategy, results
+):
+    assert results[n][strategy, "overflow"] == (True, 2.0**29)
+
+
+def records(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_records(run, other):
+    assert [r["step"] for r in records(run)] == [r["step"] for r in records(other)]
+    for one, two in zip(records(run), records(other), strict=True):
+        for key in {"loss", "validation_loss", "gradient_norm"} & two.keys():
+            assert one[key] == pytest.approx(two[key], rel=1e-6), (key, one["step"])
+
+
+@pytest.mark.parametrize(("n", "strategy", "kind"), [*RUNS, (2, "ddp", "full"), (4, "ddp", "full")])
+def test_a_run_has_the_metrics_and_the_weights_of_one_process(n, strategy, kind, folder, results):
+    run = folder / f"{strategy}-{n}-{kind}"
+    assert_same_records(run, folder / "single-1-full")
+    model, expected = gpt.load(run).model, gpt.load(folder / "single-1-full").model
+    for name, parameter in expected.named_parameters():
+        # the gradient of a key's bias is 0 but for rounding, which Adam makes a step of
+        torch.testing.assert_close(model.get_parameter(name), parameter, rtol=1e-5, atol=2e-5)
+    said = results[n][strategy, kind, "said"]
+    assert f"{'fsdp' if strategy == 'hybrid' else strategy} on {n} processes" in said
+    [shards] = {p.is_dir() for p in run.glob("checkpoints/*/model*")}
+    assert shards == (kind == "sharded")
+
+
+@pytest.mark.parametrize(
+    "made", ["single-1-full", "fsdp-2-full", "fsdp-2-sharded", "hybrid-4-sharded"]
+)
+def test_a_run_is_resumed_on_other_processes_than_it_began_on(made, folder, results):
+    resumed = [path for path in folder.glob(f"{made}-on-*") if path.is_dir()]
+    assert len(resumed) >= 1
+    for run in resumed:
+        assert_same_records(run, folder / "single-1-full")
+    config = dataclasses.replace(config_of(folder, f"{made}-on-one"), resume=True)
+    (folder / f"{made}-on-one").mkdir()
+    for name in ("checkpoints/step-00000003", "config.toml", "tokenizer.json", "metrics.jsonl"):
+        target = folder / f"{made}-on-one" / name
+        target.parent.mkdir(exist_ok=True)
+        target.symlink_to(folder / made / name)
+    (folder / f"{made}-on-one" / "metrics.jsonl").unlink()
+    said = train(config, World())
+    assert "going on from step 3" in said
+    assert checkpoints.find(config.run, "last").step == 6
+    last = [r for r in records(folder / "single-1-full") if r["step"] > 3]
+    assert [r["step"] for r in records(config.run)] == [r["step"] for r in last]
+    for one, two in zip(records(config.run), last, strict=True):
+        for key in {"loss", "validation_loss"} & two.keys():
+            assert one[key] == pytest.approx(two[key], rel=1e-6)
+
+
+def test_one_process_makes_the_sample_also_of_weights_that_are_shared_out(results):
+    assert results[1]["single", "full", "samples"] == 3
+    for n, strategy in PLACES[1:]:
+        assert results[n][strategy, "full", "samples"] == 3
+        assert "│ a sample" in results[n][strategy, "full", "said"]
+
+
+def test_a_sharded_model_is_sampled_from_and_exported(folder, tmp_path):
+    run = folder / "hybrid-4-sharded"
+    [one], [two] = (
+        gpt.generate(gpt.load(folder / name), "ALL:", temperature=0, max_new_tokens=20)
+        for name in ("single-1-full", "hybrid-4-sharded")
+    )
+    assert one.text == two.text
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0
+    exported = GPT2LMHeadModel.from_pretrained(tmp_path / "out")
+    tokens = torch.arange(12)[None]
+    torch.testing.assert_close(exported(tokens).logits, gpt.load(run).model(tokens))
+
+
+@pytest.mark.parametrize("damaged", ["model", "training"])
+def test_a_damaged_shard_is_passed_over(damaged, folder, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(folder / "fsdp-2-sharded", run)
+    shard = next((run / "checkpoints" / "step-00000006" / damaged).iterdir())
+    raw = bytearray(shard.read_bytes())
+    raw[-1] ^= 1
+    shard.write_bytes(raw)
+    said = []
+    assert checkpoints.find(run, "last", say=said.append).step == 3
+    assert f"damaged: {damaged}/{shard.name}" in said[0]
+
+
+def test_the_largest_number_is_known_to_all(results):
+    assert [results[n]["largest"] for n in WORLDS] == [0, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("n", "device", "memory", "wanted", "chosen"),
+    [
+        (1, "cuda", 80e9, "auto", "single"),
+        (1, "cuda", 80e9, "fsdp", "single"),
+        (8, "cpu", None, "auto", "ddp"),
+        (8, "cuda", 80e9, "auto", "ddp"),
+        (8, "cuda", 24e9, "auto", "fsdp"),
+        (8, "cuda", 24e9, "ddp", "ddp"),
+        (8, "cpu", None, "fsdp", "fsdp"),
+    ],
+)
+def test_auto_shares_out_the_state_where_it_fills_half_a_gpu(
+    n, device, memory, wanted, chosen, monkeypatch
+):
+    class Properties:
+        total_memory = memory
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    config = ParallelConfig(strategy=wanted)
+    world = World(size=n)
+    assert chosen == choose_strategy(
+        config, world, n_parameters=1_000_000_000, device=torch.device(device)
+    )
+
+
+def test_processes_that_cannot_share_equally_are_told_what_would_do(tmp_path):
+    config = config_of(tmp_path, "run")
+    with pytest.raises(UsageError, match="128, 8 sequences, which 3 processes .* 144 would do"):
+        sequences_a_step(config, World(size=3))
+    with pytest.raises(UsageError, match="shard_size is 3, and must divide .* \\(4\\)"):
+        choose_strategy(
+            ParallelConfig(shard_size=3), World(size=4), n_parameters=1, device=torch.device("cpu")
+        )
+
+
+def test_every_window_is_some_process_share_once():
+    windows = np.arange(24)
+    shares = [World(rank=rank, size=4).share_of(windows) for rank in range(4)]
+    assert np.concatenate(shares).tolist() == windows.tolist()
+
+
+def test_full_checkpoints_are_kept_where_the_host_can_hold_the_state(monkeypatch, tmp_path):
+    model, training = ModelConfig(), TrainingConfig(batch_tokens=2**14)
+    config = dataclasses.replace(config_of(tmp_path, "run"), model=model, training=training)
+    assert count_parameters(model) == 124_439_808  # 2 GB of state
+    for memory, shards in ((10e9, False), (3e9, True)):
+        monkeypatch.setattr(os, "sysconf", lambda name, m=memory: 1 if "SIZE" in name else m)
+        assert saves_shards(config, "fsdp") == shards
+        assert not saves_shards(config, "ddp")

@@ -1,0 +1,166 @@
+"""What tests/training/test_parallel.py lets several processes do: ``torchrun worker.py FOLDER``.
+
+Also run by one process, whose results the others' are held against.
+"""
+
+import dataclasses
+import io
+import shutil
+import sys
+import warnings
+from pathlib import Path
+from unittest import mock
+
+import torch
+from rich.console import Console
+from torch.distributed.tensor import DTensor
+
+from gpt.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    LogConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+    TrainingConfig,
+)
+from gpt.data.batches import IGNORED, Batch, Windows
+from gpt.data.prepare import prepare
+from gpt.training.loop import Trainer, _train
+from gpt.training.parallel import World, join
+
+
+def config_of(folder: Path, run: str, *, strategy="auto", n_shards=0, **more) -> TrainConfig:
+    training = {
+        "max_steps": 6,
+        "batch_tokens": 8 * 16,
+        "micro_batch_size": 2,
+        "precision": "float32",
+        "device": "cpu",
+    } | more.pop("training", {})
+    return TrainConfig(
+        run_dir=str(folder / run),
+        model=ModelConfig(vocab_size=0, context_length=16, n_layer=2, n_head=2, n_embd=32),
+        data=DataConfig(source=str(folder / "text.txt"), cache_dir=str(folder / "data")),
+        training=TrainingConfig(**training),
+        optimizer=more.pop("optimizer", OptimizerConfig(learning_rate=3e-3, warmup_steps=2)),
+        evaluation=EvaluationConfig(every=3, windows=7, sample_tokens=0),
+        checkpoint=more.pop("checkpoint", CheckpointConfig(keep=9)),
+        parallel=ParallelConfig(strategy=strategy, shard_size=n_shards),
+        log=LogConfig(every=1),
+        **more,
+    )
+
+
+def trainer_of(config: TrainConfig, world: World) -> Trainer:
+    data = world.main_first(lambda: prepare(config.data, config.cache_dir))
+    model = dataclasses.replace(config.model, vocab_size=data.tokenizer.vocab_size)
+    return Trainer(dataclasses.replace(config, model=model), data, world=world)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: whole(p) for name, p in trainer.model.named_parameters()}
+
+
+def gradients(config: TrainConfig, world: World) -> dict[str, torch.Tensor]:
+    trainer = trainer_of(config, world)
+    trainer.optimizers = []  # so that the gradients stay
+    loss, norm = trainer.update()
+    found = {name: whole(p.grad) for name, p in trainer.model.named_parameters()}
+    return {"loss": torch.tensor(loss), "norm": torch.tensor(norm), **found}
+
+
+class Masked(Windows):
+    """Windows of which each has other targets masked: 0 to 15 of the 16."""
+
+    def batch(self, windows):
+        batch = super().batch(windows)
+        rows = torch.tensor([int(w) * 7 % 16 for w in windows])
+        hidden = torch.arange(16) < rows[:, None]
+        return Batch(batch.tokens, batch.targets.masked_fill(hidden, IGNORED))
+
+
+def train(config: TrainConfig, world: World, sample=None) -> str:
+    console = Console(file=io.StringIO(), width=300)
+    _train(config, world, console, sample)
+    return console.file.getvalue()
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    results = {}
+    with join(torch.device("cpu")) as world:
+        n = world.size
+        strategies = {"single": {}} if n == 1 else {"ddp": {}, "fsdp": {}}
+        if n == 4:
+            strategies["hybrid"] = {"strategy": "fsdp", "n_shards": 2}
+        for name, options in strategies.items():
+            options = {"strategy": name} | options if n > 1 else {}
+            for micro in (1, 2, 4, 8):
+                training = {"micro_batch_size": micro, "gradient_clip": 0.0}
+                config = config_of(folder, "none", **options, training=training)
+                results[name, "gradients", micro] = gradients(config, world)
+                with mock.patch("gpt.training.loop.Windows", Masked):
+                    results[name, "masked", micro] = gradients(config, world)
+            config = config_of(folder, "none", **options)
+            results[name, "new"] = weights(trainer_of(config, world))
+            for kind in ("selective", "full"):
+                training = {"activation_checkpointing": kind, "gradient_clip": 0.0}
+                config = config_of(folder, "none", **options, training=training)
+                results[name, kind] = gradients(config, world)
+            for precision in ("bfloat16", "float16"):
+                config = config_of(folder, "none", **options, training={"precision": precision})
+                trainer = trainer_of(config, world)
+                losses = [trainer.update()[0] for _ in range(4)]
+                if precision == "float16":
+                    trainer.scaler._scale.fill_(2.0**30)  # too far
+                    before = weights(trainer)
+                    trainer.update()
+                    after = weights(trainer)
+                    same = all(torch.equal(before[k], after[k]) for k in before)
+                    results[name, "overflow"] = (same, trainer.scaler.get_scale())
+                results[name, precision] = torch.tensor(losses)
+            muon = OptimizerConfig(name="muon", warmup_steps=2)
+            trainer = trainer_of(config_of(folder, "none", **options, optimizer=muon), world)
+            results[name, "muon"] = torch.tensor([trainer.update()[0] for _ in range(4)])
+            formats = ("full", "sharded") if name != "ddp" and n > 1 else ("full",)
+            for kind in formats:
+                run = f"{name}-{n}-{kind}"
+                options["checkpoint"] = CheckpointConfig(keep=9, format=kind)
+                texts = []
+
+                def sample(model, tokenizer, texts=texts):
+                    texts.append(type(model).__name__)
+                    return "a sample"
+
+                results[name, kind, "said"] = train(
+                    config_of(folder, run, **options), world, sample
+                )
+                results[name, kind, "samples"] = len(texts)
+            # on from what another number of processes has made
+            for made in ("single-1-full", "fsdp-2-full", "fsdp-2-sharded", "hybrid-4-sharded"):
+                if (folder / made / "last").exists() and made != f"{name}-{n}-full":
+                    run = f"{made}-on-{name}-{n}"
+                    if world.is_main:
+                        copy_at_step_3(folder / made, folder / run)
+                    config = config_of(folder, run, **options, resume=True)
+                    results[name, "resumed", made] = train(config, world)
+        results["largest"] = world.largest(world.rank)
+        if world.is_main:
+            torch.save(results, folder / f"{n}.pt")
+
+
+def copy_at_step_3(made: Path, run: Path) -> None:
+    shutil.copytree(made, run)
+    shutil.rmtree(run / "checkpoints" / "step-00000006")
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("error")
+    main(Path(sys.argv[1]))
