@@ -118,6 +118,8 @@ def join(device: torch.device) -> Iterator[World]:
     if device.type == "mps":
         raise UsageError("device is mps, which one process alone can train on")
     store, rank, size = next(dist.rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps one store for all
+    store = dist.PrefixStore(f"gpt, attempt {attempt} with {size}", store)
     if device.type == "cuda":
         local_rank, n_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local_rank >= n_gpus:
@@ -128,7 +130,7 @@ def join(device: torch.device) -> Iterator[World]:
         torch.cuda.set_device(local_rank)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    world = World(rank, size, dist.PrefixStore("gpt", store))
+    world = World(rank, size, store)
     try:
         yield world
         dist.barrier()
