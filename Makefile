@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format clean
+.PHONY: help setup demo test test-all soak lint format clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1	/' | expand -t 18
@@ -30,6 +30,9 @@ test: $(READY)  ## the tests
 
 test-all: $(READY)  ## the tests, with the slow ones
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+soak: $(READY)  ## minutes of killed runs and failing disks: what is left must go on as if nothing had been
+	$(BIN)/python -m tests.soak
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .

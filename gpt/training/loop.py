@@ -21,6 +21,7 @@ from gpt.checkpoint import Checkpoint, State
 from gpt.config import TrainConfig, UsageError
 from gpt.data import tokenizer as tokenizers
 from gpt.data.batches import Batch, Order, Windows
+from gpt.data.corpus import open_corpus
 from gpt.data.prepare import Prepared, prepare
 from gpt.data.tokenizer import Tokenizer
 from gpt.device import choose_device, choose_precision, peak_flops
@@ -68,6 +69,7 @@ def train(config: TrainConfig, *, console: Console, sample: Sample | None = None
     with join(choose_device(config.training.device)) as world:
         console.quiet = console.quiet or not world.is_main
         with contextlib.ExitStack() as stack:
+            world.main_first(lambda: open_corpus(config.data.source))  # before a folder is made
             world.share(lambda: stack.enter_context(setup.held(config.run)))
             try:
                 return _train(config, world, console, sample)
@@ -202,6 +204,7 @@ class Trainer:
             config.run,
             config.checkpoint,
             self.world,
+            last=checkpoints.name_of(started) if started else None,
             sharded=build.saves_shards(config, self.strategy),
             flush=reporter.flush,
         )

@@ -35,6 +35,7 @@ class Saver:
         config: CheckpointConfig,
         world: World,
         *,
+        last: str | None = None,
         sharded: bool = False,
         flush: Callable[[], None] = lambda: None,
     ) -> None:
@@ -44,7 +45,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._copies: dict[str, Tensor] = {}
-        self.last: str | None = None
+        self.last = last
         """The newest checkpoint that is whole."""
         self.stalls: list[float] = []
         """Seconds for which each save held up the run."""
@@ -85,10 +86,13 @@ class Saver:
             error, self._error = self._error, None
             if not isinstance(error, OSError):
                 raise error
-            whole = f"those up to {self.last} are whole" if self.last else "there is none yet"
+            before = (
+                f"those up to {self.last} are whole, and --resume goes on from there"
+                if self.last
+                else "and there is no earlier one"
+            )
             raise UsageError(
-                f"a checkpoint of {self._run} cannot be written: {error}; of the earlier ones, "
-                f"{whole}, and --resume goes on from there"
+                f"a checkpoint of {self._run} cannot be written: {error}; {before}"
             ) from error
 
     def _join(self) -> None:

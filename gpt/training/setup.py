@@ -145,7 +145,12 @@ def changes_since(path: Path, config: TrainConfig) -> dict[str, tuple[Any, Any]]
         return {}
     before = _flat(tomllib.loads(to_toml(TrainConfig()))) | before  # of fields that it had not yet
     now = _flat(tomllib.loads(to_toml(config)))
-    return {name: (before[name], new) for name, new in now.items() if before[name] != new}
+    ours = now.keys() - {"run_dir", "resume"}
+    return {
+        name: (before[name], now[name])
+        for name in now
+        if name in ours and before[name] != now[name]
+    }
 
 
 def _flat(table: dict[str, Any], group: str = "") -> dict[str, Any]:

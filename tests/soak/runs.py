@@ -166,6 +166,21 @@ def inject(folder: Path, *, stride: int = 1, kinds: tuple[str, ...] = tuple(FAUL
     return [f"{ends.total()} faults at {n_calls} calls: {told}", *problems]
 
 
+def fill(folder: Path) -> list[str]:
+    """Let the disk be full from the first checkpoint on; what the run says."""
+    start = config_of(folder / "faulty", max_steps=BEFORE)
+    run(start)
+    config, log = config_of(folder / "faulty"), folder / "log"
+
+    def work() -> None:
+        checkpoints_of = str(config.run / "checkpoints")
+        ctypes.CDLL(None).faults_arm(checkpoints_of.encode(), 2, errno.ENOSPC)
+        run(config)
+
+    os.waitpid(in_child(work, log), 0)
+    return [log.read_text()]
+
+
 def problem_of(config: TrainConfig, kind: str, status: int, log: Path, expected: str) -> str:
     if kind == "kill":
         if not (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL):
@@ -246,7 +261,7 @@ def main() -> None:
     folder, what, options = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
     torch.set_num_threads(1)
     prepare(folder)
-    print(json.dumps({"inject": inject, "kill": kill}[what](folder, **options)))
+    print(json.dumps({"inject": inject, "kill": kill, "fill": fill}[what](folder, **options)))
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def test_a_killed_rank_ends_the_job_in_seconds_and_a_restart_goes_on_as_if_nothi
     when_at_step(place, "killed", 20, job)
     killed = time.monotonic()
     os.kill(workers(job)[1], signal.SIGKILL)
-    out, err = finish(job, status=1)
+    _, err = finish(job, status=1)
     assert time.monotonic() - killed < 10
     assert err.count("process 0 of 2 has lost another one") == 1
     assert err.count("train.py: ") == 1
@@ -131,7 +131,7 @@ def test_sigterm_to_torchrun_finishes_the_step_saves_it_and_the_run_can_go_on(pl
     job = start(place, "stopped")
     when_at_step(place, "stopped", 20, job)
     job.send_signal(signal.SIGTERM)
-    out, err = job.communicate(timeout=60)
+    out, _ = job.communicate(timeout=60)
     assert job.returncode != 0
     [step] = re.findall(r"stopped at step (\d+), which is saved", out)
     assert checkpoints.find(place / "stopped", "last").step == int(step)
@@ -141,10 +141,10 @@ def test_sigterm_to_torchrun_finishes_the_step_saves_it_and_the_run_can_go_on(pl
 
 def test_a_mistake_is_told_once(place):
     odd = ["--training.batch_tokens", "48", "--training.micro_batch_size", "1"]
-    out, err = finish(start(place, "run", *odd), status=1)
+    _, err = finish(start(place, "run", *odd), status=1)
     assert err.count("train.py: training.batch_tokens is 48, 3 sequences, which 2 processes") == 1
     assert err.count("train.py: ") == 1
-    out, err = finish(start(place, "run", "--data.source", "no/such/file"), status=1)
+    _, err = finish(start(place, "run", "--data.source", "no/such/file"), status=1)
     assert err.count("no/such/file") == 1
     assert 'Traceback (most recent call last):\n  File "' + str(ROOT) not in err
 

@@ -1,0 +1,41 @@
+"""``make soak``: twenty runs killed at random instants, and every fault that a disk can have in one
+run; exits with 1 if one of them ended otherwise.
+"""
+
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.soak import runs
+
+
+def main() -> int:
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        if runs.build(Path(folder)) is None:
+            print("needs Linux and a C compiler")
+            return 1
+        whole, *killed = runs.serve(Path(folder), "kill", {"n_runs": 20, "kills": 4})
+        same = sum(digest == whole for digest in killed)
+        print(
+            f"{same} of {len(killed)} runs, each killed 4 times, ended as the uninterrupted one did"
+        )
+        print(f"  {whole}: weights, optimizers, progress, metrics, pointers", flush=True)
+        shutil.rmtree(folder)
+        Path(folder).mkdir()
+        told, *problems = runs.serve(Path(folder), "inject", {})
+        print(told)
+        for problem in problems:
+            print(f"  {problem}")
+        n = int(told.split()[0])
+        print(
+            f"{n - len(problems)} of {n} left every checkpoint whole, and the run went on as ever"
+        )
+        print(f"{time.monotonic() - start:.0f} s")
+    return int(bool(problems) or same < len(killed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

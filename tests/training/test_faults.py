@@ -1,0 +1,35 @@
+"""Disks that fail and runs that are killed; `make soak` does the same at length."""
+
+import re
+
+import pytest
+
+from tests.soak import runs
+
+
+@pytest.fixture
+def place(tmp_path):
+    if runs.build(tmp_path) is None:
+        pytest.skip("needs Linux and a C compiler")
+    return tmp_path
+
+
+def test_a_disk_that_fails_at_any_call_costs_no_checkpoint_and_changes_no_result(place):
+    told, *problems = runs.serve(place, "inject", {"stride": 6})
+    assert problems == []
+    assert int(told.split()[0]) > 40
+    assert int(re.search(r"(\d+) ended it in a sentence", told)[1]) > 20  # the faults were met
+
+
+def test_a_full_disk_ends_the_run_in_a_sentence(place):
+    [sentence] = runs.serve(place, "fill", {})
+    assert sentence.startswith(f"a checkpoint of {place / 'faulty' / 'run'} cannot be written: ")
+    assert "No space left on device" in sentence
+    assert sentence.endswith(
+        "; those up to step-00000004 are whole, and --resume goes on from there"
+    )
+
+
+def test_runs_that_are_killed_at_any_instant_end_as_the_uninterrupted_one(place):
+    whole, *killed = runs.serve(place, "kill", {"n_runs": 4, "kills": 3})
+    assert killed == [whole] * 4
