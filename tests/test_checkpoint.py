@@ -1,6 +1,10 @@
 import dataclasses
+import errno
 import json
+import random
+import resource
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -218,3 +222,88 @@ def test_a_checkpoint_of_every_format_so_far_still_loads(path):
 def test_model_configurations_survive_the_meta_file():
     config = ModelConfig(n_kv_head=3, dropout=0.1, bias=False, tie_embeddings=False)
     assert ModelConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "training.safetensors", "meta.json"])
+def test_no_flipped_bit_and_no_cut_goes_unseen(file, run):
+    path = folder(run, 30) / file
+    whole = path.read_bytes()
+    chance = random.Random(0)
+    meta = json.loads((folder(run, 30) / "meta.json").read_text())
+    for _ in range(150):
+        raw = bytearray(whole)
+        raw[chance.randrange(len(raw))] ^= 1 << chance.randrange(8)
+        path.write_bytes(raw)
+        try:
+            found = checkpoints.verify(folder(run, 30))
+        except UsageError:
+            continue
+        assert file == "meta.json"  # whose white space may change
+        assert found.step == 30
+        assert json.loads(raw) == meta
+    for _ in range(20):
+        path.write_bytes(whole[: chance.randrange(len(whole) - 1)])
+        assert checkpoints.find(run, "last").step == 20
+
+
+@pytest.mark.parametrize("pointer", ["best", "last"])
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"step-00000099\n", b"../../x"])
+def test_a_broken_pointer_leads_to_the_newest_valid_one(content, pointer, run):
+    (run / pointer).write_bytes(content)
+    said = []
+    assert checkpoints.find(run, pointer, say=said.append).step == 30
+    assert "and the newest valid one is step-00000030" in said[-1]
+
+
+def test_last_is_the_newest_even_if_a_kill_came_before_it_was_named(run):
+    (run / "last").write_text("step-00000010\n")
+    said = []
+    assert checkpoints.find(run, "last", say=said.append).step == 30
+    assert said == []
+
+
+def test_what_is_being_deleted_loses_its_name_first(run, monkeypatch):
+    def killed(path, **options):
+        if path.exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.prune(run, keep=1)
+    monkeypatch.undo()
+    assert not folder(run, 10).exists()
+    checkpoints.prune(run, keep=1)
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
+        "step-00000020",
+        "step-00000030",
+    ]
+
+
+def test_a_full_disk_is_an_os_error_with_its_number(tmp_path, tiny_model):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            save(tmp_path, 1, tiny_model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert caught.value.errno == errno.EFBIG
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_tensors_are_filled_by_name_and_the_others_are_not_read(tmp_path):
+    there = {"a": torch.arange(4.0), "b": torch.ones(2, 3, dtype=torch.int64)}
+    tensors.write(tmp_path / "x", there)
+    into = {"b": torch.zeros(2, 3, dtype=torch.int64)}
+    tensors.read(tmp_path / "x", into)
+    assert torch.equal(into["b"], there["b"])
+    described = tensors.describe(tmp_path / "x")
+    assert {n: (t.shape, t.dtype, t.device.type) for n, t in described.items()} == {
+        "a": ((4,), torch.float32, "meta"),
+        "b": ((2, 3), torch.int64, "meta"),
+    }
+    (tmp_path / "x.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(UsageError, match="x.safetensors cannot be read"):
+        tensors.load(tmp_path / "x")

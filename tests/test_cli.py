@@ -8,11 +8,13 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from gpt import checkpoint as checkpoints
 from gpt import cli
 from gpt.cli import main
 from gpt.config import SampleConfig, TrainConfig
@@ -212,7 +214,10 @@ def test_prepared_tokens_are_found_by_a_run(text_file, tmp_path, capsys):
     assert not (tmp_path / "run" / "data").exists()
 
 
-def test_ctrl_c_ends_training_with_a_checkpoint_and_status_130(text_file, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "sigterm"]
+)
+def test_a_signal_ends_training_with_a_checkpoint_and_a_status(number, status, text_file, tmp_path):
     words = train_words(text_file, tmp_path, "--training.max_steps", "100000")
     process = subprocess.Popen(
         [sys.executable, ROOT / "train.py", *words[1:]],
@@ -220,9 +225,9 @@ def test_ctrl_c_ends_training_with_a_checkpoint_and_status_130(text_file, tmp_pa
     )  # fmt: skip
     lines = iter(process.stdout.readline, "")
     assert any("step      2/" in line for line in lines)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     rest = "".join(lines)
-    assert process.wait() == 130
+    assert process.wait() == status
     process.stdout.close()
     stopped = re.search(r"stopped at step ([\d,]+), which is saved; go on with: (.*)", rest)
     assert stopped, rest
@@ -233,6 +238,60 @@ def test_ctrl_c_ends_training_with_a_checkpoint_and_status_130(text_file, tmp_pa
         capture_output=True, text=True, check=True, cwd=ROOT,
     )  # fmt: skip
     assert f"step {step + 2:,}: validation" in run.stdout
+
+
+SLOW_DISK = """
+import sys, threading
+from gpt import checkpoint
+from gpt.cli import main
+checkpoint._finish = lambda *arguments: threading.Event().wait(60)
+sys.exit(main(sys.argv[1:], prog="train.py"))
+"""
+
+
+def test_a_second_ctrl_c_ends_training_at_once_and_what_was_saved_stays_whole(text_file, tmp_path):
+    words = train_words(text_file, tmp_path, "--training.max_steps", "2", "--evaluation.every", "2")
+    assert main(words) == 0
+    words = train_words(text_file, tmp_path, "--training.max_steps", "100000", "--resume")
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_DISK, *words],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+    )  # fmt: skip
+    lines = iter(process.stdout.readline, "")
+    assert any("step      4/" in line for line in lines)
+    process.send_signal(signal.SIGINT)
+    while not list((tmp_path / "run" / "checkpoints").glob(".step-*/training.safetensors")):
+        threading.Event().wait(0.01)  # for the thread that writes, and finds the disk slow
+    start = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+    assert time.monotonic() - start < 5
+    process.stdout.close()
+    assert checkpoints.find(tmp_path / "run", "last").step == 2
+    words = train_words(text_file, tmp_path, "--training.max_steps", "4", "--resume")
+    assert main(words) == 0
+
+
+def test_two_runs_on_one_folder_do_not_train_at_once(text_file, tmp_path):
+    words = train_words(text_file, tmp_path, "--training.max_steps", "100000")
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *words[1:]], stdout=subprocess.PIPE, text=True
+    )
+    assert any("step      2/" in line for line in iter(process.stdout.readline, ""))
+    before = (tmp_path / "run" / "config.toml").read_text()
+    second = subprocess.run(
+        [sys.executable, ROOT / "train.py", *words[1:], "--resume", "--log.every", "7"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    process.kill()
+    process.stdout.close()
+    process.wait()
+    assert second.returncode == 2
+    assert second.stderr == (
+        f"train.py: {tmp_path / 'run'} is in use by another process that trains it: wait for its "
+        "end, or start another run with --run_dir\n"
+    )
+    assert (tmp_path / "run" / "config.toml").read_text() == before
 
 
 def test_on_a_terminal_prompts_are_asked_for_until_ctrl_d():

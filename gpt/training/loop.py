@@ -326,7 +326,7 @@ class Trainer:
         self.skipped += 1
         self.reporter.skipped(
             {"step": self.step + 1, "skipped": self.skipped},
-            f"{what}; the update is skipped, the {self.skipped}. of {allowed}",
+            f"{what}; the update is skipped, {self.skipped} of {allowed}",
         )
 
     def record(self, norm: float, *, seconds: float, steps: int) -> None:

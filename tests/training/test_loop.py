@@ -1,9 +1,13 @@
 import dataclasses
+import hashlib
 import io
 import json
 import math
 import os
+import re
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,11 +25,14 @@ from gpt.config import (
     UsageError,
     parse,
 )
+from gpt.data.batches import IGNORED, Batch, Windows
 from gpt.data.prepare import prepare
 from gpt.interop.load import load
 from gpt.training.compilation import compile_blocks
 from gpt.training.loop import Trainer, train
+from gpt.training.parallel import World
 from gpt.training.schedule import learning_rate_factor
+from gpt.training.setup import FIXED, FIXED_GROUPS, changes_since, held, is_fixed
 
 
 @pytest.fixture
@@ -539,3 +546,294 @@ def test_what_is_logged_is_the_mean_loss_and_the_speed_of_training_alone(config,
     assert [r["tokens_per_second"] for r in logged] == [64.0] * 4
     flops = checkpoints.load_model(checkpoints.find(config.run)).flops_per_token()
     assert [r["mfu"] for r in logged] == pytest.approx([64 * flops / 1e9] * 4)
+
+
+def poison(monkeypatch, steps, *, parameter="blocks.1.mlp.down.weight", value=math.nan):
+    """Let a gradient be no number in these steps (from 1)."""
+    accumulate = Trainer.accumulate
+
+    def poisoned(self, batch, n_targets):
+        total = accumulate(self, batch, n_targets)
+        if self.step + 1 in steps:
+            self.model.get_parameter(parameter).grad[0, 0] = value
+        return total
+
+    monkeypatch.setattr(Trainer, "accumulate", poisoned)
+
+
+def test_a_gradient_that_is_no_number_stops_the_run_before_anything_is_changed_by_it(
+    config, monkeypatch
+):
+    poison(monkeypatch, {7})
+    with pytest.raises(UsageError) as caught:
+        run(config)
+    told = str(caught.value)
+    windows = trainer_of(config).order.step(6)
+    assert re.search(r"largest gradients are blocks\.1\.mlp\.down\.weight nan, .* at step 7", told)
+    first = ", ".join(map(str, windows[:5]))
+    assert f"whose batch has the windows {first} and 3 more" in told
+    found = json.loads((config.run / "nonfinite-00000007.json").read_text())
+    assert found["windows"] == windows.tolist()
+    assert found["gradient_norms"]["blocks.1.mlp.down.weight"] == "nan"
+    assert len(found["gradient_norms"]) == len(weights(config))
+    assert checkpoints.find(config.run, "last").step == 4
+    monkeypatch.undo()
+    run(dataclasses.replace(config, resume=True))
+    whole = elsewhere(config, "-whole")
+    run(whole)
+    assert_equal_weights(weights(config), weights(whole))
+
+
+def test_updates_that_may_be_skipped_are_counted_and_change_nothing(config, monkeypatch):
+    poison(monkeypatch, {3, 6, 7}, value=math.inf)
+    config = change(change(config, "training", skip_nonfinite=3), "optimizer", name="muon")
+    trainer = trainer_of(config)
+    for step in range(1, 8):
+        before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+        trainer.update()
+        changed = any(not torch.equal(before[n], p) for n, p in trainer.model.named_parameters())
+        assert changed == (step not in {3, 6, 7})
+    _, output = run(config)
+    assert "step 6: the loss is" in output
+    assert "the update is skipped, 2 of 3" in output
+    skips = [(r["step"], r["skipped"]) for r in records(config) if "skipped" in r]
+    assert skips == [(3, 1), (6, 2), (7, 3)]
+    assert checkpoints.find(config.run, "last").progress["skipped"] == 3
+    poison(monkeypatch, {14})
+    longer = change(config, "training", max_steps=16)
+    with pytest.raises(UsageError, match="at step 14.*after 3 that were skipped: training has div"):
+        run(dataclasses.replace(longer, resume=True))
+
+
+def test_weights_that_are_no_numbers_are_not_saved(config, monkeypatch):
+    config = change(change(config, "checkpoint", every=2), "log", every=100)
+    update = Trainer.update
+
+    def broken(self):
+        result = update(self)
+        if self.step == 6:
+            with torch.no_grad():
+                self.model.norm.weight[0] = math.inf
+        return result
+
+    monkeypatch.setattr(Trainer, "update", broken)
+    with pytest.raises(UsageError, match="a weight is no number at step 6: training has diverged"):
+        run(config)
+    assert checkpoints.find(config.run, "last").step == 4
+
+
+def test_a_scale_that_is_too_high_for_float16_is_lowered_and_stops_nothing(config):
+    config = change(config, "training", precision="float16")
+    trainer = trainer_of(config)
+    trainer.update()
+    trainer.scaler._scale.fill_(2.0**40)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    loss, norm = trainer.update()
+    assert math.isfinite(loss)
+    assert not math.isfinite(norm)
+    assert trainer.scaler.get_scale() == 2.0**39
+    assert trainer.skipped == 0
+    assert all(torch.equal(before[n], p) for n, p in trainer.model.named_parameters())
+    trainer.scaler._scale.fill_(0.5)  # at which nothing is the scale's doing any more
+    poisoned = trainer.accumulate
+
+    def accumulate(batch, n_targets):
+        total = poisoned(batch, n_targets)
+        trainer.model.norm.weight.grad[0] = math.inf
+        return total
+
+    trainer.accumulate = accumulate
+    with pytest.raises(UsageError, match="training has diverged"):
+        trainer.update()
+
+
+class HalfMasked(Windows):
+    def batch(self, windows):
+        batch = super().batch(windows)
+        return Batch(batch.tokens, batch.targets.masked_fill(batch.targets % 2 == 0, IGNORED))
+
+
+def test_masked_targets_do_not_count(config, monkeypatch):
+    monkeypatch.setattr("gpt.training.loop.Windows", HalfMasked)
+    trainer = trainer_of(change(config, "model", dropout=0.0))
+    batch = trainer.batch(0)
+    logits = trainer.model(batch.tokens).detach()
+    counted = batch.targets != IGNORED
+    assert 20 < counted.sum() < 100
+    expected = torch.nn.functional.cross_entropy(logits[counted], batch.targets[counted])
+    assert trainer.update()[0] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_batch_with_nothing_to_learn_is_an_error_that_names_its_windows(config, monkeypatch):
+    class Masked(Windows):
+        def batch(self, windows):
+            batch = super().batch(windows)
+            return Batch(batch.tokens, torch.full_like(batch.targets, IGNORED))
+
+    monkeypatch.setattr("gpt.training.loop.Windows", Masked)
+    trainer = trainer_of(config)
+    first = trainer.order.step(0)[0]
+    with pytest.raises(
+        UsageError, match=f"every target of step 1 is masked, in its windows {first}, "
+    ):
+        trainer.update()
+
+
+def test_a_second_run_on_one_folder_is_refused(config):
+    with held(config.run), pytest.raises(UsageError, match="is in use by another process"):
+        run(config)
+    run(config)
+
+
+def test_a_text_that_is_not_there_leaves_no_folder(config):
+    config = change(config, "data", source="no/such/text")
+    with pytest.raises(UsageError, match="data.source is 'no/such/text'"):
+        run(config)
+    assert not config.run.exists()
+
+
+def test_what_was_changed_is_said_and_what_may_not_change_is_told_apart(config):
+    run(change(config, "training", max_steps=4))
+    more = change(change(config, "log", every=1), "optimizer", learning_rate=1e-3)
+    _, output = run(dataclasses.replace(change(more, "training", max_steps=8), resume=True))
+    assert [line for line in output.splitlines() if line.startswith("changed")] == [
+        "changed  training.max_steps was 4 and is 8",
+        "changed  optimizer.learning_rate was 0.003 and is 0.001",
+        "changed  log.every was 2 and is 1",
+    ]
+    other = change(change(more, "training", seed=3, max_steps=9), "model", n_layer=1)
+    with pytest.raises(UsageError) as caught:
+        run(dataclasses.replace(other, resume=True))
+    assert str(caught.value) == (
+        f"{config.run} cannot be resumed as another run: training.seed was 1337 and is 3; "
+        "model.n_layer was 2 and is 1 (the rest may change: training.max_steps was 8 and is 9)"
+    )
+
+
+def test_the_fields_that_may_not_change_are_fields():
+    names = set(changes_since(Path("none"), TrainConfig())) | set(flat_fields())
+    assert set(FIXED) <= names
+    for group, free in FIXED_GROUPS.items():
+        assert {f"{group}.{name}" for name in free} <= names
+    assert is_fixed("model.n_embd")
+    assert is_fixed("data.tokenizer")
+    assert not is_fixed("model.dropout")
+    assert not is_fixed("training.max_steps")
+
+
+def flat_fields():
+    for group in dataclasses.fields(TrainConfig()):
+        value = getattr(TrainConfig(), group.name)
+        if dataclasses.is_dataclass(value):
+            yield from (f"{group.name}.{field.name}" for field in dataclasses.fields(value))
+
+
+def test_a_resumed_runs_first_record_is_of_the_steps_before_the_stop_too(config):
+    config = change(change(config, "log", every=5), "checkpoint", every=3, keep=9)
+    whole = elsewhere(config, "-whole")
+    run(whole)
+    run(config)
+    shutil.rmtree(config.run / "checkpoints" / "step-00000012")
+    shutil.rmtree(config.run / "checkpoints" / "step-00000009")
+    shutil.rmtree(config.run / "checkpoints" / "step-00000008")
+    (config.run / "checkpoints" / "step-00000006").rename(config.run / "checkpoints" / "x")
+    _, output = run(dataclasses.replace(config, resume=True))
+    assert "going on from step 4" in output
+    assert [(r["step"], r.get("loss")) for r in records(config)] == [
+        (r["step"], r.get("loss")) for r in records(whole)
+    ]
+
+
+def test_resuming_takes_the_newest_valid_checkpoint_whatever_last_names(config):
+    run(change(config, "checkpoint", keep=9))
+    (config.run / "last").write_text("step-00000004\n")
+    before = (config.run / "metrics.jsonl").read_text()
+    _, output = run(dataclasses.replace(config, resume=True))
+    assert "going on from step 12" in output
+    assert (config.run / "last").read_text() == "step-00000012\n"
+    assert (config.run / "metrics.jsonl").read_text() == before
+
+
+def test_dropout_is_that_of_the_step_whatever_came_before(config):
+    one, two = trainer_of(config), trainer_of(config)
+    torch.rand(100)
+    losses = [one.update()[0]]
+    torch.rand(7)
+    losses.append(one.update()[0])
+    assert losses == [two.update()[0], two.update()[0]]
+    other_rank = trainer_of(config)
+    other_rank.world = World(rank=1, size=1)
+    other_rank.batch = lambda step: one.windows.batch(one.order.step(step))
+    assert other_rank.update()[0] != losses[0]  # the processes do not drop the same
+
+
+def test_a_run_tells_where_its_time_went(config):
+    _, output = run(change(config, "log", profile=2))
+    assert re.search(
+        r"a step took [\d.]+ ms: data \d+%, forward \d+%, backward \d+%, optimizer \d+%", output
+    )
+    assert re.search(r"a checkpoint \(3 in all\) held it up for \d+ ms", output)
+    assert f"the trace of 2 steps is {config.run / 'trace.json'}" in output
+    assert json.loads((config.run / "trace.json").read_text())["traceEvents"]
+    for record in records(config):
+        if "loss" in record:
+            parts = [record[f"{p}_seconds"] for p in ("data", "forward", "backward", "optimizer")]
+            assert all(part > 0 for part in parts)
+            assert sum(parts) < 128 / record["tokens_per_second"] * 1.01
+
+
+def test_the_groups_of_parameters_are_listed_at_the_start(config):
+    _, output = run(change(config, "optimizer", name="muon"))
+    assert "muon     8 matrices (24,576 numbers), learning rate 0.02, decay 0.1" in output
+    assert re.search(
+        r"adamw    2 matrices \([\d,]+ numbers\), learning rate 0.003, decay 0.1", output
+    )
+    assert "adamw    18 biases and norms (896 numbers), learning rate 0.003, decay 0" in output
+
+
+def test_tf32_is_on_when_it_is_asked_for(config):
+    before = torch.get_float32_matmul_precision()
+    trainer_of(change(config, "training", tf32=True))
+    assert torch.get_float32_matmul_precision() == "high"
+    trainer_of(config)
+    assert torch.get_float32_matmul_precision() == "highest"
+    torch.set_float32_matmul_precision(before)
+
+
+def test_a_run_of_format_1_goes_on(config):
+    """Its optimizers had their state by the number of the parameter."""
+    config = change(config, "optimizer", name="muon")
+    run(change(config, "training", max_steps=8))
+    found = checkpoints.find(config.run, "last")
+    trainer = Trainer(
+        dataclasses.replace(config, model=found.model),
+        prepare(config.data, config.cache_dir),
+        checkpoint=found,
+    )
+    old = {
+        "optimizers": [optimizer.state_dict()["state"] for optimizer in trainer.optimizers],
+        "scaler": {},
+        "random": {"cpu": torch.get_rng_state()},
+        "best_loss": 1.5,
+        "identity": found.progress["identity"],
+    }
+    as_format_1(found.path, old)
+    resumed = Trainer(trainer.config, trainer.data, checkpoint=checkpoints.verify(found.path))
+    assert resumed.best_loss == 1.5
+    for one, two in zip(trainer.optimizers, resumed.optimizers, strict=True):
+        for (_, state), (_, other) in zip(one.state.items(), two.state.items(), strict=True):
+            assert state.keys() == other.keys()
+            assert all(torch.equal(state[key], other[key]) for key in state)
+    assert resumed.update() == trainer.update()
+
+
+def as_format_1(path, training):
+    """Rewrite a checkpoint as the first format had it."""
+    (path / "training.safetensors").unlink()
+    torch.save(training, path / "training.pt")
+    meta = json.loads((path / "meta.json").read_text())
+    meta = {key: meta[key] for key in ("step", "model", "metrics")} | {"format": 1}
+    names = ("model.safetensors", "training.pt")
+    meta["files"] = {n: hashlib.sha256((path / n).read_bytes()).hexdigest() for n in names}
+    meta["sha256"] = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+    (path / "meta.json").write_text(json.dumps(meta))

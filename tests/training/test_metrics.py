@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from gpt.config import LogConfig, TrainConfig, UsageError
-from gpt.training.metrics import Reporter, Smoothed, as_settings, drop_later_records
+from gpt.training.metrics import Reporter, Silent, Smoothed, as_settings, drop_later_records
 
 
 def record(step, **more):
@@ -127,3 +127,84 @@ def test_a_run_that_starts_again_has_its_step_0_once(tmp_path):
     with reporter:
         pass
     assert path.read_text() == ""
+
+
+def test_wandb_keeps_its_run_over_a_resume_and_each_step_once(tmp_path, monkeypatch):
+    import wandb
+
+    sent = []
+
+    class Run:
+        step = 0
+
+        def log(self, record, step):
+            sent.append((step, sorted(record)))
+
+        def finish(self):
+            pass
+
+    started = []
+    monkeypatch.setattr(wandb, "init", lambda **options: started.append(options) or Run())
+    reporter, _ = reporter_on(tmp_path, wandb="offline")
+    with reporter:
+        for step in (10, 20, 30):
+            reporter.step(record(step))
+    reporter, _ = reporter_on(tmp_path, first_step=20, wandb="offline")
+    with reporter:
+        for step in (30, 40):  # 30 a second time, as after a kill
+            reporter.step(record(step))
+    assert [step for step, _ in sent] == [10, 20, 30, 40]
+    one, two = started
+    assert one["id"] == two["id"] == (tmp_path / "wandb_id").read_text().strip()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [10, 20, 30, 40]
+
+    Run.step = 31  # what the server has
+    sent.clear()
+    reporter, _ = reporter_on(tmp_path, first_step=20, wandb="online")
+    with reporter:
+        for step in (30, 40):
+            reporter.step(record(step))
+    assert [step for step, _ in sent] == [40]
+    assert (started[-1]["id"], started[-1]["resume"]) == (one["id"], "allow")
+
+
+def test_two_real_offline_runs_have_one_id(tmp_path):
+    for first_step in (0, 10):
+        reporter, _ = reporter_on(tmp_path, wandb="offline", first_step=first_step)
+        with reporter:
+            reporter.step(record(first_step + 10))
+    run_id = (tmp_path / "wandb_id").read_text().strip()
+    started = list((tmp_path / "wandb").glob("offline-run-*"))
+    assert len(started) == 2
+    assert all((path / f"run-{run_id}.wandb").exists() for path in started)
+
+
+def test_a_damaged_line_of_the_metrics_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 10}\n{"st\xffep": 15}\nnull\n{"step": 20}\n{"step": 30}\n')
+    assert drop_later_records(path, 20) == 30
+    assert path.read_text() == '{"step": 10}\n{"step": 20}\n'
+
+
+def test_flushing_brings_the_records_to_the_disk(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("gpt.training.metrics.os.fsync", synced.append)
+    reporter, _ = reporter_on(tmp_path)
+    with reporter:
+        reporter.step(record(10))
+        reporter.flush()
+        assert synced == [reporter._file.fileno()]
+
+
+def test_a_skipped_update_is_a_record_and_a_line(tmp_path):
+    reporter, output = reporter_on(tmp_path)
+    with reporter:
+        reporter.skipped({"step": 1234, "skipped": 1}, "the loss is nan")
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1234, "skipped": 1}
+    assert "step 1,234: the loss is nan" in output.getvalue()
+
+
+def test_the_silent_reporter_has_all_that_a_reporter_has():
+    public = {name for name in vars(Reporter) if not name.startswith("_")}
+    assert public == {name for name in vars(Silent) if not name.startswith("_")}

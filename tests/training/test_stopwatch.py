@@ -1,0 +1,63 @@
+import json
+
+import pytest
+import torch
+
+from gpt.training import stopwatch
+from gpt.training.stopwatch import Stopwatch, Trace
+
+CPU = torch.device("cpu")
+
+
+def test_each_part_has_its_own_time_a_step(monkeypatch):
+    clock = iter([0.0, 1.0, 10.0, 14.0, 20.0, 21.0, 30.0, 30.5])
+    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: next(clock))
+    watch = Stopwatch(CPU)
+    for part in ("data", "forward", "forward", "optimizer"):
+        with watch(part):
+            pass
+    assert watch.take(2) == {
+        "data_seconds": 0.5,
+        "forward_seconds": 2.5,
+        "backward_seconds": 0.0,
+        "optimizer_seconds": 0.25,
+    }
+    assert set(watch.take(1).values()) == {0.0}
+    [line] = watch.summary()
+    assert line == "a step took 2166.7 ms: data 15%, forward 77%, backward 0%, optimizer 8%"
+
+
+def test_nothing_is_said_of_no_steps():
+    assert Stopwatch(CPU).summary() == []
+
+
+def test_a_trace_has_the_steps_after_those_that_warm_up(tmp_path):
+    trace = Trace(tmp_path / "trace.json", 2, device=CPU)
+    written = []
+    for step in range(6):
+        with torch.profiler.record_function(f"the step {step}"):
+            torch.ones(4, 4) @ torch.ones(4, 4)
+        written.append(trace.step())
+    trace.close()
+    assert written == [False, False, False, True, False, False]
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert {e["name"] for e in events if "the step" in e.get("name", "")} == {
+        "the step 2",
+        "the step 3",
+    }
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_run_that_ends_early_writes_what_there_is(steps, tmp_path):
+    trace = Trace(tmp_path / "trace.json", 9, device=CPU)
+    for _ in range(steps):
+        trace.step()
+    trace.close()
+    assert (tmp_path / "trace.json").exists() == (steps > Trace.WARMUP)
+
+
+def test_no_trace_costs_nothing(tmp_path):
+    trace = Trace(tmp_path / "trace.json", 0, device=CPU)
+    assert not any(trace.step() for _ in range(5))
+    trace.close()
+    assert list(tmp_path.iterdir()) == []
