@@ -179,8 +179,8 @@ class TrainingConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile, block by block. auto: on CUDA with a working compiler."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """Memory for time: selective keeps what matrix products and attention give and computes the
-    rest of a block again for the backward pass; full keeps a block's input alone."""
+    """Memory for time: selective keeps what linear layers and fused attention give, and computes
+    the rest of a block again for the backward pass; full keeps a block's input alone."""
     skip_nonfinite: int = 0
     """Updates to skip in a run, and count, whose loss or gradient is not finite; one more stops
     it."""
