@@ -17,6 +17,7 @@ from rich.table import Table
 
 from gpt import GPT, ModelConfig
 from gpt import checkpoint as checkpoints
+from gpt.checkpoint import State
 from gpt.data import tokenizer as tokenizers
 from gpt.data.corpus import open_corpus
 
@@ -77,8 +78,15 @@ def main() -> None:
         (run / "tokenizer.json").write_text(tokenizers.to_json(tokenizer), encoding="utf-8")
         model = GPT(ModelConfig())
         weights = 4 * model.parameter_count()
-        path = checkpoints.save(run, 1, model=model, training={}, metrics={})
-        checkpoints.point(run, "best", path)
+        state = State(
+            step=1,
+            model=model.config,
+            weights=dict(model.named_parameters()),
+            training={},
+            progress={},
+            metrics={},
+        )
+        checkpoints.point(run, "best", checkpoints.save(run, state).name)
         del model
         for dtype in ("float32", "bfloat16"):
             bytes_ = peak(LOAD.format(run=str(run), dtype=dtype))

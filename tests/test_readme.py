@@ -94,6 +94,37 @@ def test_the_commands_that_need_the_hub_are_understood():
         assert isinstance(parse(schemas[command], words, prog=command), schemas[command])
 
 
+def test_the_commands_of_the_docs_are_understood():
+    from torch.distributed.run import get_args_parser
+
+    pages = [page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md")]
+    scripts = [b for page in pages for b in re.findall(r"```(?:ba)?sh\n(.*?)```", page, re.DOTALL)]
+    lines = "\n".join(scripts).replace("\\\n", " ").splitlines()
+    lines = [line.removeprefix("srun ") for line in lines if "train.py" in line]
+    assert len(lines) >= 6
+    for line in lines:
+        words = shlex.split(line)
+        if words[0] == "torchrun":
+            words = [re.sub(r"\$SLURM_\w+", "2", word) for word in words[1:]]
+            parsed = get_args_parser().parse_args(words)
+            script, words = parsed.training_script, parsed.training_script_args
+        else:
+            script, words = words[1], words[2:]
+        assert script == "train.py"
+        words = [str(ROOT / word) if word.endswith(".toml") else word for word in words]
+        assert isinstance(parse(TrainConfig, words, prog="train.py"), TrainConfig)
+
+
+def test_the_docs_name_the_fields_and_targets_that_there_are():
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    for group, name in re.findall(r"`(?:--)?(\w+)\.(\w+)(?: [^`]*)?`", page):
+        if group in ("metrics", "sample", "trace", "torch"):
+            continue
+        assert hasattr(getattr(TrainConfig(), group), name), (group, name)
+    assert "`make soak`" in page
+    assert "soak:" in (ROOT / "Makefile").read_text()
+
+
 def test_the_readmes_python_runs(place, monkeypatch, capsys):
     if not (place / "runs" / "shakespeare").exists():
         (place / "runs" / "shakespeare").symlink_to(ROOT / "tests" / "checkpoints" / "format-1")
@@ -116,5 +147,5 @@ def test_the_readme_names_every_file_of_the_house():
 
 def test_what_make_offers_is_there():
     shown = subprocess.run(["make", "-C", ROOT], capture_output=True, text=True, check=True).stdout
-    for target in ("demo", "test", "test-all", "lint", "format", "clean"):
+    for target in ("demo", "test", "test-all", "soak", "lint", "format", "clean"):
         assert f"make {target} " in shown
