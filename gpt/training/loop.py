@@ -196,6 +196,9 @@ class Trainer:
             self.step, self.best_loss = checkpoint.step, progress["best_loss"]
             self.best, self.losses = progress["best"], progress["losses"]
             self.skipped = progress["skipped"]
+            if self.best and not (checkpoint.path.parent / self.best).is_dir():
+                # gone with a later one that was better, and is damaged by now
+                self.best, self.best_loss = None, math.inf
 
     def run(self, reporter: Reporter | Silent, sample: Sample | None) -> Result:
         """Train to ``max_steps``, or to the first Ctrl-C."""
@@ -211,7 +214,7 @@ class Trainer:
         traced = config.log.profile if self.world.is_main else 0
         trace = Trace(config.run / "trace.json", traced, device=self.device)
         self.reporter = reporter
-        number, seconds = 0, 0.0
+        number, timed, seconds = 0, 0, 0.0
         with contextlib.closing(trace), Interrupt() as interrupt, saver:
             if self.step == 0:  # learning is seen against it, and wrong settings come to light
                 self.evaluate(sample)
@@ -221,15 +224,14 @@ class Trainer:
                 if math.isfinite(loss):
                     self.losses.append(loss)
                 number = self.world.largest(interrupt.signal or 0)
-                seconds += time.monotonic() - start
+                timed, seconds = timed + 1, seconds + time.monotonic() - start
 
                 saver.check()
                 if trace.step():
                     reporter.say(f"the trace of {traced} steps is {trace.path}")
                 if self.step % config.log.every == 0 or self.step == last:
-                    steps = min(config.log.every, self.step - started)
-                    self.record(norm, seconds=seconds / steps, steps=steps)
-                    seconds = 0.0
+                    self.record(norm, seconds=seconds / timed, steps=timed)
+                    timed, seconds = 0, 0.0
                 if self.step % config.evaluation.every == 0 or self.step == last:
                     self.save(saver, self.evaluate(sample))
                 elif number or (

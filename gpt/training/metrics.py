@@ -69,7 +69,7 @@ class Reporter:
             self._progress.stop()
         self._file.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.finish(exit_code=int(exception[0] is not None))
 
     def flush(self) -> None:
         """Let what is recorded so far be on the disk."""

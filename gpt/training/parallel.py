@@ -133,7 +133,7 @@ def join(device: torch.device) -> Iterator[World]:
     world = World(rank, size, store)
     try:
         yield world
-        dist.barrier()
+        world.largest(0)  # all are done
         dist.destroy_process_group()
     except Exception as error:
         if not world.fails_first():

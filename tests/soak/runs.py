@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 
 from gpt import checkpoint as checkpoints
@@ -38,6 +39,7 @@ from gpt.config import (
     TrainingConfig,
     UsageError,
 )
+from gpt.model.gpt import GPT
 from gpt.training.loop import train
 
 FAULTS = {"kill": -1, "ENOSPC": errno.ENOSPC, "EIO": errno.EIO}
@@ -166,6 +168,62 @@ def inject(folder: Path, *, stride: int = 1, kinds: tuple[str, ...] = tuple(FAUL
     return [f"{ends.total()} faults at {n_calls} calls: {told}", *problems]
 
 
+def inject_sharded(folder: Path, *, stride: int = 1) -> list[str]:
+    """As :func:`inject`, of one checkpoint that is written as shards, beside one that is there."""
+    library, model = (
+        ctypes.CDLL(None),
+        GPT(ModelConfig(vocab_size=9, n_layer=1, n_head=1, n_embd=8)),
+    )
+
+    def state(step: int) -> checkpoints.State:
+        weights = dict(model.named_parameters())
+        training = {f"{name}/exp_avg": torch.ones_like(p.detach()) for name, p in weights.items()}
+        return checkpoints.State(
+            step=step,
+            model=model.config,
+            weights=weights,
+            training=training,
+            progress={},
+            metrics={},
+        )
+
+    def save(run: Path, step: int) -> None:
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            checkpoints.save_sharded(run, state(step), dist.group.WORLD)
+        except OSError as error:
+            raise UsageError(f"{run}: {error}") from error
+
+    def attempt(number: int, how: int) -> int:
+        shutil.rmtree(folder / "run", ignore_errors=True)
+        shutil.copytree(folder / "start", folder / "run")
+
+        def work() -> None:
+            library.faults_arm(str(folder / "run").encode(), number, how)
+            save(folder / "run", 2)
+            (folder / "count").write_text(str(library.faults_count()))
+
+        return os.waitpid(in_child(work, folder / "log"), 0)[1]
+
+    assert os.waitpid(in_child(lambda: save(folder / "start", 1), folder / "log"), 0)[1] == 0
+    assert attempt(0, 0) == 0
+    n_calls, problems, ends = int((folder / "count").read_text()), [], collections.Counter()
+    for kind, how in FAULTS.items():
+        for number in range(1, n_calls + 1, stride):
+            end = os.waitstatus_to_exitcode(attempt(number, how))
+            ends[end] += 1
+            paths = (folder / "run" / "checkpoints").glob("step-*")
+            try:
+                steps = sorted(checkpoints.verify(path).step for path in paths)
+            except UsageError as error:
+                steps = [str(error)]
+            if steps not in ([1], [1, 2]) or end not in (-9, 0, 2) or (end == 0 and len(steps) < 2):
+                log = (folder / "log").read_text()
+                problems.append(f"{kind} at call {number} of {n_calls}: {end}, {steps}, {log}")
+    return [f"{ends.total()} faults at {n_calls} calls, {ends[2]} told in a sentence", *problems]
+
+
 def fill(folder: Path) -> list[str]:
     """Let the disk be full from the first checkpoint on; what the run says."""
     start = config_of(folder / "faulty", max_steps=BEFORE)
@@ -257,11 +315,14 @@ def serve(folder: Path, what: str, options: dict) -> list[str]:
     return json.loads(done.stdout)
 
 
+WORK = {"inject": inject, "inject_sharded": inject_sharded, "kill": kill, "fill": fill}
+
+
 def main() -> None:
     folder, what, options = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
     torch.set_num_threads(1)
     prepare(folder)
-    print(json.dumps({"inject": inject, "kill": kill, "fill": fill}[what](folder, **options)))
+    print(json.dumps(WORK[what](folder, **options)))
 
 
 if __name__ == "__main__":

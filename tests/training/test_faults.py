@@ -21,6 +21,13 @@ def test_a_disk_that_fails_at_any_call_costs_no_checkpoint_and_changes_no_result
     assert int(re.search(r"(\d+) ended it in a sentence", told)[1]) > 20  # the faults were met
 
 
+def test_a_sharded_checkpoint_is_whole_or_not_there_too(place):
+    told, *problems = runs.serve(place, "inject_sharded", {"stride": 2})
+    assert problems == []
+    assert int(told.split()[0]) > 15
+    assert int(told.split(", ")[1].split()[0]) > 5
+
+
 def test_a_full_disk_ends_the_run_in_a_sentence(place):
     [sentence] = runs.serve(place, "fill", {})
     assert sentence.startswith(f"a checkpoint of {place / 'faulty' / 'run'} cannot be written: ")

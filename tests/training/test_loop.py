@@ -837,3 +837,36 @@ def as_format_1(path, training):
     meta["files"] = {n: hashlib.sha256((path / n).read_bytes()).hexdigest() for n in names}
     meta["sha256"] = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
     (path / "meta.json").write_text(json.dumps(meta))
+
+
+def test_the_last_records_speed_is_that_of_its_own_steps(config, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("gpt.training.loop.time.monotonic", lambda: clock[0])
+
+    def two_second_step(self):
+        clock[0] += 2
+        self.step += 1
+        return 1.0, 1.0
+
+    monkeypatch.setattr(Trainer, "update", two_second_step)
+    run(change(config, "log", every=5))
+    assert [r["tokens_per_second"] for r in records(config) if "loss" in r] == [64.0] * 3
+
+
+def test_a_best_checkpoint_that_is_gone_is_looked_for_anew(config):
+    run(change(config, "checkpoint", keep=9))
+    shutil.rmtree(config.run / "checkpoints" / "step-00000004")  # the best until the one
+    for step in (8, 12):
+        meta = config.run / "checkpoints" / f"step-{step:08d}" / "meta.json"
+        found = json.loads(meta.read_text())
+        del found["sha256"]
+        found["progress"]["best"] = "step-00000004"
+        text = json.dumps(found, sort_keys=True).encode()
+        found["sha256"] = hashlib.sha256(text).hexdigest()
+        meta.write_text(json.dumps(found))
+    (config.run / "checkpoints" / "step-00000012" / "model.safetensors").write_bytes(b"damaged")
+    result, output = run(dataclasses.replace(config, resume=True))
+    assert "going on from step 8" in output
+    assert "step 12: validation" in output
+    assert (config.run / "best").read_text() == "step-00000012\n"
+    assert result.best_loss == records(config)[-1]["validation_loss"]

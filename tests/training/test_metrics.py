@@ -140,8 +140,8 @@ def test_wandb_keeps_its_run_over_a_resume_and_each_step_once(tmp_path, monkeypa
         def log(self, record, step):
             sent.append((step, sorted(record)))
 
-        def finish(self):
-            pass
+        def finish(self, exit_code):
+            assert exit_code == 0
 
     started = []
     monkeypatch.setattr(wandb, "init", lambda **options: started.append(options) or Run())
