@@ -307,6 +307,16 @@ def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
+def set_aside(run: Path, *, newer_than: int) -> list[Path]:
+    """Take the checkpoints after the step ``newer_than`` out of the run, as ``damaged-NAME``."""
+    aside = []
+    for path in list(_newest_first(run)):
+        if _step(path) > newer_than:
+            shutil.rmtree(place := path.with_name(f"damaged-{path.name}"), ignore_errors=True)
+            aside.append(path.rename(place))
+    return aside
+
+
 def _delete(path: Path) -> None:
     """Take the checkpoint's name from it first: what is half deleted is none."""
     gone = path.with_name(f".{path.name}-deleted")

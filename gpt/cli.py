@@ -7,9 +7,10 @@ What is heavy is imported by the command that needs it, after its words were und
 with ``GPT_TRACEBACK=1`` in the environment, in Python's traceback.
 """
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,7 +59,14 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "gpt") -> int:
 
 def train(words: Sequence[str], prog: str) -> int:
     """Train a model on text: a new one, or go on with a run."""
-    config = parse(TrainConfig, words, prog=prog, toml=DEFAULT_CONFIG)
+    tells = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, one says what is wrong
+    try:
+        with contextlib.nullcontext() if tells else _silence():
+            config = parse(TrainConfig, words, prog=prog, toml=DEFAULT_CONFIG)
+    except UsageError:
+        if tells:
+            raise
+        return 2
     from rich.console import Console
 
     from gpt.device import keep_freed_memory
@@ -171,6 +179,16 @@ def _usage() -> str:
     return "\n".join(
         ["usage: gpt COMMAND [OPTIONS]", "", *lines, "", "gpt COMMAND --help has the rest", ""]
     )
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    with (
+        Path(os.devnull).open("w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
 
 
 def _tell(text: str) -> None:

@@ -287,11 +287,16 @@ class ParallelConfig:
     """ddp: a whole model in each; fsdp: the state is shared out between them. auto: ddp, unless the
     state is more than half of a GPU's memory."""
     shard_size: int = 0
-    """fsdp: how many processes share one copy of the state; 0: all. As many as a node has is hybrid
-    sharding: between nodes go gradients alone."""
+    """fsdp, which it implies: how many processes share one copy of the state; 0: all. As many as a
+    node has is hybrid sharding: between nodes go gradients alone."""
 
     def __post_init__(self) -> None:
         _at_least(0, parallel__shard_size=self.shard_size)
+        if self.shard_size and self.strategy == "ddp":
+            raise UsageError(
+                f"parallel.shard_size is {self.shard_size}, and parallel.strategy ddp shares out "
+                "nothing: fsdp does"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,10 @@
 
 import dataclasses
 import io
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ from rich.console import Console
 
 import gpt
 from gpt.config import (
+    CheckpointConfig,
     DataConfig,
     EvaluationConfig,
     GenerationConfig,
@@ -19,6 +24,7 @@ from gpt.config import (
     TrainingConfig,
 )
 from gpt.generation.decode import decode
+from gpt.training.activations import checkpoint_activations
 from gpt.training.loop import train
 from tests.conftest import make_model
 
@@ -92,3 +98,66 @@ def test_a_seed_gives_the_same_text_on_a_gpu(tmp_path):
     first = gpt.generate((model, ByteTokenizer()), "x", **options)
     assert first == gpt.generate((model, ByteTokenizer()), "x", **options)
     assert len(set(first)) == 3
+
+
+@pytest.mark.parametrize("kind", ["selective", "full"])
+def test_activation_checkpointing_on_a_gpu_changes_no_gradient_and_keeps_less(kind):
+    def gradients(kind):
+        model = make_model(dataclasses.replace(CONFIG, dropout=0.1)).cuda().train()
+        checkpoint_activations(model, kind)
+        torch.manual_seed(0)
+        before = torch.cuda.memory_allocated()
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            features = model.features(tokens)
+        held = torch.cuda.memory_allocated() - before
+        features.square().sum().backward()
+        return held, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    tokens = torch.randint(61, (16, 64), device="cuda")
+    plain_held, plain = gradients("none")
+    held, again = gradients(kind)
+    assert held < 0.8 * plain_held
+    for name in plain:
+        torch.testing.assert_close(again[name], plain[name])
+
+
+def test_a_steps_parts_on_a_gpu_add_up_to_less_than_the_step(text_file, tmp_path):
+    config = TrainConfig(
+        run_dir=str(tmp_path / "run"),
+        model=dataclasses.replace(CONFIG, vocab_size=0),
+        data=DataConfig(source=str(text_file)),
+        training=TrainingConfig(
+            max_steps=12, batch_tokens=1024, micro_batch_size=8, device="cuda", compile="off"
+        ),
+        checkpoint=CheckpointConfig(every=5),
+        evaluation=EvaluationConfig(every=10, windows=4),
+        log=LogConfig(every=4, profile=2),
+    )
+    train(config, console=Console(file=io.StringIO()))
+    lines = (config.run / "metrics.jsonl").read_text().splitlines()
+    record = [json.loads(line) for line in lines if '"loss"' in line][-1]
+    parts = [record[f"{part}_seconds"] for part in ("forward", "backward", "optimizer")]
+    assert all(part > 0 for part in parts)
+    assert sum(parts) < 1024 / record["tokens_per_second"] * 1.05
+    assert "cuda" in (config.run / "trace.json").read_text().lower()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_gpus_train_as_one(strategy, precision, text_file, tmp_path):
+    def losses(run, *launcher, words=()):
+        words = [
+            f"--run_dir={tmp_path / run}", f"--data.source={text_file}", "--model.n_layer=2",
+            "--training.max_steps=8", f"--training.precision={precision}", "--training.device=cuda",
+            "--log.every=1", "--evaluation.every=4", "--training.compile=off", *words,
+        ]  # fmt: skip
+        script = Path(__file__).parent.parent / "train.py"
+        subprocess.run([sys.executable, *launcher, script, *words], check=True)
+        lines = (tmp_path / run / "metrics.jsonl").read_text().splitlines()
+        return [r["loss"] for r in map(json.loads, lines) if "loss" in r]
+
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    two = losses("two", *torchrun, words=[f"--parallel.strategy={strategy}"])
+    tolerance = 1e-4 if precision == "float32" else 2e-2
+    assert two == pytest.approx(losses("one"), rel=tolerance)

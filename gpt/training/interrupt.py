@@ -2,7 +2,6 @@
 saved.
 """
 
-import os
 import signal
 import time
 from types import FrameType
@@ -13,15 +12,14 @@ class Interrupt:
     """While entered, the first signal is kept in :attr:`signal`; a second one acts as it usually
     does.
 
-    Under torchrun, one within a second of the first is the same request: it passes on the Ctrl-C
-    that its processes have had from the terminal.
+    One within ``patience`` seconds of the first is the same request. Under torchrun there are such:
+    SLURM sends SIGTERM to all processes of a job, and torchrun passes its own on.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
-    SAME = 1.0
-    """Seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, patience: float = 0.0) -> None:
+        self.patience = patience
         self.signal: int | None = None
         self._since = 0.0
         self._before: dict[signal.Signals, Any] = {}
@@ -42,7 +40,7 @@ class Interrupt:
         now = time.monotonic()
         if self.signal is None:
             self.signal, self._since = number, now
-        elif "TORCHELASTIC_RUN_ID" not in os.environ or now - self._since > self.SAME:
+        elif now - self._since >= self.patience:
             self._restore()
             signal.raise_signal(number)
 

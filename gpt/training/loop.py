@@ -38,7 +38,7 @@ from gpt.training.optimizer import (
     make_optimizers,
     set_learning_rate,
 )
-from gpt.training.parallel import World, choose_strategy, join, only_here
+from gpt.training.parallel import Strategy, World, choose_strategy, join, only_here
 from gpt.training.precision import autocast, loss_scaler
 from gpt.training.saving import Saver, point_and_prune
 from gpt.training.schedule import learning_rate_factor
@@ -66,8 +66,9 @@ def train(config: TrainConfig, *, console: Console, sample: Sample | None = None
     Raises :class:`UsageError` for what cannot be trained; nothing that the run's folder holds is
     lost.
     """
-    with join(choose_device(config.training.device)) as world:
+    with join() as world:
         console.quiet = console.quiet or not world.is_main
+        world.connect(choose_device(config.training.device))
         with contextlib.ExitStack() as stack:
             world.main_first(lambda: open_corpus(config.data.source))  # before a folder is made
             world.share(lambda: stack.enter_context(setup.held(config.run)))
@@ -77,8 +78,9 @@ def train(config: TrainConfig, *, console: Console, sample: Sample | None = None
                 if error.errno not in setup.DISK_ERRORS:
                     raise
                 raise UsageError(
-                    f"{config.run} cannot be written: {error.strerror}; its checkpoints are whole, "
-                    "and --resume goes on from the newest one"
+                    f"{error.filename or config.run} cannot be read or written: {error.strerror}; "
+                    f"the checkpoints of {config.run} are whole, and --resume goes on from the "
+                    "newest one"
                 ) from error
 
 
@@ -162,12 +164,10 @@ class Trainer:
         batch_size = setup.sequences_a_step(config, self.world)
         self.order = Order(len(self.windows), batch_size=batch_size, seed=config.training.seed)
 
-        self.strategy = choose_strategy(
-            config.parallel,
-            self.world,
-            n_parameters=build.count_parameters(config.model),
-            device=self.device,
-        )
+        # machines may differ, and what they do may not
+        self.strategy: Strategy = self.world.share(lambda: self.choose_strategy())  # type: ignore[assignment]
+        shards = self.world.share(lambda: str(build.saves_shards(config, self.strategy)))
+        self.saves_shards = shards == "True"
         self.model, self.forward = build.build_model(
             config,
             self.world,
@@ -193,12 +193,32 @@ class Trainer:
         """Updates that were not made since their loss or gradient was not finite."""
         if checkpoint is not None:
             progress = state.restore(self.model, self.optimizers, self.scaler, checkpoint)
+            for name, value in self.place().items():
+                before = progress.get("place", {}).get(name, value)
+                if before != value:
+                    say(f"changed  {name} was {before} and is {value}")
             self.step, self.best_loss = checkpoint.step, progress["best_loss"]
             self.best, self.losses = progress["best"], progress["losses"]
             self.skipped = progress["skipped"]
             if self.best and not (checkpoint.path.parent / self.best).is_dir():
                 # gone with a later one that was better, and is damaged by now
                 self.best, self.best_loss = None, math.inf
+
+    def choose_strategy(self) -> Strategy:
+        """How the processes divide the work."""
+        n_parameters = build.count_parameters(self.config.model)
+        return choose_strategy(
+            self.config.parallel, self.world, n_parameters=n_parameters, device=self.device
+        )
+
+    def place(self) -> dict[str, str | int]:
+        """What ``auto`` and torchrun came to; it may change in a run."""
+        return {
+            "device": self.device.type,
+            "precision": str(self.dtype).removeprefix("torch."),
+            "processes": self.world.size,
+            "strategy": self.strategy,
+        }
 
     def run(self, reporter: Reporter | Silent, sample: Sample | None) -> Result:
         """Train to ``max_steps``, or to the first Ctrl-C."""
@@ -208,22 +228,23 @@ class Trainer:
             config.checkpoint,
             self.world,
             last=checkpoints.name_of(started) if started else None,
-            sharded=build.saves_shards(config, self.strategy),
+            sharded=self.saves_shards,
             flush=reporter.flush,
         )
         traced = config.log.profile if self.world.is_main else 0
         trace = Trace(config.run / "trace.json", traced, device=self.device)
+        interrupt = Interrupt(patience=1.0 if self.world.size > 1 else 0.0)
         self.reporter = reporter
-        number, timed, seconds = 0, 0, 0.0
-        with contextlib.closing(trace), Interrupt() as interrupt, saver:
+        stop, timed, seconds = 0, 0, 0.0
+        with contextlib.closing(trace), interrupt, saver:
             if self.step == 0:  # learning is seen against it, and wrong settings come to light
                 self.evaluate(sample)
-            while self.step < last and not number:
+            while self.step < last and not stop:
                 start = time.monotonic()
                 loss, norm = self.update()
                 if math.isfinite(loss):
                     self.losses.append(loss)
-                number = self.world.largest(interrupt.signal or 0)
+                stop = self.world.largest(interrupt.signal or 0)
                 timed, seconds = timed + 1, seconds + time.monotonic() - start
 
                 saver.check()
@@ -234,12 +255,10 @@ class Trainer:
                     timed, seconds = 0, 0.0
                 if self.step % config.evaluation.every == 0 or self.step == last:
                     self.save(saver, self.evaluate(sample))
-                elif number or (
-                    config.checkpoint.every and self.step % config.checkpoint.every == 0
-                ):
+                elif stop or (config.checkpoint.every and self.step % config.checkpoint.every == 0):
                     self.save(saver)
         self.stalls = saver.stalls
-        return Result(self.step, self.best_loss, number if self.step < last else None)
+        return Result(self.step, self.best_loss, stop if self.step < last else None)
 
     def update(self) -> tuple[float, float]:
         """One step: its mean loss in nats per target, and the gradient's norm before clipping."""
@@ -265,11 +284,11 @@ class Trainer:
                 self.scaler.unscale_(optimizer)
             norm_here = gradient_norm(self.model)
             loss, norm = torch.stack([total, norm_here]).tolist()  # a step's one wait for a GPU
-            if self.is_sound(loss, norm):
+            if math.isfinite(loss) and math.isfinite(norm):
                 clip_gradients(self.model, config.training.gradient_clip, norm_here)
                 for optimizer in self.optimizers:
                     self.scaler.step(optimizer)
-            else:
+            elif not (math.isfinite(loss) and self.was_scaled_too_far()):
                 self.skip(loss)
             for optimizer in self.optimizers:
                 optimizer.zero_grad(set_to_none=True)
@@ -301,12 +320,11 @@ class Trainer:
             total += loss.detach()
         return self.world.sum(total)
 
-    def is_sound(self, loss: float, norm: float) -> bool:
-        """Whether the update may be made; with a loss scale, ``scaler.step`` passes over one whose
-        gradient was scaled too far, and the scale falls.
+    def was_scaled_too_far(self) -> bool:
+        """Whether a gradient that is no number may be the doing of float16's loss scale, which then
+        falls; the update is left out.
         """
-        scaled_too_far = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
-        return math.isfinite(loss) and (math.isfinite(norm) or scaled_too_far)
+        return self.scaler.is_enabled() and self.scaler.get_scale() >= 1
 
     def skip(self, loss: float) -> None:
         """Leave out an update; ``UsageError`` if it is one too many."""
@@ -343,7 +361,7 @@ class Trainer:
             "step": self.step,
             "loss": sum(self.losses) / len(self.losses),
             "learning_rate": self.optimizers[-1].param_groups[0]["lr"],
-            "gradient_norm": norm,
+            "gradient_norm": norm if math.isfinite(norm) else None,
             "tokens": self.step * self.config.training.batch_tokens,
             "tokens_per_second": tokens_per_second,
             **times,
@@ -389,15 +407,12 @@ class Trainer:
 
     def sample(self, make: Sample) -> str:
         """What ``make`` writes with the model, on the main process."""
-        model = self.model
+        model: GPT | None = self.model
         if self.strategy == "fsdp":
-            if build.saves_shards(self.config, self.strategy):
+            if self.saves_shards:
                 return ""  # no process could hold it
-            whole = build.whole_model(self.model, self.world, device=self.device, dtype=self.dtype)
-            if whole is None:
-                return ""
-            model = whole
-        if not self.world.is_main:
+            model = build.whole_model(self.model, self.world, device=self.device, dtype=self.dtype)
+        if model is None or not self.world.is_main:
             return ""
         with torch.compiler.set_stance("force_eager"):  # no graph for each length of the text
             return make(model, self.data.tokenizer)
@@ -427,7 +442,8 @@ class Trainer:
                     "losses": list(self.losses),
                     "skipped": self.skipped,
                     "scaler": self.scaler.state_dict(),
-                    "identity": setup.identity(self.config, self.data.train),
+                    "settings": setup.settings(self.config, self.data.train),
+                    "place": self.place(),
                 },
                 metrics={} if loss is None else {"validation_loss": loss},
             ),

@@ -45,11 +45,8 @@ class Reporter:
         self._validation = math.nan
         path = run / "metrics.jsonl"
         told = drop_later_records(path, first_step or -1)
-        self._wandb, self._sent = None, -1
-        if config.wandb != "off":
-            self._wandb = _start_wandb(run, config, settings)
-            # a run that goes on has sent what a killed process told after its last checkpoint
-            self._sent = told if config.wandb == "offline" else self._wandb.step - 1
+        self._sent = told  # what a killed process has told after its last checkpoint too
+        self._wandb = _start_wandb(run, config, settings) if config.wandb != "off" else None
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._progress = Progress(
             BarColumn(bar_width=6),
@@ -117,9 +114,9 @@ class Reporter:
             )
 
     def _write(self, record: Record) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        if self._wandb is not None and record["step"] > self._sent:
-            self._wandb.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        if self._wandb is not None and _kind(record) not in self._sent:
+            self._wandb.log(record)
 
     def _parts(self, record: Record) -> list[str]:
         step = record["step"]
@@ -173,23 +170,31 @@ class Smoothed:
         return self._sum / self._weight if self._weight else math.nan
 
 
-def drop_later_records(path: Path, step: int) -> int:
+Kind = tuple[int, bool, bool]
+
+
+def _kind(record: Record) -> Kind:
+    """What no two records of a run have in common."""
+    return record["step"], "validation_loss" in record, "skipped" in record
+
+
+def drop_later_records(path: Path, step: int) -> set[Kind]:
     """Remove from a metrics file the records past ``step``, and lines that were cut off or damaged;
-    the last step that it had, or -1.
+    of which kinds it had records.
     """
     if not path.exists():
-        return -1
-    kept, told = [], {-1}
+        return set()
+    kept, told = [], set()
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
-            at = int(json.loads(line)["step"])
+            kind = _kind(json.loads(line))
         except (ValueError, KeyError, TypeError):
             continue
         if line.endswith("\n"):
-            told.add(at)
-            kept += [line] if at <= step else []
+            told.add(kind)
+            kept += [line] if kind[0] <= step else []
     write_atomically(path, "".join(kept))
-    return max(told)
+    return told
 
 
 def _start_wandb(run: Path, config: LogConfig, settings: Record) -> Any:
@@ -200,7 +205,7 @@ def _start_wandb(run: Path, config: LogConfig, settings: Record) -> Any:
     if not path.exists():
         write_atomically(path, secrets.token_hex(4) + "\n")
     try:
-        return wandb.init(
+        started = wandb.init(
             id=path.read_text(encoding="utf-8").strip(),
             resume=None if config.wandb == "offline" else "allow",
             project=config.wandb_project,
@@ -210,6 +215,8 @@ def _start_wandb(run: Path, config: LogConfig, settings: Record) -> Any:
             config=settings,
             settings=wandb.Settings(silent=True),
         )
+        started.define_metric("*", step_metric="step")  # which may come again, as W&B's own may not
+        return started
     except wandb.Error as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(

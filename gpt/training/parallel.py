@@ -7,7 +7,11 @@ arXiv:1910.02054). One process is a world too, in which all of this is nothing.
 """
 
 import contextlib
+import gc
+import json
 import os
+import secrets
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -38,6 +42,9 @@ class World:
     rank: int = 0
     size: int = 1
     store: dist.Store | None = None
+    """What the processes tell each other, from this start of theirs."""
+    job: dist.Store | None = None
+    """What outlives them where torchrun starts them again."""
     _shared: int = 0
 
     @property
@@ -99,13 +106,39 @@ class World:
         self.share(first)
         return results[0] if results else make()
 
+    def connect(self, device: torch.device) -> None:
+        """Make tensors on ``device`` and on the CPU go between the processes."""
+        if self.size == 1:
+            return
+        if device.type == "mps":
+            raise UsageError("device is mps, which one process alone can train on")
+        if device.type == "cuda":
+            local_rank, n_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if local_rank >= n_gpus:
+                raise UsageError(
+                    f"torchrun started process {local_rank} on a machine with {n_gpus} GPUs: "
+                    f"--nproc-per-node {n_gpus} is one for each"
+                )
+            torch.cuda.set_device(local_rank)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size)
+
+    def remember(self, run: str) -> None:
+        """Let processes that torchrun starts again know that the run is this job's."""
+        if self.job is not None:
+            self.job.set(f"run {run}", "")
+
+    def remembers(self, run: str) -> bool:
+        """Whether an earlier start of the processes had begun with the run."""
+        return self.job is not None and bool(self.job.check([f"run {run}"]))
+
     def fails_first(self) -> bool:
         """Whether this is the first process to fail: its error is the one to print."""
         return self.store is None or self.store.add("failures", 1) == 1
 
 
 @contextlib.contextmanager
-def join(device: torch.device) -> Iterator[World]:
+def join() -> Iterator[World]:
     """The world that torchrun made (or whoever set its variables), while entered; without one, this
     process alone.
 
@@ -115,25 +148,12 @@ def join(device: torch.device) -> Iterator[World]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World()
         return
-    if device.type == "mps":
-        raise UsageError("device is mps, which one process alone can train on")
-    store, rank, size = next(dist.rendezvous("env://"))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps one store for all
-    store = dist.PrefixStore(f"gpt, attempt {attempt} with {size}", store)
-    if device.type == "cuda":
-        local_rank, n_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local_rank >= n_gpus:
-            raise UsageError(
-                f"torchrun started process {local_rank} on a machine with {n_gpus} GPUs: "
-                f"--nproc-per-node {n_gpus} is one for each"
-            )
-        torch.cuda.set_device(local_rank)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    world = World(rank, size, store)
+    job, rank, size = next(dist.rendezvous("env://"))
+    world = World(rank, size, store=_meet(job, rank, size), job=job)
     try:
         yield world
         world.largest(0)  # all are done
+        gc.collect()  # what still holds a process group would abort the process at its end
         dist.destroy_process_group()
     except Exception as error:
         if not world.fails_first():
@@ -145,6 +165,33 @@ def join(device: torch.device) -> Iterator[World]:
                 f"({reason}); --resume goes on from the last checkpoint"
             ) from error
         raise
+
+
+def _meet(job: dist.Store, rank: int, size: int) -> dist.Store:
+    """A part of the job's store that these processes, and none before them, have written to.
+
+    torchrun keeps the store when it starts processes again, and counts its starts on each machine
+    for itself. So the first process calls a meeting, the others come with a word of their own, and
+    who does not find this word among those that were heard was at a meeting of the past.
+    """
+    word = secrets.token_hex(8)
+    if rank == 0:
+        job.set("meeting", word)
+        places = [f"{word} {other}" for other in range(1, size)]
+        job.wait(places)
+        job.set(f"{word} heard", json.dumps([job.get(place).decode() for place in places]))
+        return dist.PrefixStore(word, job)
+    while True:
+        job.wait(["meeting"])
+        meeting = job.get("meeting").decode()
+        job.set(f"{meeting} {rank}", word)
+        try:
+            job.wait([f"{meeting} heard"], timedelta(seconds=1))
+        except dist.DistStoreError:
+            continue  # not all are there yet, or never will be
+        if json.loads(job.get(f"{meeting} heard"))[rank - 1] == word:
+            return dist.PrefixStore(meeting, job)
+        time.sleep(0.05)
 
 
 def choose_strategy(
@@ -162,6 +209,8 @@ def choose_strategy(
         )
     if config.strategy != "auto":
         return config.strategy
+    if config.shard_size:
+        return "fsdp"
     if device.type != "cuda":
         return "ddp"
     memory = torch.cuda.get_device_properties(device).total_memory
@@ -187,7 +236,8 @@ def shard(
 
     ``model`` may be on ``meta``: part by part it is then made in full, filled by ``fill`` (which is
     told the part's name), and cut, so that no process ever holds more than one block of it whole.
-    On GPUs blocks are gathered in ``dtype``; gradients are averaged in float32.
+    On GPUs blocks are gathered in ``dtype``, and embeddings and head in float32; gradients are
+    averaged in float32.
     """
     n_shards = config.shard_size or world.size
     mesh = init_device_mesh(

@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import errno
-import os
-import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from gpt import checkpoint as checkpoints
 from gpt.checkpoint import Checkpoint
-from gpt.config import ModelConfig, TrainConfig, UsageError, to_toml
+from gpt.config import TrainConfig, UsageError, to_toml
 from gpt.data import tokenizer as tokenizers
 from gpt.data.prepare import Prepared
 from gpt.data.shards import Shard
@@ -24,7 +22,8 @@ from gpt.training.parallel import World
 
 Say = Callable[[str], None]
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
-FIXED = ("training.seed", "training.batch_tokens", "optimizer.name")
+TEXT = "the text's fingerprint"
+FIXED = (TEXT, "training.seed", "training.batch_tokens", "optimizer.name")
 FIXED_GROUPS = {"model": ("dropout",), "data": ("source", "cache_dir")}
 """What makes a run this run, beside the text; of a group, all but these."""
 
@@ -48,10 +47,12 @@ def checkpoint_to_resume(config: TrainConfig, world: World, say: Say) -> Checkpo
     there.
 
     What torchrun starts again after a process was lost is resumed, whether it says so or not.
+    Damaged checkpoints that are newer are set aside, and stay.
     """
-    resume = config.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    place = str(config.run.resolve())
 
     def look() -> str:
+        resume = config.resume or world.remembers(place)
         checkpoint = checkpoints.find(config.run, "last", say=say)
         if checkpoint is not None and not resume:
             raise UsageError(
@@ -60,6 +61,10 @@ def checkpoint_to_resume(config: TrainConfig, world: World, say: Say) -> Checkpo
             )
         if checkpoint is None and resume:
             say(f"{config.run} has no checkpoint to resume from; starting at step 0")
+        if checkpoint is not None:
+            for path in checkpoints.set_aside(config.run, newer_than=checkpoint.step):
+                say(f"{path} was damaged, and has this name now")
+        world.remember(place)
         return str(checkpoint.path) if checkpoint else ""
 
     path = world.share(look)
@@ -101,66 +106,39 @@ def resolve(config: TrainConfig, data: Prepared, checkpoint: Checkpoint | None) 
 
 
 def check_changes(config: TrainConfig, checkpoint: Checkpoint, text: Shard, say: Say) -> None:
-    """Say what was changed since the run was last started; ``UsageError`` if it would make it
-    another run.
-    """
-    changes = changes_since(config.run / "config.toml", config)
-    for field in dataclasses.fields(ModelConfig):  # of which the checkpoint knows better
-        old, new = getattr(checkpoint.model, field.name), getattr(config.model, field.name)
-        changes.pop(f"model.{field.name}", None)
-        if old != new:
-            changes[f"model.{field.name}"] = (old, new)
-    told = {name: f"{name} was {old} and is {new}" for name, (old, new) in changes.items()}
-    fixed = [told[name] for name in changes if is_fixed(name)]
-    free = [told[name] for name in changes if not is_fixed(name)]
+    """Say what was changed since the checkpoint; ``UsageError`` if it would make it another run."""
+    before = checkpoint.progress.get("settings", {})
+    before |= {f"model.{name}": v for name, v in dataclasses.asdict(checkpoint.model).items()}
+    now = settings(config, text)
+    told = {
+        name: f"{name} was {before[name]} and is {value}"
+        for name, value in now.items()
+        if name in before and before[name] != value
+    }
+    fixed = [sentence for name, sentence in told.items() if is_fixed(name)]
+    free = [sentence for name, sentence in told.items() if not is_fixed(name)]
     if fixed:
         raise UsageError(
             f"{config.run} cannot be resumed as another run: {'; '.join(fixed)}"
             + (f" (the rest may change: {'; '.join(free)})" if free else "")
         )
-    saved = checkpoint.progress.get("identity", {})
-    for field_name, value in identity(config, text).items():
-        if saved.get(field_name, value) != value:
-            raise UsageError(
-                f"{config.run} cannot be resumed as another run: {field_name} was "
-                f"{saved[field_name]} and is {value}"
-            )
     for line in free:
         say(f"changed  {line}")
+
+
+def settings(config: TrainConfig, text: Shard) -> dict[str, Any]:
+    """Each ``group.field`` of a run, and its text."""
+    flat = {TEXT: text.corpus.hex()[:12]}
+    for name, value in dataclasses.asdict(config).items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{field}": setting for field, setting in value.items()}
+    return flat
 
 
 def is_fixed(field: str) -> bool:
     """Whether a run stays itself only if this ``group.field`` stays."""
     group, _, name = field.partition(".")
     return field in FIXED or (group in FIXED_GROUPS and name not in FIXED_GROUPS[group])
-
-
-def changes_since(path: Path, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """Each ``group.field`` in which the configuration at ``path`` differs, with its value there and
-    now; empty if there is none that can be read.
-    """
-    try:
-        before = _flat(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return {}
-    before = _flat(tomllib.loads(to_toml(TrainConfig()))) | before  # of fields that it had not yet
-    now = _flat(tomllib.loads(to_toml(config)))
-    ours = now.keys() - {"run_dir", "resume"}
-    return {
-        name: (before[name], now[name])
-        for name in now
-        if name in ours and before[name] != now[name]
-    }
-
-
-def _flat(table: dict[str, Any], group: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in table.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{group}{name}.")
-        else:
-            flat[f"{group}{name}"] = value
-    return flat
 
 
 def sequences_a_step(config: TrainConfig, world: World) -> int:
@@ -182,13 +160,3 @@ def write_run_files(config: TrainConfig, tokenizer: Tokenizer) -> None:
     config.run.mkdir(parents=True, exist_ok=True)
     checkpoints.write_atomically(config.run / "tokenizer.json", tokenizers.to_json(tokenizer))
     checkpoints.write_atomically(config.run / "config.toml", to_toml(config))
-
-
-def identity(config: TrainConfig, text: Shard) -> dict[str, str]:
-    """What makes a resumed run the same run: its text, the order of it, and its optimizer."""
-    return {
-        "the text's fingerprint": text.corpus.hex()[:12],
-        "training.seed": str(config.training.seed),
-        "training.batch_tokens": str(config.training.batch_tokens),
-        "optimizer.name": config.optimizer.name,
-    }

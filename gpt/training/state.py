@@ -108,6 +108,5 @@ def from_format_1(
         "losses": [],
         "skipped": 0,
         "scaler": saved["scaler"],
-        "identity": saved["identity"],
     }
     return learned, progress

@@ -263,25 +263,25 @@ def problem_of(config: TrainConfig, kind: str, status: int, log: Path, expected:
 def kill(
     folder: Path, *, n_runs: int, kills: int, seed: int = 0, max_steps: int = 120
 ) -> list[str]:
-    """Kill runs at random instants and resume them; the digest of each, the uninterrupted one
-    first.
+    """Kill runs at random instants and resume them; how many kills met a run at work, and the
+    digest of each run, the uninterrupted one first.
     """
     chance = random.Random(seed)
     whole = config_of(folder / "whole-run", max_steps=max_steps)
     start = time.monotonic()
     assert os.waitpid(in_child(lambda: run(whole), folder / "log"), 0)[1] == 0
     duration = time.monotonic() - start
-    digests = [digest(whole)]
+    digests, hits = [digest(whole)], 0
     for number in range(n_runs):
         config = dataclasses.replace(whole, run_dir=str(folder / f"killed-{number}" / "run"))
         for _ in range(kills):
             child = in_child(lambda config=config: run(config), folder / "log")
             time.sleep(chance.uniform(0, duration / kills * 1.5))
             os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+            hits += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
         assert os.waitpid(in_child(lambda config=config: run(config), folder / "log"), 0)[1] == 0
         digests.append(digest(config))
-    return digests
+    return [str(hits), *digests]
 
 
 def build(folder: Path) -> Path | None:

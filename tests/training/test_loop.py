@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ from gpt.training.compilation import compile_blocks
 from gpt.training.loop import Trainer, train
 from gpt.training.parallel import World
 from gpt.training.schedule import learning_rate_factor
-from gpt.training.setup import FIXED, FIXED_GROUPS, changes_since, held, is_fixed
+from gpt.training.setup import FIXED, FIXED_GROUPS, held, is_fixed, settings
 
 
 @pytest.fixture
@@ -705,13 +706,13 @@ def test_what_was_changed_is_said_and_what_may_not_change_is_told_apart(config):
     with pytest.raises(UsageError) as caught:
         run(dataclasses.replace(other, resume=True))
     assert str(caught.value) == (
-        f"{config.run} cannot be resumed as another run: training.seed was 1337 and is 3; "
-        "model.n_layer was 2 and is 1 (the rest may change: training.max_steps was 8 and is 9)"
+        f"{config.run} cannot be resumed as another run: model.n_layer was 2 and is 1; "
+        "training.seed was 1337 and is 3 (the rest may change: training.max_steps was 8 and is 9)"
     )
 
 
-def test_the_fields_that_may_not_change_are_fields():
-    names = set(changes_since(Path("none"), TrainConfig())) | set(flat_fields())
+def test_the_fields_that_may_not_change_are_fields(config):
+    names = set(settings(config, prepare(config.data, config.cache_dir).train))
     assert set(FIXED) <= names
     for group, free in FIXED_GROUPS.items():
         assert {f"{group}.{name}" for name in free} <= names
@@ -721,11 +722,83 @@ def test_the_fields_that_may_not_change_are_fields():
     assert not is_fixed("training.max_steps")
 
 
-def flat_fields():
-    for group in dataclasses.fields(TrainConfig()):
-        value = getattr(TrainConfig(), group.name)
-        if dataclasses.is_dataclass(value):
-            yield from (f"{group.name}.{field.name}" for field in dataclasses.fields(value))
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"[x\xff")])
+def test_what_may_not_change_is_known_without_the_runs_configuration(damage, config):
+    run(config)
+    damage(config.run / "config.toml")
+    other = change(change(config, "data", validation_fraction=0.3), "log", every=1)
+    with pytest.raises(
+        UsageError, match=r"data.validation_fraction was 0.05 and is 0.3 \(the rest"
+    ):
+        run(dataclasses.replace(other, resume=True))
+    _, output = run(dataclasses.replace(change(config, "log", every=1), resume=True))
+    assert "changed  log.every was 2 and is 1" in output
+
+
+def test_what_auto_has_come_to_is_said_where_it_changes(config):
+    config = change(config, "training", precision="auto")
+    run(config)
+    found = checkpoints.find(config.run, "last")
+    found.progress["place"] |= {"precision": "float16", "processes": 8, "strategy": "ddp"}
+    said = []
+    resolved = dataclasses.replace(config, model=found.model)
+    trainer = Trainer(
+        resolved, prepare(config.data, config.cache_dir), checkpoint=found, say=said.append
+    )
+    assert said == [
+        f"changed  precision was float16 and is {str(trainer.dtype)[6:]}",
+        "changed  processes was 8 and is 1",
+        "changed  strategy was ddp and is single",
+    ]
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_takes_no_place(config):
+    config = change(config, "checkpoint", every=2, keep=2)
+    run(config)
+    newest = config.run / "checkpoints" / "step-00000012"
+    (newest / "model.safetensors").write_bytes(b"damaged")
+    _, output = run(dataclasses.replace(change(config, "training", max_steps=11), resume=True))
+    assert "going on from step 10" in output
+    assert "damaged-step-00000012 was damaged, and has this name now" in output
+    left = sorted(p.name for p in newest.parent.iterdir())
+    assert left == ["damaged-step-00000012", "step-00000010", "step-00000011"]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_an_overflow_of_one_parameter_changes_no_other(optimizer, clip, config):
+    config = change(change(config, "optimizer", name=optimizer), "training", precision="float16")
+    trainer = trainer_of(change(config, "training", gradient_clip=clip))
+    trainer.update()
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    handle = trainer.model.embed.weight.register_hook(lambda gradient: gradient * math.inf)
+    scale = trainer.scaler.get_scale()
+    trainer.update()
+    assert all(torch.equal(before[n], p) for n, p in trainer.model.named_parameters())
+    assert trainer.scaler.get_scale() == scale / 2
+    handle.remove()
+    trainer.update()
+    assert not torch.equal(before["norm.weight"], trainer.model.norm.weight)
+
+
+def test_the_metrics_are_json_after_an_overflow_too(config):
+    def pedantic(constant):
+        raise AssertionError(constant)
+
+    config = change(change(config, "training", precision="float16"), "log", every=1)
+    accumulate = Trainer.accumulate
+
+    def once(self, batch, n_targets):
+        if self.step == 4:
+            self.scaler._scale.fill_(2.0**40)
+        return accumulate(self, batch, n_targets)
+
+    with mock.patch.object(Trainer, "accumulate", once):
+        run(config)
+    lines = (config.run / "metrics.jsonl").read_text().splitlines()
+    parsed = [json.loads(line, parse_constant=pedantic) for line in lines]
+    assert 5 in [r["step"] for r in parsed if r.get("gradient_norm", 0) is None]
+    assert all("loss_scale" in r for r in parsed if "loss" in r)
 
 
 def test_a_resumed_runs_first_record_is_of_the_steps_before_the_stop_too(config):
@@ -815,7 +888,7 @@ def test_a_run_of_format_1_goes_on(config):
         "scaler": {},
         "random": {"cpu": torch.get_rng_state()},
         "best_loss": 1.5,
-        "identity": found.progress["identity"],
+        "identity": {"training.seed": "1337"},
     }
     as_format_1(found.path, old)
     resumed = Trainer(trainer.config, trainer.data, checkpoint=checkpoints.verify(found.path))

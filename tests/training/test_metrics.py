@@ -135,10 +135,11 @@ def test_wandb_keeps_its_run_over_a_resume_and_each_step_once(tmp_path, monkeypa
     sent = []
 
     class Run:
-        step = 0
+        def define_metric(self, name, step_metric):
+            assert (name, step_metric) == ("*", "step")
 
-        def log(self, record, step):
-            sent.append((step, sorted(record)))
+        def log(self, record):
+            sent.append((record["step"], "loss" in record))
 
         def finish(self, exit_code):
             assert exit_code == 0
@@ -146,27 +147,22 @@ def test_wandb_keeps_its_run_over_a_resume_and_each_step_once(tmp_path, monkeypa
     started = []
     monkeypatch.setattr(wandb, "init", lambda **options: started.append(options) or Run())
     reporter, _ = reporter_on(tmp_path, wandb="offline")
+    evaluation = {"validation_loss": 2.0, "bits_per_byte": 3.0}
     with reporter:
         for step in (10, 20, 30):
             reporter.step(record(step))
-    reporter, _ = reporter_on(tmp_path, first_step=20, wandb="offline")
-    with reporter:
-        for step in (30, 40):  # 30 a second time, as after a kill
-            reporter.step(record(step))
-    assert [step for step, _ in sent] == [10, 20, 30, 40]
-    one, two = started
-    assert one["id"] == two["id"] == (tmp_path / "wandb_id").read_text().strip()
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [10, 20, 30, 40]
-
-    Run.step = 31  # what the server has
-    sent.clear()
     reporter, _ = reporter_on(tmp_path, first_step=20, wandb="online")
     with reporter:
-        for step in (30, 40):
+        for step in (30, 40):  # 30 a second time, of which a kill had left the evaluation out
             reporter.step(record(step))
-    assert [step for step, _ in sent] == [40]
-    assert (started[-1]["id"], started[-1]["resume"]) == (one["id"], "allow")
+            reporter.evaluation({"step": step, **evaluation}, best=True, sample="")
+    whole = [(10, True), (20, True), (30, True), (30, False), (40, True), (40, False)]
+    assert sent == whole
+    one, two = started
+    assert one["id"] == two["id"] == (tmp_path / "wandb_id").read_text().strip()
+    assert (one["resume"], two["resume"]) == (None, "allow")
+    records = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert [(r["step"], "loss" in r) for r in records] == whole
 
 
 def test_two_real_offline_runs_have_one_id(tmp_path):
@@ -183,7 +179,7 @@ def test_two_real_offline_runs_have_one_id(tmp_path):
 def test_a_damaged_line_of_the_metrics_is_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 10}\n{"st\xffep": 15}\nnull\n{"step": 20}\n{"step": 30}\n')
-    assert drop_later_records(path, 20) == 30
+    assert {kind[0] for kind in drop_later_records(path, 20)} == {10, 20, 30}
     assert path.read_text() == '{"step": 10}\n{"step": 20}\n'
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +19,15 @@ from gpt import checkpoint as checkpoints
 from gpt.cli import main
 from gpt.config import ModelConfig, ParallelConfig, TrainingConfig, UsageError
 from gpt.training.build import count_parameters, saves_shards
-from gpt.training.parallel import World, choose_strategy
+from gpt.training.parallel import World, _meet, choose_strategy
 from gpt.training.setup import sequences_a_step
 from tests.conftest import LINES
-from tests.training.worker import config_of, train
+from tests.training.worker import FORMATS, MICRO, config_of, train
 
 ROOT = Path(__file__).parent.parent.parent
 WORLDS = {1: ("single",), 2: ("ddp", "fsdp"), 4: ("ddp", "fsdp", "hybrid")}
 PLACES = [(n, strategy) for n, strategies in WORLDS.items() for strategy in strategies]
-RUNS = [(n, s, f) for n, s in PLACES for f in ("full", "sharded") if s != "ddp" and n > 1]
+RUNS = [(n, s, f) for n, s in PLACES[1:] for f in FORMATS.get(s, ("full",))]
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +66,9 @@ def difference(one, two):
 
 
 @pytest.mark.parametrize("kind", ["gradients", "masked"])
-@pytest.mark.parametrize("micro", [1, 2, 4, 8])
-@pytest.mark.parametrize(("n", "strategy"), PLACES)
+@pytest.mark.parametrize(
+    ("n", "strategy", "micro"), [(n, s, micro) for n, s in PLACES for micro in MICRO[n]]
+)
 def test_gradients_are_the_same_however_a_step_is_split(n, strategy, micro, kind, results):
     whole = results[1]["single", kind, 8]
     split = results[n][strategy, kind, micro]
@@ -122,7 +124,7 @@ def assert_same_records(run, other):
             assert one[key] == pytest.approx(two[key], rel=1e-6), (key, one["step"])
 
 
-@pytest.mark.parametrize(("n", "strategy", "kind"), [*RUNS, (2, "ddp", "full"), (4, "ddp", "full")])
+@pytest.mark.parametrize(("n", "strategy", "kind"), RUNS)
 def test_a_run_has_the_metrics_and_the_weights_of_one_process(n, strategy, kind, folder, results):
     run = folder / f"{strategy}-{n}-{kind}"
     assert_same_records(run, folder / "single-1-full")
@@ -141,7 +143,7 @@ def test_a_run_has_the_metrics_and_the_weights_of_one_process(n, strategy, kind,
 )
 def test_a_run_is_resumed_on_other_processes_than_it_began_on(made, folder, results):
     resumed = [path for path in folder.glob(f"{made}-on-*") if path.is_dir()]
-    assert len(resumed) >= 1
+    assert resumed or made == "hybrid-4-sharded"  # by one process, below
     for run in resumed:
         assert_same_records(run, folder / "single-1-full")
     config = dataclasses.replace(config_of(folder, f"{made}-on-one"), resume=True)
@@ -208,6 +210,7 @@ def test_the_largest_number_is_known_to_all(results):
         (8, "cuda", 24e9, "auto", "fsdp"),
         (8, "cuda", 24e9, "ddp", "ddp"),
         (8, "cpu", None, "fsdp", "fsdp"),
+        (8, "cuda", 80e9, "shard_size", "fsdp"),
     ],
 )
 def test_auto_shares_out_the_state_where_it_fills_half_a_gpu(
@@ -217,7 +220,9 @@ def test_auto_shares_out_the_state_where_it_fills_half_a_gpu(
         total_memory = memory
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    config = ParallelConfig(strategy=wanted)
+    config = (
+        ParallelConfig(shard_size=4) if wanted == "shard_size" else ParallelConfig(strategy=wanted)
+    )
     world = World(size=n)
     assert chosen == choose_strategy(
         config, world, n_parameters=1_000_000_000, device=torch.device(device)
@@ -228,6 +233,10 @@ def test_processes_that_cannot_share_equally_are_told_what_would_do(tmp_path):
     config = config_of(tmp_path, "run")
     with pytest.raises(UsageError, match="128, 8 sequences, which 3 processes .* 144 would do"):
         sequences_a_step(config, World(size=3))
+    with pytest.raises(
+        UsageError, match="shard_size is 2, and parallel.strategy ddp shares out not"
+    ):
+        ParallelConfig(strategy="ddp", shard_size=2)
     with pytest.raises(UsageError, match="shard_size is 3, and must divide .* \\(4\\)"):
         choose_strategy(
             ParallelConfig(shard_size=3), World(size=4), n_parameters=1, device=torch.device("cpu")
@@ -248,3 +257,48 @@ def test_full_checkpoints_are_kept_where_the_host_can_hold_the_state(monkeypatch
         monkeypatch.setattr(os, "sysconf", lambda name, m=memory: 1 if "SIZE" in name else m)
         assert saves_shards(config, "fsdp") == shards
         assert not saves_shards(config, "ddp")
+
+
+def test_a_restarted_job_knows_its_own_runs_alone():
+    store = torch.distributed.HashStore()
+    first = World(store=torch.distributed.PrefixStore("a", store), job=store)
+    assert not first.remembers("runs/x")
+    first.remember("runs/x")
+    again = World(store=torch.distributed.PrefixStore("b", store), job=store)
+    assert again.remembers("runs/x")
+    assert not again.remembers("runs/y")
+    assert not World().remembers("runs/x")
+
+
+def test_the_processes_of_one_start_find_each_other_whatever_earlier_ones_have_left():
+    """Three starts on one store, the second of which was killed while it met."""
+    job = torch.distributed.HashStore()
+
+    def meet(n):
+        with ThreadPoolExecutor(n) as pool:
+            for store in pool.map(lambda rank: _meet(job, rank, n), reversed(range(n))):
+                store.add("present", 1)
+                yield store
+
+    for n in (3, 2, 3):
+        stores = list(meet(n))
+        assert [int(store.get("present")) for store in stores] == [n] * n
+        job.set("meeting", "called by one that was killed then")
+
+
+def test_what_only_main_knows_is_shared_and_so_is_its_mistake():
+    store = torch.distributed.HashStore()
+    worlds = [World(rank, 2, store=store) for rank in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda world: world.share(lambda: f"of {world.rank}"), worlds)) == [
+            "of 0",
+            "of 0",
+        ]
+
+        def fail():
+            raise UsageError("no such thing")
+
+        for outcome in [pool.submit(world.share, fail) for world in worlds]:
+            with pytest.raises(UsageError, match="no such thing"):
+                outcome.result()
+    assert [world.fails_first() for world in worlds] == [True, False]

@@ -42,11 +42,15 @@ every = 1
 """
 
 
+def make(folder):
+    (folder / "text.txt").write_text("".join(LINES[i % 3] for i in range(160)))
+    (folder / "tiny.toml").write_text(f'{SETTINGS}[data]\nsource = "{folder}/text.txt"\n')
+    return folder
+
+
 @pytest.fixture
 def place(tmp_path):
-    (tmp_path / "text.txt").write_text("".join(LINES[i % 3] for i in range(160)))
-    (tmp_path / "tiny.toml").write_text(f'{SETTINGS}[data]\nsource = "{tmp_path}/text.txt"\n')
-    return tmp_path
+    return make(tmp_path)
 
 
 def start(
@@ -104,16 +108,32 @@ def assert_same(place, run, other):
         assert torch.equal(parameter, two.get_parameter(name)), name
 
 
-def test_a_killed_rank_ends_the_job_in_seconds_and_a_restart_goes_on_as_if_nothing_had_been(place):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run on two processes, beside its text."""
+    place = make(tmp_path_factory.mktemp("whole"))
     finish(start(place, "whole"))
-    restarts = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
-    job = start(place, "restarted", torchrun=restarts)
-    when_at_step(place, "restarted", 20, job)
-    os.kill(workers(job)[1], signal.SIGKILL)
-    out, err = finish(job)
-    assert re.search(r"going on from step [12]\d", out)
-    assert_same(place, "restarted", "whole")
+    return place
 
+
+@pytest.mark.parametrize(
+    ("torchrun", "rank"),
+    [
+        (("--nproc-per-node", "2"), 0),
+        pytest.param(("--standalone", "--nproc-per-node", "2"), 1, marks=pytest.mark.slow),
+    ],
+)
+def test_after_a_rank_was_killed_a_restart_goes_on_as_if_nothing_had_been(torchrun, rank, whole):
+    run = f"restarted-{rank}"
+    job = start(whole, run, torchrun=(*torchrun, "--max-restarts", "1"))
+    when_at_step(whole, run, 20, job)
+    os.kill(workers(job)[rank], signal.SIGKILL)
+    out, _ = finish(job)
+    assert re.search(r"going on from step [12]\d", out)
+    assert_same(whole, run, "whole")
+
+
+def test_a_killed_rank_ends_the_job_in_seconds_and_its_error_is_told_once(place):
     job = start(place, "killed")
     when_at_step(place, "killed", 20, job)
     killed = time.monotonic()
@@ -126,40 +146,68 @@ def test_a_killed_rank_ends_the_job_in_seconds_and_a_restart_goes_on_as_if_nothi
     assert 19 <= checkpoints.find(place / "killed", "last").step < 60
 
 
-def test_sigterm_to_torchrun_finishes_the_step_saves_it_and_the_run_can_go_on(place):
-    finish(start(place, "whole"))
-    job = start(place, "stopped")
-    when_at_step(place, "stopped", 20, job)
+@pytest.mark.slow
+def test_a_restart_does_not_take_a_run_that_was_there_for_its_own(whole):
+    before = metrics(whole, "whole")
+    restarts = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
+    _, err = finish(
+        start(whole, "whole", "--training.max_steps", "70", torchrun=restarts), status=1
+    )
+    assert err.count("holds a run at step 60 already") == 2  # of two attempts
+    assert metrics(whole, "whole") == before
+
+
+def test_sigterm_to_torchrun_finishes_the_step_saves_it_and_the_run_can_go_on(whole):
+    job = start(whole, "stopped")
+    when_at_step(whole, "stopped", 20, job)
     job.send_signal(signal.SIGTERM)
     out, _ = job.communicate(timeout=60)
-    assert job.returncode != 0
+    assert job.returncode != 0  # torchrun's own
     [step] = re.findall(r"stopped at step (\d+), which is saved", out)
-    assert checkpoints.find(place / "stopped", "last").step == int(step)
-    finish(start(place, "stopped", "--resume"))
-    assert_same(place, "stopped", "whole")
+    assert checkpoints.find(whole / "stopped", "last").step == int(step)
+    finish(start(whole, "stopped", "--resume"))
+    assert_same(whole, "stopped", "whole")
 
 
-def test_a_mistake_is_told_once(place):
-    odd = ["--training.batch_tokens", "48", "--training.micro_batch_size", "1"]
-    _, err = finish(start(place, "run", *odd), status=1)
-    assert err.count("train.py: training.batch_tokens is 48, 3 sequences, which 2 processes") == 1
-    assert err.count("train.py: ") == 1
-    _, err = finish(start(place, "run", "--data.source", "no/such/file"), status=1)
-    assert err.count("no/such/file") == 1
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["--training.batch_tokens", "48", "--training.micro_batch_size", "1"],
+            "training.batch_tokens is 48, 3 sequences, which 2 processes",
+        ),
+        pytest.param(["--data.source", "no/such/file"], "no/such/file", marks=pytest.mark.slow),
+        pytest.param(["--training.device", "mps"], "device is 'mps'", marks=pytest.mark.slow),
+        (["--training.max_stpes", "3"], "max_stpes"),
+    ],
+)
+def test_a_mistake_is_told_once(words, said, place):
+    _, err = finish(start(place, "run", *words), status=1)
+    told = re.sub(r"(?s)Traceback .*|^[WE]\d{4} .*?$", "", err, flags=re.MULTILINE)  # torchrun's
+    assert told.count(said) == 1, err
     assert 'Traceback (most recent call last):\n  File "' + str(ROOT) not in err
 
 
-def test_two_nodes_meet_and_train_as_one(place):
+def rendezvous():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    rendezvous = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
-    rendezvous += ["--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "a-job"]
-    options = ["--parallel.strategy", "fsdp", "--parallel.shard_size", "1"]
-    nodes = [start(place, "nodes", *options, torchrun=rendezvous) for _ in range(2)]
-    outputs = [finish(node)[0] for node in nodes]
-    assert sorted("fsdp on 2 processes" in out for out in outputs) == [False, True]
+    words = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--max-restarts=3"]
+    return [*words, "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "a-job"]
+
+
+def test_two_nodes_meet_and_train_as_one_and_again_after_one_has_lost_its_process(place):
     finish(start(place, "alone", torchrun=()))
+    torchrun = rendezvous()
+    options = ["--parallel.strategy", "fsdp"]
+    nodes = [start(place, "nodes", *options, torchrun=torchrun) for _ in range(2)]
+    when_at_step(place, "nodes", 20, nodes[0])
+    other = next(node for node in nodes if 1 in workers(node))
+    os.kill(workers(other)[1], signal.SIGKILL)
+    outputs = [finish(node)[0] for node in nodes]
+    told = "".join(outputs)
+    assert told.count("fsdp on 2 processes") == 2  # by one of them, at each start
+    assert re.search(r"going on from step [12]\d", told)
     for one, two in zip(metrics(place, "nodes"), metrics(place, "alone"), strict=True):
         assert one["step"] == two["step"]
         for key in {"loss", "validation_loss"} & two.keys():

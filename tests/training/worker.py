@@ -31,6 +31,10 @@ from gpt.data.prepare import prepare
 from gpt.training.loop import Trainer, _train
 from gpt.training.parallel import World, join
 
+MICRO = {1: (1, 2, 4, 8), 2: (1, 2, 4), 4: (1, 2)}
+"""Micro-batches of up to a process's whole share of 8 windows."""
+FORMATS = {"fsdp": ("full", "sharded"), "hybrid": ("full", "sharded")}
+
 
 def config_of(folder: Path, run: str, *, strategy="auto", n_shards=0, **more) -> TrainConfig:
     training = {
@@ -95,14 +99,15 @@ def train(config: TrainConfig, world: World, sample=None) -> str:
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     results = {}
-    with join(torch.device("cpu")) as world:
+    with join() as world:
+        world.connect(torch.device("cpu"))
         n = world.size
         strategies = {"single": {}} if n == 1 else {"ddp": {}, "fsdp": {}}
         if n == 4:
             strategies["hybrid"] = {"strategy": "fsdp", "n_shards": 2}
         for name, options in strategies.items():
             options = {"strategy": name} | options if n > 1 else {}
-            for micro in (1, 2, 4, 8):
+            for micro in MICRO[n]:
                 training = {"micro_batch_size": micro, "gradient_clip": 0.0}
                 config = config_of(folder, "none", **options, training=training)
                 results[name, "gradients", micro] = gradients(config, world)
@@ -129,8 +134,7 @@ def main(folder: Path) -> None:
             muon = OptimizerConfig(name="muon", warmup_steps=2)
             trainer = trainer_of(config_of(folder, "none", **options, optimizer=muon), world)
             results[name, "muon"] = torch.tensor([trainer.update()[0] for _ in range(4)])
-            formats = ("full", "sharded") if name != "ddp" and n > 1 else ("full",)
-            for kind in formats:
+            for kind in FORMATS.get(name, ("full",)):
                 run = f"{name}-{n}-{kind}"
                 options["checkpoint"] = CheckpointConfig(keep=9, format=kind)
                 texts = []
@@ -145,7 +149,7 @@ def main(folder: Path) -> None:
                 results[name, kind, "samples"] = len(texts)
             # on from what another number of processes has made
             for made in ("single-1-full", "fsdp-2-full", "fsdp-2-sharded", "hybrid-4-sharded"):
-                if (folder / made / "last").exists() and made != f"{name}-{n}-full":
+                if (folder / made / "last").exists() and not made.startswith(f"{name}-{n}"):
                     run = f"{made}-on-{name}-{n}"
                     if world.is_main:
                         copy_at_step_3(folder / made, folder / run)
