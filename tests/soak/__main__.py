@@ -25,14 +25,18 @@ def main() -> int:
         Path(folder).mkdir()
         told, *problems = runs.serve(Path(folder), "inject", {})
         print(told)
-        for problem in problems:
-            print(f"  {problem}")
         n = int(told.split()[0])
         print(
             f"{n - len(problems)} of {n} left every checkpoint whole, and the run went on as ever"
         )
+        told, *sharded = runs.serve(Path(folder), "inject_sharded", {})
+        n = int(told.split()[0])
+        print(f"of a sharded checkpoint, {told}")
+        print(f"{n - len(sharded)} of {n} left it whole or not there, and the one before it whole")
+        for problem in (*problems, *sharded):
+            print(f"  {problem}")
         print(f"{time.monotonic() - start:.0f} s")
-    return int(bool(problems) or same < len(killed))
+    return int(bool(problems or sharded) or same < len(killed))
 
 
 if __name__ == "__main__":
