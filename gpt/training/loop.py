@@ -168,6 +168,8 @@ class Trainer:
         self.strategy: Strategy = self.world.share(lambda: self.choose_strategy())  # type: ignore[assignment]
         shards = self.world.share(lambda: str(build.saves_shards(config, self.strategy)))
         self.saves_shards = shards == "True"
+        if config.checkpoint.format == "sharded" and not self.saves_shards:
+            say("checkpoint.format is sharded, which fsdp alone can be: this run writes full ones")
         self.model, self.forward = build.build_model(
             config,
             self.world,

@@ -7,6 +7,7 @@ arXiv:1910.02054). One process is a world too, in which all of this is nothing.
 """
 
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -279,6 +280,7 @@ def parts(model: GPT) -> Iterator[tuple[str, nn.Module]]:
             yield name, child
 
 
+@functools.cache  # a mesh makes groups of processes, which all of them take part in
 def cpu_mesh(mesh: DeviceMesh) -> DeviceMesh:
     """The same processes, for tensors on the CPU."""
     if mesh.device_type == "cpu":

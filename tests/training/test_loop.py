@@ -943,3 +943,9 @@ def test_a_best_checkpoint_that_is_gone_is_looked_for_anew(config):
     assert "step 12: validation" in output
     assert (config.run / "best").read_text() == "step-00000012\n"
     assert result.best_loss == records(config)[-1]["validation_loss"]
+
+
+def test_one_process_says_that_its_checkpoints_are_not_sharded(config):
+    _, output = run(change(config, "checkpoint", format="sharded"))
+    assert "checkpoint.format is sharded, which fsdp alone can be" in output
+    assert (checkpoints.find(config.run).path / "model.safetensors").exists()
