@@ -70,7 +70,7 @@ def train(words: Sequence[str], prog: str) -> int:
     from rich.console import Console
 
     from gpt.device import keep_freed_memory
-    from gpt.training.loop import train as run
+    from gpt.training.run import train as run
 
     keep_freed_memory()
     sample = None

@@ -25,7 +25,7 @@ from gpt.config import (
 )
 from gpt.generation.decode import decode
 from gpt.training.activations import checkpoint_activations
-from gpt.training.loop import train
+from gpt.training.run import train
 from tests.conftest import make_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

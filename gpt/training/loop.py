@@ -6,13 +6,11 @@ is the weights, the optimizers' state, the loss scale, and the step's number.
 
 import contextlib
 import math
-import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
@@ -21,26 +19,23 @@ from gpt.checkpoint import Checkpoint, State
 from gpt.config import TrainConfig, UsageError
 from gpt.data import tokenizer as tokenizers
 from gpt.data.batches import Batch, Order, Windows
-from gpt.data.corpus import open_corpus
-from gpt.data.prepare import Prepared, prepare
+from gpt.data.prepare import Prepared
 from gpt.data.tokenizer import Tokenizer
 from gpt.device import choose_device, choose_precision, peak_flops
 from gpt.model.gpt import GPT
 from gpt.training import build, nonfinite, setup, state
-from gpt.training.curve import draw_curve
 from gpt.training.interrupt import Interrupt
 from gpt.training.loss import summed_loss
-from gpt.training.metrics import Reporter, Silent, as_settings
+from gpt.training.metrics import Reporter, Silent
 from gpt.training.optimizer import (
     clip_gradients,
-    describe_groups,
     gradient_norm,
     make_optimizers,
     set_learning_rate,
 )
-from gpt.training.parallel import Strategy, World, choose_strategy, join, only_here
+from gpt.training.parallel import Strategy, World, choose_strategy, only_here
 from gpt.training.precision import autocast, loss_scaler
-from gpt.training.saving import Saver, point_and_prune
+from gpt.training.saving import Saver
 from gpt.training.schedule import learning_rate_factor
 from gpt.training.stopwatch import Stopwatch, Trace
 from gpt.training.validation import score
@@ -57,84 +52,6 @@ class Result:
     best_loss: float
     signal: int | None
     """Of the signal that stopped it, if one did."""
-
-
-def train(config: TrainConfig, *, console: Console, sample: Sample | None = None) -> Result:
-    """Train the model that ``config`` describes, from its start or from the run's last checkpoint,
-    on all the processes that torchrun started.
-
-    Raises :class:`UsageError` for what cannot be trained; nothing that the run's folder holds is
-    lost.
-    """
-    with join() as world:
-        console.quiet = console.quiet or not world.is_main
-        world.connect(choose_device(config.training.device))
-        with contextlib.ExitStack() as stack:
-            world.main_first(lambda: open_corpus(config.data.source))  # before a folder is made
-            world.share(lambda: stack.enter_context(setup.held(config.run)))
-            try:
-                return _train(config, world, console, sample)
-            except OSError as error:
-                if error.errno not in setup.DISK_ERRORS:
-                    raise
-                raise UsageError(
-                    f"{error.filename or config.run} cannot be read or written: {error.strerror}; "
-                    f"the checkpoints of {config.run} are whole, and --resume goes on from the "
-                    "newest one"
-                ) from error
-
-
-def _train(config: TrainConfig, world: World, console: Console, sample: Sample | None) -> Result:
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    checkpoint = setup.checkpoint_to_resume(config, world, say)
-    config, initial = world.main_first(lambda: setup.take_initial_model(config, checkpoint, say))
-    with console.status("preparing the text") as status:
-        data = world.main_first(
-            lambda: prepare(
-                config.data,
-                config.cache_dir,
-                tokenizer=initial.tokenizer if initial else None,
-                progress=lambda share: status.update(
-                    f"preparing {config.data.source}: {share:.0%}"
-                ),
-            )
-        )
-    config = setup.resolve(config, data, checkpoint)
-    if checkpoint is not None:
-        setup.check_changes(config, checkpoint, data.train, say)
-    model = initial.model if initial else None
-    trainer = Trainer(config, data, world=world, checkpoint=checkpoint, model=model, say=say)
-    if world.is_main:
-        setup.write_run_files(config, data.tokenizer)
-        if checkpoint is not None:
-            name, best = checkpoint.path.name, trainer.best
-            point_and_prune(config.run, config.checkpoint, last=name, best=best)
-    for line in trainer.describe():
-        say(line)
-    reporter: Reporter | Silent = Silent()
-    if world.is_main:
-        reporter = Reporter(
-            config.run,
-            config.log,
-            console=console,
-            first_step=trainer.step,
-            max_steps=config.training.max_steps,
-            settings=as_settings(config),
-        )
-    with reporter:
-        result = trainer.run(reporter, sample)
-        for line in trainer.summary():
-            reporter.say(line)
-    if result.signal is not None:
-        say(
-            f"stopped at step {result.step:,}, which is saved; go on with: "
-            f"python train.py {shlex.quote(str(config.run / 'config.toml'))} --resume"
-        )
-    elif world.is_main:
-        say(draw_curve(config.run / "metrics.jsonl"))
-    return result
 
 
 class Trainer:
@@ -451,35 +368,3 @@ class Trainer:
             ),
             best=self.best,
         )
-
-    def describe(self) -> list[str]:
-        """The run in a few lines, for the person who starts it."""
-        config, model = self.config, self.config.model
-        tokens, n = config.training.batch_tokens, self.world.size
-        sequences = self.order.batch_size // n
-        micro = min(config.training.micro_batch_size, sequences)
-        split = f"{-(-sequences // micro)} x {micro} x {model.context_length}"
-        processes = f"{self.strategy} on {n} processes, " if n > 1 else ""
-        return [
-            f"run      {config.run}" + (f", going on from step {self.step:,}" if self.step else ""),
-            f"text     {config.data.source}: {len(self.data.train):,} training and "
-            f"{len(self.data.validation):,} validation tokens, "
-            f"{self.data.tokenizer.kind} tokenizer",
-            f"model    {self.model.parameter_count():,} parameters "
-            f"({self.model.parameter_count(embeddings=False):,} without embeddings): "
-            f"{model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, "
-            f"context {model.context_length}",
-            f"training {config.training.max_steps:,} steps of {tokens:,} tokens "
-            f"({f'{n} x {split}' if n > 1 else split}), "
-            f"{tokens * config.training.max_steps / len(self.data.train):.2f} epochs, "
-            f"{processes}{self.device.type}, {str(self.dtype).removeprefix('torch.')}",
-            *describe_groups(self.optimizers),
-        ]
-
-    def summary(self) -> list[str]:
-        """Where the time went, once the run is over."""
-        lines = self.stopwatch.summary()
-        if self.stalls:
-            mean = 1000 * sum(self.stalls) / len(self.stalls)
-            lines.append(f"a checkpoint ({len(self.stalls)} in all) held it up for {mean:.0f} ms")
-        return lines

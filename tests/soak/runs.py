@@ -40,7 +40,7 @@ from gpt.config import (
     UsageError,
 )
 from gpt.model.gpt import GPT
-from gpt.training.loop import train
+from gpt.training.run import train
 
 FAULTS = {"kill": -1, "ENOSPC": errno.ENOSPC, "EIO": errno.EIO}
 BEFORE = 4

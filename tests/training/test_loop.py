@@ -30,8 +30,9 @@ from gpt.data.batches import IGNORED, Batch, Windows
 from gpt.data.prepare import prepare
 from gpt.interop.load import load
 from gpt.training.compilation import compile_blocks
-from gpt.training.loop import Trainer, train
+from gpt.training.loop import Trainer
 from gpt.training.parallel import World
+from gpt.training.run import train
 from gpt.training.schedule import learning_rate_factor
 from gpt.training.setup import FIXED, FIXED_GROUPS, held, is_fixed, settings
 

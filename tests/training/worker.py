@@ -28,8 +28,9 @@ from gpt.config import (
 )
 from gpt.data.batches import IGNORED, Batch, Windows
 from gpt.data.prepare import prepare
-from gpt.training.loop import Trainer, _train
+from gpt.training.loop import Trainer
 from gpt.training.parallel import World, join
+from gpt.training.run import train_on
 
 MICRO = {1: (1, 2, 4, 8), 2: (1, 2, 4), 4: (1, 2)}
 """Micro-batches of up to a process's whole share of 8 windows."""
@@ -92,7 +93,7 @@ class Masked(Windows):
 
 def train(config: TrainConfig, world: World, sample=None) -> str:
     console = Console(file=io.StringIO(), width=300)
-    _train(config, world, console, sample)
+    train_on(world, config, console=console, sample=sample)
     return console.file.getvalue()
 
 

@@ -1,0 +1,135 @@
+"""A run from its first line to its last: what stands before the loop, and after it."""
+
+import contextlib
+import shlex
+
+from rich.console import Console
+
+from gpt.config import TrainConfig, UsageError
+from gpt.data.corpus import open_corpus
+from gpt.data.prepare import prepare
+from gpt.device import choose_device
+from gpt.training import setup
+from gpt.training.curve import draw_curve
+from gpt.training.loop import Result, Sample, Trainer
+from gpt.training.metrics import Reporter, Silent, as_settings
+from gpt.training.optimizer import describe_groups
+from gpt.training.parallel import World, join
+from gpt.training.saving import point_and_prune
+
+
+def train(config: TrainConfig, *, console: Console, sample: Sample | None = None) -> Result:
+    """Train the model that ``config`` describes, from its start or from the run's last checkpoint,
+    on all the processes that torchrun started.
+
+    Raises :class:`UsageError` for what cannot be trained; nothing that the run's folder holds is
+    lost.
+    """
+    with join() as world:
+        console.quiet = console.quiet or not world.is_main
+        world.connect(choose_device(config.training.device))
+        with contextlib.ExitStack() as stack:
+            world.main_first(lambda: open_corpus(config.data.source))  # before a folder is made
+            world.share(lambda: stack.enter_context(setup.held(config.run)))
+            try:
+                return train_on(world, config, console=console, sample=sample)
+            except OSError as error:
+                if error.errno not in setup.DISK_ERRORS:
+                    raise
+                raise UsageError(
+                    f"{error.filename or config.run} cannot be read or written: {error.strerror}; "
+                    f"the checkpoints of {config.run} are whole, and --resume goes on from the "
+                    "newest one"
+                ) from error
+
+
+def train_on(
+    world: World, config: TrainConfig, *, console: Console, sample: Sample | None = None
+) -> Result:
+    """:func:`train`, for whoever has joined the world and holds the run."""
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    checkpoint = setup.checkpoint_to_resume(config, world, say)
+    config, initial = world.main_first(lambda: setup.take_initial_model(config, checkpoint, say))
+    with console.status("preparing the text") as status:
+        data = world.main_first(
+            lambda: prepare(
+                config.data,
+                config.cache_dir,
+                tokenizer=initial.tokenizer if initial else None,
+                progress=lambda share: status.update(
+                    f"preparing {config.data.source}: {share:.0%}"
+                ),
+            )
+        )
+    config = setup.resolve(config, data, checkpoint)
+    if checkpoint is not None:
+        setup.check_changes(config, checkpoint, data.train, say)
+    model = initial.model if initial else None
+    trainer = Trainer(config, data, world=world, checkpoint=checkpoint, model=model, say=say)
+    if world.is_main:
+        setup.write_run_files(config, data.tokenizer)
+        if checkpoint is not None:
+            name, best = checkpoint.path.name, trainer.best
+            point_and_prune(config.run, config.checkpoint, last=name, best=best)
+    for line in beginning(trainer):
+        say(line)
+    reporter: Reporter | Silent = Silent()
+    if world.is_main:
+        reporter = Reporter(
+            config.run,
+            config.log,
+            console=console,
+            first_step=trainer.step,
+            max_steps=config.training.max_steps,
+            settings=as_settings(config),
+        )
+    with reporter:
+        result = trainer.run(reporter, sample)
+        for line in ending(trainer):
+            reporter.say(line)
+    if result.signal is not None:
+        say(
+            f"stopped at step {result.step:,}, which is saved; go on with: "
+            f"python train.py {shlex.quote(str(config.run / 'config.toml'))} --resume"
+        )
+    elif world.is_main:
+        say(draw_curve(config.run / "metrics.jsonl"))
+    return result
+
+
+def beginning(trainer: Trainer) -> list[str]:
+    """The run in a few lines, for the person who starts it."""
+    config, model = trainer.config, trainer.config.model
+    tokens, n = config.training.batch_tokens, trainer.world.size
+    sequences = trainer.order.batch_size // n
+    micro = min(config.training.micro_batch_size, sequences)
+    split = f"{-(-sequences // micro)} x {micro} x {model.context_length}"
+    processes = f"{trainer.strategy} on {n} processes, " if n > 1 else ""
+    return [
+        f"run      {config.run}"
+        + (f", going on from step {trainer.step:,}" if trainer.step else ""),
+        f"text     {config.data.source}: {len(trainer.data.train):,} training and "
+        f"{len(trainer.data.validation):,} validation tokens, "
+        f"{trainer.data.tokenizer.kind} tokenizer",
+        f"model    {trainer.model.parameter_count():,} parameters "
+        f"({trainer.model.parameter_count(embeddings=False):,} without embeddings): "
+        f"{model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, "
+        f"context {model.context_length}",
+        f"training {config.training.max_steps:,} steps of {tokens:,} tokens "
+        f"({f'{n} x {split}' if n > 1 else split}), "
+        f"{tokens * config.training.max_steps / len(trainer.data.train):.2f} epochs, "
+        f"{processes}{trainer.device.type}, {str(trainer.dtype).removeprefix('torch.')}",
+        *describe_groups(trainer.optimizers),
+    ]
+
+
+def ending(trainer: Trainer) -> list[str]:
+    """Where the time went, once the run is over."""
+    lines = trainer.stopwatch.summary()
+    if trainer.stalls:
+        mean = 1000 * sum(trainer.stalls) / len(trainer.stalls)
+        lines.append(f"a checkpoint ({len(trainer.stalls)} in all) held it up for {mean:.0f} ms")
+    return lines
