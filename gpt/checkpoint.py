@@ -42,6 +42,10 @@ T = TypeVar("T")
 _NAME = re.compile(r"step-\d{8,}")
 
 
+class DamagedError(UsageError):
+    """A checkpoint that is not what was saved."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class State:
     """What a checkpoint holds."""
@@ -190,16 +194,35 @@ def write_atomically(path: Path, text: str) -> None:
     _flush(path.parent)
 
 
-def prune(run: Path, *, keep: int, keep_every: int = 0) -> None:
+def prune(run: Path, *, keep: int, keep_every: int = 0) -> list[str]:
     """Delete all but the newest ``keep`` checkpoints, those at multiples of ``keep_every`` steps,
-    and those that ``best`` and ``last`` name.
+    and those that ``best`` and ``last`` name; what could not be deleted is told.
     """
     named = {pointed(run, "best"), pointed(run, "last")}
+    problems = []
     for path in list(_newest_first(run))[keep:]:
         if path.name not in named and not (keep_every and _step(path) % keep_every == 0):
-            _delete(path)
+            try:
+                _delete(path)
+            except OSError as error:
+                problems.append(f"the old checkpoint {path} cannot be deleted: {error}")
     for path in (run / "checkpoints").glob(".step-*"):  # what a kill has left
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
+    return problems
+
+
+def set_aside(run: Path, *, newer_than: int) -> list[Path]:
+    """Take the checkpoints after the step ``newer_than``, which are damaged, out of the run, as
+    ``damaged-NAME``.
+    """
+    aside = []
+    for path in list(_newest_first(run)):
+        if _step(path) > newer_than:
+            place = path.with_name(f"damaged-{path.name}")
+            while place.exists():
+                place = place.with_name(f"{place.name}-again")
+            aside.append(path.rename(place))
+    return aside
 
 
 def find(path: Path, name: Pointer = "best", *, say: Say = lambda text: None) -> Checkpoint | None:
@@ -208,7 +231,8 @@ def find(path: Path, name: Pointer = "best", *, say: Say = lambda text: None) ->
     ``last`` is the newest valid one, whatever ``RUN/last`` names: a kill may come before it is
     written there. Where the best one is missing or broken, the newest valid one is taken too. What
     is passed over is said. ``None`` if the run has no checkpoint yet; ``UsageError`` if it has
-    some and none is valid, or if ``path`` is one and broken.
+    some and none is valid, if one cannot be read that may well be whole, or if ``path`` is one and
+    broken.
     """
     if (path / META).exists():
         return verify(path)
@@ -220,7 +244,7 @@ def find(path: Path, name: Pointer = "best", *, say: Say = lambda text: None) ->
     for candidate in paths:
         try:
             checkpoint = verify(candidate)
-        except UsageError as error:
+        except DamagedError as error:
             problems.append(str(error))
             say(f"{error}; looking for an older checkpoint")
         else:
@@ -234,8 +258,8 @@ def find(path: Path, name: Pointer = "best", *, say: Say = lambda text: None) ->
 
 
 def verify(path: Path, *, hashes: bool = True) -> Checkpoint:
-    """The checkpoint at ``path``, its files' ``hashes`` checked; ``UsageError`` if it is not
-    whole.
+    """The checkpoint at ``path``, its files' ``hashes`` checked; ``DamagedError`` if it is not
+    whole, another ``UsageError`` if it cannot be read.
     """
     try:
         meta = json.loads((path / META).read_bytes())
@@ -245,20 +269,23 @@ def verify(path: Path, *, hashes: bool = True) -> Checkpoint:
                 f"the checkpoint {path} has format {version}, and this program reads 1 to {FORMAT}"
             )
         if meta.pop("sha256") != _checksum(meta):
-            raise UsageError(f"the checkpoint {path} is damaged: {META} is not what was saved")
+            raise DamagedError(f"the checkpoint {path} is damaged: {META} is not what was saved")
         for name, expected in meta["files"].items():
             if hashes and _sha256(path / name) != expected:
-                raise UsageError(f"the checkpoint {path} is damaged: {name} is not what was saved")
+                raise DamagedError(
+                    f"the checkpoint {path} is damaged: {name} is not what was saved"
+                )
         model, progress = ModelConfig(**meta["model"]), meta.get("progress", {})
         return Checkpoint(path, version, meta["step"], model, meta["metrics"], progress)
     except OSError as error:
-        raise UsageError(
+        kind = DamagedError if isinstance(error, FileNotFoundError) else UsageError
+        raise kind(
             f"the checkpoint {path} cannot be read: {error.strerror} ({error.filename})"
         ) from None
     except UsageError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(
+        raise DamagedError(
             f"the checkpoint {path} is damaged: {META} is broken ({error!r})"
         ) from None
 
@@ -305,16 +332,6 @@ def _newest_first(run: Path) -> Iterator[Path]:
 
 def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
-
-
-def set_aside(run: Path, *, newer_than: int) -> list[Path]:
-    """Take the checkpoints after the step ``newer_than`` out of the run, as ``damaged-NAME``."""
-    aside = []
-    for path in list(_newest_first(run)):
-        if _step(path) > newer_than:
-            shutil.rmtree(place := path.with_name(f"damaged-{path.name}"), ignore_errors=True)
-            aside.append(path.rename(place))
-    return aside
 
 
 def _delete(path: Path) -> None:

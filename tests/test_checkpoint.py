@@ -307,3 +307,40 @@ def test_tensors_are_filled_by_name_and_the_others_are_not_read(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"no tensors")
     with pytest.raises(UsageError, match="x.safetensors cannot be read"):
         tensors.load(tmp_path / "x")
+
+
+def test_what_cannot_be_read_and_may_be_whole_is_not_passed_over(run, monkeypatch):
+    newest = folder(run, 30) / "meta.json"
+    whole = newest.read_text()
+    newest.write_text(json.dumps(json.loads(whole) | {"format": 3}))
+    for name in ("best", "last"):
+        (run / name).write_text("step-00000030\n")
+        with pytest.raises(UsageError, match="has format 3"):
+            checkpoints.find(run, name)
+    newest.write_text(whole)
+
+    def stale(path):
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    monkeypatch.setattr(checkpoints, "_sha256", stale)
+    with pytest.raises(UsageError, match="cannot be read: Stale file handle"):
+        checkpoints.find(run, "last")
+
+
+def test_nothing_that_was_set_aside_is_lost(run):
+    for content in (b"first", b"second"):
+        (folder(run, 30) / "model.safetensors").write_bytes(content)
+        [place] = checkpoints.set_aside(run, newer_than=20)
+        assert (place / "model.safetensors").read_bytes() == content
+        shutil.copytree(place, folder(run, 30))
+    assert len(list((run / "checkpoints").glob("damaged-*"))) == 2
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_told_and_does_no_harm(run, monkeypatch):
+    def busy(path):
+        raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+
+    monkeypatch.setattr(checkpoints, "_delete", busy)
+    [problem] = checkpoints.prune(run, keep=1)
+    assert problem.startswith(f"the old checkpoint {folder(run, 10)} cannot be deleted: ")
+    assert folder(run, 10).exists()

@@ -149,6 +149,7 @@ class Trainer:
             last=checkpoints.name_of(started) if started else None,
             sharded=self.saves_shards,
             flush=reporter.flush,
+            say=reporter.say,
         )
         traced = config.log.profile if self.world.is_main else 0
         trace = Trace(config.run / "trace.json", traced, device=self.device)

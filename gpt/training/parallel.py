@@ -76,7 +76,7 @@ class World:
 
     def share(self, make: Callable[[], str]) -> str:
         """What ``make`` returns on the main process, everywhere; the others wait as long as it
-        takes, and raise its ``UsageError`` too.
+        takes, and end with its error as ``UsageError`` too.
         """
         if self.store is None:
             return make()
@@ -85,7 +85,7 @@ class World:
         if self.is_main:
             try:
                 result = make()
-            except UsageError as error:
+            except Exception as error:
                 self.store.set(key, f"!{error}")
                 raise
             self.store.set(key, f"={result}")
@@ -114,7 +114,8 @@ class World:
         if device.type == "mps":
             raise UsageError("device is mps, which one process alone can train on")
         if device.type == "cuda":
-            local_rank, n_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            n_gpus = torch.cuda.device_count()
+            local_rank = int(os.environ.get("LOCAL_RANK", self.rank % n_gpus))
             if local_rank >= n_gpus:
                 raise UsageError(
                     f"torchrun started process {local_rank} on a machine with {n_gpus} GPUs: "
@@ -135,7 +136,10 @@ class World:
 
     def fails_first(self) -> bool:
         """Whether this is the first process to fail: its error is the one to print."""
-        return self.store is None or self.store.add("failures", 1) == 1
+        try:
+            return self.store is None or self.store.add("failures", 1) == 1
+        except dist.DistError:  # the store went with the process that kept it
+            return True
 
 
 @contextlib.contextmanager
@@ -159,7 +163,8 @@ def join() -> Iterator[World]:
     except Exception as error:
         if not world.fails_first():
             raise SystemExit(2) from None
-        if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+        if lost and not isinstance(error, UsageError):
             reason = str(error).splitlines()[0]
             raise UsageError(
                 f"process {rank} of {size} has lost another one, which was killed or stopped "
@@ -190,7 +195,8 @@ def _meet(job: dist.Store, rank: int, size: int) -> dist.Store:
             job.wait([f"{meeting} heard"], timedelta(seconds=1))
         except dist.DistStoreError:
             continue  # not all are there yet, or never will be
-        if json.loads(job.get(f"{meeting} heard"))[rank - 1] == word:
+        heard = json.loads(job.get(f"{meeting} heard"))
+        if rank <= len(heard) and heard[rank - 1] == word:
             return dist.PrefixStore(meeting, job)
         time.sleep(0.05)
 

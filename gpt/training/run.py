@@ -73,7 +73,7 @@ def train_on(
         setup.write_run_files(config, data.tokenizer)
         if checkpoint is not None:
             name, best = checkpoint.path.name, trainer.best
-            point_and_prune(config.run, config.checkpoint, last=name, best=best)
+            point_and_prune(config.run, config.checkpoint, last=name, best=best, say=say)
     for line in beginning(trainer):
         say(line)
     reporter: Reporter | Silent = Silent()

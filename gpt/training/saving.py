@@ -38,9 +38,10 @@ class Saver:
         last: str | None = None,
         sharded: bool = False,
         flush: Callable[[], None] = lambda: None,
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._run, self._config, self._world = run, config, world
-        self._flush = flush
+        self._flush, self._say = flush, say
         self._group = dist.new_group(backend="gloo") if sharded else None  # the thread's own
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -143,15 +144,25 @@ class Saver:
             elif self._world.is_main:
                 checkpoints.save(self._run, state)
             if self._world.is_main:
-                point_and_prune(self._run, self._config, last=state.name, best=best)
+                point_and_prune(self._run, self._config, last=state.name, best=best, say=self._say)
             self.last = state.name
         except Exception as error:
             self._error = error
 
 
-def point_and_prune(run: Path, config: CheckpointConfig, *, last: str, best: str | None) -> None:
-    """Let ``last`` and ``best`` name these checkpoints, and delete those that are not kept."""
+def point_and_prune(
+    run: Path,
+    config: CheckpointConfig,
+    *,
+    last: str,
+    best: str | None,
+    say: Callable[[str], None],
+) -> None:
+    """Let ``last`` and ``best`` name these checkpoints, and delete those that are not kept; one
+    that cannot be deleted is told and does no harm.
+    """
     checkpoints.point(run, "last", last)
     if best is not None and checkpoints.pointed(run, "best") != best:
         checkpoints.point(run, "best", best)
-    checkpoints.prune(run, keep=config.keep, keep_every=config.keep_every)
+    for problem in checkpoints.prune(run, keep=config.keep, keep_every=config.keep_every):
+        say(problem)

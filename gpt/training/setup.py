@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from gpt import checkpoint as checkpoints
 from gpt.checkpoint import Checkpoint
-from gpt.config import TrainConfig, UsageError, to_toml
+from gpt.config import ModelConfig, TrainConfig, UsageError, to_toml
 from gpt.data import tokenizer as tokenizers
 from gpt.data.prepare import Prepared
 from gpt.data.shards import Shard
@@ -108,7 +108,7 @@ def resolve(config: TrainConfig, data: Prepared, checkpoint: Checkpoint | None) 
 def check_changes(config: TrainConfig, checkpoint: Checkpoint, text: Shard, say: Say) -> None:
     """Say what was changed since the checkpoint; ``UsageError`` if it would make it another run."""
     before = checkpoint.progress.get("settings", {})
-    before |= {f"model.{name}": v for name, v in dataclasses.asdict(checkpoint.model).items()}
+    before |= _resolved(checkpoint.model)
     now = settings(config, text)
     told = {
         name: f"{name} was {before[name]} and is {value}"
@@ -127,12 +127,20 @@ def check_changes(config: TrainConfig, checkpoint: Checkpoint, text: Shard, say:
 
 
 def settings(config: TrainConfig, text: Shard) -> dict[str, Any]:
-    """Each ``group.field`` of a run, and its text."""
-    flat = {TEXT: text.corpus.hex()[:12]}
+    """Each ``group.field`` of a run, its text, and what it began with."""
+    flat = {TEXT: text.corpus.hex()[:12], "init": config.init}
     for name, value in dataclasses.asdict(config).items():
         if isinstance(value, dict):
             flat |= {f"{name}.{field}": setting for field, setting in value.items()}
-    return flat
+    if config.init:  # whose tokenizer is taken
+        del flat["data.tokenizer"]
+    return flat | _resolved(config.model)
+
+
+def _resolved(model: ModelConfig) -> dict[str, Any]:
+    """The model's fields, those that were left open with what they stand for."""
+    widths = {"n_kv_head": model.kv_heads, "n_inner": model.n_inner or 4 * model.n_embd}
+    return {f"model.{name}": value for name, value in (dataclasses.asdict(model) | widths).items()}
 
 
 def is_fixed(field: str) -> bool:

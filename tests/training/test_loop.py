@@ -950,3 +950,12 @@ def test_one_process_says_that_its_checkpoints_are_not_sharded(config):
     _, output = run(change(config, "checkpoint", format="sharded"))
     assert "checkpoint.format is sharded, which fsdp alone can be" in output
     assert (checkpoints.find(config.run).path / "model.safetensors").exists()
+
+
+def test_a_width_that_was_left_open_may_be_named_on_resuming(config):
+    run(config)
+    same = change(config, "model", n_kv_head=2, n_inner=128)
+    _, output = run(dataclasses.replace(same, resume=True))
+    assert "changed" not in output
+    with pytest.raises(UsageError, match="model.n_inner was 128 and is 64"):
+        run(dataclasses.replace(change(config, "model", n_inner=64), resume=True))

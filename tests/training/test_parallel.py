@@ -280,7 +280,7 @@ def test_the_processes_of_one_start_find_each_other_whatever_earlier_ones_have_l
                 store.add("present", 1)
                 yield store
 
-    for n in (3, 2, 3):
+    for n in (3, 2, 3, 5):
         stores = list(meet(n))
         assert [int(store.get("present")) for store in stores] == [n] * n
         job.set("meeting", "called by one that was killed then")
@@ -302,3 +302,12 @@ def test_what_only_main_knows_is_shared_and_so_is_its_mistake():
             with pytest.raises(UsageError, match="no such thing"):
                 outcome.result()
     assert [world.fails_first() for world in worlds] == [True, False]
+
+
+class GoneStore:
+    def add(self, key, number):
+        raise torch.distributed.DistNetworkError("Failed to recv")
+
+
+def test_a_survivor_of_the_stores_keeper_tells_what_happened_itself():
+    assert World(1, 2, store=GoneStore()).fails_first()
