@@ -110,6 +110,8 @@ class Trainer:
         """Of the steps since the last record."""
         self.skipped = 0
         """Updates that were not made since their loss or gradient was not finite."""
+        self.overflows = 0
+        """Updates that were not made since float16's loss scale was too high for them."""
         if checkpoint is not None:
             progress = state.restore(self.model, self.optimizers, self.scaler, checkpoint)
             for name, value in self.place().items():
@@ -118,7 +120,10 @@ class Trainer:
                     say(f"changed  {name} was {before} and is {value}")
             self.step, self.best_loss = checkpoint.step, progress["best_loss"]
             self.best, self.losses = progress["best"], progress["losses"]
-            self.skipped = progress["skipped"]
+            self.skipped, self.overflows = progress["skipped"], progress["overflows"]
+            windows = progress.get("settings", {}).get("evaluation.windows")
+            if windows not in (None, config.evaluation.windows):
+                self.best_loss = math.inf  # of other windows, it says nothing of these
             if self.best and not (checkpoint.path.parent / self.best).is_dir():
                 # gone with a later one that was better, and is damaged by now
                 self.best, self.best_loss = None, math.inf
@@ -208,7 +213,9 @@ class Trainer:
                 clip_gradients(self.model, config.training.gradient_clip, norm_here)
                 for optimizer in self.optimizers:
                     self.scaler.step(optimizer)
-            elif not (math.isfinite(loss) and self.was_scaled_too_far()):
+            elif math.isfinite(loss) and self.was_scaled_too_far():
+                self.overflows += 1
+            else:
                 self.skip(loss)
             for optimizer in self.optimizers:
                 optimizer.zero_grad(set_to_none=True)
@@ -287,7 +294,7 @@ class Trainer:
             **times,
         }
         if self.scaler.is_enabled():
-            record["loss_scale"] = self.scaler.get_scale()
+            record |= {"loss_scale": self.scaler.get_scale(), "overflows": self.overflows}
         peak = peak_flops(self.device) if self.dtype != torch.float32 else None
         if peak is not None:
             flops = tokens_per_second * self.model.flops_per_token()
@@ -361,6 +368,7 @@ class Trainer:
                     "best_loss": self.best_loss if self.best else None,
                     "losses": list(self.losses),
                     "skipped": self.skipped,
+                    "overflows": self.overflows,
                     "scaler": self.scaler.state_dict(),
                     "settings": setup.settings(self.config, self.data.train),
                     "place": self.place(),

@@ -46,7 +46,8 @@ def restore(
     checkpoint: Checkpoint,
 ) -> dict[str, Any]:
     """Give the optimizers and the scaler what they had learned, of which each process reads its own
-    part; returns the rest of the progress: ``best``, ``best_loss``, ``losses``, ``skipped``.
+    part; returns the rest of the progress: ``best``, ``best_loss``, ``losses``, ``skipped``,
+    ``overflows``.
     """
     progress = dict(checkpoint.progress)
     parameters = dict(model.named_parameters())
@@ -107,6 +108,7 @@ def from_format_1(
         "best_loss": saved["best_loss"],
         "losses": [],
         "skipped": 0,
+        "overflows": 0,
         "scaler": saved["scaler"],
     }
     return learned, progress

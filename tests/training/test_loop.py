@@ -800,6 +800,9 @@ def test_the_metrics_are_json_after_an_overflow_too(config):
     parsed = [json.loads(line, parse_constant=pedantic) for line in lines]
     assert 5 in [r["step"] for r in parsed if r.get("gradient_norm", 0) is None]
     assert all("loss_scale" in r for r in parsed if "loss" in r)
+    counts = [r["overflows"] for r in parsed if "loss" in r]
+    assert counts[:6] == [0, 0, 0, 0, 1, 2]
+    assert checkpoints.find(config.run, "last").progress["overflows"] == counts[-1]
 
 
 def test_a_resumed_runs_first_record_is_of_the_steps_before_the_stop_too(config):
@@ -959,3 +962,15 @@ def test_a_width_that_was_left_open_may_be_named_on_resuming(config):
     assert "changed" not in output
     with pytest.raises(UsageError, match="model.n_inner was 128 and is 64"):
         run(dataclasses.replace(change(config, "model", n_inner=64), resume=True))
+
+
+def test_the_best_of_other_windows_is_not_held_against_new_ones(config):
+    run(config)
+    found = checkpoints.find(config.run, "last")
+    found.progress["best_loss"] = 0.0
+    data = prepare(config.data, config.cache_dir)
+    for windows, best in ((8, 0.0), (5, math.inf)):
+        resolved = dataclasses.replace(
+            change(config, "evaluation", windows=windows), model=found.model
+        )
+        assert Trainer(resolved, data, checkpoint=found).best_loss == best
