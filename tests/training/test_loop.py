@@ -357,6 +357,7 @@ def test_the_validation_loss_is_that_of_the_held_out_text(config):
 
 
 @pytest.mark.slow  # the compiler takes half a minute
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_compiled_blocks_learn_what_plain_ones_do(config):
     config = change(config, "model", dropout=0.0)
     plain, compiled = elsewhere(config, "-plain"), change(config, "training", compile="on")
