@@ -39,6 +39,8 @@ from gpt.config import (
     TrainingConfig,
     UsageError,
 )
+from gpt.data.tokenizer import Tokenizer
+from gpt.generation.text import generate
 from gpt.model.gpt import GPT
 from gpt.training.run import train
 
@@ -71,10 +73,16 @@ def config_of(folder: Path, *, max_steps: int = 9, every: int = 3) -> TrainConfi
     )
 
 
+def sample(model: GPT, tokenizer: Tokenizer) -> str:
+    """A text that stands in the metrics, and so in the digest."""
+    [text] = generate((model, tokenizer), "", max_new_tokens=8, seed=0)
+    return text.text
+
+
 def run(config: TrainConfig) -> str:
     """Train in this process; what was printed."""
     console = Console(file=io.StringIO(), width=200)
-    train(config, console=console)
+    train(config, console=console, sample=sample)
     return console.file.getvalue()
 
 
