@@ -1,6 +1,8 @@
 """What the machine has: the device, the precision it is fast and safe at, and its peak speed."""
 
 import ctypes
+import os
+import platform
 import sys
 from collections.abc import Mapping
 
@@ -51,16 +53,46 @@ def choose_precision(name: Precision, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16
-    if device.type == "cpu" and _cpu_multiplies_bfloat16():
+    if device.type == "cpu" and cpu_features() & {"avx512_bf16", "amx_bf16", "bf16"}:
         return torch.bfloat16
     return torch.float32
 
 
-def _cpu_multiplies_bfloat16() -> bool:
-    capabilities: Mapping[str, object] = getattr(
-        torch.cpu, "get_capabilities", dict
-    )()  # torch before it had it: unknown
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+def cpu_limit() -> str | None:
+    """``avx2`` or ``default`` where the user limits torch to an older x86 instruction set
+    (``ATEN_CPU_CAPABILITY``), else ``None``. This project then uses no newer one either.
+    """
+    limit = os.environ.get("ATEN_CPU_CAPABILITY", "").lower()
+    return limit if limit in ("avx2", "default") else None
+
+
+def cpu_features() -> frozenset[str]:
+    """The instruction sets that may be used here, as torch names them: ``avx2``, ``avx512_bf16``,
+    ... Empty where torch cannot tell (before it had ``get_capabilities``).
+    """
+    capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    features = {name for name, has in capabilities.items() if has is True}
+    if cpu_limit() is not None:
+        features = {name for name in features if not name.startswith(("avx512", "avx10", "amx"))}
+        features -= {"avx_vnni", *(["avx2"] if cpu_limit() == "default" else [])}
+    return frozenset(features)
+
+
+def cpu_class() -> str:
+    """The class of processor that a speed belongs to, such as ``AVX2`` or ``AVX-512 with bfloat16,
+    VNNI``.
+    """
+    features = cpu_features()
+    wide = "avx512_f" in features
+    name = "AVX-512" if wide else "AVX2" if "avx2" in features else platform.machine()
+    extras = {
+        "AMX": "amx_tile" in features,
+        "bfloat16": bool(features & {"avx512_bf16", "bf16"}),
+        "VNNI": ("avx512_vnni" if wide else "avx_vnni") in features,
+        "dot product": "dot" in features,
+    }
+    has = [extra for extra, there in extras.items() if there]
+    return f"{name} with {', '.join(has)}" if has else name
 
 
 def keep_freed_memory() -> None:

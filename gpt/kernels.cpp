@@ -1,9 +1,9 @@
 // Decoding on a CPU: products of a few rows with a matrix that is read once, and whole GPT-2 blocks
 // for a few tokens. gpt/kernels.py compiles this file and is its interface.
 //
-// Vectors of 16 are GCC's and Clang's, so that any processor runs this; `dot4` alone is written for
-// AVX-512's VNNI, which multiplies 64 pairs of bytes at once. What is small is done by every thread
-// for itself: that costs less than to wait for one that does it.
+// Vectors are those of GCC and Clang, as wide as the processor's registers, so every processor runs
+// this file. Only the functions of the first section are written for particular instruction sets.
+// A thread repeats small work instead of waiting for another thread that does it once.
 
 #include <omp.h>
 
@@ -13,12 +13,22 @@
 #include <cstring>
 #include <type_traits>
 #include <vector>
-#if defined(__AVX512F__)
+
+// The instruction set that the first section is written for.
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#define GPT_AVX512  // without VNNI, its registers gain nothing over AVX2's
 #include <immintrin.h>
+#elif defined(__AVX2__) && defined(__FMA__)
+#define GPT_AVX2
+#include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#define GPT_NEON
+#include <arm_neon.h>
 #endif
 
 // A matrix [N, K] and what is added to a product with it. Formats: 0 float32, 1 bfloat16, 2 int8,
-// 3 int4, the last two with rows padded to a multiple of 128; gpt/generation/inference.py has them.
+// 3 int4. The last two have rows padded to a multiple of 128; gpt/generation/quantisation.py
+// documents them.
 struct Matrix {
   long format, N, K;
   const void *weights, *scales, *lows;
@@ -47,27 +57,39 @@ struct Cache {
   long layer_stride, row_stride, head_stride;
 };
 
-// Where in the cache a token stands.
+// The slot of a token in the cache.
 struct Token {
   long row, place;
 };
 
 namespace {
 
-constexpr long LANES = 16;  // numbers in a vector
-constexpr long GROUP = 32;  // activations, and weights of int4, with one scale
-constexpr long CHUNK = 128; // weights of int8 and int4 that are read together
-constexpr long SMALL = 1 << 15;         // numbers of a matrix that one thread reads alone
-constexpr long BLOCK = 64;              // rows of a matrix that meet all activations in turn
-constexpr int AT_ONCE = 4;              // rows of activations that meet a row of the matrix at once
+// Bytes of a vector register, and how many registers there are.
+#if defined(GPT_AVX512)
+constexpr long WIDTH = 64, REGISTERS = 32;
+#elif defined(GPT_AVX2)
+constexpr long WIDTH = 32, REGISTERS = 16;
+#elif defined(GPT_NEON)
+constexpr long WIDTH = 16, REGISTERS = 32;
+#else
+constexpr long WIDTH = 16, REGISTERS = 16;
+#endif
+constexpr long LANES = WIDTH / 4;  // numbers in a vector
+constexpr long GROUP = 32;         // activations, and weights of int4, with one scale
+constexpr long HALF = GROUP / 2;
+constexpr long CHUNK = 128;      // weights of int8 and int4 whose bytes are interleaved
+constexpr long AHEAD = 2048;       // bytes that are asked for before they are needed
+constexpr long SMALL = 1 << 15;  // numbers of a matrix that one thread reads alone
+constexpr long BLOCK = 64;       // rows of a matrix that meet all activations in turn
+constexpr int AT_ONCE = 4;       // rows of activations that meet a row of the matrix at once
 
-using Floats = float __attribute__((vector_size(64)));
-using Ints = int32_t __attribute__((vector_size(64)));
-using Words = uint32_t __attribute__((vector_size(64)));
-using Halves = uint16_t __attribute__((vector_size(32)));
-using Bytes = uint8_t __attribute__((vector_size(64)));
-using Unsigned = uint8_t __attribute__((vector_size(16)));
-using Pairs = uint16_t __attribute__((vector_size(64)));
+using Floats = float __attribute__((vector_size(WIDTH)));
+using Ints = int32_t __attribute__((vector_size(WIDTH)));
+using Words = uint32_t __attribute__((vector_size(WIDTH)));
+using Pairs = uint16_t __attribute__((vector_size(WIDTH)));
+using Bytes = uint8_t __attribute__((vector_size(WIDTH)));
+using Halves = uint16_t __attribute__((vector_size(WIDTH / 2)));
+using Quarters = uint8_t __attribute__((vector_size(WIDTH / 4)));
 
 template <class Vector>
 inline Vector load(const void* from) {
@@ -81,7 +103,11 @@ inline long padded(long n) { return (n + CHUNK - 1) / CHUNK * CHUNK; }
 inline Floats floats(const float* from) { return load<Floats>(from); }
 
 inline Floats floats(const uint16_t* from) {  // bfloat16 is the upper half of a float32
+#if defined(GPT_AVX2)  // GCC splits this conversion
+  return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load<__m128i>(from)), 16);
+#else
   return (Floats)(__builtin_convertvector(load<Halves>(from), Words) << 16);
+#endif
 }
 
 inline float number(float value) { return value; }
@@ -95,7 +121,7 @@ inline float number(uint16_t half) {
 
 inline void put(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
 
-inline void put(uint16_t* to, Floats v) {  // the nearest, and of two the even one
+inline void put(uint16_t* to, Floats v) {  // rounded to the nearest, ties to even
   Words word = (Words)v;
   Words nearest = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
   Halves halves = __builtin_convertvector(v == v ? nearest : Words{} + 0x7fc0, Halves);
@@ -109,29 +135,32 @@ void put(Number* to, Floats v, long size) {  // the first `size` of v
   if (size < LANES) std::copy_n(all, size, to);
 }
 
-// Bytes to whole numbers and back, in two steps: compilers make several of one of such a size.
-inline Ints widened(const uint8_t* from) {
-  return (Ints)__builtin_convertvector(__builtin_convertvector(load<Unsigned>(from), Halves), Words);
+template <class Number>
+inline void put_half(Number* to, const float* numbers, long size) {  // the first `size` of HALF
+  for (long i = 0; i < std::min(HALF, size); i += LANES)
+    put(to + i, floats(numbers + i), std::min(LANES, size - i));
 }
 
-inline void put_bytes(int8_t* to, Ints v) {
-  auto narrow = __builtin_convertvector(__builtin_convertvector((Words)v, Halves), Unsigned);
+inline void put_bytes(int8_t* to, Ints v) {  // in two steps: compilers expand one step badly
+  auto narrow = __builtin_convertvector(__builtin_convertvector((Words)v, Halves), Quarters);
   std::memcpy(to, &narrow, sizeof narrow);
 }
 
 // The sum of each of up to four vectors, in an order that does not depend on their number.
 template <int M>
 inline void sums(const Floats (&v)[M], float* out) {
-#if defined(__AVX512F__)
-  auto get = [&](int i) { return i < M ? (__m512)v[i < M ? i : 0] : _mm512_setzero_ps(); };
-  auto half = [](__m512 a, __m512 b) {
-    return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-  };
-  __m512 ab = half(get(0), get(1)), cd = half(get(2), get(3));
-  __m512 quarters = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
-  __m256 eighths = _mm256_add_ps(_mm512_castps512_ps256(quarters),
-                                 (__m256)_mm512_extractf64x4_pd((__m512d)quarters, 1));
-  __m128 all = _mm_add_ps(_mm256_castps256_ps128(eighths), _mm256_extractf128_ps(eighths, 1));
+#if defined(GPT_AVX512) || defined(GPT_AVX2)
+  __m256 half[4] = {};
+  for (int m = 0; m < M; m++) {
+#if defined(GPT_AVX512)
+    half[m] = _mm256_add_ps(_mm512_castps512_ps256((__m512)v[m]),
+                            (__m256)_mm512_extractf64x4_pd((__m512d)v[m], 1));
+#else
+    half[m] = (__m256)v[m];
+#endif
+  }
+  __m256 fours = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
+  __m128 all = _mm_add_ps(_mm256_castps256_ps128(fours), _mm256_extractf128_ps(fours, 1));
   std::memcpy(out, &all, M * sizeof(float));
 #else
   for (int m = 0; m < M; m++) {
@@ -147,19 +176,56 @@ inline float sum(Floats v) {
   return total;
 }
 
-// To each sum, four products of an unsigned and a signed byte are added.
-inline Ints dot4(Ints sums, Bytes u, const int8_t* s) {
-#if defined(__AVX512VNNI__)
-  return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)u, load<__m512i>(s));
+// To each sum, the products of four bytes w of int8 weights and four signed bytes x are added. A byte
+// stands for the weight plus 128; ZERO of these 128 are still in the sums.
+#if defined(GPT_AVX512)
+constexpr float ZERO = 128;
+inline Ints dot_int8(Ints sums, Bytes w, const int8_t* x) {
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w, load<__m512i>(x));
+}
+#elif defined(GPT_AVX2) && defined(__AVXVNNI__)
+constexpr float ZERO = 128;
+inline Ints dot_int8(Ints sums, Bytes w, const int8_t* x) {
+  return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)w, load<__m256i>(x));
+}
+#elif defined(GPT_AVX2)
+constexpr float ZERO = 0;
+inline Ints dot_int8(Ints sums, Bytes w, const int8_t* x) {
+  // vpmaddubsw saturates its sums of two products, which are below 2^15 for |x| and a signed weight
+  __m256i numbers = load<__m256i>(x), weights = _mm256_xor_si256((__m256i)w, _mm256_set1_epi8(-128));
+  __m256i pairs =
+      _mm256_maddubs_epi16(_mm256_abs_epi8(numbers), _mm256_sign_epi8(weights, numbers));
+  return sums + (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+#elif defined(GPT_NEON)
+constexpr float ZERO = 0;
+inline Ints dot_int8(Ints sums, Bytes w, const int8_t* x) {
+  return (Ints)vdotq_s32((int32x4_t)sums, (int8x16_t)(w ^ 128), vld1q_s8(x));
+}
 #else
-  for (int i = 0; i < 64; i++) sums[i / 4] += int32_t(u[i]) * int32_t(s[i]);
+constexpr float ZERO = 128;
+inline Ints dot_int8(Ints sums, Bytes w, const int8_t* x) {
+  for (int i = 0; i < WIDTH; i++) sums[i / 4] += int32_t(w[i]) * int32_t(x[i]);
   return sums;
+}
+#endif
+
+// The products of int4 weights, bytes from 0 to 15: four of `a` and x, and four of `b` and y.
+inline Ints dot_int4(Bytes a, const int8_t* x, Bytes b, const int8_t* y) {
+#if defined(GPT_AVX2) && !defined(__AVXVNNI__)
+  __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16((__m256i)a, load<__m256i>(x)),
+                                   _mm256_maddubs_epi16((__m256i)b, load<__m256i>(y)));
+  return (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#elif defined(GPT_NEON)
+  return dot_int8(dot_int8(Ints{}, a ^ 128, x), b ^ 128, y);
+#else
+  return dot_int8(dot_int8(Ints{}, a, x), b, y);
 #endif
 }
 
-// Four numbers of bfloat16, each four times.
+// Numbers of bfloat16, one for every four lanes.
 inline Floats spread(const uint16_t* from) {
-#if defined(__AVX512BW__)
+#if defined(GPT_AVX512)
   // the upper halves of float32s; the lower are 0
   const __m128i first = _mm_set_epi8(1, 0, -1, -1, 1, 0, -1, -1, 1, 0, -1, -1, 1, 0, -1, -1);
   const __m512i which = _mm512_inserti64x4(
@@ -169,6 +235,11 @@ inline Floats spread(const uint16_t* from) {
                        _mm_add_epi8(first, _mm_set1_epi32(0x04040000))),
       1);
   return (Floats)_mm512_shuffle_epi8(_mm512_set1_epi64(load<int64_t>(from)), which);
+#elif defined(GPT_AVX2)
+  const __m128i first = _mm_set_epi8(1, 0, -1, -1, 1, 0, -1, -1, 1, 0, -1, -1, 1, 0, -1, -1);
+  const __m256i which =
+      _mm256_set_m128i(_mm_add_epi8(first, _mm_set1_epi32(0x02020000)), first);
+  return (Floats)_mm256_shuffle_epi8(_mm256_set1_epi32(load<int32_t>(from)), which);
 #else
   Floats all;
   for (int i = 0; i < LANES; i++) all[i] = number(from[i / 4]);
@@ -185,10 +256,18 @@ struct Share {
   }
 };
 
-// Rows of activations as a matrix wants them: as bfloat16; or as signed bytes, with a scale for each
-// GROUP. Of CHUNK bytes, the first halves of the four groups come first, and then the second ones.
+// What a bfloat16 matrix is multiplied with.
+#if defined(__AVX512BF16__) && defined(GPT_AVX512)
+using Half = uint16_t;
+#else
+using Half = float;
+#endif
+
+// Rows of activations as a matrix wants them: for bfloat16 rounded to it, or, where the processor
+// does not multiply it, float32; for int8 and int4 signed bytes, with a scale for each GROUP. Of CHUNK
+// bytes, the first halves of the four groups come first, and then the second ones.
 struct Activations {
-  std::vector<uint16_t> halves;  // [M, n]
+  std::vector<Half> halves;  // [M, n]
 
   long K = 0;                  // padded
   std::vector<int8_t> values;  // [M, K]
@@ -196,13 +275,25 @@ struct Activations {
   std::vector<float> sums;     // [M, K / GROUP], of the numbers that the values stand for
   std::vector<float> totals;   // [M], of the sums
 
-  void round(const float* x, long n) {
-    halves.resize(n);
+  void round(const float* x, long M, long n) {
+    halves.resize(M * n);
+    for (long m = 0; m < M; m++) round(x + m * n, n, &halves[m * n]);
+  }
+
+  static void round(const float* x, long n, uint16_t* out) {
     for (long i = 0; i < n; i += LANES) {
       Floats v = {};
       std::memcpy(&v, x + i, std::min(LANES, n - i) * sizeof(float));
-      put(&halves[i], v, std::min(LANES, n - i));
+      put(out + i, v, std::min(LANES, n - i));
     }
+  }
+
+  static void round(const float* x, long n, float* out) {  // in the order of bfloat16's two halves
+    long k = 0;
+    for (; k + 2 * LANES <= n; k += 2 * LANES)
+      for (long i = 0; i < LANES; i++)
+        out[k + i] = x[k + 2 * i], out[k + LANES + i] = x[k + 2 * i + 1];
+    std::copy(x + k, x + n, out + k);
   }
 
   void quantise(const float* x, long M, long n) {
@@ -224,54 +315,77 @@ struct Activations {
   }
 
   static float quantise(const float* from, int8_t* values, float* scales) {
-    Floats a = floats(from), b = floats(from + LANES);
-    Floats absolute = a < 0 ? -a : a, other = b < 0 ? -b : b;
-    Floats larger = absolute > other ? absolute : other;
+    Floats larger = {};
+    for (long i = 0; i < GROUP; i += LANES) {
+      Floats v = floats(from + i), absolute = v < 0 ? -v : v;
+      larger = absolute > larger ? absolute : larger;
+    }
     float largest = 0;
     for (int i = 0; i < LANES; i++) largest = larger[i] > largest ? larger[i] : largest;
     float inverse = largest > 0 ? 127 / largest : 0;
-    // whole numbers are the last bits of what is this large
-    Ints first = (Ints)(a * inverse + 0x1.8p23f) - 0x4b400000;
-    Ints second = (Ints)(b * inverse + 0x1.8p23f) - 0x4b400000;
-    put_bytes(values, first), put_bytes(values + CHUNK / 2, second);
-    Ints numbers = (a == a) & (b == b);
-    int32_t total = 0, all = -1;
-    for (int i = 0; i < LANES; i++) total += first[i] + second[i], all &= numbers[i];
-    float scale = all ? largest / 127 : NAN;  // what is not a number stays so
+    Ints total = {}, all = Ints{} - 1;
+    for (long i = 0; i < GROUP; i += LANES) {
+      Floats v = floats(from + i);
+      // the last bits of a number of this size are a whole number
+      Ints rounded = (Ints)(v * inverse + 0x1.8p23f) - 0x4b400000;
+      put_bytes(values + i / HALF * CHUNK / 2 + i % HALF, rounded);
+      total += rounded, all &= v == v;
+    }
+    int32_t added = 0, numbers = -1;
+    for (int i = 0; i < LANES; i++) added += total[i], numbers &= all[i];
+    float scale = numbers ? largest / 127 : NAN;
     for (int i = 0; i < GROUP / 8; i++) scales[i] = scale;
-    return scale * float(total);
+    return scale * float(added);
   }
 };
 
 // To each sum, the product of two floats, or those of two pairs of bfloat16, is added.
 inline Floats dot(Floats sums, Floats a, Floats b) { return sums + a * b; }
 
+#if defined(__AVX512BF16__) && defined(GPT_AVX512)
 inline Floats dot(Floats sums, Pairs a, Pairs b) {
-#if defined(__AVX512BF16__)
   return (Floats)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
-#else
-  Words w = (Words)a, x = (Words)b;
-  sums += (Floats)(w << 16) * (Floats)(x << 16);
-  return sums + (Floats)(w & 0xffff0000) * (Floats)(x & 0xffff0000);
+}
 #endif
+
+// Two vectors of consecutive numbers; or one of bfloat16, its even and its odd numbers apart.
+template <class Vector, class Number>
+inline void two(const Number* from, Vector (&out)[2]) {
+  if constexpr (sizeof(Number) == 2 && std::is_same_v<Vector, Floats>) {
+    Words both = load<Words>(from);
+    out[0] = (Floats)(both << 16), out[1] = (Floats)(both & 0xffff0000);
+  } else {
+    out[0] = load<Vector>(from), out[1] = load<Vector>(from + WIDTH / sizeof(Number));
+  }
 }
 
-// M rows x [M, K] times R rows of the same kind: y [R, M]. A sum has one order whatever M is.
-template <int R, int M, class Number>
-inline void products(const Number* rows, const Number* x, long K, float* y) {
-  constexpr long STEP = 64 / sizeof(Number);
+// Ask for the weights to come, which helps where the registers are narrow: many loads are then in
+// flight before the processor's own prefetcher sees where they go. Past the end it does no harm.
+template <int M>
+inline void fetch(const void* weights) {
+  if (M == 1 && WIDTH < 64) __builtin_prefetch(static_cast<const char*>(weights) + AHEAD);
+}
+
+// M rows x [M, K] times R rows of weights: y [R, M]. A sum has one order whatever M is.
+template <int R, int M, class Weight, class Number>
+inline void products(const Weight* rows, const Number* x, long K, float* y) {
   using Vector = std::conditional_t<sizeof(Number) == 2, Pairs, Floats>;
+  constexpr long STEP = 2 * WIDTH / sizeof(Number);
   Floats even[R][M] = {}, odd[R][M] = {};
-  auto step = [=](long k, Floats (&sums)[R][M]) {
-    Vector w[R];
-    for (int r = 0; r < R; r++) w[r] = load<Vector>(rows + r * K + k);
-    for (int m = 0; m < M; m++) {
-      Vector v = load<Vector>(x + m * K + k);
-      for (int r = 0; r < R; r++) sums[r][m] = dot(sums[r][m], w[r], v);
-    }
-  };
   long k = 0;
-  for (; k + 2 * STEP <= K; k += 2 * STEP) step(k, even), step(k + STEP, odd);
+  for (; k + STEP <= K; k += STEP) {
+    Vector w[R][2];
+    for (int r = 0; r < R; r++) two(rows + r * K + k, w[r]);
+    fetch<M>(rows + k);
+    for (int m = 0; m < M; m++) {
+      Vector v[2];
+      two(x + m * K + k, v);
+      for (int r = 0; r < R; r++) {
+        even[r][m] = dot(even[r][m], w[r][0], v[0]);
+        odd[r][m] = dot(odd[r][m], w[r][1], v[1]);
+      }
+    }
+  }
   for (int r = 0; r < R; r++) {
     for (int m = 0; m < M; m++) even[r][m] += odd[r][m];
     sums<M>(even[r], y + r * M);
@@ -284,48 +398,59 @@ inline void products(const Number* rows, const Number* x, long K, float* y) {
   }
 }
 
-// Bytes w stand for (w - 128) * scale.
+// A row of int8 times M rows of activations: vectors whose sums, times the row's scale, are the
+// products. A byte w stands for (w - 128) * scale.
 template <int M>
-inline void products8(const uint8_t* row, float scale, const Activations& x, long first, float* y) {
+inline void products_int8(const uint8_t* row, const Activations& x, long first, Floats* out) {
+  const size_t K = x.K;
+  const int8_t* values = &x.values[first * K];
+  const float* scales = &x.scales[first * K / 8];
   Floats total[M] = {};
-  for (long k = 0; k < x.K; k += CHUNK) {
-    Bytes a = load<Bytes>(row + k), b = load<Bytes>(row + k + CHUNK / 2);
-    for (int m = 0; m < M; m++) {
-      long at = (first + m) * x.K + k;
-      Ints sums = dot4(dot4(Ints{}, a, &x.values[at]), b, &x.values[at + CHUNK / 2]);
-      total[m] += __builtin_convertvector(sums, Floats) * floats(&x.scales[at / 8]);
+  for (size_t k = 0; k < K; k += CHUNK)
+    for (size_t i = k; i < k + CHUNK / 2; i += WIDTH) {
+      Bytes a = load<Bytes>(row + i), b = load<Bytes>(row + i + CHUNK / 2);
+      fetch<M>(row + k + 2 * (i - k));
+      for (size_t m = 0; m < M; m++) {
+        const int8_t* v = values + m * K + i;
+        Ints sums = dot_int8(dot_int8(Ints{}, a, v), b, v + CHUNK / 2);
+        total[m] += __builtin_convertvector(sums, Floats) *
+                    floats(scales + m * K / 8 + k / 8 + (i - k) / 4);
+      }
     }
-  }
-  sums<M>(total, y);
-  for (int m = 0; m < M; m++) y[m] = scale * (y[m] - 128 * x.totals[first + m]);
+  std::copy_n(total, M, out);
 }
 
-// The 16 bytes of a group have its first 16 weights in their lower halves. A weight w stands for
-// low + w * scale; scales and lows are bfloat16, one of each for every group.
+// The same of a row of int4. The 16 bytes of a group have its first 16 weights in their lower halves.
+// A weight w stands for low + w * scale; scales and lows are bfloat16, one of each for every group.
 template <int M>
-inline void products4(const uint8_t* row, const uint16_t* scales, const uint16_t* lows,
-                      const Activations& x, long first, float* y) {
+inline void products_int4(const uint8_t* row, const uint16_t* scales, const uint16_t* lows,
+                          const Activations& x, long first, Floats* out) {
+  const size_t K = x.K, G = K / GROUP;
+  const int8_t* values = &x.values[first * K];
+  const float *steps = &x.scales[first * K / 8], *added = &x.sums[first * G];
   Floats total[M] = {};
-  for (long k = 0; k < x.K; k += CHUNK) {
-    Bytes both = load<Bytes>(row + k / 2), a = both & 15, b = both >> 4;
-    Floats scale = spread(scales + k / GROUP);
-    for (int m = 0; m < M; m++) {
-      long at = (first + m) * x.K + k;
-      Ints sums = dot4(dot4(Ints{}, a, &x.values[at]), b, &x.values[at + CHUNK / 2]);
-      total[m] += __builtin_convertvector(sums, Floats) * (scale * floats(&x.scales[at / 8]));
+  for (size_t k = 0; k < K; k += CHUNK)
+    for (size_t i = 0; i < CHUNK / 2; i += WIDTH) {
+      Bytes both = load<Bytes>(row + k / 2 + i), a = both & 15, b = both >> 4;
+      fetch<M>(row + k / 2 + i);
+      Floats scale = spread(scales + k / GROUP + i / HALF);
+      for (size_t m = 0; m < M; m++) {
+        const int8_t* v = values + m * K + k + i;
+        Ints sums = dot_int4(a, v, b, v + CHUNK / 2);
+        total[m] += __builtin_convertvector(sums, Floats) *
+                    (scale * floats(steps + m * K / 8 + k / 8 + i / 4));
+      }
     }
-  }
-  long G = x.K / GROUP, whole = G / LANES * LANES;
-  for (int m = 0; m < M; m++)
-    for (long g = 0; g < whole; g += LANES)
-      total[m] += floats(lows + g) * floats(&x.sums[(first + m) * G + g]);
-  sums<M>(total, y);
-  for (int m = 0; m < M; m++) {
-    const float* rest = &x.sums[(first + m) * G];
-    for (long g = whole; g < G; g += 4)  // a chunk has four
-      y[m] += (number(lows[g]) * rest[g] + number(lows[g + 1]) * rest[g + 1]) +
-              (number(lows[g + 2]) * rest[g + 2] + number(lows[g + 3]) * rest[g + 3]);
-  }
+  size_t g = 0;
+  for (; g + LANES <= G; g += LANES)
+    for (size_t m = 0; m < M; m++) total[m] += floats(lows + g) * floats(added + m * G + g);
+  for (; g < G; g += 4)  // a chunk has four
+    for (size_t m = 0; m < M; m++) {
+      Floats four = {};
+      for (int i = 0; i < 4; i++) four[i] = number(lows[g + i]) * added[m * G + g + i];
+      total[m] += four;
+    }
+  std::copy_n(total, M, out);
 }
 
 // What a product is put into, or added to: y [M, N].
@@ -348,10 +473,11 @@ struct Product {
 };
 
 // Rows of floating point: R of them meet the same activations while these are in registers.
-template <int M, class Number>
-void sweep_floats(const Product& product, const Number* weights, long begin, long end, long first,
+template <int M, class Weight, class Number>
+void sweep_floats(const Product& product, const Weight* weights, long begin, long end, long first,
                   const Number* x) {
-  constexpr int R = M == 1 ? 1 : 3;  // one token waits for the memory, in its order
+  // one token waits for the memory, in its order; more have 2 R M sums in registers
+  constexpr int R = M == 1 || REGISTERS < 32 ? 1 : 3;
   long K = product.matrix.K, n = begin;
   for (; n + R <= end; n += R)
     product.put<R, M>(n, first, [=](long n, float* out) {
@@ -361,6 +487,24 @@ void sweep_floats(const Product& product, const Number* weights, long begin, lon
     product.put<1, M>(n, first, [=](long n, float* out) {
       products<1, M>(weights + n * K, x + first * K, K, out);
     });
+}
+
+// Rows of int8 or int4: for one token the vectors of four rows are added up together.
+template <int M, class Finish, class Rows>
+void sweep_packed(const Product& product, long begin, long end, long first, Finish finish,
+                  Rows rows) {
+  auto some = [&](auto R, long n) {
+    product.put<R.value, M>(n, first, [&](long n, float* out) {
+      Floats total[R.value * M];
+      for (int r = 0; r < R.value; r++) rows(n + r, total + r * M);
+      sums<R.value * M>(total, out);
+      for (int i = 0; i < R.value * M; i++) out[i] = finish(n + i / M, i % M, out[i]);
+    });
+  };
+  constexpr int R = M == 1 ? 4 : 1;
+  long n = begin;
+  for (; n + R <= end; n += R) some(std::integral_constant<int, R>(), n);
+  for (; n < end; n++) some(std::integral_constant<int, 1>(), n);
 }
 
 template <int M>
@@ -375,18 +519,20 @@ void sweep(const Product& product, long begin, long end, long first, const float
     sweep_floats<M>(product, halves, begin, end, first, q.halves.data());
   } else if (matrix.format == 2) {
     auto scales = static_cast<const float*>(matrix.scales);
-    for (long n = begin; n < end; n++)
-      product.put<1, M>(n, first, [=, &q](long n, float* out) {
-        products8<M>(bytes + n * q.K, scales[n], q, first, out);
-      });
+    auto finish = [=, &q](long n, int m, float sum) {
+      return scales[n] * (sum - ZERO * q.totals[first + m]);
+    };
+    sweep_packed<M>(product, begin, end, first, finish, [=, &q](long n, Floats* out) {
+      products_int8<M>(bytes + n * q.K, q, first, out);
+    });
   } else {
     auto scales = static_cast<const uint16_t*>(matrix.scales);
     auto lows = static_cast<const uint16_t*>(matrix.lows);
-    for (long n = begin; n < end; n++)
-      product.put<1, M>(n, first, [=, &q](long n, float* out) {
-        long g = n * q.K / GROUP;
-        products4<M>(bytes + n * q.K / 2, scales + g, lows + g, q, first, out);
-      });
+    auto finish = [](long, int, float sum) { return sum; };
+    sweep_packed<M>(product, begin, end, first, finish, [=, &q](long n, Floats* out) {
+      long g = n * q.K / GROUP;
+      products_int4<M>(bytes + n * q.K / 2, scales + g, lows + g, q, first, out);
+    });
   }
 }
 
@@ -396,7 +542,7 @@ constexpr Sweep SWEEPS[] = {nullptr, sweep<1>, sweep<2>, sweep<3>, sweep<4>};
 // This thread's part of y [M, N] = x [M, K] times the matrix, plus its bias; or added to y.
 void multiply(const Matrix& matrix, long M, const float* x, float* y, bool add = false) {
   static thread_local Activations q;
-  if (matrix.format == 1) q.round(x, M * matrix.K);
+  if (matrix.format == 1) q.round(x, M, matrix.K);
   if (matrix.format >= 2) q.quantise(x, M, matrix.K);
   Share own(matrix.N);
   for (long n = own.begin; n < own.end; n += BLOCK)  // it stays in the processor's cache
@@ -408,21 +554,23 @@ void multiply(const Matrix& matrix, long M, const float* x, float* y, bool add =
 // A row of K numbers as they are multiplied with.
 template <class Number>
 void dense8(const uint8_t* row, float scale, long K, Number* out) {
-  for (long k = 0; k < K; k += LANES) {
-    long g = k % CHUNK / GROUP, second = k % GROUP / LANES;
-    Ints w = widened(row + k - k % CHUNK + second * CHUNK / 2 + g * LANES) - 128;
-    put(out + k, __builtin_convertvector(w, Floats) * scale, std::min(LANES, K - k));
+  for (long k = 0; k < K; k += HALF) {
+    const uint8_t* bytes = row + k - k % CHUNK + k % GROUP / HALF * CHUNK / 2 + k % CHUNK / GROUP * HALF;
+    float numbers[HALF];
+    for (long i = 0; i < HALF; i++) numbers[i] = float(int32_t(bytes[i]) - 128) * scale;
+    put_half(out + k, numbers, K - k);
   }
 }
 
 template <class Number>
 void dense4(const uint8_t* row, const uint16_t* scales, const uint16_t* lows, long K, Number* out) {
-  for (long k = 0; k < K; k += LANES) {
-    long g = k / GROUP;
-    Ints w = widened(row + g * LANES);
-    w = (k % GROUP ? w >> 4 : w) & 15;
-    put(out + k, number(lows[g]) + __builtin_convertvector(w, Floats) * number(scales[g]),
-        std::min(LANES, K - k));
+  for (long k = 0; k < K; k += HALF) {
+    const uint8_t* bytes = row + k / GROUP * HALF;
+    float numbers[HALF], scale = number(scales[k / GROUP]), low = number(lows[k / GROUP]);
+    int shift = k % GROUP ? 4 : 0;
+    for (long i = 0; i < HALF; i++)
+      numbers[i] = low + float(int32_t(bytes[i]) >> shift & 15) * scale;
+    put_half(out + k, numbers, K - k);
   }
 }
 
@@ -502,26 +650,43 @@ void activate(long kind, float* x, long n) {
     for (long i = 0; i < n; i++) x[i] = tanhf(x[i]);
 }
 
+// N sums of D / LANES products each: a query times N keys.
+template <int N, class Number>
+inline void scores(const float* q, const Number* keys, long D, float* out) {
+  Floats products[N] = {};
+  for (long d = 0; d < D; d += LANES)
+    for (int n = 0; n < N; n++) products[n] += floats(q + d) * floats(keys + n * D + d);
+  sums<N>(products, out);
+}
+
+// N vectors of the output, of which each is a sum over S values times their weights.
+template <int N, class Number>
+inline void weigh(const float* weights, const Number* values, long S, long D, float total,
+                  float* out) {
+  Floats sums[N] = {};
+  for (long s = 0; s < S; s++)
+    for (int n = 0; n < N; n++) sums[n] += weights[s] * floats(values + s * D + n * LANES);
+  for (int n = 0; n < N; n++) put(out + n * LANES, sums[n] / total);
+}
+
 // One query's attention over S keys [S, D] and values.
 template <class Number>
 void attend(const float* q, const Number* keys, const Number* values, long S, long D, float scale,
             float* out) {
-  static thread_local std::vector<float> scores;
-  scores.resize(S);
+  static thread_local std::vector<float> weights;
+  weights.resize(S);
+  long s = 0, d = 0;
+  for (; s + 4 <= S; s += 4) scores<4>(q, keys + s * D, D, &weights[s]);
+  for (; s < S; s++) scores<1>(q, keys + s * D, D, &weights[s]);
   float largest = -INFINITY;
-  for (long s = 0; s < S; s++) {
-    Floats products = {};
-    for (long d = 0; d < D; d += LANES) products += floats(q + d) * floats(keys + s * D + d);
-    scores[s] = scale * sum(products);
-    largest = scores[s] > largest ? scores[s] : largest;
+  for (s = 0; s < S; s++) {
+    weights[s] *= scale;
+    largest = weights[s] > largest ? weights[s] : largest;
   }
-  each(scores.data(), S, [=](Floats v) { return exponential(v - largest); });
-  float total = add_up(scores.data(), S, [](auto v) { return v; });
-  for (long d = 0; d < D; d += LANES) {
-    Floats sums = {};
-    for (long s = 0; s < S; s++) sums += scores[s] * floats(values + s * D + d);
-    put(out + d, sums / total);
-  }
+  each(weights.data(), S, [=](Floats v) { return exponential(v - largest); });
+  float total = add_up(weights.data(), S, [](auto v) { return v; });
+  for (; d + 4 * LANES <= D; d += 4 * LANES) weigh<4>(weights.data(), values + d, S, D, total, out + d);
+  for (; d < D; d += LANES) weigh<1>(weights.data(), values + d, S, D, total, out + d);
 }
 
 // This thread's part of the attention of M new tokens, qkv [M, H + 2 Hkv, D], to out [M, H, D].

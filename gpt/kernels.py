@@ -22,13 +22,16 @@ import torch
 from torch import Tensor
 
 from gpt.config import Activation, UsageError
+from gpt.device import cpu_limit
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = (
-    *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
+    *("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC"),
     # Not -ffast-math: what is not a number stays so, and sums have one order whatever the rows.
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"),
 )
+TARGETS = {None: "native", "avx2": "x86-64-v3", "default": "x86-64"}
+"""The compiler's ``-march`` for each :func:`gpt.device.cpu_limit`."""
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
 """Of a matrix: the number that ``kernels.cpp`` knows each by."""
 
@@ -180,8 +183,9 @@ def _compiled() -> Path:
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         raise UsageError("there is no C++ compiler (c++, or the one that CXX names)")
+    flags = (*FLAGS, f"-march={TARGETS[cpu_limit()]}")
     key = hashlib.sha256(SOURCE.read_bytes())
-    key.update(repr((compiler, FLAGS, platform.machine(), _processor())).encode())
+    key.update(repr((compiler, flags, platform.machine(), _processor())).encode())
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gpt"
     place = folder / f"kernels-{key.hexdigest()[:16]}.so"
     if place.exists():
@@ -193,7 +197,7 @@ def _compiled() -> Path:
         work = Path(tempfile.mkdtemp())
         place = work / "kept.so"
     try:
-        command = [compiler, *FLAGS, "-o", str(work / "new.so"), str(SOURCE)]
+        command = [compiler, *flags, "-o", str(work / "new.so"), str(SOURCE)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             said = (done.stderr.strip().splitlines() or ["no message"])[0]

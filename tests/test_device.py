@@ -41,6 +41,7 @@ def test_auto_takes_the_fastest_device_that_is_there(cuda, mps, chosen, monkeypa
 def test_auto_precision_is_bfloat16_where_the_hardware_multiplies_it(
     device, native, capabilities, chosen, monkeypatch
 ):
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
     if capabilities is None:  # a torch from before it could be asked
         monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
@@ -48,6 +49,36 @@ def test_auto_precision_is_bfloat16_where_the_hardware_multiplies_it(
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert choose_precision("auto", torch.device(device)) == chosen
     assert choose_precision("float16", torch.device(device)) == torch.float16
+
+
+ZEN3 = {"avx2": True, "avx_vnni": False, "avx512_f": False, "cpu_name": "AMD EPYC"}
+ALDER_LAKE = ZEN3 | {"avx_vnni": True}
+ZEN5 = ALDER_LAKE | {"avx512_f": True, "avx512_vnni": True, "avx512_bf16": True}
+SAPPHIRE_RAPIDS = ZEN5 | {"amx_tile": True, "amx_bf16": True}
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "limit", "name", "dtype"),
+    [
+        (ZEN3, None, "AVX2", torch.float32),
+        (ALDER_LAKE, None, "AVX2 with VNNI", torch.float32),
+        (ZEN5, None, "AVX-512 with bfloat16, VNNI", torch.bfloat16),
+        (SAPPHIRE_RAPIDS, None, "AVX-512 with AMX, bfloat16, VNNI", torch.bfloat16),
+        (SAPPHIRE_RAPIDS, "avx2", "AVX2", torch.float32),
+        (ZEN5, "avx512", "AVX-512 with bfloat16, VNNI", torch.bfloat16),
+        (SAPPHIRE_RAPIDS, "default", "x86_64", torch.float32),
+    ],
+)
+def test_a_processor_has_a_class_and_may_be_limited_to_an_older_one(
+    capabilities, limit, name, dtype, monkeypatch
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr(devices.platform, "machine", lambda: "x86_64")
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    if limit is not None:
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", limit)
+    assert devices.cpu_class() == name
+    assert choose_precision("auto", torch.device("cpu")) == dtype
 
 
 @pytest.mark.parametrize(
