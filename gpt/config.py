@@ -205,7 +205,7 @@ class OptimizerConfig:
     """The optimizer and the schedule of its learning rate."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    """muon: torch.optim.Muon for the blocks' matrices, AdamW for everything else."""
+    """muon: Muon for the blocks' matrices, AdamW for everything else."""
     learning_rate: float = 6e-4
     """AdamW's highest learning rate."""
     muon_learning_rate: float = 0.02

@@ -4,17 +4,17 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from gpt.config import OptimizerConfig
 from gpt.model.gpt import GPT
+from gpt.training.muon import Muon
 
 
 def make_optimizers(model: GPT, config: OptimizerConfig) -> list[Optimizer]:
     """AdamW (arXiv:1711.05101) over all parameters, or Muon for the blocks' matrices beside it.
 
-    Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon) makes each update of a
-    matrix nearly orthogonal; embeddings, biases and norms stay with AdamW. Each group keeps its
+    Embeddings, biases and norms stay with AdamW (:mod:`gpt.training.muon`). Each group keeps its
     highest learning rate as ``peak_lr``, which the schedule scales.
     """
     optimizers: list[Optimizer] = []
@@ -23,12 +23,7 @@ def make_optimizers(model: GPT, config: OptimizerConfig) -> list[Optimizer]:
         matrices = {n: p for n, p in rest.items() if n.startswith("blocks.") and p.ndim == 2}
         rest = {n: p for n, p in rest.items() if n not in matrices}
         optimizers.append(
-            Muon(
-                matrices.values(),
-                lr=config.muon_learning_rate,
-                weight_decay=config.weight_decay,
-                adjust_lr_fn="original",
-            )
+            Muon(matrices.values(), lr=config.muon_learning_rate, weight_decay=config.weight_decay)
         )
     groups = [
         {"params": [p for p in rest.values() if p.ndim >= 2], "weight_decay": config.weight_decay},

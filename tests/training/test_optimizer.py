@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from gpt.config import OptimizerConfig
+from gpt.training.muon import Muon
 from gpt.training.optimizer import (
     clip_gradients,
     gradient_norm,
@@ -29,7 +30,7 @@ def test_matrices_decay_and_nothing_else_does(kind, tiny_model):
 
 def test_muon_takes_the_blocks_matrices_and_adamw_the_rest(tiny_model):
     muon, adamw = make_optimizers(tiny_model, OptimizerConfig(name="muon"))
-    assert isinstance(muon, torch.optim.Muon)
+    assert isinstance(muon, Muon)
     assert names_of(tiny_model, muon.param_groups[0]["params"]) == {
         f"blocks.{layer}.{part}.weight"
         for layer in range(2)

@@ -1,0 +1,135 @@
+"""Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon): momentum whose updates of
+a matrix are made nearly orthogonal, so that every direction of it is learned at the same rate.
+
+Matrices of one shape go through the iteration in one batched product, in the fastest dtype of their
+device: ``torch.optim.Muon``'s bfloat16 is a scalar loop on a CPU without instructions for it.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+from torch.optim import Optimizer
+
+from gpt.device import choose_precision
+
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+"""Coefficients ``a, b, c`` of five iterations (Amsel et al., 2025, arXiv:2505.16932; for a safety
+factor of 1.02, as in modded-nanogpt). Every singular value above 0.01 of the norm ends between 0.84
+and 1.16.
+"""
+SAFETY = 1.02
+AT_ONCE = 1 << 26
+"""Numbers of matrices that are stacked for one batched product."""
+
+
+class Muon(Optimizer):
+    """Muon over matrices ``[N, K]``, Nesterov's momentum and decoupled weight decay.
+
+    The state is the one of ``torch.optim.Muon`` with ``adjust_lr_fn="original"``: a
+    ``momentum_buffer`` for each matrix. A sharded matrix (``DTensor``) is gathered, and each
+    process keeps its own part of the update, so all processes must take the step.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        *,
+        lr: float,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """Update every matrix that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    shapes.setdefault(parameter.shape, []).append(parameter)
+            for shape, parameters in shapes.items():
+                size = max(1, AT_ONCE // shape.numel())
+                for start in range(0, len(parameters), size):
+                    self._update(parameters[start : start + size], group)
+
+    def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """Update matrices of one shape."""
+        momentum = group["momentum"]
+        directions = []
+        for parameter in parameters:
+            assert parameter.grad is not None
+            state = self.state[parameter]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+            state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
+            direction = parameter.grad.lerp(state["momentum_buffer"], momentum)
+            directions.append(_whole(direction))
+        n_rows, n_columns = parameters[0].shape
+        rate = group["lr"] * math.sqrt(max(1, n_rows / n_columns))
+        updates = orthogonalise(torch.stack(directions))
+        for parameter, update in zip(parameters, updates, strict=True):
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.add_(_like(update, parameter).to(parameter.dtype), alpha=-rate)
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """The nearest semi-orthogonal matrices, approximately, to ``matrices`` ``[B, N, K]``, in the
+    fastest dtype of their device: each singular value becomes about 1.
+
+    Each iteration is ``X <- (a + b A + c A A) X`` with ``A = X X^T``. In float32 the factors of a
+    long matrix are multiplied without it: ``A`` follows from the factor before it alone, and is
+    smaller. bfloat16's rounding of ``A`` would grow from one factor to the next.
+    """
+    dtype = choose_precision("auto", matrices.device)
+    if dtype == torch.float16:  # its range is too small for the coefficients
+        dtype = torch.float32
+    turned = matrices.shape[1] > matrices.shape[2]
+    x = (matrices.mT if turned else matrices).to(dtype)
+    x = x / (SAFETY * x.float().norm(dim=(1, 2), keepdim=True) + 1e-6).to(dtype)
+    if dtype == torch.float32 and x.shape[2] >= 2 * x.shape[1]:
+        x = _by_factors(x)
+    else:
+        for a, b, c in POLAR_EXPRESS:
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if turned else x
+
+
+def _by_factors(x: Tensor) -> Tensor:
+    """The iteration on ``x`` ``[B, N, K]``, of which only the first and the last product are of
+    ``K`` columns.
+    """
+    gram, product = x @ x.mT, None
+    for i, (a, b, c) in enumerate(POLAR_EXPRESS):
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        product = factor if product is None else factor @ product
+        if i + 1 < len(POLAR_EXPRESS):
+            gram = factor @ gram @ factor
+    assert product is not None
+    return product @ x
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(whole: Tensor, parameter: Tensor) -> Tensor:
+    """``whole``, of which each process keeps what it has of ``parameter``."""
+    if not isinstance(parameter, DTensor):
+        return whole
+    mesh = parameter.device_mesh
+    everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return everywhere.redistribute(mesh, parameter.placements)

@@ -1,0 +1,91 @@
+import pytest
+import torch
+
+from gpt.training import muon
+from gpt.training.muon import POLAR_EXPRESS, Muon, orthogonalise
+
+SHAPES = [(24, 24), (24, 72), (96, 24), (30, 40), (1, 8)]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def matrices_of(n, shape, *, seed=0):
+    """Matrices whose singular values are from 1 down to 1/100."""
+    generator = torch.Generator().manual_seed(seed)
+    u, _, v = torch.linalg.svd(torch.randn(n, *shape, generator=generator), full_matrices=False)
+    return u @ torch.diag(torch.logspace(0, -2, min(shape))) @ v
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request, monkeypatch):
+    monkeypatch.setattr(muon, "choose_precision", lambda name, device: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_each_singular_value_becomes_about_one(shape, dtype):
+    made = orthogonalise(matrices_of(3, shape))
+    assert made.dtype == dtype
+    values = torch.linalg.svdvals(made.double())
+    assert values.max() < 1.16
+    assert values.min() > 0.84
+
+
+@pytest.mark.parametrize("shape", SHAPES[:-1], ids=str)
+def test_the_iteration_is_that_of_its_formula_in_float64(shape, dtype):
+    matrices = matrices_of(2, shape)
+    for matrix, made in zip(matrices.double(), orthogonalise(matrices), strict=True):
+        x = matrix / (matrix.norm() * muon.SAFETY)
+        for a, b, c in POLAR_EXPRESS:
+            x = a * x + b * (x @ x.T) @ x + c * (x @ x.T) @ (x @ x.T) @ x
+        assert (made.double() - x).norm() < (1e-3 if dtype == torch.float32 else 0.05) * x.norm()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_gradient_of_zeros_moves_nothing(shape, dtype):
+    assert torch.equal(orthogonalise(torch.zeros(2, *shape)), torch.zeros(2, *shape, dtype=dtype))
+
+
+def trained(optimizer_of, *, steps=4):
+    """Matrices of several shapes after some steps, and the optimizer's state."""
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in (*SHAPES, *SHAPES)]
+    optimizer = optimizer_of(parameters)
+    for _ in range(steps):
+        for parameter in parameters[:-1]:  # one has no gradient
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    return parameters, optimizer
+
+
+def test_momentum_decay_and_rates_are_those_of_torchs_muon(monkeypatch):
+    monkeypatch.setattr(muon, "orthogonalise", lambda matrices: matrices)
+    monkeypatch.setattr(
+        "torch.optim._muon._zeropower_via_newtonschulz", lambda gradient, *rest: gradient
+    )
+    options = {"lr": 0.1, "weight_decay": 0.3}
+    mine, _ = trained(lambda parameters: Muon(parameters, **options))
+    torchs, _ = trained(
+        lambda parameters: torch.optim.Muon(parameters, **options, adjust_lr_fn="original")
+    )
+    for one, two in zip(mine, torchs, strict=True):
+        assert torch.allclose(one, two, atol=1e-6)
+
+
+def test_stacking_in_parts_changes_nothing_but_rounding(monkeypatch):
+    whole, _ = trained(lambda parameters: Muon(parameters, lr=0.1))
+    monkeypatch.setattr(muon, "AT_ONCE", 1)
+    alone, _ = trained(lambda parameters: Muon(parameters, lr=0.1))
+    for one, two in zip(whole, alone, strict=True):
+        assert (one - two).norm() < 2e-2 * one.norm()
+
+
+def test_the_state_of_torchs_muon_loads():
+    options = {"lr": 0.1, "weight_decay": 0.1}
+    _, torchs = trained(lambda p: torch.optim.Muon(p, **options, adjust_lr_fn="original"))
+    _, mine = trained(lambda p: Muon(p, **options), steps=0)
+    groups = mine.state_dict()["param_groups"]
+    mine.load_state_dict({"state": torchs.state_dict()["state"], "param_groups": groups})
+    state = mine.state[mine.param_groups[0]["params"][0]]
+    theirs = torchs.state[torchs.param_groups[0]["params"][0]]
+    assert list(state) == ["momentum_buffer"]
+    assert torch.equal(state["momentum_buffer"], theirs["momentum_buffer"])
