@@ -63,7 +63,7 @@ class PackedLinear(nn.Module):
         return self._raw
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., K]`` to ``[..., N]``, of few rows in float32."""
+        """``[..., K]`` to ``[..., N]``, of few rows on a CPU in float32."""
         if x.numel() <= self.few * self.matrix.width:
             return kernels.linear(x.float(), self.raw)
         if x.is_cuda and self.matrix.scales is not None:
