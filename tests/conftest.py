@@ -6,6 +6,9 @@ os.environ["XDG_STATE_HOME"] = os.devnull  # no history of lines is kept
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
+
 from gpt.config import ModelConfig
 from gpt.model.gpt import GPT
 

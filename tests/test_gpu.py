@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from gpt.config import (
     TrainingConfig,
 )
 from gpt.generation.decode import decode
+from gpt.generation.quantisation import Matrix
 from gpt.training.activations import checkpoint_activations
 from gpt.training.run import train
 from tests.conftest import make_model
@@ -88,6 +90,56 @@ def test_captured_steps_give_the_tokens_of_plain_ones(weights, temperature):
         got = [token for token in ahead if token.sequence == number]
         same = sum(a == b for a, b in zip(expected, got, strict=False))
         assert same == len(expected) if weights == "float32" else same > 5
+
+
+INTERPRETED = """
+import sys
+import torch
+from gpt import triton_kernels
+
+cases = torch.load(sys.argv[1])
+for case in cases:
+    case["y"] = triton_kernels.linear(*case["inputs"])
+torch.save(cases, sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_the_packed_products_on_a_gpu_have_the_numbers_of_tritons_interpreter(weights, tmp_path):
+    triton_kernels = pytest.importorskip("gpt.triton_kernels", reason="needs Triton")
+    torch.manual_seed(0)
+    cases = []
+    for N, K in ((768, 768), (70, 3072), (5, 200), (2, 1)):
+        matrix, bias = Matrix(weights, torch.randn(N, K)), torch.randn(N)
+        for rows in (1, 3, 32):
+            tensors = (matrix.data, matrix.scales, matrix.lows, K, bias)
+            x, dense = torch.randn(rows, K), matrix.dense(torch.float32).bfloat16()
+            cases += [{"inputs": (x, *tensors), "dense": dense}]
+    torch.save(cases, tmp_path / "cases.pt")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", INTERPRETED, tmp_path / "cases.pt"]
+    subprocess.run(command, env=environment, check=True)
+    for case in torch.load(tmp_path / "cases.pt"):
+        x, *tensors = (i.cuda() if isinstance(i, torch.Tensor) else i for i in case["inputs"])
+        y = case["y"].cuda()
+        for dtype, within in ((torch.float32, 1e-5), (torch.bfloat16, 0.01)):
+            got = triton_kernels.linear(x.to(dtype), *tensors)
+            assert torch.equal(got, triton_kernels.linear(x.to(dtype), *tensors))
+            assert (got - y).norm() <= within * y.norm()
+        assert torch.equal(triton_kernels.dense(*tensors[:4], torch.bfloat16).cpu(), case["dense"])
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_a_token_in_a_packed_format_makes_no_dense_matrix(weights, monkeypatch):
+    triton_kernels = pytest.importorskip("gpt.triton_kernels", reason="needs Triton")
+    model = gpt.prepare_for_inference(make_model(CONFIG).cuda(), weights)
+    dense, sizes = triton_kernels.dense, []
+    monkeypatch.setattr(
+        triton_kernels, "dense", lambda data, *rest: sizes.append(len(data)) or dense(data, *rest)
+    )
+    with torch.inference_mode():
+        model(torch.tensor([[1]], device="cuda"), cache=model.new_cache(1))
+    assert sizes == [1]  # the embedding's row
 
 
 def test_a_seed_gives_the_same_text_on_a_gpu(tmp_path):

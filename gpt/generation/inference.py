@@ -7,7 +7,7 @@ and the embedding's too, lie in one of the formats of :mod:`gpt.generation.quant
 On a CPU a few tokens at a time (decoding) go through the kernels of :mod:`gpt.kernels`, activations
 in float32, but that products with int8 and int4 take them as 8 bits with a scale for each 32. Many
 at a time (a prompt) go through torch's matrix products, in bfloat16 where the processor multiplies
-it.
+it. On a GPU int8 and int4 have kernels in :mod:`gpt.triton_kernels`.
 """
 
 import copy
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from gpt import kernels
 from gpt.config import UsageError, Weights
 from gpt.device import choose_precision
-from gpt.generation.quantisation import Matrix
+from gpt.generation.quantisation import GROUP, Matrix
 from gpt.model.attention import CausalSelfAttention
 from gpt.model.block import Block
 from gpt.model.cache import KVCache
@@ -63,9 +63,16 @@ class PackedLinear(nn.Module):
         return self._raw
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., K]`` to ``[..., N]``, of few rows in float32."""
+        """``[..., K]`` to ``[..., N]``, of few rows on a CPU in float32."""
         if x.numel() <= self.few * self.matrix.width:
             return kernels.linear(x.float(), self.raw)
+        if x.is_cuda and self.matrix.scales is not None:
+            from gpt import triton_kernels
+
+            if x.numel() <= triton_kernels.FEW * self.matrix.width:
+                m = self.matrix
+                y: Tensor = triton_kernels.linear(x, m.data, m.scales, m.lows, m.width, self.bias)
+                return y
         bias = None if self.bias is None else self.bias.to(self.wide)
         return F.linear(x.to(self.wide), self.weight, bias).to(x.dtype)
 
@@ -215,11 +222,14 @@ def prepare_for_inference(
     ``model`` stays as it is, and may be dropped; what needs no conversion is shared. ``auto`` is
     bfloat16 where the processor multiplies it, else float32 (float16 on GPUs without it). The new
     model cannot be trained. ``device`` is where it will run, ``model``'s unless given.
+    ``UsageError`` for int8 and int4 on a GPU without Triton.
     """
     if isinstance(model, InferenceGPT):
         raise UsageError(f"the model is made to run in {model.weights} already")
     device = device or model.device
     kind, fast = choose_weights(weights, device), choose_precision("auto", device)
+    if device.type == "cuda" and kind in ("int8", "int4"):
+        _check_triton(kind, device)
     here = device.type == "cpu"
     known = here and kind in kernels.FORMATS and kernels.library() is not None
     few = FEW if known else 0
@@ -244,6 +254,24 @@ def choose_weights(weights: Weights, device: torch.device) -> Weights:
     if weights != "auto":
         return weights
     return cast(Weights, str(choose_precision("auto", device)).removeprefix("torch."))
+
+
+def _check_triton(kind: Weights, device: torch.device) -> None:
+    """Multiply once. ``UsageError`` where that fails: without Triton's kernels each token would
+    convert the whole matrix, which takes longer than reading it in bfloat16.
+    """
+    try:
+        from gpt import triton_kernels
+
+        matrix = Matrix(kind, torch.ones(1, GROUP, device=device))
+        x = torch.ones(1, GROUP, device=device)
+        triton_kernels.linear(x, matrix.data, matrix.scales, matrix.lows, GROUP, None)
+    except Exception as error:  # an import, a compiler of C, Triton's own: each fails in its way
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(
+            f"weights {kind} need Triton on a GPU, and it does not work here ({reason}); "
+            "weights bfloat16 need no compiler"
+        ) from error
 
 
 class _Packing:

@@ -85,6 +85,11 @@ class Matrix(nn.Module):
         known = dtype in (torch.float32, torch.bfloat16)
         if known and data.device.type == "cpu" and kernels.library() is not None:
             return kernels.dense(kernels.Matrix(self.kind, self.width, data, scales, lows), dtype)
+        if data.is_cuda:
+            from gpt import triton_kernels
+
+            dense: Tensor = triton_kernels.dense(data, scales, lows, self.width, dtype)
+            return dense
         if lows is None:
             numbers = data.view(len(data), -1, 2, PADDED // GROUP, GROUP // 2).transpose(2, 3)
             numbers = (numbers.reshape(len(data), -1).to(torch.float32) - 128) * scales[:, None]
