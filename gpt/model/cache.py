@@ -86,7 +86,8 @@ class KVCache:
     @property
     def is_ragged(self) -> bool:
         """Whether the rows' lengths differ."""
-        return min(self.lengths) != max(self.lengths)
+        lengths = self.lengths
+        return min(lengths) != max(lengths)
 
     def positions(self, n: int) -> Tensor:
         """The positions of each row's next ``n`` tokens: ``[n]``, or ``[B, n]`` where they differ.
@@ -103,9 +104,10 @@ class KVCache:
         return positions
 
     def _check_room(self, n: int) -> None:
-        if self.length + n > self.capacity:
+        length = self.length
+        if length + n > self.capacity:
             raise ValueError(
-                f"the cache holds {self.length} of {self.capacity} tokens, and {n} more do not fit"
+                f"the cache holds {length} of {self.capacity} tokens, and {n} more do not fit"
             )
 
     def mask(self, positions: Tensor) -> Tensor | None:
@@ -145,8 +147,9 @@ class KVCache:
 
     def truncate(self, lengths: int | Sequence[int]) -> None:
         """Forget every token from a position on, one for all rows or one each. Costs nothing."""
-        wanted = [lengths] * self.batch_size if isinstance(lengths, int) else list(lengths)
-        for length, new in zip(self.lengths, wanted, strict=True):
+        held = self.lengths
+        wanted = [lengths] * len(held) if isinstance(lengths, int) else list(lengths)
+        for length, new in zip(held, wanted, strict=True):
             if not 0 <= new <= length:
                 raise ValueError(f"cannot truncate a cache of {length} tokens to {new}")
         self.lengths = wanted
@@ -154,59 +157,65 @@ class KVCache:
     def reorder(self, rows: Sequence[int] | Tensor) -> None:
         """Row ``i`` becomes what row ``rows[i]`` was (a beam's parents); fewer rows drop the rest.
 
-        Only rows that move are copied.
+        Only rows that move are copied; where none does and none is dropped, nothing is done.
         """
-        wanted = rows.tolist() if isinstance(rows, Tensor) else list(rows)
-        if len(wanted) > self.max_batch_size or not all(0 <= r < self.batch_size for r in wanted):
+        wanted, there = rows.tolist() if isinstance(rows, Tensor) else list(rows), self.batch_size
+        if len(wanted) > self.max_batch_size or not all(0 <= r < there for r in wanted):
             raise ValueError(
                 f"rows is {wanted}, and must name up to {self.max_batch_size} of the "
-                f"{self.batch_size} rows there are"
+                f"{there} rows there are"
             )
+        if wanted == list(range(there)):
+            return
+        lengths = self.lengths
         moved = [i for i, row in enumerate(wanted) if i != row]
         if moved:
             to = torch.tensor(moved, device=self.keys.device)
             source = torch.tensor([wanted[i] for i in moved], device=self.keys.device)
-            longest = max(self.lengths[wanted[i]] for i in moved)
+            longest = max(lengths[wanted[i]] for i in moved)
             for memory in (self.keys, self.values):
                 used = memory[:, :, :, :longest]
                 used[:, to] = used[:, source]
-        self.lengths = [self.lengths[row] for row in wanted]
+        self.lengths = [lengths[row] for row in wanted]
 
     def add(self, other: "KVCache", rows: Sequence[int] | None = None) -> None:
         """Put rows of ``other`` (all of them unless given) behind these, into memory that
         :meth:`reorder` freed.
         """
-        rows = range(other.batch_size) if rows is None else rows
+        rows, its_lengths = range(other.batch_size) if rows is None else rows, other.lengths
+        longest = max(its_lengths, default=0)
         start, end = self.batch_size, self.batch_size + len(rows)
-        if end > self.max_batch_size or other.length > self.capacity:
+        if end > self.max_batch_size or longest > self.capacity:
             raise ValueError(
-                f"{len(rows)} rows of up to {other.length} tokens do not fit beside {start} in a "
+                f"{len(rows)} rows of up to {longest} tokens do not fit beside {start} in a "
                 f"cache of {self.max_batch_size} rows of {self.capacity}"
             )
         for mine, its in ((self.keys, other.keys), (self.values, other.values)):
-            used = its[:, list(rows), :, : other.length]
-            mine[:, start:end, :, : other.length] = used
-        self.lengths = self.lengths + [other.lengths[row] for row in rows]
+            used = its[:, list(rows), :, :longest]
+            mine[:, start:end, :, :longest] = used
+        self.lengths = self.lengths + [its_lengths[row] for row in rows]
 
     def expand(self, n: int, *, capacity: int | None = None) -> Self:
         """A new cache with each row ``n`` times, side by side: one prefill, ``n`` continuations."""
         if n < 1:
             raise ValueError(f"cannot expand a cache by {n}")
-        if capacity is not None and capacity < self.length:
+        lengths = self.lengths
+        longest = max(lengths, default=0)
+        if capacity is not None and capacity < longest:
             raise ValueError(
-                f"the cache holds {self.length} tokens, which do not fit a capacity of {capacity}"
+                f"the cache holds {longest} tokens, which do not fit a capacity of {capacity}"
             )
         other = object.__new__(type(self))
         L, _, H, S, D = self.keys.shape
-        B, S = self.batch_size, capacity or S
+        B, S = len(lengths), capacity or S
         other.keys, other.values = (
             m.new_zeros(L, B * n, H, S, D) for m in (self.keys, self.values)
         )
-        other.lengths = [length for length in self.lengths for _ in range(n)]
+        other.lengths = [length for length in lengths for _ in range(n)]
         other._places = None
         for mine, its in ((self.keys, other.keys), (self.values, other.values)):
-            used = mine[:, :B, :, : self.length]
-            its[:, :, :, : self.length] = used.repeat_interleave(n, dim=1)
+            used = mine[:, :B, :, :longest]
+            its[:, :, :, :longest] = used.repeat_interleave(n, dim=1)
         return other
 
 
@@ -214,12 +223,18 @@ class StaticCache(KVCache):
     """A :class:`KVCache` whose lengths are a tensor, for compiled decoding.
 
     A forward of ``n`` tokens has the same shapes whatever the cache holds. In a compiled graph and
-    on a GPU, that the tokens fit is the caller's to see to; :attr:`lengths` reads the tensor, and
-    waits for the device.
+    on a GPU, that the tokens fit is the caller's to see to. The number of rows is known to the
+    host; :attr:`lengths` reads the tensor, and waits for the device, which each method does once at
+    most.
     """
 
     _lengths: Tensor
     _memory: Tensor
+
+    @property
+    def batch_size(self) -> int:
+        """Rows in use, B."""
+        return self._lengths.shape[0]
 
     @property
     def lengths(self) -> list[int]:
@@ -242,6 +257,9 @@ class StaticCache(KVCache):
         """
         if self.keys.device.type == "cpu" and not torch.compiler.is_compiling():
             self._check_room(n)
+        return self._next(n)
+
+    def _next(self, n: int) -> Tensor:
         return self._lengths[:, None] + torch.arange(n, device=self.keys.device)
 
     def mask(self, positions: Tensor) -> Tensor:
@@ -256,7 +274,7 @@ class StaticCache(KVCache):
         B, _, n, _ = k.shape
         rows = torch.arange(B, device=k.device)[:, None]
         keys, values = self.keys[layer, :B], self.values[layer, :B]
-        positions = self.positions(n)
+        positions = self._next(n)
         keys[rows, :, positions] = k.transpose(1, 2).to(keys.dtype)
         values[rows, :, positions] = v.transpose(1, 2).to(keys.dtype)
         return keys, values
