@@ -23,6 +23,8 @@ from gpt.config import (
     TrainConfig,
     TrainingConfig,
 )
+from gpt.generation import ahead
+from gpt.generation.ahead import capture
 from gpt.generation.decode import decode
 from gpt.training.activations import checkpoint_activations
 from gpt.training.run import train
@@ -91,6 +93,25 @@ def test_captured_steps_give_the_tokens_of_plain_ones(weights, temperature):
         got = [token for token in ahead if token.sequence == number]
         same = sum(a == b for a, b in zip(expected, got, strict=False))
         assert same == len(expected) if weights == "float32" else same > 5
+
+
+def test_the_next_texts_use_the_graphs_of_the_last_ones_on_a_gpu(monkeypatch):
+    graphs = []
+
+    def counted(step, device, pool):
+        graphs.append(device)
+        return capture(step, device, pool)
+
+    monkeypatch.setattr(ahead, "capture", counted)
+    device = torch.device("cuda", torch.cuda.device_count() - 1)  # the current one, if it is alone
+    model = make_model(dataclasses.replace(CONFIG, n_kv_head=1)).to(device)
+    config = GenerationConfig(temperature=0.0, max_new_tokens=40, past_context="stop")
+    prompts = [torch.randint(61, (n,)).tolist() for n in (3, 20, 9)]
+    first = list(decode(model, prompts, config))
+    assert graphs == [device]  # three rows, padded to all that the cache has memory for
+    assert list(decode(model, prompts, config)) == first
+    assert list(decode(model, prompts, config, ahead=1)) == first
+    assert len(graphs) == 1
 
 
 def test_a_seed_gives_the_same_text_on_a_gpu(tmp_path):

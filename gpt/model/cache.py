@@ -15,6 +15,7 @@ The law: for every variant, every kind and every chunking, decoding with the cac
 forward's logits.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Self
 
@@ -250,6 +251,20 @@ class StaticCache(KVCache):
             )
         self._lengths = self._memory[: len(new)]  # a captured graph reads this memory
         self._lengths.copy_(torch.tensor(new, dtype=torch.int64))
+
+    def padded(self, rows: int) -> Self:
+        """These rows and empty ones behind them, ``rows`` in all, in the same memory: a step of
+        both moves these rows on, and writes nothing else that is in use.
+        """
+        if not self.batch_size <= rows <= self.max_batch_size:
+            raise ValueError(
+                f"a cache of {self.batch_size} rows, with memory for {self.max_batch_size}, cannot "
+                f"be padded to {rows}"
+            )
+        other = copy.copy(self)
+        other._lengths = self._memory[:rows]
+        other._lengths[self.batch_size :] = 0
+        return other
 
     def positions(self, n: int) -> Tensor:
         """The positions of each row's next ``n`` tokens, ``[B, n]``. On a CPU, ``ValueError`` if

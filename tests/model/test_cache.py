@@ -250,6 +250,7 @@ def waits(monkeypatch):
         (lambda cache: cache.expand(2), 1),
         (lambda cache: cache.positions(2), 1),  # on a CPU, where it checks that they fit
     ],
+    ids=["same", "size", "drop", "turn", "truncate", "length", "ragged", "expand", "positions"],
 )
 def test_an_operation_of_a_static_cache_reads_its_lengths_once_at_most(
     operation, reads, waits, tiny_model
