@@ -72,28 +72,35 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, dropout: float, scale: float | None)
 class CausalSelfAttention(nn.Module):
     """Heads that look at their own position and the ones before it."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.n_head, self.kv_heads, self.head_dim = config.n_head, config.kv_heads, config.head_dim
+        self.layer = layer
         self.dropout = config.dropout
         self.scale = config.head_dim**-0.5 if config.scale_attention else 1.0
-        self.scale_by_layer = config.scale_attention_by_layer
+        self.scale_tensor: Tensor | None = None
+        if config.scale_attention_by_layer:
+            self.scale /= layer + 1
+            # Of no device, as a number is, and of the exact type.
+            self.scale_tensor = torch.tensor(self.scale, dtype=torch.float64, device="cpu")
         qkv_width = (config.n_head + 2 * config.kv_heads) * config.head_dim
         self.qkv = nn.Linear(config.n_embd, qkv_width, bias=config.bias)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(
-        self, x: Tensor, *, mask: Tensor | None, cache: KVCache | None, layer: int
-    ) -> Tensor:
-        """``[B, T, C]`` to ``[B, T, C]``; with a cache, over the keys it holds for ``layer``
+    def forward(self, x: Tensor, *, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        """``[B, T, C]`` to ``[B, T, C]``; with a cache, over the keys it holds for this layer
         too.
         """
         B, T, C = x.shape
         heads = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # B, H + 2 Hkv, T, D
         q, k, v = heads.split((self.n_head, self.kv_heads, self.kv_heads), dim=1)
         if cache is not None:
-            k, v = cache.append(layer, k, v)
-        scale = self.scale / (layer + 1) if self.scale_by_layer else self.scale
+            k, v = cache.append(self.layer, k, v)
+        if self.scale_tensor is not None and torch.compiler.is_compiling():
+            # A number of its own would make each block a graph of its own.
+            q, scale = q * self.scale_tensor, 1.0
+        else:
+            scale = self.scale
         dropout = self.dropout if self.training else 0.0
         y = attend(q.to(k.dtype), k, v, mask=mask, dropout=dropout, scale=scale)
         out: Tensor = self.out(y.transpose(1, 2).reshape(B, T, C).to(x.dtype))
