@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpt
 from gpt.config import (
@@ -112,6 +114,44 @@ def test_the_next_texts_use_the_graphs_of_the_last_ones_on_a_gpu(monkeypatch):
     assert list(decode(model, prompts, config)) == first
     assert list(decode(model, prompts, config, ahead=1)) == first
     assert len(graphs) == 1
+
+
+class Operators(TorchDispatchMode):
+    """The names of the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), options=None):
+        self.names.add(operator.name())
+        return operator(*args, **options or {})
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_attention_outside_of_training_is_never_cudnns(kv_heads):
+    config = dataclasses.replace(CONFIG, n_kv_head=kv_heads)
+    model = make_model(config, dtype=torch.bfloat16).cuda()
+    tokens = torch.randint(61, (2, 8), device="cuda")
+    with torch.no_grad(), Operators() as operators:
+        model(tokens)
+        cache = model.new_cache(2)
+        for token in tokens.split(1, dim=1):
+            model(token, cache=cache)
+    assert not [name for name in operators.names if "cudnn_attention" in name]
+
+
+def test_a_run_says_which_attention_it_has_measured_to_be_the_faster(text_file, tmp_path):
+    config = TrainConfig(
+        run_dir=str(tmp_path / "run"),
+        model=dataclasses.replace(CONFIG, vocab_size=0),
+        data=DataConfig(source=str(text_file)),
+        training=TrainingConfig(max_steps=1, device="cuda", compile="off"),
+        evaluation=EvaluationConfig(windows=1),
+    )
+    console = Console(file=io.StringIO(), width=200)
+    train(config, console=console)
+    assert re.search("^attention (cudnn|flash) ", console.file.getvalue(), re.MULTILINE)
 
 
 def test_a_seed_gives_the_same_text_on_a_gpu(tmp_path):
