@@ -20,15 +20,31 @@ from collections.abc import Sequence
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gpt.config import ModelConfig
+
+ALIGNED = 16
+"""The rows of a bias begin at multiples of this many numbers."""
 
 
 def causal_mask(n_query: int, n_key: int, *, device: torch.device | str | None = None) -> Tensor:
     """True where a query may look: ``[n_query, n_key]``, the last query at the last key."""
     ones = torch.ones(n_query, n_key, dtype=torch.bool, device=device)
     return ones.tril(n_key - n_query)
+
+
+def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as what is added to the scores: 0 where it is True, minus infinity elsewhere.
+
+    Attention would make it in every layer. Its rows begin at multiples of 16 numbers: CUDA's
+    memory-efficient kernel copies others, also in every layer.
+    """
+    n_key = mask.shape[-1]
+    padded = F.pad(mask, (0, -n_key % ALIGNED))
+    bias = torch.zeros(padded.shape, dtype=dtype, device=mask.device)
+    return bias.masked_fill_(~padded, -torch.inf)[..., :n_key]
 
 
 class KVCache:
@@ -112,15 +128,17 @@ class KVCache:
             )
 
     def mask(self, positions: Tensor) -> Tensor | None:
-        """True where the queries at ``positions`` may look, broadcast over heads; ``None`` where
-        they are square causal, or one a row that sees all.
+        """What is added to the scores of the queries at ``positions``: minus infinity where they
+        may not look, broadcast over heads. ``None`` where they are square causal, or one a row
+        that sees all.
         """
-        n = positions.shape[-1]
+        n, past, dtype = positions.shape[-1], self.length, self.keys.dtype
         if not self.is_ragged:
-            past = self.length
-            return causal_mask(n, past + n, device=self.keys.device) if past and n > 1 else None
-        keys = torch.arange(self.length + n, device=self.keys.device)
-        return (keys <= positions[:, :, None])[:, None]  # B, 1, n, S
+            if past == 0 or n == 1:
+                return None
+            return as_bias(causal_mask(n, past + n, device=self.keys.device), dtype)
+        keys = torch.arange(past + n, device=self.keys.device)
+        return as_bias((keys <= positions[:, :, None])[:, None], dtype)  # B, 1, n, S
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write one layer's new keys and values, each ``[B, Hkv, n, D]``, behind the ones it holds.
@@ -278,9 +296,9 @@ class StaticCache(KVCache):
         return self._lengths[:, None] + torch.arange(n, device=self.keys.device)
 
     def mask(self, positions: Tensor) -> Tensor:
-        """True where the queries at ``positions`` may look, ``[B, 1, n, capacity]``."""
+        """What is added to the scores of the queries at ``positions``, ``[B, 1, n, capacity]``."""
         keys = torch.arange(self.capacity, device=self.keys.device)
-        return (keys <= positions[:, :, None])[:, None]
+        return as_bias((keys <= positions[:, :, None])[:, None], self.keys.dtype)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write one layer's new keys and values, each ``[B, Hkv, n, D]``; returns the whole

@@ -227,6 +227,33 @@ def test_rows_leave_and_others_take_their_place(kind):
         torch.testing.assert_close(got[row], model(whole)[0, len(before) :], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_a_mask_becomes_a_bias_of_the_keys_dtype_once_a_forward(kind, dtype, monkeypatch):
+    model, masks = model_of("gpt2", dtype), []
+    fused = torch.nn.functional.scaled_dot_product_attention
+
+    def kept(q, k, v, **options):
+        masks.append(options["attn_mask"])
+        return fused(q, k, v, **options)
+
+    monkeypatch.setattr("gpt.model.attention.F.scaled_dot_product_attention", kept)
+    cache = model.new_cache(2, kind=kind)
+    model(some_tokens(2, 5), cache=cache)
+    cache.truncate([5, 3])
+    masks.clear()
+    model(some_tokens(2, 2), cache=cache)
+    assert len(masks) == 3  # one a layer
+    assert len({mask.data_ptr() for mask in masks}) == 1
+    bias = masks[0]
+    assert bias.dtype == cache.keys.dtype
+    assert all(stride % 16 == 0 for stride in bias.stride()[:-1])
+    looks = [[True] * 6 + [False], [True] * 7], [[True] * 4 + [False] * 3, [True] * 5 + [False] * 2]
+    assert (bias[:, 0, :, :7] == 0).tolist() == list(looks)
+    assert set(bias.flatten().tolist()) == {0.0, -torch.inf}
+
+
 @pytest.fixture
 def waits(monkeypatch):
     """The tensors that the host has read."""
