@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpt
 from gpt.config import (
@@ -24,6 +26,8 @@ from gpt.config import (
     TrainConfig,
     TrainingConfig,
 )
+from gpt.generation import ahead
+from gpt.generation.ahead import capture
 from gpt.generation.decode import decode
 from gpt.generation.quantisation import Matrix
 from gpt.training.activations import checkpoint_activations
@@ -49,7 +53,10 @@ def test_cached_logits_are_the_full_forwards_on_a_gpu(dtype, tolerance, kv_heads
         assert (cached - full).abs().max() <= tolerance * full.abs().max()
 
 
-@pytest.mark.parametrize("compile_mode", ["off", "on"])
+@pytest.mark.parametrize(
+    "compile_mode",
+    ["off", pytest.param("on", marks=pytest.mark.filterwarnings("ignore"))],  # the compiler's own
+)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_training_learns_on_a_gpu_and_resumes(precision, compile_mode, text_file, tmp_path):
     config = TrainConfig(
@@ -140,6 +147,63 @@ def test_a_token_in_a_packed_format_makes_no_dense_matrix(weights, monkeypatch):
     with torch.inference_mode():
         model(torch.tensor([[1]], device="cuda"), cache=model.new_cache(1))
     assert sizes == [1]  # the embedding's row
+
+
+def test_the_next_texts_use_the_graphs_of_the_last_ones_on_a_gpu(monkeypatch):
+    graphs = []
+
+    def counted(step, device, pool):
+        graphs.append(device)
+        return capture(step, device, pool)
+
+    monkeypatch.setattr(ahead, "capture", counted)
+    device = torch.device("cuda", torch.cuda.device_count() - 1)  # the current one, if it is alone
+    model = make_model(dataclasses.replace(CONFIG, n_kv_head=1)).to(device)
+    config = GenerationConfig(temperature=0.0, max_new_tokens=40, past_context="stop")
+    prompts = [torch.randint(61, (n,)).tolist() for n in (3, 20, 9)]
+    first = list(decode(model, prompts, config))
+    assert graphs == [device]  # three rows, padded to all that the cache has memory for
+    assert list(decode(model, prompts, config)) == first
+    assert list(decode(model, prompts, config, ahead=1)) == first
+    assert len(graphs) == 1
+
+
+class Operators(TorchDispatchMode):
+    """The names of the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), options=None):
+        self.names.add(operator.name())
+        return operator(*args, **options or {})
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_attention_outside_of_training_is_never_cudnns(kv_heads):
+    config = dataclasses.replace(CONFIG, n_kv_head=kv_heads)
+    model = make_model(config, dtype=torch.bfloat16).cuda()
+    tokens = torch.randint(61, (2, 8), device="cuda")
+    with torch.no_grad(), Operators() as operators:
+        model(tokens)
+        cache = model.new_cache(2)
+        for token in tokens.split(1, dim=1):
+            model(token, cache=cache)
+    assert not [name for name in operators.names if "cudnn_attention" in name]
+
+
+def test_a_run_says_which_attention_it_has_measured_to_be_the_faster(text_file, tmp_path):
+    config = TrainConfig(
+        run_dir=str(tmp_path / "run"),
+        model=dataclasses.replace(CONFIG, vocab_size=0),
+        data=DataConfig(source=str(text_file)),
+        training=TrainingConfig(max_steps=1, device="cuda", compile="off"),
+        evaluation=EvaluationConfig(windows=1),
+    )
+    console = Console(file=io.StringIO(), width=200)
+    train(config, console=console)
+    assert re.search("^attention (cudnn|flash) ", console.file.getvalue(), re.MULTILINE)
 
 
 def test_a_seed_gives_the_same_text_on_a_gpu(tmp_path):

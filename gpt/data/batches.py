@@ -41,8 +41,9 @@ class Batch:
         """The batch on ``device``; a copy to CUDA does not wait for it."""
         if device.type != "cuda":
             return Batch(self.tokens.to(device), self.targets.to(device))
-        tokens, targets = self.tokens.pin_memory(), self.targets.pin_memory()
-        return Batch(tokens.to(device, non_blocking=True), targets.to(device, non_blocking=True))
+        # One contiguous tensor: a view that has gaps would go through memory that is not pinned.
+        both = torch.stack([self.tokens, self.targets]).pin_memory()  # 2, B, T
+        return Batch(*both.to(device, non_blocking=True))
 
 
 class Windows:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from gpt.config import GenerationConfig, UsageError
-from gpt.generation.ahead import MOST, Steps
+from gpt.generation.ahead import MOST, Steps, keep, steps_for
 from gpt.generation.checks import check_prompt, check_settings
 from gpt.generation.sampling import (
     NO_NUMBERS,
@@ -39,7 +39,7 @@ from gpt.generation.sampling import (
     new_draws,
     penalise,
 )
-from gpt.model.cache import KVCache, StaticCache
+from gpt.model.cache import KVCache
 from gpt.model.gpt import GPT
 
 Reason = Literal["end_of_text", "length", "context", "stop"]
@@ -115,7 +115,7 @@ class Decoder:
         self._ahead = min(MOST, ahead or (MOST if on_gpu else 1))
         if config.has_penalties or config.logprobs is not None:
             self._ahead = 1  # what was chosen changes what is wanted next, or more of it is wanted
-        self._steps: dict[int, Steps] = {}  # by rows
+        self._steps: Steps | None = None
         self._prefix: list[int] = []
         self._prefix_cache: KVCache | None = None
         self._count = 0
@@ -144,6 +144,7 @@ class Decoder:
         for row in self._rows:
             if row.sequence == sequence:
                 row.ended = "stop"
+                self._keep_steps()
                 return
         self._waiting = deque(row for row in self._waiting if row.sequence != sequence)
 
@@ -154,9 +155,12 @@ class Decoder:
         """
         with evaluation_mode(self.model):
             if (n := self._room_ahead()) > 1:
-                return self._go_ahead(n)
-            features = self._read()
-            return self._write(self.model.head(features)) if self._rows else []
+                tokens = self._go_ahead(n)
+            else:
+                features = self._read()
+                tokens = self._write(self.model.head(features)) if self._rows else []
+        self._keep_steps()
+        return tokens
 
     def _read(self) -> Tensor:
         """Read what has not been read: features of the next tokens, ``[B, C]``."""
@@ -215,14 +219,13 @@ class Decoder:
         """The next ``n`` tokens of each row that does not end before."""
         self._keep(_compacted([i for i, row in enumerate(self._rows) if row.ended is None]))
         rows = list(self._rows)
-        if len(rows) not in self._steps:
-            assert isinstance(self._cache, StaticCache)
-            self._steps[len(rows)] = Steps(
-                self.model, self._cache, self.config, vocab_size=self.vocab_size
-            )
         drawn = bool(self.config.temperature)
         numbers = [[row.draws.random() if drawn else 0.0 for row in rows] for _ in range(n)]
-        chosen = self._steps[len(rows)].take([row.tokens[-1] for row in rows], numbers)
+        expected = max(self.config.max_new_tokens - row.written for row in rows)
+        assert self._steps is not None, "rows are read before"
+        chosen = self._steps.take(
+            self.model, [row.tokens[-1] for row in rows], numbers, expected=expected
+        )
         if chosen is None:
             raise UsageError(NO_NUMBERS)
         pairs = (pair for step in chosen for pair in zip(rows, step, strict=True))
@@ -287,12 +290,22 @@ class Decoder:
         length = self._longest([*arriving, *self._waiting])
         if old is not None:
             rows, length = max(rows, old.max_batch_size), max(length, old.capacity)
-        kind = StaticCache if self._ahead > 1 else KVCache
-        self._cache = self.model.new_cache(rows, capacity=length, kind=kind)
-        self._cache.reorder([])
-        self._steps.clear()  # they are of the old one
+        if self._ahead > 1:
+            self._steps = steps_for(
+                self.model, self.config, rows=rows, length=length, vocab_size=self.vocab_size
+            )
+            self._cache = self._steps.cache
+        else:
+            self._cache = self.model.new_cache(rows, capacity=length)
+            self._cache.reorder([])
         if old is not None:
             self._cache.add(old)
+
+    def _keep_steps(self) -> None:
+        """Once all is done, leave the cache and its graphs to the model's next texts."""
+        if self._steps is not None and not self.busy:
+            keep(self.model, self._steps)
+            self._steps = self._cache = None
 
     def _longest(self, rows: list[_Row]) -> int:
         """Tokens that the longest of ``rows`` may come to."""

@@ -184,7 +184,7 @@ class InferenceGPT(GPT):
 
     def _known_layers(self) -> "ctypes.Array[kernels.Layer]":
         if self._layers is None:
-            layers = (_layer(cast(Block, b), i) for i, b in enumerate(self.blocks))
+            layers = (_layer(cast(Block, block)) for block in self.blocks)
             self._layers = (kernels.Layer * len(self.blocks))(*layers)
         return self._layers
 
@@ -307,13 +307,13 @@ class _Packing:
         return self.matrices[id(weight)]
 
 
-def _layer(block: Block, index: int) -> kernels.Layer:
+def _layer(block: Block) -> kernels.Layer:
     attn, mlp = block.attn, block.mlp
     linears = [cast(PackedLinear, linear) for linear in (attn.qkv, attn.out, mlp.up, mlp.down)]
     return kernels.Layer(
         *(_norm(norm) for norm in (block.attn_norm, block.mlp_norm)),
         *(linear.raw for linear in linears),
-        attn.scale / (index + 1) if attn.scale_by_layer else attn.scale,
+        attn.scale,
     )
 
 

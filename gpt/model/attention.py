@@ -6,9 +6,13 @@ queries are fewer than the keys: query ``i`` of ``Tq`` sits at key position ``Tk
 mask; and the plain formula where a CPU trains faster with it.
 """
 
+import contextlib
+import threading
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpt.config import ModelConfig
 from gpt.model.cache import KVCache
@@ -16,6 +20,41 @@ from gpt.model.dropout import dropout as drop
 
 PLAIN_UP_TO = 1024
 """Keys. Above, the plain formula's T * T numbers are too many to keep for the backward pass."""
+INFERENCE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""CUDA's kernels outside of training. torch would try cuDNN's first on newer GPUs: they are planned
+anew for each number of keys, that is for each token of a growing cache, and torch's users report
+wrong results for few key heads.
+"""
+
+
+class _WithoutCudnn:
+    """While anyone is inside, attention on CUDA is not cuDNN's.
+
+    torch has one switch for the whole process: the first who comes in turns it off, and the last
+    who leaves turns it back. So a thread that generates never takes cuDNN's kernels, whatever
+    others do.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before = False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._before = torch.backends.cuda.cudnn_sdp_enabled()
+                torch.backends.cuda.enable_cudnn_sdp(False)
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                torch.backends.cuda.enable_cudnn_sdp(self._before)
+
+
+_without_cudnn = _WithoutCudnn()
 
 
 def attend(
@@ -26,27 +65,44 @@ def attend(
     mask: Tensor | None = None,
     dropout: float = 0.0,
     scale: float | None = None,
+    training: bool = False,
 ) -> Tensor:
     """Softmax attention of ``q`` ``[B, H, Tq, D]`` over ``k`` and ``v`` ``[B, Hkv, Tk, D]``.
 
     Without ``mask``, either ``Tq == Tk`` (square causal) or ``Tq == 1`` (one query sees every key).
-    ``mask`` is True where a query may look. ``Hkv`` divides ``H``. ``scale`` multiplies the scores;
-    it is ``1 / sqrt(D)`` unless given. Returns ``[B, H, Tq, D]``.
+    ``mask``, broadcast over heads, is True where a query may look, or a number that is added to the
+    score. ``Hkv`` divides ``H``. ``scale`` multiplies the scores; it is ``1 / sqrt(D)`` unless
+    given. Kernels that are for ``training`` alone are taken there alone. Returns ``[B, H, Tq, D]``.
     """
-    n_query, n_key = q.shape[-2], k.shape[-2]
+    shape, n_query, n_key = q.shape, q.shape[-2], k.shape[-2]
     assert mask is not None or n_query in (1, n_key), "fewer queries than keys need a mask"
     if mask is None and n_query > 1 and _trains_faster_plainly(q, dropout):
         return _plain(q, k, v, dropout, scale)
-    return F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        dropout_p=dropout,
-        is_causal=mask is None and n_query > 1,
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
+    if n_query == 1 and q.shape[1] != k.shape[1]:
+        # The queries of a group see the same keys: as rows of one head, they are what every kernel
+        # takes. With a mask only some take fewer heads of keys.
+        q = q.reshape(shape[0], k.shape[1], -1, shape[3])  # B, Hkv, H / Hkv, D
+    with _kernels(q, training):
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=mask is None and n_query > 1,
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+    return y.reshape(shape)
+
+
+def _kernels(q: Tensor, training: bool) -> contextlib.AbstractContextManager[None]:
+    """Which of the fused kernels may be taken: in training, those that the process has chosen."""
+    if training or q.device.type != "cuda":
+        return contextlib.nullcontext()
+    if torch.compiler.is_compiling():  # which knows no locks, and chooses while it traces
+        return sdpa_kernel(INFERENCE)
+    return _without_cudnn
 
 
 def _trains_faster_plainly(q: Tensor, dropout: float) -> bool:
@@ -72,29 +128,44 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, dropout: float, scale: float | None)
 class CausalSelfAttention(nn.Module):
     """Heads that look at their own position and the ones before it."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.n_head, self.kv_heads, self.head_dim = config.n_head, config.kv_heads, config.head_dim
+        self.layer = layer
         self.dropout = config.dropout
         self.scale = config.head_dim**-0.5 if config.scale_attention else 1.0
-        self.scale_by_layer = config.scale_attention_by_layer
+        self.scale_tensor: Tensor | None = None
+        if config.scale_attention_by_layer:
+            self.scale /= layer + 1
+            # Of no device, as a number is, and of the exact type.
+            self.scale_tensor = torch.tensor(self.scale, dtype=torch.float64, device="cpu")
         qkv_width = (config.n_head + 2 * config.kv_heads) * config.head_dim
         self.qkv = nn.Linear(config.n_embd, qkv_width, bias=config.bias)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(
-        self, x: Tensor, *, mask: Tensor | None, cache: KVCache | None, layer: int
-    ) -> Tensor:
-        """``[B, T, C]`` to ``[B, T, C]``; with a cache, over the keys it holds for ``layer``
+    def forward(self, x: Tensor, *, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        """``[B, T, C]`` to ``[B, T, C]``; with a cache, over the keys it holds for this layer
         too.
         """
         B, T, C = x.shape
         heads = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # B, H + 2 Hkv, T, D
         q, k, v = heads.split((self.n_head, self.kv_heads, self.kv_heads), dim=1)
         if cache is not None:
-            k, v = cache.append(layer, k, v)
-        scale = self.scale / (layer + 1) if self.scale_by_layer else self.scale
+            k, v = cache.append(self.layer, k, v)
+        if self.scale_tensor is not None and torch.compiler.is_compiling():
+            # A number of its own would make each block a graph of its own.
+            q, scale = q * self.scale_tensor, 1.0
+        else:
+            scale = self.scale
         dropout = self.dropout if self.training else 0.0
-        y = attend(q.to(k.dtype), k, v, mask=mask, dropout=dropout, scale=scale)
+        y = attend(
+            q.to(k.dtype),
+            k,
+            v,
+            mask=mask,
+            dropout=dropout,
+            scale=scale,
+            training=self.training,
+        )
         out: Tensor = self.out(y.transpose(1, 2).reshape(B, T, C).to(x.dtype))
         return out

@@ -15,19 +15,36 @@ The law: for every variant, every kind and every chunking, decoding with the cac
 forward's logits.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gpt.config import ModelConfig
+
+ALIGNED = 16
+"""The rows of a bias begin at multiples of this many numbers."""
 
 
 def causal_mask(n_query: int, n_key: int, *, device: torch.device | str | None = None) -> Tensor:
     """True where a query may look: ``[n_query, n_key]``, the last query at the last key."""
     ones = torch.ones(n_query, n_key, dtype=torch.bool, device=device)
     return ones.tril(n_key - n_query)
+
+
+def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as what is added to the scores: 0 where it is True, minus infinity elsewhere.
+
+    Attention would make it in every layer. Its rows begin at multiples of 16 numbers: CUDA's
+    memory-efficient kernel copies others, also in every layer.
+    """
+    n_key = mask.shape[-1]
+    padded = F.pad(mask, (0, -n_key % ALIGNED))
+    bias = torch.zeros(padded.shape, dtype=dtype, device=mask.device)
+    return bias.masked_fill_(~padded, -torch.inf)[..., :n_key]
 
 
 class KVCache:
@@ -86,7 +103,8 @@ class KVCache:
     @property
     def is_ragged(self) -> bool:
         """Whether the rows' lengths differ."""
-        return min(self.lengths) != max(self.lengths)
+        lengths = self.lengths
+        return min(lengths) != max(lengths)
 
     def positions(self, n: int) -> Tensor:
         """The positions of each row's next ``n`` tokens: ``[n]``, or ``[B, n]`` where they differ.
@@ -103,21 +121,24 @@ class KVCache:
         return positions
 
     def _check_room(self, n: int) -> None:
-        if self.length + n > self.capacity:
+        length = self.length
+        if length + n > self.capacity:
             raise ValueError(
-                f"the cache holds {self.length} of {self.capacity} tokens, and {n} more do not fit"
+                f"the cache holds {length} of {self.capacity} tokens, and {n} more do not fit"
             )
 
     def mask(self, positions: Tensor) -> Tensor | None:
-        """True where the queries at ``positions`` may look, broadcast over heads; ``None`` where
-        they are square causal, or one a row that sees all.
+        """What is added to the scores of the queries at ``positions``: minus infinity where they
+        may not look, broadcast over heads. ``None`` where they are square causal, or one a row
+        that sees all.
         """
-        n = positions.shape[-1]
+        n, past, dtype = positions.shape[-1], self.length, self.keys.dtype
         if not self.is_ragged:
-            past = self.length
-            return causal_mask(n, past + n, device=self.keys.device) if past and n > 1 else None
-        keys = torch.arange(self.length + n, device=self.keys.device)
-        return (keys <= positions[:, :, None])[:, None]  # B, 1, n, S
+            if past == 0 or n == 1:
+                return None
+            return as_bias(causal_mask(n, past + n, device=self.keys.device), dtype)
+        keys = torch.arange(past + n, device=self.keys.device)
+        return as_bias((keys <= positions[:, :, None])[:, None], dtype)  # B, 1, n, S
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write one layer's new keys and values, each ``[B, Hkv, n, D]``, behind the ones it holds.
@@ -145,8 +166,9 @@ class KVCache:
 
     def truncate(self, lengths: int | Sequence[int]) -> None:
         """Forget every token from a position on, one for all rows or one each. Costs nothing."""
-        wanted = [lengths] * self.batch_size if isinstance(lengths, int) else list(lengths)
-        for length, new in zip(self.lengths, wanted, strict=True):
+        held = self.lengths
+        wanted = [lengths] * len(held) if isinstance(lengths, int) else list(lengths)
+        for length, new in zip(held, wanted, strict=True):
             if not 0 <= new <= length:
                 raise ValueError(f"cannot truncate a cache of {length} tokens to {new}")
         self.lengths = wanted
@@ -154,59 +176,65 @@ class KVCache:
     def reorder(self, rows: Sequence[int] | Tensor) -> None:
         """Row ``i`` becomes what row ``rows[i]`` was (a beam's parents); fewer rows drop the rest.
 
-        Only rows that move are copied.
+        Only rows that move are copied; where none does and none is dropped, nothing is done.
         """
-        wanted = rows.tolist() if isinstance(rows, Tensor) else list(rows)
-        if len(wanted) > self.max_batch_size or not all(0 <= r < self.batch_size for r in wanted):
+        wanted, there = rows.tolist() if isinstance(rows, Tensor) else list(rows), self.batch_size
+        if len(wanted) > self.max_batch_size or not all(0 <= r < there for r in wanted):
             raise ValueError(
                 f"rows is {wanted}, and must name up to {self.max_batch_size} of the "
-                f"{self.batch_size} rows there are"
+                f"{there} rows there are"
             )
+        if wanted == list(range(there)):
+            return
+        lengths = self.lengths
         moved = [i for i, row in enumerate(wanted) if i != row]
         if moved:
             to = torch.tensor(moved, device=self.keys.device)
             source = torch.tensor([wanted[i] for i in moved], device=self.keys.device)
-            longest = max(self.lengths[wanted[i]] for i in moved)
+            longest = max(lengths[wanted[i]] for i in moved)
             for memory in (self.keys, self.values):
                 used = memory[:, :, :, :longest]
                 used[:, to] = used[:, source]
-        self.lengths = [self.lengths[row] for row in wanted]
+        self.lengths = [lengths[row] for row in wanted]
 
     def add(self, other: "KVCache", rows: Sequence[int] | None = None) -> None:
         """Put rows of ``other`` (all of them unless given) behind these, into memory that
         :meth:`reorder` freed.
         """
-        rows = range(other.batch_size) if rows is None else rows
+        rows, its_lengths = range(other.batch_size) if rows is None else rows, other.lengths
+        longest = max(its_lengths, default=0)
         start, end = self.batch_size, self.batch_size + len(rows)
-        if end > self.max_batch_size or other.length > self.capacity:
+        if end > self.max_batch_size or longest > self.capacity:
             raise ValueError(
-                f"{len(rows)} rows of up to {other.length} tokens do not fit beside {start} in a "
+                f"{len(rows)} rows of up to {longest} tokens do not fit beside {start} in a "
                 f"cache of {self.max_batch_size} rows of {self.capacity}"
             )
         for mine, its in ((self.keys, other.keys), (self.values, other.values)):
-            used = its[:, list(rows), :, : other.length]
-            mine[:, start:end, :, : other.length] = used
-        self.lengths = self.lengths + [other.lengths[row] for row in rows]
+            used = its[:, list(rows), :, :longest]
+            mine[:, start:end, :, :longest] = used
+        self.lengths = self.lengths + [its_lengths[row] for row in rows]
 
     def expand(self, n: int, *, capacity: int | None = None) -> Self:
         """A new cache with each row ``n`` times, side by side: one prefill, ``n`` continuations."""
         if n < 1:
             raise ValueError(f"cannot expand a cache by {n}")
-        if capacity is not None and capacity < self.length:
+        lengths = self.lengths
+        longest = max(lengths, default=0)
+        if capacity is not None and capacity < longest:
             raise ValueError(
-                f"the cache holds {self.length} tokens, which do not fit a capacity of {capacity}"
+                f"the cache holds {longest} tokens, which do not fit a capacity of {capacity}"
             )
         other = object.__new__(type(self))
         L, _, H, S, D = self.keys.shape
-        B, S = self.batch_size, capacity or S
+        B, S = len(lengths), capacity or S
         other.keys, other.values = (
             m.new_zeros(L, B * n, H, S, D) for m in (self.keys, self.values)
         )
-        other.lengths = [length for length in self.lengths for _ in range(n)]
+        other.lengths = [length for length in lengths for _ in range(n)]
         other._places = None
         for mine, its in ((self.keys, other.keys), (self.values, other.values)):
-            used = mine[:, :B, :, : self.length]
-            its[:, :, :, : self.length] = used.repeat_interleave(n, dim=1)
+            used = mine[:, :B, :, :longest]
+            its[:, :, :, :longest] = used.repeat_interleave(n, dim=1)
         return other
 
 
@@ -214,12 +242,18 @@ class StaticCache(KVCache):
     """A :class:`KVCache` whose lengths are a tensor, for compiled decoding.
 
     A forward of ``n`` tokens has the same shapes whatever the cache holds. In a compiled graph and
-    on a GPU, that the tokens fit is the caller's to see to; :attr:`lengths` reads the tensor, and
-    waits for the device.
+    on a GPU, that the tokens fit is the caller's to see to. The number of rows is known to the
+    host; :attr:`lengths` reads the tensor, and waits for the device, which each method does once at
+    most.
     """
 
     _lengths: Tensor
     _memory: Tensor
+
+    @property
+    def batch_size(self) -> int:
+        """Rows in use, B."""
+        return self._lengths.shape[0]
 
     @property
     def lengths(self) -> list[int]:
@@ -236,18 +270,35 @@ class StaticCache(KVCache):
         self._lengths = self._memory[: len(new)]  # a captured graph reads this memory
         self._lengths.copy_(torch.tensor(new, dtype=torch.int64))
 
+    def padded(self, rows: int) -> Self:
+        """These rows and empty ones behind them, ``rows`` in all, in the same memory: a step of
+        both moves these rows on, and writes nothing else that is in use.
+        """
+        if not self.batch_size <= rows <= self.max_batch_size:
+            raise ValueError(
+                f"a cache of {self.batch_size} rows, with memory for {self.max_batch_size}, cannot "
+                f"be padded to {rows}"
+            )
+        other = copy.copy(self)
+        other._lengths = self._memory[:rows]
+        other._lengths[self.batch_size :] = 0
+        return other
+
     def positions(self, n: int) -> Tensor:
         """The positions of each row's next ``n`` tokens, ``[B, n]``. On a CPU, ``ValueError`` if
         they do not fit.
         """
         if self.keys.device.type == "cpu" and not torch.compiler.is_compiling():
             self._check_room(n)
+        return self._next(n)
+
+    def _next(self, n: int) -> Tensor:
         return self._lengths[:, None] + torch.arange(n, device=self.keys.device)
 
     def mask(self, positions: Tensor) -> Tensor:
-        """True where the queries at ``positions`` may look, ``[B, 1, n, capacity]``."""
+        """What is added to the scores of the queries at ``positions``, ``[B, 1, n, capacity]``."""
         keys = torch.arange(self.capacity, device=self.keys.device)
-        return (keys <= positions[:, :, None])[:, None]
+        return as_bias((keys <= positions[:, :, None])[:, None], self.keys.dtype)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write one layer's new keys and values, each ``[B, Hkv, n, D]``; returns the whole
@@ -256,7 +307,7 @@ class StaticCache(KVCache):
         B, _, n, _ = k.shape
         rows = torch.arange(B, device=k.device)[:, None]
         keys, values = self.keys[layer, :B], self.values[layer, :B]
-        positions = self.positions(n)
+        positions = self._next(n)
         keys[rows, :, positions] = k.transpose(1, 2).to(keys.dtype)
         values[rows, :, positions] = v.transpose(1, 2).to(keys.dtype)
         return keys, values

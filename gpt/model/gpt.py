@@ -34,7 +34,7 @@ class GPT(nn.Module):
             self.embed = _table(torch.empty(config.vocab_size, config.n_embd))
             self.position = _table(torch.empty(config.context_length, config.n_embd))
             self.dropout = Dropout(config.dropout)
-            self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+            self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
             self.norm = nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie_weights()
@@ -72,8 +72,8 @@ class GPT(nn.Module):
             mask = cache.mask(positions)
         x = self.embed(tokens)
         x = self.dropout(x + self.position(positions).to(x.dtype))
-        for layer, block in enumerate(self.blocks):
-            x = block(x, mask=mask, cache=cache, layer=layer)
+        for block in self.blocks:
+            x = block(x, mask=mask, cache=cache)
         if cache is not None:
             cache.advance(T)
         out: Tensor = self.norm(x)

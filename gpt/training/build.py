@@ -16,6 +16,7 @@ from gpt.checkpoint import Checkpoint
 from gpt.config import ModelConfig, TrainConfig
 from gpt.model.gpt import GPT
 from gpt.training.activations import checkpoint_activations
+from gpt.training.backends import choose_attention
 from gpt.training.compilation import compile_blocks
 from gpt.training.parallel import STATE_BYTES, Strategy, World, replicate, shard
 
@@ -37,7 +38,7 @@ def build_model(
 
     The weights are those of the checkpoint, of ``model``, or new. The order matters: activation
     checkpointing goes around a block, the compiler around both, and what shares out the weights
-    around all.
+    around all. A compiled block keeps the attention kernels that were chosen before.
     """
     if model is None and strategy == "fsdp":
         with torch.device("meta"):
@@ -51,6 +52,8 @@ def build_model(
         fill = _leave
     model.train()
     checkpoint_activations(model, config.training.activation_checkpointing)
+    rows = config.training.micro_batch_size
+    choose_attention(config.model, world, rows=rows, device=device, dtype=dtype, say=say)
     compile_blocks(model, config.training.compile, device=device, say=say)
     if strategy == "fsdp":
         shard(model, config.parallel, world, device=device, dtype=dtype, fill=fill)

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from gpt.config import UsageError
-from gpt.data.batches import Order, Windows
+from gpt.data.batches import IGNORED, Batch, Order, Windows
 from gpt.data.shards import ShardWriter, read_shard
 
 
@@ -68,6 +68,30 @@ def test_a_split_batch_is_the_batch_in_order(tmp_path):
     parts = list(batch.split(3))
     assert [len(p.tokens) for p in parts] == [3, 3, 1]
     assert torch.equal(torch.cat([p.targets for p in parts]), batch.targets)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_batch_goes_to_cuda_as_one_contiguous_pinned_tensor(masked, tmp_path, monkeypatch):
+    batch = windows_of(tmp_path, 101, 10).batch(np.arange(7))
+    if masked:
+        batch = Batch(batch.tokens, batch.targets.masked_fill(batch.targets % 2 == 0, IGNORED))
+    pinned, copied = [], []
+
+    def pin(tensor):
+        pinned.append(tensor.is_contiguous())
+        return tensor
+
+    def copy(tensor, device, *, non_blocking):
+        copied.append((str(device), non_blocking))
+        return tensor.clone()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "to", copy)
+    [part, *_] = batch.split(4)
+    there = part.to(torch.device("cuda"))
+    assert (pinned, copied) == ([True], [("cuda", True)])
+    assert torch.equal(there.tokens, part.tokens)
+    assert torch.equal(there.targets, part.targets)
 
 
 @pytest.mark.parametrize(("n", "chosen"), [(0, range(10)), (4, [0, 2, 5, 7]), (99, range(10))])

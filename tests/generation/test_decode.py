@@ -147,9 +147,12 @@ def test_prompts_are_read_in_chunks_without_a_difference(prefill, tiny_model, mo
 def test_steps_ahead_do_not_wait_for_each_token(tiny_model, monkeypatch):
     taken = []
     take = Steps.take
-    monkeypatch.setattr(
-        Steps, "take", lambda self, tokens, n: taken.append(len(n)) or take(self, tokens, n)
-    )
+
+    def counted(self, model, tokens, numbers, **options):
+        taken.append(len(numbers))
+        return take(self, model, tokens, numbers, **options)
+
+    monkeypatch.setattr(Steps, "take", counted)
     config = GenerationConfig(temperature=0, max_new_tokens=12, past_context="stop")
     got = list(decode(tiny_model, [prompt_of(3)], config, ahead=4))
     assert len(got) == 12

@@ -227,6 +227,86 @@ def test_rows_leave_and_others_take_their_place(kind):
         torch.testing.assert_close(got[row], model(whole)[0, len(before) :], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_a_mask_becomes_a_bias_of_the_keys_dtype_once_a_forward(kind, dtype, monkeypatch):
+    model, masks = model_of("gpt2", dtype), []
+    fused = torch.nn.functional.scaled_dot_product_attention
+
+    def kept(q, k, v, **options):
+        masks.append(options["attn_mask"])
+        return fused(q, k, v, **options)
+
+    monkeypatch.setattr("gpt.model.attention.F.scaled_dot_product_attention", kept)
+    cache = model.new_cache(2, kind=kind)
+    model(some_tokens(2, 5), cache=cache)
+    cache.truncate([5, 3])
+    masks.clear()
+    model(some_tokens(2, 2), cache=cache)
+    assert len(masks) == 3  # one a layer
+    assert len({mask.data_ptr() for mask in masks}) == 1
+    bias = masks[0]
+    assert bias.dtype == cache.keys.dtype
+    assert all(stride % 16 == 0 for stride in bias.stride()[:-1])
+    looks = [[True] * 6 + [False], [True] * 7], [[True] * 4 + [False] * 3, [True] * 5 + [False] * 2]
+    assert (bias[:, 0, :, :7] == 0).tolist() == list(looks)
+    assert set(bias.flatten().tolist()) == {0.0, -torch.inf}
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """The tensors that the host has read."""
+    read = []
+    tolist, item = torch.Tensor.tolist, torch.Tensor.item
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: read.append(self) or tolist(self))
+    monkeypatch.setattr(torch.Tensor, "item", lambda self: read.append(self) or item(self))
+    return read
+
+
+@pytest.mark.parametrize(
+    ("operation", "reads"),
+    [
+        (lambda cache: cache.reorder([0, 1, 2]), 0),
+        (lambda cache: cache.batch_size, 0),
+        (lambda cache: cache.reorder([0, 1]), 1),
+        (lambda cache: cache.reorder([2, 0, 1]), 1),
+        (lambda cache: cache.truncate([1, 2, 3]), 1),
+        (lambda cache: cache.length, 1),
+        (lambda cache: cache.is_ragged, 1),
+        (lambda cache: cache.expand(2), 1),
+        (lambda cache: cache.positions(2), 1),  # on a CPU, where it checks that they fit
+    ],
+    ids=["same", "size", "drop", "turn", "truncate", "length", "ragged", "expand", "positions"],
+)
+def test_an_operation_of_a_static_cache_reads_its_lengths_once_at_most(
+    operation, reads, waits, tiny_model
+):
+    cache = tiny_model.new_cache(4, kind=StaticCache)
+    cache.reorder([0, 1, 2])
+    cache.advance(5)
+    waits.clear()
+    operation(cache)
+    assert len(waits) == reads
+
+
+def test_adding_rows_to_a_static_cache_reads_each_caches_lengths_once(waits, tiny_model):
+    cache, arriving = (tiny_model.new_cache(2, kind=StaticCache) for _ in range(2))
+    cache.reorder([0])
+    waits.clear()
+    cache.add(arriving, [1])
+    assert len(waits) == 2
+
+
+@torch.inference_mode()
+def test_a_step_over_a_static_cache_on_a_device_reads_nothing(tiny_model):
+    model = tiny_model.to("meta")  # where nothing can be read
+    cache = model.new_cache(3, kind=StaticCache)
+    for _ in range(4):
+        cache.reorder([0, 1, 2])
+        assert model(some_tokens(3, 1).to("meta"), cache=cache).shape == (3, 1, 61)
+
+
 @torch.inference_mode()
 def test_the_cache_takes_its_memory_once(tiny_model):
     cache = tiny_model.new_cache(2)

@@ -1,0 +1,100 @@
+"""Which kernels attention takes in training on CUDA: cuDNN's or torch's own, by measurement.
+
+Which are faster depends on the GPU, the shape and the versions. So both are timed at the start of a
+run, forward and backward, and cuDNN's must agree with the others on the run's own shape.
+"""
+
+import functools
+import json
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gpt.config import ModelConfig
+from gpt.model.attention import INFERENCE
+from gpt.training.parallel import World
+
+KERNELS = {"cudnn": [SDPBackend.CUDNN_ATTENTION], "flash": INFERENCE}
+"""What is timed, by name; a shape that flash attention does not take is for the next of torch's."""
+TOLERANCE = 0.05
+"""Of the largest number: more than rounding to bfloat16 adds up to."""
+WARM_UP, TIMED = 3, 20
+
+
+def choose_attention(
+    config: ModelConfig,
+    world: World,
+    *,
+    rows: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    say: Callable[[str], None],
+) -> None:
+    """Let this process's attention in training be cuDNN's where it is the faster for ``rows``
+    sequences of the model's context, and say so. All processes take what the main one measured.
+    """
+    if device.type != "cuda":
+        return
+    times: dict[str, float] = json.loads(
+        world.share(lambda: json.dumps(measure(config, rows=rows, device=device, dtype=dtype)))
+    )
+    chosen = min(times, key=lambda name: times[name], default="flash")
+    torch.backends.cuda.enable_cudnn_sdp(chosen == "cudnn")
+    measured = ", ".join(f"{name} {1000 * seconds:.3f} ms" for name, seconds in times.items())
+    reason = f"forward and backward: {measured}" if times else "cuDNN's does not fit"
+    say(f"attention {chosen} ({reason})")
+
+
+def measure(
+    config: ModelConfig, *, rows: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, float]:
+    """Seconds of a forward and a backward pass through one layer's attention with each of
+    ``KERNELS``; nothing where cuDNN has none for the shape, or gives other numbers.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v, dy = (
+        torch.randn(
+            (rows, heads, config.context_length, config.head_dim),
+            generator=generator,
+            device=device,
+        )
+        .to(dtype)
+        .requires_grad_()
+        for heads in (config.n_head, config.kv_heads, config.kv_heads, config.n_head)
+    )
+    grouped = config.n_head != config.kv_heads
+    asked = torch.backends.cuda.SDPAParams(q, k, v, None, config.dropout, True, grouped)
+    if not torch.backends.cuda.can_use_cudnn_attention(asked):
+        return {}
+
+    def run(name: str, dropout: float) -> list[Tensor]:
+        with sdpa_kernel(KERNELS[name]):
+            y = F.scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=grouped
+            )
+            return [y, *torch.autograd.grad(y, (q, k, v), dy)]
+
+    if not _agree(run("cudnn", 0.0), run("flash", 0.0)):
+        return {}
+    timed = {name: functools.partial(run, name, config.dropout) for name in KERNELS}
+    return {name: _seconds(step, device) for name, step in timed.items()}
+
+
+def _agree(one: Sequence[Tensor], two: Sequence[Tensor]) -> bool:
+    pairs = zip(one, two, strict=True)
+    return all(bool((a - b).abs().max() <= TOLERANCE * b.abs().max()) for a, b in pairs)
+
+
+def _seconds(step: Callable[[], object], device: torch.device) -> float:
+    for _ in range(WARM_UP):
+        step()
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(TIMED):
+        step()
+    torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / TIMED

@@ -1,0 +1,88 @@
+import contextlib
+
+import pytest
+import torch
+
+from gpt.training import backends
+from gpt.training.backends import choose_attention, measure
+from gpt.training.parallel import World
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def cudnn():
+    """Whether CUDA's attention may be cuDNN's; afterwards as it was."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    yield torch.backends.cuda.cudnn_sdp_enabled
+    torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@pytest.mark.parametrize(
+    ("times", "line"),
+    [
+        (
+            {"cudnn": 0.001, "flash": 0.0015},
+            "attention cudnn (forward and backward: cudnn 1.000 ms, flash 1.500 ms)",
+        ),
+        (
+            {"cudnn": 0.002, "flash": 0.0015},
+            "attention flash (forward and backward: cudnn 2.000 ms, flash 1.500 ms)",
+        ),
+        ({}, "attention flash (cuDNN's does not fit)"),
+    ],
+)
+def test_training_on_cuda_takes_the_faster_attention_and_says_so(
+    times, line, tiny_config, monkeypatch, cudnn
+):
+    monkeypatch.setattr(backends, "measure", lambda *args, **options: times)
+    said = []
+    options = {"rows": 4, "dtype": torch.bfloat16, "say": said.append}
+    choose_attention(tiny_config, World(), device=CUDA, **options)
+    assert said == [line]
+    assert cudnn() == line.startswith("attention cudnn")
+
+
+def test_elsewhere_nothing_is_measured_and_nothing_said(tiny_config, monkeypatch, cudnn):
+    monkeypatch.setattr(backends, "measure", None)
+    before, said = cudnn(), []
+    options = {"rows": 4, "dtype": torch.bfloat16, "say": said.append}
+    choose_attention(tiny_config, World(), device=torch.device("cpu"), **options)
+    assert (cudnn(), said) == (before, [])
+
+
+def measured(config, monkeypatch, *, fits=True, wrong=0.0):
+    """On the CPU, whose own kernel stands for all: cuDNN's with an error of ``wrong``."""
+    inside = []
+
+    @contextlib.contextmanager
+    def only(backends):
+        inside.append(backends)
+        yield
+        inside.pop()
+
+    fused = backends.F.scaled_dot_product_attention
+
+    def attention(*args, **options):
+        y = fused(*args, **options)
+        return y + wrong if inside == [backends.KERNELS["cudnn"]] else y
+
+    monkeypatch.setattr(torch.backends.cuda, "can_use_cudnn_attention", lambda params: fits)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(backends, "sdpa_kernel", only)
+    monkeypatch.setattr(backends.F, "scaled_dot_product_attention", attention)
+    return measure(config, rows=2, device=torch.device("cpu"), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_both_kernels_are_timed_where_they_agree(grouped, tiny_config, monkeypatch):
+    if grouped:
+        tiny_config = type(tiny_config)(context_length=16, n_head=4, n_kv_head=2, n_embd=32)
+    times = measured(tiny_config, monkeypatch)
+    assert list(times) == ["cudnn", "flash"]
+    assert all(seconds > 0 for seconds in times.values())
+
+
+def test_cudnns_attention_is_not_taken_where_it_is_wrong_or_has_no_kernel(tiny_config, monkeypatch):
+    assert measured(tiny_config, monkeypatch, fits=False) == {}
+    assert measured(tiny_config, monkeypatch, wrong=10.0) == {}

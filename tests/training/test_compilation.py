@@ -1,0 +1,31 @@
+import dataclasses
+
+import pytest
+import torch
+
+from tests.conftest import make_model
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"scale_attention_by_layer": True}, {"scale_attention": False}],
+    ids=["gpt2", "scaled by layer", "unscaled"],
+)
+def test_one_graph_serves_all_blocks(settings, tiny_config):
+    model = make_model(dataclasses.replace(tiny_config, n_layer=10, **settings)).train()
+    tokens = torch.arange(12).view(1, 12)
+    expected = model(tokens)
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    for block in model.blocks:
+        block.compile(backend=backend, fullgraph=True)
+    compiled = model(tokens)
+    torch._dynamo.reset()
+    assert len(graphs) == 1
+    torch.testing.assert_close(compiled, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
