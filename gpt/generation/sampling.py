@@ -81,7 +81,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     # From the least likely up, as Hugging Face sums them; flipped, so that ties end as promised.
     ordered, ids = logits.flip(-1).sort(dim=-1, stable=True)
     tail = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
-    tail[..., -1] = False
+    tail[..., -1].fill_(False)
     dropped = torch.empty_like(tail).scatter_(-1, ids, tail)
     return logits.masked_fill(dropped.flip(-1), -torch.inf)
 
