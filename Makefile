@@ -3,9 +3,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 READY := $(VENV)/.ready
+CUDA_VENV := .venv-cuda
+CUDA_READY := $(CUDA_VENV)/.ready
+CUDA_TORCH := torch==2.14.1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all soak lint format clean
+.PHONY: help setup demo test test-all test-fake-cuda soak lint format clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1	/' | expand -t 18
@@ -31,6 +34,17 @@ test: $(READY)  ## the tests
 test-all: $(READY)  ## the tests, with the slow ones
 	$(BIN)/python -m pytest -m "slow or not slow"
 
+# Beside .venv: a CUDA build of torch (several GB), and the tested versions of the rest.
+$(CUDA_READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(CUDA_VENV)
+	grep -v '^torch==' constraints.txt > $(CUDA_VENV)/constraints.txt
+	$(CUDA_VENV)/bin/python -m pip --disable-pip-version-check install --quiet \
+		-c $(CUDA_VENV)/constraints.txt $(CUDA_TORCH) -e '.[test]'
+	@touch $@
+
+test-fake-cuda: $(CUDA_READY)  ## a dry run of the GPU's code on fake tensors: needs a CUDA build of torch, and no GPU
+	$(CUDA_VENV)/bin/python -m tests.fake_cuda
+
 soak: $(READY)  ## minutes of killed runs and failing disks: what is left must go on as if nothing had been
 	$(BIN)/python -m tests.soak
 
@@ -44,4 +58,4 @@ format: $(READY)  ## rewrite the code as ruff has it
 	$(BIN)/ruff format .
 
 clean:  ## remove .venv and caches; runs/ stays
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(CUDA_VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import re
 import sys
 from collections.abc import Mapping
 
@@ -16,19 +17,26 @@ DTYPES: dict[Precision, torch.dtype] = {
     "float16": torch.float16,
 }
 
-# Dense bfloat16 matrix products, FLOP/s, from the makers' data sheets; the first name that fits
-# counts.
+# Dense bfloat16 matrix products with sums in float32, FLOP/s, from the makers' data sheets, by the
+# whole name that the driver gives (without "NVIDIA" and "GeForce"), as a regular expression. Parts
+# of a name do not count: a laptop's, another memory's or a MIG slice's GPU is another one.
 PEAK_FLOPS = {
+    "GB200": 2.5e15,
     "B200": 2.25e15,
+    "GH200 (480GB|144G HBM3e)": 989e12,
     "H200": 989e12,
+    "H200 NVL": 835e12,
+    "H100 80GB HBM3": 989e12,
     "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
+    "A100-(SXM4|PCIE)-[48]0GB|A100 80GB PCIe": 312e12,
+    "A30": 165e12,
     "L40S": 362e12,
     "L40": 181e12,
     "L4": 121e12,
+    "RTX 5090": 209e12,
     "RTX 4090": 165e12,
+    "RTX 3090 Ti": 80e12,
     "RTX 3090": 71e12,
 }
 
@@ -113,5 +121,5 @@ def peak_flops(device: torch.device) -> float | None:
     """Peak FLOP/s of bfloat16 matrix products, where it is known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    name = torch.cuda.get_device_name(device).removeprefix("NVIDIA ").removeprefix("GeForce ")
+    return next((peak for known, peak in PEAK_FLOPS.items() if re.fullmatch(known, name)), None)

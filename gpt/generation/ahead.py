@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gpt.config import SamplingConfig
-from gpt.generation.sampling import choose, penalise
+from gpt.generation.sampling import UNKNOWN, choose, marked, penalise
 from gpt.model.cache import StaticCache
 from gpt.model.gpt import GPT
 
@@ -32,8 +32,6 @@ ROUNDED = 128
 """A cache's capacity is a multiple of this where the context allows, so that longer texts fit it
 too.
 """
-NO_NUMBER = -1
-"""In the place of a token whose logits were no numbers."""
 
 
 class Steps:
@@ -79,7 +77,7 @@ class Steps:
             once()
         self._taken[padded] += n
         chosen: list[list[int]] = self._chosen[:n, :B].tolist()
-        return None if any(NO_NUMBER in step for step in chosen) else chosen
+        return None if any(UNKNOWN in step for step in chosen) else chosen
 
     def _take(self, model: GPT, cache: StaticCache) -> None:
         B = cache.batch_size
@@ -88,8 +86,7 @@ class Steps:
             logits = logits + self._bias
         numbers = self._numbers[:, :B].index_select(0, self._step)[0]
         chosen = choose(logits, self.config, numbers)
-        told = chosen.where(logits.amax(dim=-1).isfinite(), NO_NUMBER)
-        self._chosen[:, :B].index_copy_(0, self._step, told[None])
+        self._chosen[:, :B].index_copy_(0, self._step, marked(chosen, logits)[None])
         self._tokens[:B].copy_(chosen[:, None])
         self._step += 1
 

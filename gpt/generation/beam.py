@@ -68,16 +68,12 @@ def beam_search(
         logprobs = logits.float().log_softmax(dim=-1)
         logprobs = penalise(logprobs, config, history, early=early, end_of_text=end_of_text)
         finite(logprobs)
+        best = _best(scores[:, None] + logprobs, 2 * width)
+        details = _details(every, best, config.logprobs, vocab_size)
         candidates = []
-        for score, parent, token in _best(scores[:, None] + logprobs, 2 * width):
-            [details] = describe(
-                every[parent : parent + 1],
-                torch.tensor([token], device=device),
-                config.logprobs,
-                vocab_size,
-            )
+        for (score, parent, token), detail in zip(best, details, strict=True):
             before = beams[parent]
-            beam = Beam([*before.tokens, token], score, [*before.details, details])
+            beam = Beam([*before.tokens, token], score, [*before.details, detail])
             candidates.append((parent, beam))
         for _, beam in candidates[:width]:
             if beam.tokens[-1] == end_of_text or length == limit:
@@ -104,6 +100,16 @@ def _best(scores: Tensor, n: int) -> list[tuple[float, int, int]]:
     best = scores.flatten().topk(min(n, scores.numel()))
     pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
     return [(x, *divmod(i, scores.shape[1])) for x, i in pairs if x > -math.inf]
+
+
+def _details(
+    logits: Tensor, best: list[tuple[float, int, int]], top: int | None, vocab_size: int
+) -> list[Details]:
+    """What :func:`describe` says of all candidates, whose parents' ``logits`` are ``[B, V]``."""
+    if top is None:
+        return [(None, ())] * len(best)
+    rows = torch.tensor([[parent, token] for _, parent, token in best], device=logits.device)
+    return describe(logits[rows[:, 0]], rows[:, 1], top, vocab_size)
 
 
 def check(model: GPT, prompt: Sequence[int], config: GenerationConfig, vocab_size: int) -> None:

@@ -35,8 +35,9 @@ from gpt.generation.sampling import (
     History,
     choose,
     describe,
-    finite,
+    marked,
     new_draws,
+    on_host,
     penalise,
 )
 from gpt.model.cache import KVCache
@@ -321,11 +322,12 @@ class Decoder:
             logits, config, self._history, early=early, end_of_text=self.end_of_text
         )
         numbers = [row.draws.random() for row in rows] if config.temperature else []
-        chosen = choose(finite(processed), config, numbers)
+        chosen = choose(processed, config, numbers)
+        ids = on_host(marked(chosen, processed))
         if self._history is not None:
             self._history.append(chosen)
         details = describe(every, chosen, config.logprobs, self.vocab_size)
-        tokens = zip(rows, chosen.tolist(), details, strict=True)
+        tokens = zip(rows, ids, details, strict=True)
         return [self._written(row, token, *detail) for row, token, detail in tokens]
 
     def _written(self, row: _Row, token: int, *details: Any) -> Token:

@@ -45,7 +45,8 @@ class PackedLinear(nn.Module):
     def __init__(self, matrix: Matrix, bias: Tensor | None, wide: torch.dtype, few: int) -> None:
         super().__init__()
         self.matrix, self.wide, self.few = matrix, wide, few
-        self.register_buffer("bias", None if bias is None else bias.detach().float())
+        kept = torch.float32 if few else wide  # the kernels', or the matrix product's
+        self.register_buffer("bias", None if bias is None else bias.detach().to(kept))
         self._raw: kernels.Matrix | None = None
 
     @property

@@ -5,11 +5,13 @@ temperature is 0: temperature, top-k, top-p, min-p, draw. This is the order of H
 processors. What a filter drops has a logit of minus infinity.
 """
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gpt.config import SamplingConfig, UsageError
@@ -18,6 +20,8 @@ NO_NUMBERS = (
     "the model's logits are not numbers: its weights are damaged or too large for this precision "
     "(float32 has the widest range), or every token is banned"
 )
+UNKNOWN = -1
+"""In the place of a token that cannot be told from its logits."""
 Details = tuple[float | None, tuple[tuple[int, float], ...]]
 """A token's log-probability, and the likeliest ids with theirs."""
 
@@ -77,7 +81,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     # From the least likely up, as Hugging Face sums them; flipped, so that ties end as promised.
     ordered, ids = logits.flip(-1).sort(dim=-1, stable=True)
     tail = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
-    tail[..., -1] = False
+    tail[..., -1].fill_(False)
     dropped = torch.empty_like(tail).scatter_(-1, ids, tail)
     return logits.masked_fill(dropped.flip(-1), -torch.inf)
 
@@ -104,11 +108,16 @@ def next_token_probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:
     return keep_min_p(kept, config.min_p).softmax(dim=-1)
 
 
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """Of the numbers that decide."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def draw(probabilities: Tensor, numbers: Sequence[float] | Tensor) -> Tensor:
     """One token a row, ``[B, V]`` to ``[B]``: the first whose cumulated probability is above the
     row's number, from 0 to 1.
     """
-    exact = torch.float32 if probabilities.device.type == "mps" else torch.float64
+    exact = exact_dtype(probabilities.device)
     cumulated = probabilities.to(exact).cumsum(dim=-1)
     wanted = torch.as_tensor(numbers, dtype=exact, device=probabilities.device)[:, None]
     # Below the sum, which may not be 1 to the last bit.
@@ -131,6 +140,19 @@ def finite(logits: Tensor) -> Tensor:
     if not logits.amax(dim=-1).isfinite().all():
         raise UsageError(NO_NUMBERS)
     return logits
+
+
+def marked(tokens: Tensor, logits: Tensor) -> Tensor:
+    """``tokens`` ``[B]``, ``UNKNOWN`` where no token can be told from the row's logits."""
+    return tokens.where(logits.amax(dim=-1).isfinite(), UNKNOWN)
+
+
+def on_host(tokens: Tensor) -> list[int]:
+    """:func:`marked` tokens in one transfer; ``UsageError`` if one is ``UNKNOWN``."""
+    ids: list[int] = tokens.tolist()
+    if UNKNOWN in ids:
+        raise UsageError(NO_NUMBERS)
+    return ids
 
 
 def describe(logits: Tensor, tokens: Tensor, top: int | None, vocab_size: int) -> list[Details]:
@@ -168,6 +190,14 @@ class History:
         """Row ``i`` becomes what row ``rows[i]`` was."""
         wanted = torch.tensor(rows, dtype=torch.int64, device=self.seen.device)
         self.seen, self.counts = self.seen[wanted], self.counts[wanted]
+
+    def after_each(self, tokens: Tensor) -> "History":
+        """The one row there is, as it is and after each of ``tokens`` ``[n]``: ``n + 1`` rows."""
+        other = copy.copy(self)
+        written = F.one_hot(tokens, self.seen.shape[1]).cumsum(dim=0)
+        written = F.pad(written, (0, 0, 1, 0))
+        other.seen, other.counts = self.seen | (written > 0), self.counts + written
+        return other
 
     def append(self, tokens: Tensor) -> None:
         """The next token of each row, ``[B]``."""

@@ -18,12 +18,17 @@ from gpt.config import GenerationConfig, SamplingConfig, UsageError
 from gpt.generation.checks import check_prompt, check_settings
 from gpt.generation.decode import Reason, Token, common, evaluation_mode
 from gpt.generation.sampling import (
+    NO_NUMBERS,
+    UNKNOWN,
+    Details,
     History,
     describe,
     draw,
-    finite,
+    exact_dtype,
+    marked,
     new_draws,
     next_token_probabilities,
+    on_host,
     penalise,
 )
 from gpt.model.gpt import GPT
@@ -88,9 +93,10 @@ class DraftModel:
         tokens, guesses, distributions = list(tokens), [], []
         for _ in range(n):
             logits = self._reader.logits(tokens, 1)[:, : self._vocab_size]
-            processed = finite(penalise(logits, self._config))
+            processed = penalise(logits, self._config)
             probabilities = next_token_probabilities(processed, self._config)
-            guesses.append(int(draw(probabilities, [self._draws.random()])))
+            guess = draw(probabilities, [self._draws.random()])
+            guesses += on_host(marked(guess, processed))
             distributions.append(probabilities)
             tokens.append(guesses[-1])
         return guesses, torch.cat(distributions) if guesses else None
@@ -157,7 +163,7 @@ class Speculator:
         """
         config, context = self.config, self.model.config.context_length
         check_prompt(self.model, prompt, config, self.vocab_size)
-        draws = new_draws(config.seed, prompt, sample)
+        draws = _Draws(new_draws(config.seed, prompt, sample))
         self.draft.start(prompt, sample)
         reader, tokens, written = _Reader(self.model), list(prompt)[-context:], 0
         history = None
@@ -168,34 +174,54 @@ class Speculator:
             if len(tokens) > context:
                 tokens = tokens[-max(1, context // 2) :]
             room = min(context - len(tokens), config.max_new_tokens - written - 1)
-            guesses, distributions = self.draft.propose(tokens, min(room, self.num_draft_tokens))
+            guesses, q = self.draft.propose(tokens, min(room, self.num_draft_tokens))
+            numbers = draws.next(len(guesses) + 1)
+            # What goes to the device goes before it has work, for which the copies would wait.
+            ids = torch.tensor(guesses, dtype=torch.int64, device=self.model.device)
+            others = torch.tensor(
+                [*numbers[1:], numbers[-1]],  # a guess's own number has decided already
+                dtype=exact_dtype(self.model.device),
+                device=self.model.device,
+            )
             every = reader.logits(tokens + guesses, len(guesses) + 1)
-            logits = every[:, : self.vocab_size]
             self.rounds += 1
             self.guesses += len(guesses)
-            for i in range(len(guesses) + 1):
-                early = (0,) if written < config.min_new_tokens else ()
-                processed = penalise(
-                    logits[i : i + 1], config, history, early=early, end_of_text=self.end_of_text
-                )
-                p = next_token_probabilities(finite(processed), config)
-                q = None if distributions is None else distributions[i : i + 1]
-                guess = guesses[i] if i < len(guesses) else None
-                token, accepted = _verified(p, guess, q if guess is not None else None, draws)
-                self.accepted += accepted
+            histories = None if history is None else history.after_each(ids)
+            early = range(min(len(guesses) + 1, max(0, config.min_new_tokens - written)))
+            logits = penalise(
+                every[:, : self.vocab_size],
+                config,
+                histories,
+                early=early,
+                end_of_text=self.end_of_text,
+            )
+            p = next_token_probabilities(logits, config)
+            drawn = marked(draw(_instead(p, ids, q), others), logits)
+            kept, last = _verified(p, ids, q, drawn, numbers)
+            draws.drop(min(kept + 2, len(numbers)))
+            details = self._details(every, ids, drawn, kept)
+            for i, token in enumerate([*guesses[:kept], last]):
+                if token == UNKNOWN:
+                    raise UsageError(NO_NUMBERS)
+                self.accepted += i < kept
                 self.written += 1
                 written += 1
                 tokens.append(token)
-                chosen = torch.tensor([token], device=logits.device)
-                if history is not None:
-                    history.append(chosen)
                 ended = self._end(token, written, len(tokens))
-                [details] = describe(every[i : i + 1], chosen, config.logprobs, self.vocab_size)
-                yield Token(sequence, token, ended, *details)
+                yield Token(sequence, token, ended, *details[i])
                 if ended:
                     return
-                if not accepted:
-                    break
+            if histories is not None:
+                histories.keep([kept])
+                histories.append(drawn[kept : kept + 1])
+                history = histories
+
+    def _details(self, logits: Tensor, guesses: Tensor, drawn: Tensor, kept: int) -> list[Details]:
+        """What :func:`describe` says of the guesses that are kept, and of what follows them."""
+        if self.config.logprobs is None:
+            return [(None, ())] * (kept + 1)
+        tokens = torch.cat([guesses[:kept], drawn[kept : kept + 1].clamp_min(0)])
+        return describe(logits[: kept + 1], tokens, self.config.logprobs, self.vocab_size)
 
     def _end(self, token: int, written: int, length: int) -> Reason | None:
         if token == self.end_of_text:
@@ -206,25 +232,51 @@ class Speculator:
         return "context" if full and self.config.past_context == "stop" else None
 
 
-def _verified(
-    p: Tensor, guess: int | None, q: Tensor | None, draws: np.random.Generator
-) -> tuple[int, bool]:
-    """The next token, drawn from ``p`` ``[1, V]``, and whether it is the guess (drawn from ``q``;
-    certain without one).
+class _Draws:
+    """Random numbers that may be looked at before they are used."""
+
+    def __init__(self, draws: np.random.Generator) -> None:
+        self._draws = draws
+        self._numbers: list[float] = []
+
+    def next(self, n: int) -> list[float]:
+        """The next ``n`` numbers."""
+        self._numbers += [self._draws.random() for _ in range(n - len(self._numbers))]
+        return self._numbers[:n]
+
+    def drop(self, n: int) -> None:
+        """The next ``n`` numbers are used."""
+        del self._numbers[:n]
+
+
+def _instead(p: Tensor, guesses: Tensor, q: Tensor | None) -> Tensor:
+    """What a token is drawn from where its guess is not kept, ``[n + 1, V]``: what ``p`` has more
+    than ``q`` ``[n, V]`` (all of it on the guess, without a ``q``); behind the last guess ``p``.
     """
-    if guess is None:
-        return int(draw(p, [draws.random()])), False
-    guessed = 1.0 if q is None else q[0, guess].item()
-    if draws.random() * guessed < p[0, guess].item():
-        return guess, True
-    if q is None:
-        rest = p.clone()
-        rest[0, guess] = 0
-    else:
-        rest = (p - q).clamp_min(0)
-    if not rest.any():  # p and q are one, but for rounding
-        rest = p
-    return int(draw(rest, [draws.random()])), False
+    n = len(guesses)
+    more = p[:n].scatter(1, guesses[:, None], 0.0) if q is None else (p[:n] - q).clamp_min(0)
+    rest = torch.cat([more, p[n:]])
+    return rest.where(rest.any(dim=-1, keepdim=True), p)  # p and q may be one, but for rounding
+
+
+def _verified(
+    p: Tensor, guesses: Tensor, q: Tensor | None, drawn: Tensor, numbers: Sequence[float]
+) -> tuple[int, int]:
+    """How many of the ``n`` guesses are kept, and the token behind them, of ``drawn`` ``[n + 1]``:
+    the host waits for the device once. Each guess was drawn from its row of ``q`` (certain without
+    one) and is kept by its number.
+    """
+    n = len(guesses)
+    mine = p[:n].gather(1, guesses[:, None])[:, 0]
+    theirs = torch.ones_like(mine) if q is None else q.gather(1, guesses[:, None])[:, 0]
+    exact = exact_dtype(p.device)
+    told = torch.cat([mine.to(exact), theirs.to(exact), drawn.to(exact)]).tolist()
+    kept = 0
+    while (
+        kept < n and told[2 * n + kept] != UNKNOWN and numbers[kept] * told[n + kept] < told[kept]
+    ):
+        kept += 1
+    return kept, int(told[2 * n + kept])
 
 
 class _Reader:

@@ -1,5 +1,6 @@
 """torch.compile, where it is asked for or pays."""
 
+import subprocess
 from collections.abc import Callable
 from typing import Literal
 
@@ -27,7 +28,7 @@ def compile_blocks(
         return
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
-    except (RuntimeError, OSError, ImportError) as error:
+    except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if mode == "on":
             raise UsageError(

@@ -34,6 +34,10 @@ T = TypeVar("T")
 Strategy = Literal["single", "ddp", "fsdp"]
 STATE_BYTES = 16
 """Of a parameter: its weight, gradient, and two moments in float32."""
+PATIENCE = timedelta(days=7)
+"""What may take long on one process, a checkpoint's write say, ends no other; a process that is
+gone does.
+"""
 
 
 @dataclass
@@ -47,6 +51,8 @@ class World:
     job: dist.Store | None = None
     """What outlives them where torchrun starts them again."""
     _shared: int = 0
+    _patient: dist.ProcessGroup | None = None
+    """All processes, over gloo."""
 
     @property
     def is_main(self) -> bool:
@@ -90,11 +96,18 @@ class World:
                 raise
             self.store.set(key, f"={result}")
             return result
-        self.store.wait([key], timedelta(days=7))
+        self.store.wait([key], PATIENCE)
         outcome: str = self.store.get(key).decode()
         if outcome.startswith("!"):
             raise UsageError(outcome[1:])
         return outcome[1:]
+
+    def wait_for_all(self) -> None:
+        """Go on when all processes are here, as long as it takes: what follows may then use NCCL,
+        which gives up after minutes.
+        """
+        if self._patient is not None:
+            dist.all_reduce(torch.zeros(1), group=self._patient)
 
     def main_first(self, make: Callable[[], T]) -> T:
         """What ``make`` returns here; the main process calls it before the others do."""
@@ -124,6 +137,7 @@ class World:
             torch.cuda.set_device(local_rank)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size)
+        self._patient = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def remember(self, run: str) -> None:
         """Let processes that torchrun starts again know that the run is this job's."""
@@ -157,7 +171,8 @@ def join() -> Iterator[World]:
     world = World(rank, size, store=_meet(job, rank, size), job=job)
     try:
         yield world
-        world.largest(0)  # all are done
+        world.wait_for_all()  # all are done
+        world._patient = None
         gc.collect()  # what still holds a process group would abort the process at its end
         dist.destroy_process_group()
     except Exception as error:

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from gpt import checkpoint as checkpoints
 from gpt.checkpoint import State
 from gpt.config import CheckpointConfig, UsageError
-from gpt.training.parallel import World, cpu_mesh
+from gpt.training.parallel import PATIENCE, World, cpu_mesh
 
 
 class Saver:
@@ -42,7 +42,9 @@ class Saver:
     ) -> None:
         self._run, self._config, self._world = run, config, world
         self._flush, self._say = flush, say
-        self._group = dist.new_group(backend="gloo") if sharded else None  # the thread's own
+        self._group: dist.ProcessGroup | None = None  # the thread's own
+        if sharded:
+            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._copies: dict[str, Tensor] = {}
@@ -63,6 +65,7 @@ class Saver:
         if kind is None or issubclass(kind, Exception):  # not for a second Ctrl-C
             self._join()
         if kind is None:
+            self._world.wait_for_all()
             self.check()
 
     def save(self, state: State, *, best: str | None) -> None:
@@ -71,6 +74,7 @@ class Saver:
         """
         start = time.perf_counter()
         self._join()
+        self._world.wait_for_all()  # each may have had another time to write
         self.check()
         copied = dataclasses.replace(
             state,

@@ -6,6 +6,7 @@ import torch
 from gpt.config import GenerationConfig, ModelConfig, UsageError
 from gpt.generation.beam import BeamSearch, beam_search
 from gpt.generation.decode import decode
+from gpt.generation.sampling import describe
 from tests.model.test_gpt import with_hugging_face_weights
 
 STOPPING = {"likely": False, "first": True, "never": "never"}
@@ -104,6 +105,20 @@ def test_the_best_of_many_beams_is_the_best_there_is():
     order = logprobs.argsort(descending=True)
     assert [beam.tokens for beam in beams] == every[order].tolist()
     assert [beam.score for beam in beams] == pytest.approx(logprobs[order].tolist(), abs=1e-4)
+
+
+def test_all_candidates_of_a_step_are_described_at_once(both, monkeypatch):
+    asked = []
+
+    def counted(logits, tokens, *args):
+        asked.append(len(tokens))
+        return describe(logits, tokens, *args)
+
+    monkeypatch.setattr("gpt.generation.beam.describe", counted)
+    config = GenerationConfig(max_new_tokens=6, num_beams=3, num_samples=3, logprobs=2)
+    for beam in beam_search(both[0], [1, 2, 3], config):
+        assert beam.score * 6 == pytest.approx(sum(logprob for logprob, _ in beam.details))
+    assert asked == [6] * 6
 
 
 def test_the_prompt_and_each_beams_token_are_read_once(both, monkeypatch):

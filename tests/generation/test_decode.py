@@ -7,6 +7,7 @@ import torch
 from gpt.config import GenerationConfig, ModelConfig, UsageError
 from gpt.generation.ahead import Steps
 from gpt.generation.decode import Decoder, decode
+from gpt.model.cache import KVCache
 from gpt.model.gpt import GPT
 from tests.conftest import make_model
 from tests.model.test_gpt import with_hugging_face_weights
@@ -167,6 +168,25 @@ def test_steps_ahead_of_a_model_that_gives_no_numbers_are_refused(tiny_model):
         tiny_model.head.weight.fill_(torch.nan)
     with pytest.raises(UsageError, match="logits are not numbers"):
         decoder.step()
+
+
+@pytest.mark.parametrize("ahead", [1, 4])
+def test_a_step_waits_for_the_device_once(ahead, tiny_model, monkeypatch):
+    monkeypatch.setattr(KVCache, "_check_room", lambda self, n: None)  # a CPU's alone
+    waits = []
+    for read in ("tolist", "item", "__bool__", "__int__", "__float__"):
+        method = getattr(torch.Tensor, read)
+        monkeypatch.setattr(
+            torch.Tensor, read, lambda self, method=method: waits.append(1) or method(self)
+        )
+    decoder = Decoder(tiny_model, greedy(13, past_context="stop"), ahead=ahead)
+    decoder.add(prompt_of(3))
+    decoder.add(prompt_of(3, seed=9))
+    decoder.step()  # reads the prompts
+    while decoder.busy:
+        waits.clear()
+        decoder.step()
+        assert len(waits) == 1
 
 
 def test_greedy_decoding_is_hugging_faces():

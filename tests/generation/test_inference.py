@@ -509,3 +509,11 @@ def test_the_number_of_threads_does_not_change_a_text():
         for threads in ("1", "2")
     ]  # fmt: skip
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8", "int4"])
+def test_biases_have_the_dtype_of_the_products_where_there_are_no_kernels(weights, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    prepared = gpt.prepare_for_inference(model_of(), weights, device=torch.device("cuda"))
+    linears = [m for m in prepared.modules() if isinstance(m, PackedLinear)]
+    assert {linear.bias.dtype for linear in linears if linear.bias is not None} == {torch.bfloat16}

@@ -191,6 +191,44 @@ def test_right_guesses_are_all_kept_and_read_together(monkeypatch):
     assert (speculator.rounds, speculator.guesses, speculator.accepted) == (2, 10, 10)
 
 
+@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.3, "top_k": 5}], ids=str)
+@pytest.mark.parametrize("name", ["look-up", "near"])
+def test_all_guesses_of_a_round_are_verified_with_one_wait(name, settings, monkeypatch):
+    model = model_of(1)
+    config = GenerationConfig(temperature=1.0, seed=1, max_new_tokens=40, **settings)
+    speculator = Speculator(model, config, drafts(model, config)[name], num_draft_tokens=4)
+    waits = []
+    for read in ("tolist", "item", "__bool__", "__int__", "__float__"):
+        method = getattr(torch.Tensor, read)
+        monkeypatch.setattr(
+            torch.Tensor, read, lambda self, method=method: waits.append(1) or method(self)
+        )
+    assert len(list(speculator.decode([1, 2, 3, 1, 2]))) == 40
+    drawn = speculator.guesses if name == "near" else 0  # a draft model waits for each of its own
+    assert speculator.guesses > 20
+    assert len(waits) == speculator.rounds + drawn
+
+
+def test_a_model_that_gives_no_numbers_is_refused_at_the_token_that_has_none(monkeypatch):
+    model = model_of(1)
+    config = GenerationConfig(temperature=0, max_new_tokens=12)
+    prompt = [1, 2, 3]
+    tokens = [token.id for token in decode(model, [prompt], config)]
+    speculator = Speculator(model, config, Right(prompt + tokens), num_draft_tokens=5)
+    head = model.head.forward
+
+    def broken(x):
+        logits = head(x)
+        logits[3:] = torch.nan
+        return logits
+
+    monkeypatch.setattr(model.head, "forward", broken)
+    got = []
+    with pytest.raises(UsageError, match="logits are not numbers"):
+        got.extend(token.id for token in speculator.decode(prompt))
+    assert speculator.accepted == 3
+
+
 def test_a_draft_that_gives_no_numbers_is_refused():
     model, broken = model_of(1), model_of(2)
     with torch.no_grad():

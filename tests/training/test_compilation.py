@@ -1,8 +1,10 @@
 import dataclasses
+import subprocess
 
 import pytest
 import torch
 
+from gpt.training.compilation import compile_blocks
 from tests.conftest import make_model
 
 
@@ -29,3 +31,15 @@ def test_one_graph_serves_all_blocks(settings, tiny_config):
     torch._dynamo.reset()
     assert len(graphs) == 1
     torch.testing.assert_close(compiled, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_training_goes_on_where_a_kernel_cannot_be_built(monkeypatch, tiny_model):
+    def broken(what):
+        raise subprocess.CalledProcessError(1, ["gcc", "main.c"])  # as Triton does
+
+    monkeypatch.setattr(torch, "compile", broken)
+    said = []
+    compile_blocks(tiny_model, "auto", device=torch.device("cuda"), say=said.append)
+    assert len(said) == 1
+    assert "Command '['gcc', 'main.c']' returned non-zero exit status 1" in said[0]
+    assert tiny_model.blocks[0]._compiled_call_impl is None

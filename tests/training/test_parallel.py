@@ -1,6 +1,7 @@
 """One result on any number of processes: gloo on the CPU, two and four of them."""
 
 import dataclasses
+import datetime
 import json
 import os
 import shutil
@@ -257,6 +258,11 @@ def test_full_checkpoints_are_kept_where_the_host_can_hold_the_state(monkeypatch
         monkeypatch.setattr(os, "sysconf", lambda name, m=memory: 1 if "SIZE" in name else m)
         assert saves_shards(config, "fsdp") == shards
         assert not saves_shards(config, "ddp")
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_processes_wait_for_each_other_for_days(n, results):
+    assert results[n]["patience"] >= datetime.timedelta(days=1)
 
 
 def test_a_restarted_job_knows_its_own_runs_alone():

@@ -45,6 +45,34 @@ class Gate:
         monkeypatch.setattr(checkpoints, "save", wait)
 
 
+class Together(World):
+    """A world that tells when it waits for the others."""
+
+    def __init__(self, log):
+        super().__init__()
+        self.log = log
+
+    def wait_for_all(self):
+        self.log.append("all are here")
+
+
+def test_processes_meet_once_each_has_written_and_before_they_copy(state, tmp_path, monkeypatch):
+    log = []
+    for name in ("_join", "_copy", "check"):
+        method = getattr(Saver, name)
+
+        def logged(self, *args, name=name, method=method):
+            log.append(name)
+            return method(self, *args)
+
+        monkeypatch.setattr(Saver, name, logged)
+    with Saver(tmp_path, CheckpointConfig(), Together(log)) as saver:
+        saver.save(state(1), best=None)
+        assert log == ["_join", "all are here", "check", "_copy", "_copy"]
+        log.clear()
+    assert log == ["_join", "all are here", "check"]
+
+
 def test_a_checkpoint_has_the_weights_of_its_step_whatever_comes_after(
     state, tiny_model, tmp_path, monkeypatch
 ):

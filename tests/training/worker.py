@@ -157,6 +157,10 @@ def main(folder: Path) -> None:
                     config = config_of(folder, run, **options, resume=True)
                     results[name, "resumed", made] = train(config, world)
         results["largest"] = world.largest(world.rank)
+        world.wait_for_all()
+        if n > 1:
+            gloo = world._patient._get_backend(torch.device("cpu"))
+            results["patience"] = gloo.options._timeout
         if world.is_main:
             torch.save(results, folder / f"{n}.pt")
 
