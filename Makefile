@@ -2,6 +2,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# A process for each core, each of which takes whole files: their fixtures are made once.
+PARALLEL := -n auto --maxprocesses 8 --dist loadfile
 READY := $(VENV)/.ready
 CUDA_VENV := .venv-cuda
 CUDA_READY := $(CUDA_VENV)/.ready
@@ -29,10 +31,10 @@ demo: $(READY)  ## train on Shakespeare's plays (or go on with it), and print a 
 	$(BIN)/python sample.py --model runs/shakespeare --prompt "ROMEO:" --max_new_tokens 600
 
 test: $(READY)  ## the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-all: $(READY)  ## the tests, with the slow ones
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "slow or not slow"
 
 # Beside .venv: a CUDA build of torch (several GB), and the tested versions of the rest.
 $(CUDA_READY): pyproject.toml constraints.txt

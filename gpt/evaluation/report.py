@@ -29,9 +29,11 @@ class Report:
 
 def _load(name: str, weights: Weights, device: torch.device, say: Callable[[str], None]) -> Loaded:
     kind = choose_weights(weights, device)
-    if kind in ("int8", "int4") or is_packed(name):
+    emulated = device.type == "cpu" and kind not in ("float32", choose_weights("auto", device))
+    if emulated or kind in ("int8", "int4") or is_packed(name):
         return load(name, device=device, weights=weights, say=say)
-    # what is read whole is no faster packed, and may stay as it lies in its file
+    # Weights that are multiplied in their own dtype gain nothing from packing: leave them in their
+    # file.
     return load(name, device=device, dtype=getattr(torch, kind), say=say)
 
 
