@@ -6,7 +6,7 @@ import torch
 
 from gpt.config import GenerationConfig, ModelConfig, SamplingConfig, UsageError
 from gpt.generation.decode import decode
-from gpt.generation.sampling import next_token_probabilities, penalise
+from gpt.generation.sampling import draw, new_draws, next_token_probabilities, penalise
 from gpt.generation.speculative import DraftModel, PromptLookup, Speculator
 from tests.conftest import make_model
 
@@ -134,6 +134,47 @@ def test_samples_have_the_models_distribution(name, filters):
     assert cells > 5
     freedom = cells + (rest > 1) - 1
     assert chi_square < freedom + 3.1 * (2 * freedom) ** 0.5 + 6  # beyond p = 0.001
+
+
+@torch.inference_mode()
+def one_by_one(model, prompt, config, draft, num_draft_tokens):
+    """The algorithm as it is published: each guess is verified by itself, with the next number."""
+    draws, tokens, n = new_draws(config.seed, prompt, 0), list(prompt), config.max_new_tokens
+    draft.start(prompt, 0)
+    while (left := len(prompt) + n - len(tokens)) > 0:
+        guesses, q = draft.propose(tokens, min(left - 1, num_draft_tokens))
+        for i in range(len(guesses) + 1):
+            logits = penalise(model(torch.tensor([tokens]))[:, -1], config)
+            p, kept = next_token_probabilities(logits, config), False
+            if i < len(guesses):
+                own = torch.zeros_like(p)
+                own[0, guesses[i]] = 1.0
+                own = own if q is None else q[i : i + 1]
+                kept = draws.random() * own[0, guesses[i]].item() < p[0, guesses[i]].item()
+                p = (p - own).clamp_min(0) if q is not None else p * (own == 0)
+            tokens.append(guesses[i] if kept else int(draw(p, [draws.random()])))
+            if not kept:
+                break
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("num_draft_tokens", [1, 4])
+@pytest.mark.parametrize("name", ["look-up", "near", "another model"])
+def test_a_round_takes_the_numbers_that_its_guesses_would_take_one_by_one(name, num_draft_tokens):
+    model = model_of(1)
+    for seed in range(6):
+        config = GenerationConfig(temperature=1.2, max_new_tokens=18, seed=seed, top_k=9)
+
+        def draft(config=config):
+            if name == "look-up":
+                return PromptLookup()
+            guesser = near(model, 0.02) if name == "near" else model_of(5)
+            return DraftModel(guesser, config, seed=config.seed)
+
+        prompt = random.Random(seed).choices(range(6), k=5)
+        speculator = Speculator(model, config, draft(), num_draft_tokens=num_draft_tokens)
+        got = [token.id for token in speculator.decode(prompt)]
+        assert got == one_by_one(model, prompt, config, draft(), num_draft_tokens)
 
 
 def test_guesses_have_other_numbers_than_decisions_at_every_seed_and_sample():

@@ -3,7 +3,8 @@ import contextlib
 import pytest
 import torch
 
-from gpt.training import backends
+from gpt.config import TrainConfig, TrainingConfig
+from gpt.training import backends, build
 from gpt.training.backends import choose_attention, measure
 from gpt.training.parallel import World
 
@@ -49,6 +50,21 @@ def test_elsewhere_nothing_is_measured_and_nothing_said(tiny_config, monkeypatch
     options = {"rows": 4, "dtype": torch.bfloat16, "say": said.append}
     choose_attention(tiny_config, World(), device=torch.device("cpu"), **options)
     assert (cudnn(), said) == (before, [])
+
+
+def test_a_run_chooses_its_attention_before_it_compiles_the_blocks(monkeypatch, tiny_config):
+    order = []
+    for name in ("choose_attention", "compile_blocks"):
+
+        def called(*args, name=name, **options):
+            order.append((name, options["device"], options.get("rows")))
+
+        monkeypatch.setattr(build, name, called)
+    config = TrainConfig(model=tiny_config, training=TrainingConfig(micro_batch_size=4))
+    device = torch.device("cpu")
+    options = {"device": device, "dtype": torch.bfloat16, "checkpoint": None, "model": None}
+    build.build_model(config, World(), "single", say=print, **options)
+    assert order == [("choose_attention", device, 4), ("compile_blocks", device, None)]
 
 
 def measured(config, monkeypatch, *, fits=True, wrong=0.0):
