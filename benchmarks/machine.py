@@ -7,15 +7,17 @@ from collections.abc import Callable
 
 import torch
 
+from gpt.device import cpu_class, cpu_limit
+
 
 def describe() -> str:
-    """One line: processor, threads, and versions."""
+    """One line: the processor's class first, then its name, threads, and versions."""
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    features = [f for f in ("avx512_bf16", "avx512_vnni", "amx_bf16") if capabilities.get(f)]
+    limited = " (limited by ATEN_CPU_CAPABILITY)" if cpu_limit() is not None else ""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return (
-        f"{capabilities.get('cpu_name', platform.processor())}, {torch.get_num_threads()} threads, "
-        f"{', '.join(features) or platform.machine()}, {gpu}; Python {platform.python_version()}, "
+        f"{cpu_class()}{limited}: {capabilities.get('cpu_name', platform.processor())}, "
+        f"{torch.get_num_threads()} threads, {gpu}; Python {platform.python_version()}, "
         f"torch {torch.__version__}"
     )
 

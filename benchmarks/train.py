@@ -1,18 +1,21 @@
-"""Training speed of the 10.7M-parameter character model: 6 layers, 6 heads, 384 wide, T=256,
-dropout 0.2.
+"""Training speed beside nanoGPT and Hugging Face, in one run: the 10.7M-parameter character model
+(6 layers, 6 heads, 384 wide, T=256, dropout 0.2), or GPT-2 124M (T=1024, no dropout).
 
-``python benchmarks/train.py [--steps 3] [--dropout 0.2]``. One step is 64 windows, forward,
-backward and optimizer. Beside the defaults stands each of them turned off in turn, and Hugging
-Face's GPT-2 of the same shape in eager float32. nanoGPT's figure for this model on this kind of
-machine is 1,545 tokens/s (eager float32). Each line is a process of its own: what the C library
-keeps of freed memory is set once.
+``python benchmarks/train.py [--model 124m] [--sequences N] [--nanogpt PATH/model.py]``. A step is
+forward, backward, clipping and optimizer of N sequences (64, and 1 for 124m). Each line is a
+process of its own, and they run in turns; a figure is the median over all turns. nanoGPT's model
+file is used as it is, in eager float32 with fused AdamW, as is Hugging Face's GPT-2. For 10m, the
+defaults that matter on a CPU are also turned off one by one.
 """
 
 import argparse
+import importlib.util
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,69 +30,97 @@ from gpt.data.prepare import prepare
 from gpt.device import keep_freed_memory
 from gpt.training.loop import Trainer
 
-NANOGPT = 1545
+SHAPES = {
+    "10m": {"vocab_size": 72, "context_length": 256, "n_layer": 6, "n_head": 6, "n_embd": 384},
+    "124m": {"vocab_size": 50304, "context_length": 1024},
+}
+SEQUENCES = {"10m": 64, "124m": 1}
 VARIANTS = {
     "defaults": "this project, defaults on a CPU",
     "float32": "... in float32",
     "freed memory": "... without keeping freed memory",
     "fused attention": "... with the fused attention kernel",
     "torch dropout": "... with torch's dropout",
-    "hugging face": "Hugging Face GPT-2, eager float32, AdamW",
+    "nanogpt": "nanoGPT, eager float32",
+    "hugging face": "Hugging Face GPT-2, eager float32",
 }
 
 
-def trainer(dropout: float, precision: str) -> Trainer:
+def ours(model: ModelConfig, sequences: int, precision: str) -> Callable[[], object]:
     with tempfile.TemporaryDirectory() as folder:
         data = prepare(DataConfig(), Path(folder))
+        micro = min(16, sequences)
         config = TrainConfig(
             run_dir=folder,
-            model=ModelConfig(
-                vocab_size=data.tokenizer.vocab_size,
-                context_length=256,
-                n_layer=6,
-                n_head=6,
-                n_embd=384,
-                dropout=dropout,
-            ),
+            model=model,
             training=TrainingConfig(
-                batch_tokens=64 * 256, micro_batch_size=16, precision=precision
+                batch_tokens=sequences * model.context_length,
+                micro_batch_size=micro,
+                precision=precision,
             ),
             optimizer=OptimizerConfig(learning_rate=1e-3),
         )
-        return Trainer(config, data)  # the shards stay mapped after the folder is gone
+        return Trainer(config, data).update  # the shards stay mapped after the folder is gone
 
 
-def hugging_face(dropout: float):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=72,
-            n_positions=256,
-            n_embd=384,
-            n_layer=6,
-            n_head=6,
-            attn_pdrop=dropout,
-            resid_pdrop=dropout,
-            embd_pdrop=dropout,
-        )
-    ).train()
+def theirs(model: torch.nn.Module, shape: ModelConfig, sequences: int) -> Callable[[], object]:
+    """Steps of a model whose call with tokens and targets gives the loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    batches = torch.randint(72, (4, 16, 256))
+    micro = min(16, sequences)
+    ids = torch.randint(shape.vocab_size, (sequences // micro, micro, shape.context_length))
 
     def step() -> None:
-        for tokens in batches:
-            (model(tokens, labels=tokens).loss / len(batches)).backward()
+        for tokens in ids:
+            (model(tokens, tokens) / len(ids)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=True)
 
     return step
 
 
-def measure(variant: str, *, dropout: float, steps: int) -> float:
-    """Median tokens/s of a variant, in this process."""
-    if variant != "freed memory":
+def hugging_face(shape: ModelConfig) -> torch.nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    names = ("attn_pdrop", "resid_pdrop", "embd_pdrop")
+    config = GPT2Config(
+        vocab_size=shape.vocab_size,
+        n_positions=shape.context_length,
+        n_embd=shape.n_embd,
+        n_layer=shape.n_layer,
+        n_head=shape.n_head,
+        **dict.fromkeys(names, shape.dropout),
+    )
+    model = GPT2LMHeadModel(config).train()
+    forward = model.forward
+    model.forward = lambda tokens, targets: forward(tokens, labels=targets).loss
+    return model
+
+
+def nanogpt(path: str, shape: ModelConfig) -> torch.nn.Module:
+    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    config = module.GPTConfig(
+        block_size=shape.context_length,
+        vocab_size=shape.vocab_size,
+        n_layer=shape.n_layer,
+        n_head=shape.n_head,
+        n_embd=shape.n_embd,
+        dropout=shape.dropout,
+        bias=True,
+    )
+    model = module.GPT(config).train()
+    forward = model.forward
+    model.forward = lambda tokens, targets: forward(tokens, targets)[1]
+    return model
+
+
+def measure(variant: str, shape: ModelConfig, sequences: int, steps: int, path: str) -> list[float]:
+    """Tokens/s of each step of a variant, in this process, and its peak memory in GB."""
+    if variant not in ("freed memory", "nanogpt", "hugging face"):
         keep_freed_memory()
     if variant == "fused attention":
         gpt.model.attention._trains_faster_plainly = lambda q, p: False
@@ -97,32 +128,67 @@ def measure(variant: str, *, dropout: float, steps: int) -> float:
         gpt.model.attention.drop = torch.nn.functional.dropout
         gpt.model.dropout.dropout = torch.nn.functional.dropout
     if variant == "hugging face":
-        step = hugging_face(dropout)
+        step = theirs(hugging_face(shape), shape, sequences)
+    elif variant == "nanogpt":
+        step = theirs(nanogpt(path, shape), shape, sequences)
     else:
-        step = trainer(dropout, "float32" if variant == "float32" else "auto").update
+        step = ours(shape, sequences, "float32" if variant == "float32" else "auto")
     step()
-    return 64 * 256 / statistics.median(seconds(step) for _ in range(steps))
+    tokens = sequences * shape.context_length
+    rates = [tokens / seconds(step) for _ in range(steps)]
+    return [*rates, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dropout", type=float, default=0.2)
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--variant", choices=VARIANTS)
+    parser.add_argument("--model", choices=SHAPES, default="10m")
+    parser.add_argument("--dropout", type=float)
+    parser.add_argument("--sequences", type=int)
+    parser.add_argument("--steps", type=int, default=2, help="of each turn")
+    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--nanogpt", default="", help="its model.py")
+    parser.add_argument("--only", help="these variants, with commas between them")
+    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    dropout = arguments.dropout
+    if dropout is None:
+        dropout = 0.2 if arguments.model == "10m" else 0.0
+    shape = ModelConfig(**SHAPES[arguments.model], dropout=dropout)
+    sequences = arguments.sequences or SEQUENCES[arguments.model]
     if arguments.variant:
-        print(measure(arguments.variant, dropout=arguments.dropout, steps=arguments.steps))
+        figures = measure(arguments.variant, shape, sequences, arguments.steps, arguments.nanogpt)
+        print("@", *figures)
         return
-    table = Table(title=f"10.7M parameters, 64 x 256 tokens a step, dropout {arguments.dropout}")
-    for heading in ("", "tokens/s", f"of nanoGPT's {NANOGPT:,}"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for variant, title in VARIANTS.items():
-        words = [sys.executable, __file__, "--variant", variant, "--steps", str(arguments.steps)]
-        words += ["--dropout", str(arguments.dropout)]
-        rate = float(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
-        table.add_row(title, f"{rate:,.0f}", f"{rate / NANOGPT:.2f} x")
-    console = Console()
+    console = Console(width=max(100, Console().width))
     console.print(describe(), highlight=False, soft_wrap=True)
+    chosen = list(VARIANTS) if arguments.model == "10m" else ["defaults", "nanogpt", "hugging face"]
+    if arguments.only:
+        chosen = arguments.only.split(",")
+    if not arguments.nanogpt and "nanogpt" in chosen:
+        console.print("nanoGPT is left out: --nanogpt names its model.py")
+        chosen.remove("nanogpt")
+    rates: dict[str, list[float]] = {variant: [] for variant in chosen}
+    memory: dict[str, float] = {}
+    for _ in range(arguments.turns):
+        for variant in chosen:
+            words = [sys.executable, __file__, "--variant", variant, "--model", arguments.model]
+            words += ["--steps", str(arguments.steps), "--dropout", str(dropout)]
+            words += ["--sequences", str(sequences), "--nanogpt", arguments.nanogpt]
+            done = subprocess.run(words, check=True, capture_output=True, text=True)
+            *figures, peak = map(float, done.stdout.rpartition("@")[2].split())
+            rates[variant] += figures
+            memory[variant] = max(peak, memory.get(variant, 0))
+    peers = [variant for variant in ("nanogpt", "hugging face") if variant in chosen]
+    tokens = sequences * shape.context_length
+    table = Table(title=f"{arguments.model}, {tokens:,} tokens a step, dropout {dropout}")
+    for heading in ("", "tokens/s", *(f"of {VARIANTS[peer].split(',')[0]}" for peer in peers)):
+        table.add_column(heading, justify="right" if heading else "left")
+    table.add_column("peak GB", justify="right")
+    median = {variant: statistics.median(values) for variant, values in rates.items()}
+    for variant in chosen:
+        ratios = [f"{median[variant] / median[peer]:.2f} x" for peer in peers]
+        row = (VARIANTS[variant], f"{median[variant]:,.0f}", *ratios, f"{memory[variant]:.2f}")
+        table.add_row(*row)
     console.print(table)
 
 

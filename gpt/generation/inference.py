@@ -23,6 +23,7 @@ from gpt import kernels
 from gpt.config import UsageError, Weights
 from gpt.device import choose_precision
 from gpt.generation.quantisation import GROUP, Matrix
+from gpt.generation.torch_products import TorchProduct
 from gpt.model.attention import CausalSelfAttention
 from gpt.model.block import Block
 from gpt.model.cache import KVCache
@@ -48,11 +49,20 @@ class PackedLinear(nn.Module):
         kept = torch.float32 if few else wide  # the kernels', or the matrix product's
         self.register_buffer("bias", None if bias is None else bias.detach().to(kept))
         self._raw: kernels.Matrix | None = None
+        self._product: TorchProduct | None = None
+        self._dense: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
-        """``[N, K]``, as wide products have it."""
-        return self.matrix.dense(self.wide)
+        """``[N, K]``, as wide products have it. It is kept where every product needs it: without
+        kernels, on a processor that only emulates the weights' dtype.
+        """
+        if self._dense is not None:
+            return self._dense
+        dense = self.matrix.dense(self.wide)
+        if not self.few and dense.device.type == "cpu" and self.matrix.scales is None:
+            self._dense = dense
+        return dense
 
     @property
     def raw(self) -> kernels.Matrix:
@@ -74,16 +84,22 @@ class PackedLinear(nn.Module):
                 m = self.matrix
                 y: Tensor = triton_kernels.linear(x, m.data, m.scales, m.lows, m.width, self.bias)
                 return y
+        few_rows = x.numel() <= FEW * self.matrix.width
+        if not self.few and x.device.type == "cpu" and few_rows and self.matrix.scales is not None:
+            if self._product is None:
+                self._product = TorchProduct(self.matrix)
+            y = self._product(x)
+            return (y if self.bias is None else y + self.bias).to(x.dtype)
         bias = None if self.bias is None else self.bias.to(self.wide)
         return F.linear(x.to(self.wide), self.weight, bias).to(x.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._raw = None  # it knows the old places
+        self._raw = self._product = self._dense = None  # they know the old places
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_raw": None}  # places in this process's memory
+        return self.__dict__ | {"_raw": None, "_product": None, "_dense": None}
 
 
 class PackedEmbedding(nn.Module):
@@ -209,7 +225,7 @@ class InferenceGPT(GPT):
         self._layers = None
         for module in self.modules():
             if isinstance(module, PackedLinear):
-                module._raw = None
+                module._raw = module._product = module._dense = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_layers": None}

@@ -67,6 +67,10 @@ class Matrix(nn.Module):
         """``[N, K]``."""
         return self._numbers(self.data, self.scales, self.lows, dtype)
 
+    def numbers(self) -> Tensor:
+        """What int8 and int4 store, in the order of the weights: ``[N, P]`` of uint8."""
+        return _in_order(self.data, self.lows)
+
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows ``ids`` ``[...]`` as ``[..., K]``."""
         if self.scales is None:
@@ -90,14 +94,22 @@ class Matrix(nn.Module):
 
             dense: Tensor = triton_kernels.dense(data, scales, lows, self.width, dtype)
             return dense
+        numbers = _in_order(data, lows).to(torch.float32)
         if lows is None:
-            numbers = data.view(len(data), -1, 2, PADDED // GROUP, GROUP // 2).transpose(2, 3)
-            numbers = (numbers.reshape(len(data), -1).to(torch.float32) - 128) * scales[:, None]
+            numbers = (numbers - 128) * scales[:, None]
         else:
-            pairs = data.view(len(data), -1, GROUP // 2)
-            groups = torch.cat([pairs & 15, pairs >> 4], dim=2).to(torch.float32)  # N, P / 32, 32
+            groups = numbers.view(len(data), -1, GROUP)
             numbers = (groups * scales[:, :, None] + lows[:, :, None]).flatten(1)
         return numbers[:, : self.width].to(dtype)
+
+
+def _in_order(data: Tensor, lows: Tensor | None) -> Tensor:
+    """The bytes of int8, or the 4 bits of int4, in the order of the weights: ``[N, P]``."""
+    if lows is None:
+        halves = data.view(len(data), -1, 2, PADDED // GROUP, GROUP // 2).transpose(2, 3)
+        return halves.reshape(len(data), -1)
+    pairs = data.view(len(data), -1, GROUP // 2)
+    return torch.cat([pairs & 15, pairs >> 4], dim=2).flatten(1)
 
 
 def _int8(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,6 +18,7 @@ from gpt import kernels
 from gpt.config import ExportConfig, GenerationConfig, ModelConfig, UsageError
 from gpt.data.tokenizer import ByteTokenizer
 from gpt.device import cpu_features
+from gpt.generation import inference
 from gpt.generation.decode import decode
 from gpt.generation.inference import FEW, InferenceGPT, PackedLinear, prepare_for_inference
 from gpt.generation.quantisation import Matrix
@@ -243,6 +244,20 @@ def test_without_a_compiler_the_texts_are_nearly_the_same(monkeypatch):
             last = without(tokens[:, -1:], cache=cache).float()
         difference = (last[:, 0] - expected[:, -1]).norm() / expected[:, -1].norm()
         assert difference < (1e-5 if kind == "float32" else 0.05)
+
+
+@pytest.mark.parametrize("shape", [(5, 128), (7, 96), (70, 200), (2, 1)], ids=str)
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_torchs_products_are_those_of_the_dense_matrix(kind, shape, monkeypatch):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(shape[1], shape[0])
+    packed = PackedLinear(Matrix(kind, linear.weight), linear.bias, torch.float32, few=0)
+    for rows in (1, 3, FEW):
+        x = torch.randn(rows, shape[1])
+        exact = x @ packed.weight.T + linear.bias
+        scale = x.norm(dim=1, keepdim=True) * packed.weight.norm(dim=1) + 1
+        assert ((packed(x) - exact).abs() / scale).max() < 0.02
+    assert packed._product is not None  # no dense matrix was made
 
 
 def test_a_missing_or_broken_compiler_is_said(monkeypatch, tmp_path):
@@ -514,6 +529,7 @@ def test_the_number_of_threads_does_not_change_a_text():
 @pytest.mark.parametrize("weights", ["bfloat16", "int8", "int4"])
 def test_biases_have_the_dtype_of_the_products_where_there_are_no_kernels(weights, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(inference, "_check_triton", lambda kind, device: None)
     prepared = gpt.prepare_for_inference(model_of(), weights, device=torch.device("cuda"))
     linears = [m for m in prepared.modules() if isinstance(m, PackedLinear)]
     assert {linear.bias.dtype for linear in linears if linear.bias is not None} == {torch.bfloat16}
