@@ -37,7 +37,7 @@ from gpt.training.parallel import Strategy, World, choose_strategy, only_here
 from gpt.training.precision import autocast, loss_scaler
 from gpt.training.saving import Saver
 from gpt.training.schedule import learning_rate_factor
-from gpt.training.stopwatch import Stopwatch, Trace
+from gpt.training.stopwatch import Forecast, Stopwatch, Trace
 from gpt.training.validation import score
 
 Sample = Callable[[GPT, Tokenizer], str]
@@ -162,15 +162,24 @@ class Trainer:
         self.reporter = reporter
         stop, timed, seconds = 0, 0, 0.0
         with contextlib.closing(trace), interrupt, saver:
+            begun = time.monotonic()
             if self.step == 0:  # learning is seen against it, and wrong settings come to light
                 self.evaluate(sample)
+            forecast = Forecast(
+                steps=last - self.step,
+                evaluations=last // config.evaluation.every - self.step // config.evaluation.every,
+                evaluation_seconds=time.monotonic() - begun,
+            )
             while self.step < last and not stop:
                 start = time.monotonic()
                 loss, norm = self.update()
                 if math.isfinite(loss):
                     self.losses.append(loss)
                 stop = self.world.largest(interrupt.signal or 0)
-                timed, seconds = timed + 1, seconds + time.monotonic() - start
+                took = time.monotonic() - start
+                timed, seconds = timed + 1, seconds + took
+                if told := forecast.add(took):
+                    reporter.say(told)
 
                 saver.check()
                 if trace.step():

@@ -107,3 +107,30 @@ class Trace:
             if self._left < self._active:
                 self._profiler.export_chrome_trace(str(self.path))
             self._profiler, self._left = None, 0
+
+
+class Forecast:
+    """Tells once, after a second of steps, how long a run will take on this machine."""
+
+    def __init__(self, *, steps: int, evaluations: int, evaluation_seconds: float) -> None:
+        """``steps`` and ``evaluations`` are those to come, of ``evaluation_seconds`` each."""
+        self.steps = steps
+        self.rest = evaluations * evaluation_seconds
+        self.times: list[float] = []
+        self.told = False
+
+    def add(self, seconds: float) -> str | None:
+        """Count a step; the sentence to print, once. The first step warms up and is left out of the
+        mean.
+        """
+        self.times.append(seconds)
+        later = self.times[1:]
+        if self.told or not later or sum(later) < 1:
+            return None
+        self.told = True
+        left = self.steps * sum(later) / len(later) + self.rest
+        if left < 90:
+            return f"this run takes about {left:.0f} seconds on this machine"
+        hours, minutes = divmod(max(1, round(left / 60)), 60)
+        length = f"{hours} h {minutes} min" if hours else f"{minutes} minutes"
+        return f"this run takes about {length} on this machine"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gpt.training import stopwatch
-from gpt.training.stopwatch import Stopwatch, Trace
+from gpt.training.stopwatch import Forecast, Stopwatch, Trace
 
 CPU = torch.device("cpu")
 
@@ -61,3 +61,20 @@ def test_no_trace_costs_nothing(tmp_path):
     assert not any(trace.step() for _ in range(5))
     trace.close()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("seconds", "steps", "length"),
+    [
+        (0.05, 1200, "about 70 seconds"),
+        (0.25, 1200, "about 5 minutes"),
+        (2.0, 10_000, "about 5 h 34 min"),
+    ],
+)
+def test_a_run_tells_its_length_once_after_a_second_of_steps(seconds, steps, length):
+    forecast = Forecast(steps=steps, evaluations=5, evaluation_seconds=2.0)
+    said = [forecast.add(9.0), *(forecast.add(seconds) for _ in range(40))]
+    told = [text for text in said if text]
+    assert told == [f"this run takes {length} on this machine"]
+    before = said.index(told[0])
+    assert (before - 1) * seconds < 1 <= before * seconds + 1e-9
