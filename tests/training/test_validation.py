@@ -8,7 +8,6 @@ from torch.nn import functional as F
 
 from gpt.data.batches import Windows
 from gpt.data.shards import ShardWriter, read_shard
-from gpt.training.loss import summed_loss
 from gpt.training.parallel import World
 from gpt.training.validation import score
 
@@ -57,11 +56,3 @@ def test_two_evaluations_agree_to_the_last_bit_and_leave_the_model_as_it_was(tin
 def test_the_batch_size_does_not_matter(tiny_model, windows):
     losses = [scored(tiny_model, windows, size).loss for size in (1, 7, 31)]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
-
-
-def test_the_summed_loss_is_computed_in_float32(tiny_model):
-    logits = torch.randn(2, 3, 61).bfloat16()
-    targets = torch.randint(61, (2, 3))
-    expected = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()) * 6
-    assert summed_loss(logits, targets).dtype == torch.float32
-    torch.testing.assert_close(summed_loss(logits, targets), expected)

@@ -1,0 +1,71 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gpt.data.batches import IGNORED
+from gpt.training import loss
+from gpt.training.loss import summed_loss
+
+
+def made(dtype=torch.float32):
+    logits = torch.randn(3, 7, 61, dtype=dtype, requires_grad=True)
+    targets = torch.randint(61, (3, 7))
+    targets[0, :4] = targets[2] = IGNORED
+    return logits, targets
+
+
+@pytest.mark.parametrize("rows", [1, 4, 21, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_loss_and_gradient_are_those_of_cross_entropy_whatever_the_chunks(rows, dtype, monkeypatch):
+    monkeypatch.setitem(loss.CHUNK, "cpu", rows * 61)
+    logits, targets = made(dtype)
+    mine = summed_loss(logits * 1, targets)
+    (gradient,) = torch.autograd.grad(mine * 3, logits)
+    theirs = F.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=IGNORED
+    )
+    (expected,) = torch.autograd.grad(theirs * 3, logits)
+    assert mine.dtype == torch.float32
+    torch.testing.assert_close(mine, theirs)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_a_batch_of_ignored_targets_alone_has_no_loss_and_no_gradient():
+    logits, targets = made()
+    total = summed_loss(logits * 1, torch.full_like(targets, IGNORED))
+    total.backward()
+    assert total == 0
+    assert not logits.grad.any()
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of a tensor that an operation made anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        out = function(*arguments, **(keywords or {}))
+        given = {a.untyped_storage().data_ptr() for a in arguments if isinstance(a, torch.Tensor)}
+        for made in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() not in given:
+                self.elements = max(self.elements, made.numel())
+        return out
+
+
+def test_no_second_tensor_of_all_logits_is_made(monkeypatch):
+    monkeypatch.setitem(loss.CHUNK, "cpu", 4 * 61)
+    logits, targets = made(torch.bfloat16)
+    output = logits.detach().requires_grad_()
+    with Largest() as largest:
+        summed_loss(output, targets).backward()
+    assert 0 < largest.elements <= 4 * 61
+
+
+def test_logits_that_another_backward_pass_needs_are_not_overwritten_in_silence():
+    logits, targets = made()
+    capped = torch.tanh(logits)  # whose derivative is computed from its output
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        summed_loss(capped, targets).backward()
