@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 
 import torch
+from machine import describe
 from rich.console import Console
 from rich.table import Table
 
@@ -81,7 +82,9 @@ def main() -> None:
             f"{same} of {len(prompts)}",
             f"{sum(until) / len(until):.0f} of {arguments.new_tokens}",
         )
-    Console().print(table)
+    console = Console()
+    console.print(describe(), highlight=False, soft_wrap=True)
+    console.print(table)
 
 
 if __name__ == "__main__":

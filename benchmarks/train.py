@@ -136,7 +136,7 @@ def measure(variant: str, shape: ModelConfig, sequences: int, steps: int, path: 
     step()
     tokens = sequences * shape.context_length
     rates = [tokens / seconds(step) for _ in range(steps)]
-    return [*rates, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6]
+    return [*rates, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9]
 
 
 def main() -> None:
@@ -155,6 +155,8 @@ def main() -> None:
         dropout = 0.2 if arguments.model == "10m" else 0.0
     shape = ModelConfig(**SHAPES[arguments.model], dropout=dropout)
     sequences = arguments.sequences or SEQUENCES[arguments.model]
+    if sequences > 16 and sequences % 16:
+        parser.error(f"--sequences is {sequences}, and above 16 must be a multiple of 16")
     if arguments.variant:
         figures = measure(arguments.variant, shape, sequences, arguments.steps, arguments.nanogpt)
         print("@", *figures)

@@ -18,8 +18,8 @@ DTYPES: dict[Precision, torch.dtype] = {
 }
 
 # Dense bfloat16 matrix products with sums in float32, FLOP/s, from the makers' data sheets, by the
-# whole name that the driver gives (without "NVIDIA" and "GeForce"), as a regular expression. Parts
-# of a name do not count: a laptop's, another memory's or a MIG slice's GPU is another one.
+# whole name that the driver gives (without "NVIDIA" and "GeForce"), as a regular expression. The
+# whole name counts: laptop GPUs, other memory sizes and MIG slices have other peaks.
 PEAK_FLOPS = {
     "GB200": 2.5e15,
     "B200": 2.25e15,

@@ -2,8 +2,8 @@
 // for a few tokens. gpt/kernels.py compiles this file and is its interface.
 //
 // Vectors are those of GCC and Clang, as wide as the processor's registers, so every processor runs
-// this file. Only the functions of the first section are written for particular instruction sets.
-// A thread repeats small work instead of waiting for another thread that does it once.
+// this file. Some functions have a version for an instruction set, between #if and #endif.
+// Small work is done by every thread, so that none waits for another.
 
 #include <omp.h>
 
@@ -14,9 +14,9 @@
 #include <type_traits>
 #include <vector>
 
-// The instruction set that the first section is written for.
+// The instruction set whose versions are compiled.
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-#define GPT_AVX512  // without VNNI, its registers gain nothing over AVX2's
+#define GPT_AVX512  // without VNNI (not measured there) AVX2's versions are taken
 #include <immintrin.h>
 #elif defined(__AVX2__) && defined(__FMA__)
 #define GPT_AVX2
@@ -177,7 +177,8 @@ inline float sum(Floats v) {
 }
 
 // To each sum, the products of four bytes w of int8 weights and four signed bytes x are added. A byte
-// stands for the weight plus 128; ZERO of these 128 are still in the sums.
+// stands for the weight plus 128. Each sum is too large by ZERO times the sum of x, which the caller
+// subtracts.
 #if defined(GPT_AVX512)
 constexpr float ZERO = 128;
 inline Ints dot_int8(Ints sums, Bytes w, const int8_t* x) {

@@ -31,7 +31,7 @@ FLAGS = (
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"),
 )
 TARGETS = {None: "native", "avx2": "x86-64-v3", "default": "x86-64"}
-"""The compiler's ``-march`` for each :func:`gpt.device.cpu_limit`."""
+"""The compiler's ``-march`` for each :func:`gpt.device.cpu_limit`, on x86."""
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
 """Of a matrix: the number that ``kernels.cpp`` knows each by."""
 
@@ -183,7 +183,8 @@ def _compiled() -> Path:
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         raise UsageError("there is no C++ compiler (c++, or the one that CXX names)")
-    flags = (*FLAGS, f"-march={TARGETS[cpu_limit()]}")
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    flags = (*FLAGS, f"-march={TARGETS[cpu_limit()] if is_x86 else 'native'}")
     key = hashlib.sha256(SOURCE.read_bytes())
     key.update(repr((compiler, flags, platform.machine(), _processor())).encode())
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gpt"

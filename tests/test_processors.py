@@ -28,6 +28,7 @@ from tests.test_cli import RUN
 PROCESSORS = {
     "AVX2": {"avx2": True},
     "AVX-512 with bfloat16": {"avx2": True, "avx512_f": True, "avx512_bf16": True},
+    "AVX-512 without bfloat16": {"avx2": True, "avx512_f": True},
     "unknown": {},
 }
 CONFIG = ModelConfig(vocab_size=257, context_length=80, n_layer=2, n_head=2, n_embd=64)
@@ -46,7 +47,7 @@ class Products(TorchDispatchMode):
         name = function.overloadpacket.__name__
         # torch's products with packed weights take bfloat16, and multiply float32 in registers
         if name in self.NAMES or "attention" in name:
-            for argument in args:
+            for argument in [*args, *(kwargs or {}).values()]:
                 if isinstance(argument, torch.Tensor) and argument.is_floating_point():
                     self.dtypes[argument.dtype] = self.dtypes.get(argument.dtype, 0) + 1
         return function(*args, **(kwargs or {}))
@@ -80,12 +81,13 @@ def test_a_training_step_multiplies_in_fast_dtypes(optimizer, dropout, fast, tex
     with Products() as products:
         trainer.update()
         trainer.evaluate(None)
+    assert products.dtypes
     assert products.dtypes.keys() <= fast
     assert max(products.dtypes, key=products.dtypes.get) == min(fast, key=lambda d: d.itemsize)
 
 
 @pytest.mark.parametrize("compiler", [True, False])
-@pytest.mark.parametrize("weights", ["auto", "float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("weights", ["auto", "float32", "bfloat16", "float16", "int8", "int4"])
 def test_decoding_multiplies_in_fast_dtypes(weights, compiler, fast, monkeypatch):
     if not compiler:
         monkeypatch.setattr(kernels, "library", lambda: None)
@@ -93,6 +95,7 @@ def test_decoding_multiplies_in_fast_dtypes(weights, compiler, fast, monkeypatch
     prompt = torch.arange(70).tolist()  # too many for the kernels, and then a token at a time
     with Products() as products:
         list(decode(model, [prompt, prompt[:3]], GenerationConfig(max_new_tokens=5)))
+    assert products.dtypes
     assert products.dtypes.keys() <= fast
     if torch.bfloat16 not in fast:
         assert model.new_cache().keys.dtype == torch.float32
@@ -105,14 +108,16 @@ def test_speculative_drafts_multiply_in_fast_dtypes(fast):
     config = GenerationConfig(max_new_tokens=8)
     with Products() as products:
         list(Speculator(model, config, DraftModel(draft, config)).decode(list(range(60))))
+    assert products.dtypes
     assert products.dtypes.keys() <= fast
 
 
-@pytest.mark.parametrize("weights", ["auto", "bfloat16", "int8"])
+@pytest.mark.parametrize("weights", ["auto", "bfloat16", "float16", "int8"])
 def test_evaluation_multiplies_in_fast_dtypes(weights, fast, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("".join(load(RUN).tokenizer.characters) * 20, encoding="utf-8")
     config = EvaluateConfig(models=(str(RUN),), text=str(text), weights=weights, device="cpu")
     with Products() as products:
         measure(config, say=lambda text: None)
+    assert products.dtypes
     assert products.dtypes.keys() <= fast

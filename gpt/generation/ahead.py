@@ -26,7 +26,7 @@ MOST = 16
 """Steps that are taken at once on a GPU."""
 WORTH_CAPTURING = 32
 """Steps of one number of rows. Fewer run one operation after the other: a capture runs the step
-three times, and builds the graph.
+twice, records it once, and builds the graph.
 """
 ROUNDED = 128
 """A cache's capacity is a multiple of this where the context allows, so that longer texts fit it

@@ -4,8 +4,8 @@ Decoding one sequence reads every weight for every token, so the bytes of the we
 :func:`prepare_for_inference` makes of a model one with the same methods whose matrices, the head's
 and the embedding's too, lie in one of the formats of :mod:`gpt.generation.quantisation`.
 
-On a CPU a few tokens at a time (decoding) go through the kernels of :mod:`gpt.kernels`, activations
-in float32, but that products with int8 and int4 take them as 8 bits with a scale for each 32. Many
+On a CPU a few tokens at a time (decoding) go through the kernels of :mod:`gpt.kernels`. Activations
+are float32; products with int8 and int4 round them to 8 bits, with a scale for each 32. Many tokens
 at a time (a prompt) go through torch's matrix products, in bfloat16 where the processor multiplies
 it. On a GPU int8 and int4 have kernels in :mod:`gpt.triton_kernels`.
 """
@@ -251,8 +251,8 @@ def prepare_for_inference(
     known = here and kind in kernels.FORMATS and kernels.library() is not None
     few = FEW if known else 0
     wide = fast if kind in ("int8", "int4") else getattr(torch, kind)
-    if here and fast == torch.float32 and kind == "bfloat16":
-        wide = fast  # products of bfloat16 would be slow
+    if here and wide not in (torch.float32, fast):
+        wide = torch.float32  # the processor only emulates products of the format's dtype
     new = _Packing(model, kind, wide, few).of(model)
     new.__class__ = InferenceGPT
     assert isinstance(new, InferenceGPT)

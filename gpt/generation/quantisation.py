@@ -30,11 +30,11 @@ ROUNDS = 6
 class Matrix(nn.Module):
     """A matrix ``[N, K]`` in one of the formats.
 
-    ``data`` is ``[N, K]`` of float32, bfloat16 or float16; for int8 it is bytes ``[N, P]`` (P is K,
-    padded), where ``b`` stands for ``(b - 128) * scales[n]``, and of each 128 the first halves of
-    the four 32 come first; for int4 bytes ``[N, P / 2]``, 16 for the 32 weights of a group ``g``,
-    the first 16 in the lower halves, where ``b`` stands for ``lows[n, g] + b * scales[n, g]``, both
-    bfloat16.
+    ``data`` is ``[N, K]`` of float32, bfloat16 or float16. For int8 it is bytes ``[N, P]`` (P is K,
+    padded), where ``b`` stands for ``(b - 128) * scales[n]``; each block of 128 stores the first 16
+    of its four groups of 32, then their last 16. For int4 it is bytes ``[N, P / 2]``, 16 for the 32
+    weights of a group ``g``, the first 16 in the lower halves, where ``b`` stands for
+    ``lows[n, g] + b * scales[n, g]``, both bfloat16.
     """
 
     data: Tensor

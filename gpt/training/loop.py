@@ -167,8 +167,9 @@ class Trainer:
                 self.evaluate(sample)
             forecast = Forecast(
                 steps=last - self.step,
-                evaluations=last // config.evaluation.every - self.step // config.evaluation.every,
-                evaluation_seconds=time.monotonic() - begun,
+                evaluations=math.ceil(last / config.evaluation.every)
+                - self.step // config.evaluation.every,
+                evaluation_seconds=time.monotonic() - begun if self.step == 0 else None,
             )
             while self.step < last and not stop:
                 start = time.monotonic()
@@ -188,7 +189,9 @@ class Trainer:
                     self.record(norm, seconds=seconds / timed, steps=timed)
                     timed, seconds = 0, 0.0
                 if self.step % config.evaluation.every == 0 or self.step == last:
+                    begun = time.monotonic()
                     self.save(saver, self.evaluate(sample))
+                    forecast.evaluated(time.monotonic() - begun)
                 elif stop or (config.checkpoint.every and self.step % config.checkpoint.every == 0):
                     self.save(saver)
         self.stalls = saver.stalls

@@ -88,9 +88,10 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     """The nearest semi-orthogonal matrices, approximately, to ``matrices`` ``[B, N, K]``, in the
     fastest dtype of their device: each singular value becomes about 1.
 
-    Each iteration is ``X <- (a + b A + c A A) X`` with ``A = X X^T``. In float32 the factors of a
-    long matrix are multiplied without it: ``A`` follows from the factor before it alone, and is
-    smaller. bfloat16's rounding of ``A`` would grow from one factor to the next.
+    Each iteration is ``X <- (a + b A + c A A) X`` with ``A = X X^T``. For a long
+    matrix in float32 the small factors ``F = a + b A + c A A`` are multiplied first, and their
+    product with ``X`` is made once: the next ``A`` is ``F A F``. In bfloat16 the rounding errors of
+    ``A`` would grow from one iteration to the next.
     """
     dtype = choose_precision("auto", matrices.device)
     if dtype == torch.float16:  # its range is too small for the coefficients

@@ -35,8 +35,8 @@ Strategy = Literal["single", "ddp", "fsdp"]
 STATE_BYTES = 16
 """Of a parameter: its weight, gradient, and two moments in float32."""
 PATIENCE = timedelta(days=7)
-"""What may take long on one process, a checkpoint's write say, ends no other; a process that is
-gone does.
+"""A slow process, for example one that writes a checkpoint, does not end the others. A dead process
+does.
 """
 
 

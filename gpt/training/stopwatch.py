@@ -110,12 +110,16 @@ class Trace:
 
 
 class Forecast:
-    """Tells once, after a second of steps, how long a run will take on this machine."""
+    """Tells once how long a run will take on this machine: after a second of steps, and after an
+    evaluation.
+    """
 
-    def __init__(self, *, steps: int, evaluations: int, evaluation_seconds: float) -> None:
-        """``steps`` and ``evaluations`` are those to come, of ``evaluation_seconds`` each."""
-        self.steps = steps
-        self.rest = evaluations * evaluation_seconds
+    def __init__(self, *, steps: int, evaluations: int, evaluation_seconds: float | None) -> None:
+        """``steps`` and ``evaluations`` are those to come. One evaluation takes
+        ``evaluation_seconds``; a resumed run has not made one yet (None).
+        """
+        self.steps, self.evaluations = steps, evaluations
+        self.evaluation_seconds = evaluation_seconds
         self.times: list[float] = []
         self.told = False
 
@@ -125,12 +129,17 @@ class Forecast:
         """
         self.times.append(seconds)
         later = self.times[1:]
-        if self.told or not later or sum(later) < 1:
+        if self.told or sum(later) < 1 or self.evaluation_seconds is None:
             return None
         self.told = True
-        left = self.steps * sum(later) / len(later) + self.rest
+        left = self.steps * sum(later) / len(later) + self.evaluations * self.evaluation_seconds
         if left < 90:
             return f"this run takes about {left:.0f} seconds on this machine"
         hours, minutes = divmod(max(1, round(left / 60)), 60)
         length = f"{hours} h {minutes} min" if hours else f"{minutes} minutes"
         return f"this run takes about {length} on this machine"
+
+    def evaluated(self, seconds: float) -> None:
+        """Note what an evaluation took; of a resumed run, the first one."""
+        if self.evaluation_seconds is None:
+            self.evaluation_seconds = seconds

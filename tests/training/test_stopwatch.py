@@ -78,3 +78,11 @@ def test_a_run_tells_its_length_once_after_a_second_of_steps(seconds, steps, len
     assert told == [f"this run takes {length} on this machine"]
     before = said.index(told[0])
     assert (before - 1) * seconds < 1 <= before * seconds + 1e-9
+
+
+def test_a_resumed_run_is_forecast_after_its_first_evaluation():
+    forecast = Forecast(steps=100, evaluations=5, evaluation_seconds=None)
+    assert [forecast.add(2.0) for _ in range(5)] == [None] * 5
+    forecast.evaluated(20.0)
+    forecast.evaluated(99.0)
+    assert forecast.add(2.0) == "this run takes about 5 minutes on this machine"
