@@ -120,19 +120,22 @@ class Forecast:
         """
         self.steps, self.evaluations = steps, evaluations
         self.evaluation_seconds = evaluation_seconds
-        self.times: list[float] = []
+        self.timed, self.seconds = -1, 0.0  # the first step warms up and is not timed
         self.told = False
 
     def add(self, seconds: float) -> str | None:
         """Count a step; the sentence to print, once. The first step warms up and is left out of the
         mean.
         """
-        self.times.append(seconds)
-        later = self.times[1:]
-        if self.told or sum(later) < 1 or self.evaluation_seconds is None:
+        if self.told:
+            return None
+        self.timed += 1
+        if self.timed:
+            self.seconds += seconds
+        if self.seconds < 1 or self.evaluation_seconds is None:
             return None
         self.told = True
-        left = self.steps * sum(later) / len(later) + self.evaluations * self.evaluation_seconds
+        left = self.steps * self.seconds / self.timed + self.evaluations * self.evaluation_seconds
         if left < 90:
             return f"this run takes about {left:.0f} seconds on this machine"
         hours, minutes = divmod(max(1, round(left / 60)), 60)
