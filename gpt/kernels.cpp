@@ -16,7 +16,7 @@
 
 // The instruction set whose versions are compiled.
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-#define GPT_AVX512  // without VNNI (not measured there) AVX2's versions are taken
+#define GPT_AVX512  // AVX-512 without VNNI uses the AVX2 versions (not measured)
 #include <immintrin.h>
 #elif defined(__AVX2__) && defined(__FMA__)
 #define GPT_AVX2

@@ -254,7 +254,7 @@ class Trainer:
                     with self.autocast:
                         logits = self.forward(micro.tokens)
                     loss = summed_loss(logits, micro.targets) / n_targets
-                    del logits  # else they stay to the end of the backward pass
+                    del logits  # this name would keep them through the backward pass
                 with self.stopwatch("backward"):  # whose gradients the processes average
                     self.scaler.scale(loss * self.world.size).backward()
             total += loss.detach()

@@ -1,8 +1,8 @@
 """The loss, outside of the model: cross-entropy of the next token, in nats.
 
-Half-precision logits of a large vocabulary are the largest tensor of a step, and a copy of all of
-them in float32 is twice as large again. So the loss and its gradient are computed for some rows at
-a time, and the gradient takes the place of the logits.
+With a large vocabulary the logits are the largest tensor of a step, and a float32 copy of bfloat16
+logits takes twice their memory. So the loss and its gradient are computed for some rows at a time,
+and the gradient overwrites the logits.
 """
 
 from typing import Any
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from gpt.data.batches import IGNORED
 
-CHUNK = {"cpu": 2**22, "cuda": 2**26}
-"""Logits that are float32 at a time: few enough for a CPU's cache, enough to fill a GPU."""
+CHUNK = {"cpu": 2**22, "gpu": 2**26}
+"""How many logits are float32 at a time: on a CPU 16 MB of them, on a GPU enough to keep it busy."""
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -43,7 +43,8 @@ class _SummedLoss(torch.autograd.Function):
 
 
 def _chunks(logits: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
-    rows = max(1, CHUNK.get(logits.device.type, 2**26) // logits.shape[-1])
+    kind = "cpu" if logits.device.type == "cpu" else "gpu"
+    rows = max(1, CHUNK[kind] // logits.shape[-1])
     return list(zip(logits.split(rows), targets.split(rows), strict=True))
 
 
@@ -51,8 +52,8 @@ def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """The sum over all targets but the ``IGNORED`` ones, in float32, of ``logits`` ``[B, T, V]``
     against ``targets`` ``[B, T]``.
 
-    The backward pass overwrites ``logits`` with their gradient; where another operation needs them
-    for its own backward pass, autograd raises ``RuntimeError``.
+    The backward pass overwrites ``logits`` with their gradient. If another operation needs them for
+    its own backward pass, autograd raises ``RuntimeError``.
     """
     loss: Tensor = _SummedLoss.apply(logits.flatten(0, 1), targets.flatten())  # type: ignore[no-untyped-call]
     return loss

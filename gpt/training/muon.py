@@ -88,10 +88,9 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     """The nearest semi-orthogonal matrices, approximately, to ``matrices`` ``[B, N, K]``, in the
     fastest dtype of their device: each singular value becomes about 1.
 
-    Each iteration is ``X <- (a + b A + c A A) X`` with ``A = X X^T``. For a long
-    matrix in float32 the small factors ``F = a + b A + c A A`` are multiplied first, and their
-    product with ``X`` is made once: the next ``A`` is ``F A F``. In bfloat16 the rounding errors of
-    ``A`` would grow from one iteration to the next.
+    Each iteration is ``X <- F X`` with ``F = a + b A + c A A`` and ``A = X X^T``. The next ``A`` is
+    ``F A F``, so for a long matrix in float32 the small factors ``F`` are multiplied first, and
+    ``X`` once at the end. In bfloat16 the rounding errors of ``A`` would grow with each iteration.
     """
     dtype = choose_precision("auto", matrices.device)
     if dtype == torch.float16:  # its range is too small for the coefficients
