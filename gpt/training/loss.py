@@ -14,7 +14,7 @@ from torch import Tensor
 from gpt.data.batches import IGNORED
 
 CHUNK = {"cpu": 2**22, "gpu": 2**26}
-"""How many logits are float32 at a time: on a CPU 16 MB of them, on a GPU enough to keep it busy."""
+"""How many logits are float32 at a time: 16 MB of them on a CPU, enough to keep a GPU busy."""
 
 
 class _SummedLoss(torch.autograd.Function):
