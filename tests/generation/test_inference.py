@@ -533,3 +533,25 @@ def test_biases_have_the_dtype_of_the_products_where_there_are_no_kernels(weight
     prepared = gpt.prepare_for_inference(model_of(), weights, device=torch.device("cuda"))
     linears = [m for m in prepared.modules() if isinstance(m, PackedLinear)]
     assert {linear.bias.dtype for linear in linears if linear.bias is not None} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("machine", "march"), [("x86_64", "x86-64"), ("AMD64", "x86-64"), ("aarch64", "native")]
+)
+def test_a_limit_of_x86_is_not_asked_of_another_processors_compiler(
+    machine, march, monkeypatch, tmp_path
+):
+    commands = []
+
+    def run(command, **options):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 1, "", "not compiled here")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
+    monkeypatch.setenv("CXX", sys.executable)  # any program: it is not run
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(kernels.subprocess, "run", run)
+    with pytest.raises(UsageError, match="not compiled here"):
+        kernels._compiled()
+    assert f"-march={march}" in commands[0]

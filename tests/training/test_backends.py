@@ -67,8 +67,8 @@ def test_a_run_chooses_its_attention_before_it_compiles_the_blocks(monkeypatch, 
     assert order == [("choose_attention", device, 4), ("compile_blocks", device, None)]
 
 
-def measured(config, monkeypatch, *, fits=True, wrong=0.0):
-    """On the CPU, whose own kernel stands for all: cuDNN's with an error of ``wrong``."""
+def measured(config, monkeypatch, *, fits=True, wrong=0.0, fails=False):
+    """On the CPU, whose own kernel stands for all; cuDNN's has an error of ``wrong`` or fails."""
     inside = []
 
     @contextlib.contextmanager
@@ -80,6 +80,8 @@ def measured(config, monkeypatch, *, fits=True, wrong=0.0):
     fused = backends.F.scaled_dot_product_attention
 
     def attention(*args, **options):
+        if fails and inside == [backends.KERNELS["cudnn"]]:
+            raise RuntimeError("cuDNN has no valid execution plan")
         y = fused(*args, **options)
         return y + wrong if inside == [backends.KERNELS["cudnn"]] else y
 
@@ -102,3 +104,7 @@ def test_both_kernels_are_timed_where_they_agree(grouped, tiny_config, monkeypat
 def test_cudnns_attention_is_not_taken_where_it_is_wrong_or_has_no_kernel(tiny_config, monkeypatch):
     assert measured(tiny_config, monkeypatch, fits=False) == {}
     assert measured(tiny_config, monkeypatch, wrong=10.0) == {}
+
+
+def test_a_failing_cudnn_kernel_is_not_taken_and_does_not_end_the_run(tiny_config, monkeypatch):
+    assert measured(tiny_config, monkeypatch, fails=True) == {}
