@@ -67,7 +67,8 @@ class ModelConfig:
     """The shape of a :class:`gpt.GPT`. The defaults are GPT-2's smallest model, for ever."""
 
     vocab_size: int = 50257
-    """Rows of the token embedding. In a run, 0 takes the tokenizer's, a larger number pads it."""
+    """Rows of the token embedding. In a run, 0 takes the tokenizer's (from 1,024 tokens on, padded
+    to a multiple of 128 for GPUs), and a larger number pads it."""
     context_length: int = 1024
     """The most tokens the model sees at once."""
     n_layer: int = 12

@@ -104,7 +104,7 @@ def backward(loss):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_training_step(variant, dropout, dtype, optimizer):
     model = model_of(dropout=dropout, **VARIANTS[variant]).train()
-    optimizers = make_optimizers(model, OptimizerConfig(name=optimizer))
+    optimizers = make_optimizers(model, OptimizerConfig(name=optimizer), fast=torch.bfloat16)
     targets = some_tokens(3, 64).masked_fill(some_tokens(3, 64) > 3, IGNORED)
     for _ in range(2):  # the second has the optimizers' state
         with autocast(CUDA, dtype):

@@ -5,6 +5,7 @@ numbers are right, and are compiled for some GPUs, which shows that they would s
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -158,8 +159,14 @@ def test_packed_formats_are_refused_on_a_gpu_where_triton_does_not_work(
         raise subprocess.CalledProcessError(1, ["gcc"])
 
     monkeypatch.setattr(triton_kernels, "linear", fails)
+    check = partial(inference._check_triton, kind, torch.device(DEVICE))
     with pytest.raises(UsageError, match=rf"{kind} need Triton on a GPU, .* \(Command '\['gcc'\]"):
-        inference._check_triton(kind, torch.device(DEVICE))
+        check()
+    monkeypatch.undo()
+    check()
+    monkeypatch.setattr(triton_kernels, "dense", fails)  # each kernel is tried
+    with pytest.raises(UsageError, match=f"{kind} need Triton on a GPU"):
+        check()
     # Where there is no GPU either, this fails at the first tensor.
     monkeypatch.setattr(inference, "choose_precision", lambda *_: torch.bfloat16)
     with pytest.raises(UsageError, match=f"{kind} need Triton on a GPU"):
@@ -168,6 +175,7 @@ def test_packed_formats_are_refused_on_a_gpu_where_triton_does_not_work(
 
 COMPILE = """
 import sys
+from functools import partial
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource

@@ -274,15 +274,17 @@ def choose_weights(weights: Weights, device: torch.device) -> Weights:
 
 
 def _check_triton(kind: Weights, device: torch.device) -> None:
-    """Multiply once. ``UsageError`` where that fails: without Triton's kernels each token would
-    convert the whole matrix, which takes longer than reading it in bfloat16.
+    """Run each kernel once. ``UsageError`` where one fails: without Triton's kernels each token
+    would convert the whole matrix, which takes longer than reading it in bfloat16.
     """
     try:
         from gpt import triton_kernels
 
-        matrix = Matrix(kind, torch.ones(1, GROUP, device=device))
-        x = torch.ones(1, GROUP, device=device)
-        triton_kernels.linear(x, matrix.data, matrix.scales, matrix.lows, GROUP, None)
+        packed = Matrix(kind, torch.ones(1, GROUP, device=device))
+        matrix = packed.data, packed.scales, packed.lows, GROUP
+        for rows in (1, 2):  # one row has a kernel of its own
+            triton_kernels.linear(torch.ones(rows, GROUP, device=device), *matrix, None)
+        triton_kernels.dense(*matrix, torch.float32)
     except Exception as error:  # an import, a compiler of C, Triton's own: each fails in its way
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(

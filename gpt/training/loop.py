@@ -34,7 +34,7 @@ from gpt.training.optimizer import (
     set_learning_rate,
 )
 from gpt.training.parallel import Strategy, World, choose_strategy, only_here
-from gpt.training.precision import autocast, loss_scaler
+from gpt.training.precision import autocast, common_precision, loss_scaler
 from gpt.training.saving import Saver
 from gpt.training.schedule import learning_rate_factor
 from gpt.training.stopwatch import Forecast, Stopwatch, Trace
@@ -70,7 +70,10 @@ class Trainer:
         torch.manual_seed(config.training.seed)
         self.config, self.data, self.world = config, data, world or World()
         self.device = choose_device(config.training.device)
-        self.dtype = choose_precision(config.training.precision, self.device)
+        # machines may differ, and what they do may not
+        fast = common_precision(choose_precision("auto", self.device), self.world)
+        auto = config.training.precision == "auto"
+        self.dtype = fast if auto else choose_precision(config.training.precision, self.device)
         self.autocast = autocast(self.device, self.dtype)
         self.scaler = loss_scaler(self.device, self.dtype)
         torch.set_float32_matmul_precision("high" if config.training.tf32 else "highest")
@@ -81,7 +84,6 @@ class Trainer:
         batch_size = setup.sequences_a_step(config, self.world)
         self.order = Order(len(self.windows), batch_size=batch_size, seed=config.training.seed)
 
-        # machines may differ, and what they do may not
         self.strategy: Strategy = self.world.share(lambda: self.choose_strategy())  # type: ignore[assignment]
         shards = self.world.share(lambda: str(build.saves_shards(config, self.strategy)))
         self.saves_shards = shards == "True"
@@ -97,7 +99,7 @@ class Trainer:
             model=model,
             say=say,
         )
-        self.optimizers = make_optimizers(self.model, config.optimizer)
+        self.optimizers = make_optimizers(self.model, config.optimizer, fast=fast)
         self.stopwatch = Stopwatch(self.device)
         self.stalls: list[float] = []
         """Seconds for which each checkpoint held up the run."""

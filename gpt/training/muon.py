@@ -1,8 +1,8 @@
 """Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon): momentum whose updates of
 a matrix are made nearly orthogonal, so that every direction of it is learned at the same rate.
 
-Matrices of one shape go through the iteration in one batched product, in the fastest dtype of their
-device: ``torch.optim.Muon``'s bfloat16 is a scalar loop on a CPU without instructions for it.
+Matrices of one shape go through the iteration in one batched product. Its dtype is the caller's
+choice: ``torch.optim.Muon``'s bfloat16 is a scalar loop on a CPU without instructions for it.
 """
 
 import math
@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
-
-from gpt.device import choose_precision
 
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -38,6 +36,9 @@ class Muon(Optimizer):
     The state is the one of ``torch.optim.Muon`` with ``adjust_lr_fn="original"``: a
     ``momentum_buffer`` for each matrix. A sharded matrix (``DTensor``) is gathered, and each
     process keeps its own part of the update, so all processes must take the step.
+
+    ``dtype`` is the iteration's: float32, or bfloat16 where the device multiplies it. float16 has
+    too small a range for the coefficients. It must be the same on all processes.
     """
 
     def __init__(
@@ -47,7 +48,11 @@ class Muon(Optimizer):
         lr: float,
         weight_decay: float = 0.1,
         momentum: float = 0.95,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"dtype is {dtype}, and must be torch.float32 or torch.bfloat16")
+        self.dtype = dtype
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
@@ -78,27 +83,24 @@ class Muon(Optimizer):
             directions.append(_whole(direction))
         n_rows, n_columns = parameters[0].shape
         rate = group["lr"] * math.sqrt(max(1, n_rows / n_columns))
-        updates = orthogonalise(torch.stack(directions))
+        updates = orthogonalise(torch.stack(directions).to(self.dtype))
         for parameter, update in zip(parameters, updates, strict=True):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.add_(_like(update, parameter).to(parameter.dtype), alpha=-rate)
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrices, approximately, to ``matrices`` ``[B, N, K]``, in the
-    fastest dtype of their device: each singular value becomes about 1.
+    """The nearest semi-orthogonal matrices, approximately, to ``matrices`` ``[B, N, K]``, in their
+    dtype (float32 or bfloat16): each singular value becomes about 1.
 
     Each iteration is ``X <- F X`` with ``F = a + b A + c A A`` and ``A = X X^T``. The next ``A`` is
     ``F A F``, so for a long matrix in float32 the small factors ``F`` are multiplied first, and
     ``X`` once at the end. In bfloat16 the rounding errors of ``A`` would grow with each iteration.
     """
-    dtype = choose_precision("auto", matrices.device)
-    if dtype == torch.float16:  # its range is too small for the coefficients
-        dtype = torch.float32
     turned = matrices.shape[1] > matrices.shape[2]
-    x = (matrices.mT if turned else matrices).to(dtype)
-    x = x / (SAFETY * x.float().norm(dim=(1, 2), keepdim=True) + 1e-6).to(dtype)
-    if dtype == torch.float32 and x.shape[2] >= 2 * x.shape[1]:
+    x = matrices.mT if turned else matrices
+    x = x / (SAFETY * x.float().norm(dim=(1, 2), keepdim=True) + 1e-6).to(x.dtype)
+    if x.dtype == torch.float32 and x.shape[2] >= 2 * x.shape[1]:
         x = _by_factors(x)
     else:
         for a, b, c in POLAR_EXPRESS:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
@@ -11,11 +12,14 @@ from gpt.model.gpt import GPT
 from gpt.training.muon import Muon
 
 
-def make_optimizers(model: GPT, config: OptimizerConfig) -> list[Optimizer]:
+def make_optimizers(
+    model: GPT, config: OptimizerConfig, *, fast: torch.dtype = torch.float32
+) -> list[Optimizer]:
     """AdamW (arXiv:1711.05101) over all parameters, or Muon for the blocks' matrices beside it.
 
-    Embeddings, biases and norms stay with AdamW (:mod:`gpt.training.muon`). Each group keeps its
-    highest learning rate as ``peak_lr``, which the schedule scales.
+    Embeddings, biases and norms stay with AdamW (:mod:`gpt.training.muon`). ``fast`` is the
+    dtype that the device multiplies fastest. Each group keeps its highest learning rate as
+    ``peak_lr``, which the schedule scales.
     """
     optimizers: list[Optimizer] = []
     rest = dict(model.named_parameters())
@@ -23,7 +27,12 @@ def make_optimizers(model: GPT, config: OptimizerConfig) -> list[Optimizer]:
         matrices = {n: p for n, p in rest.items() if n.startswith("blocks.") and p.ndim == 2}
         rest = {n: p for n, p in rest.items() if n not in matrices}
         optimizers.append(
-            Muon(matrices.values(), lr=config.muon_learning_rate, weight_decay=config.weight_decay)
+            Muon(
+                matrices.values(),
+                lr=config.muon_learning_rate,
+                weight_decay=config.weight_decay,
+                dtype=torch.bfloat16 if fast == torch.bfloat16 else torch.float32,
+            )
         )
     groups = [
         {"params": [p for p in rest.values() if p.ndim >= 2], "weight_decay": config.weight_decay},

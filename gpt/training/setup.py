@@ -94,7 +94,9 @@ def resolve(config: TrainConfig, data: Prepared, checkpoint: Checkpoint | None) 
     checkpoint.
     """
     tokenizer = data.tokenizer
-    vocab_size = config.model.vocab_size or tokenizer.vocab_size
+    there = checkpoint.model.vocab_size if checkpoint else 0
+    fits = there if there >= tokenizer.vocab_size else padded(tokenizer.vocab_size)
+    vocab_size = config.model.vocab_size or fits
     if vocab_size < tokenizer.vocab_size:
         raise UsageError(
             f"model.vocab_size is {vocab_size}, and the {tokenizer.kind} tokenizer of "
@@ -103,6 +105,14 @@ def resolve(config: TrainConfig, data: Prepared, checkpoint: Checkpoint | None) 
     model = dataclasses.replace(config.model, vocab_size=vocab_size)
     config = dataclasses.replace(config, run_dir=str(config.run), resume=False, model=model)
     return config
+
+
+def padded(vocab_size: int) -> int:
+    """Rows of the embedding for so many tokens: a large vocabulary is padded to a multiple of 128.
+
+    GPUs multiply aligned matrices several times faster; 50,257 becomes 50,304, as in nanoGPT.
+    """
+    return vocab_size if vocab_size < 1024 else -(-vocab_size // 128) * 128
 
 
 def check_changes(config: TrainConfig, checkpoint: Checkpoint, text: Shard, say: Say) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import weakref
 from pathlib import Path
 from unittest import mock
 
@@ -28,13 +29,15 @@ from gpt.config import (
 )
 from gpt.data.batches import IGNORED, Batch, Windows
 from gpt.data.prepare import prepare
+from gpt.device import choose_precision
 from gpt.interop.load import load
+from gpt.training import setup
 from gpt.training.compilation import compile_blocks
 from gpt.training.loop import Trainer
 from gpt.training.parallel import World
 from gpt.training.run import train
 from gpt.training.schedule import learning_rate_factor
-from gpt.training.setup import FIXED, FIXED_GROUPS, held, is_fixed, settings
+from gpt.training.setup import FIXED, FIXED_GROUPS, held, is_fixed, padded, settings
 
 
 @pytest.fixture
@@ -401,6 +404,49 @@ def test_a_vocabulary_may_be_padded_and_not_cut(config):
     assert weights(config)["embed.weight"].shape == (64, 32)
     with pytest.raises(UsageError, match=r"model\.vocab_size is 5, and the char tokenizer"):
         run(elsewhere(change(config, "model", vocab_size=5), "-small"))
+
+
+def test_a_large_vocabulary_is_padded_for_gpus(config, tmp_path):
+    text = tmp_path / "large.txt"
+    text.write_text("".join(map(chr, range(0x4E00, 0x4E00 + 1100))) * 2, encoding="utf-8")
+    config = change(config, "data", source=str(text))
+    once = change(config, "training", max_steps=1)
+    run(once)
+    assert weights(config)["embed.weight"].shape[0] == 1152  # a multiple of 128
+    assert [padded(n) for n in (65, 257, 1023, 1024, 50257)] == [65, 257, 1023, 1024, 50304]
+
+
+def test_an_unpadded_run_is_resumed_unpadded(config, monkeypatch):
+    run(change(config, "training", max_steps=4))
+    monkeypatch.setattr(setup, "padded", lambda n: 1000)
+    run(dataclasses.replace(config, resume=True))
+    assert weights(config)["embed.weight"].shape[0] < 1000
+
+
+def test_processes_on_unlike_machines_multiply_in_one_dtype(config, monkeypatch):
+    trainer = trainer_of(change(config, "training", precision="auto"))
+    monkeypatch.setattr(World, "largest", lambda self, number: 2)  # another one has float32 alone
+    apart = trainer_of(
+        change(change(config, "training", precision="auto"), "optimizer", name="muon")
+    )
+    assert apart.dtype == apart.optimizers[0].dtype == torch.float32
+    assert trainer.dtype == choose_precision("auto", torch.device("cpu"))
+
+
+def test_the_logits_are_freed_before_the_blocks_backward_pass(config):
+    trainer = trainer_of(config)
+    logits = []
+    trainer.model.head.register_forward_hook(
+        lambda module, args, output: logits.append(weakref.ref(output))
+    )
+    alive = []
+    trainer.model.norm.register_full_backward_hook(
+        lambda *args: alive.append(any(ref() is not None for ref in logits))
+    )
+    trainer.update()
+    assert logits
+    assert alive
+    assert not any(alive)
 
 
 def test_a_held_out_text_too_short_for_a_window_is_refused(config):

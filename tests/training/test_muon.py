@@ -1,5 +1,8 @@
+from collections import Counter
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt.training import muon
 from gpt.training.muon import POLAR_EXPRESS, Muon, orthogonalise
@@ -15,34 +18,64 @@ def matrices_of(n, shape, *, seed=0):
     return u @ torch.diag(torch.logspace(0, -2, min(shape))) @ v
 
 
-@pytest.fixture(params=DTYPES, ids=str)
-def dtype(request, monkeypatch):
-    monkeypatch.setattr(muon, "choose_precision", lambda name, device: request.param)
-    return request.param
-
-
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_each_singular_value_becomes_about_one(shape, dtype):
-    made = orthogonalise(matrices_of(3, shape))
+    made = orthogonalise(matrices_of(3, shape).to(dtype))
     assert made.dtype == dtype
     values = torch.linalg.svdvals(made.double())
     assert values.max() < 1.16
     assert values.min() > 0.84
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES[:-1], ids=str)
 def test_the_iteration_is_that_of_its_formula_in_float64(shape, dtype):
     matrices = matrices_of(2, shape)
-    for matrix, made in zip(matrices.double(), orthogonalise(matrices), strict=True):
+    for matrix, made in zip(matrices.double(), orthogonalise(matrices.to(dtype)), strict=True):
         x = matrix / (matrix.norm() * muon.SAFETY)
         for a, b, c in POLAR_EXPRESS:
             x = a * x + b * (x @ x.T) @ x + c * (x @ x.T) @ (x @ x.T) @ x
         assert (made.double() - x).norm() < (1e-3 if dtype == torch.float32 else 0.05) * x.norm()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_gradient_of_zeros_moves_nothing(shape, dtype):
-    assert torch.equal(orthogonalise(torch.zeros(2, *shape)), torch.zeros(2, *shape, dtype=dtype))
+    zeros = torch.zeros(2, *shape, dtype=dtype)
+    assert torch.equal(orthogonalise(zeros), zeros)
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "bmm", "baddbmm"):
+            self.counts[name, args[0].dtype] += 1
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matrices_of_one_shape_share_their_products(dtype):
+    def products(n):
+        parameters = [torch.nn.Parameter(torch.randn(24, 24)) for _ in range(n)]
+        for parameter in parameters:
+            parameter.grad = torch.randn(24, 24)
+        with Products() as counted:
+            Muon(parameters, lr=0.1, dtype=dtype).step()
+        return counted.counts
+
+    assert products(1) == products(7) == {("bmm", dtype): 5, ("baddbmm", dtype): 10}
+
+
+def test_float16_is_refused():
+    with pytest.raises(ValueError, match=r"float16, and must be torch\.float32"):
+        Muon([torch.nn.Parameter(torch.ones(2, 2))], lr=0.1, dtype=torch.float16)
 
 
 def trained(optimizer_of, *, steps=4):
