@@ -39,7 +39,7 @@ test-all: $(READY)  ## the tests, with the slow ones
 # Beside .venv: a CUDA build of torch (several GB), and the tested versions of the rest.
 $(CUDA_READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(CUDA_VENV)
-	grep -v '^torch==' constraints.txt > $(CUDA_VENV)/constraints.txt
+	grep -vE '^(torch|triton)==' constraints.txt > $(CUDA_VENV)/constraints.txt
 	$(CUDA_VENV)/bin/python -m pip --disable-pip-version-check install --quiet \
 		-c $(CUDA_VENV)/constraints.txt $(CUDA_TORCH) -e '.[test]'
 	@touch $@

@@ -14,6 +14,7 @@ from unittest import mock
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 from gpt import checkpoint as checkpoints
 from gpt.config import (
@@ -421,6 +422,25 @@ def test_an_unpadded_run_is_resumed_unpadded(config, monkeypatch):
     monkeypatch.setattr(setup, "padded", lambda n: 1000)
     run(dataclasses.replace(config, resume=True))
     assert weights(config)["embed.weight"].shape[0] < 1000
+
+
+def test_a_run_of_torchs_muon_goes_on(tmp_path):
+    """Version 2 of the format, from before this project had a Muon of its own."""
+    old = tmp_path / "run"
+    shutil.copytree(Path(__file__).parents[1] / "checkpoints" / "torch-muon", old)
+    config = parse(TrainConfig, [str(old / "config.toml")], prog="train")
+    config = dataclasses.replace(config, run_dir=str(old), resume=True)
+    config = change(config, "data", source=str(old / "text.txt"))
+    checkpoint = checkpoints.find(old, "last")
+    data = prepare(config.data, config.cache_dir)
+    muon, _ = Trainer(config, data, checkpoint=checkpoint).optimizers
+    saved = load_file(checkpoint.path / "training.safetensors")
+    buffers = [muon.state[p]["momentum_buffer"] for p in muon.param_groups[0]["params"]]
+    assert len(buffers) == 4
+    assert all(any(torch.equal(b, s) for s in saved.values()) for b in buffers)
+    result, said = run(change(config, "training", max_steps=20))
+    assert "going on from step 10" in said
+    assert result.best_loss < checkpoint.progress["best_loss"]
 
 
 def test_processes_on_unlike_machines_multiply_in_one_dtype(config, monkeypatch):
