@@ -224,8 +224,11 @@ def main() -> None:
             for _ in range(arguments.runs):
                 for contender in running.values():
                     contender.run()
-            rate = {n: arguments.new_tokens / c.end() for n, c in running.items()}
-            read = rate["ours"] * weight_bytes(kind)
+            # one new token: what takes the time is the prompt
+            tokens = arguments.new_tokens if arguments.new_tokens > 1 else arguments.prompt_tokens
+            seconds = {name: contender.end() for name, contender in running.items()}
+            rate = {name: tokens / each for name, each in seconds.items()}
+            read = arguments.new_tokens / seconds["ours"] * weight_bytes(kind)
             row = [kind, f"{rate['ours']:.1f}", f"{read / 1e9:.1f}", f"{read / speed:.0%}"]
             for peer in peers:
                 has = peer in rate

@@ -12,6 +12,7 @@ from collections import Counter
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.autograd.function import BackwardCFunction
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt.config import GenerationConfig, ModelConfig, OptimizerConfig
@@ -83,7 +84,8 @@ def backward(loss):
     while ready:
         node = ready.pop()
         own = gradients.pop(node, {})
-        results = node(*[own.get(i) for i in range(len(node._input_metadata))])
+        call = node.apply if isinstance(node, BackwardCFunction) else node  # of autograd.Function
+        results = call(*[own.get(i) for i in range(len(node._input_metadata))])
         results = results if isinstance(results, tuple) else (results,)
         for (child, i), gradient in zip(node.next_functions, results, strict=True):
             if child is None:
