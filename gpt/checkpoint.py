@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -31,6 +30,7 @@ from torch import Tensor
 
 from gpt import tensors
 from gpt.config import ModelConfig, UsageError
+from gpt.files import flush, write_atomically
 from gpt.model.gpt import GPT
 
 FORMAT = 2
@@ -160,15 +160,15 @@ def _finish(run: Path, work: Path, state: State, files: Mapping[str, str]) -> Pa
     }
     meta["sha256"] = _checksum(meta)
     (work / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-    _flush(work / META)
+    flush(work / META)
     work.chmod(0o755)
     for folder in {work, *((work / name).parent for name in files)}:
-        _flush(folder)
+        flush(folder)
     place = run / "checkpoints" / state.name
     if place.exists():  # a broken one, or the same step of a run that was resumed before it
         _delete(place)
     work.rename(place)
-    _flush(place.parent)
+    flush(place.parent)
     return place
 
 
@@ -183,15 +183,6 @@ def pointed(run: Path, name: Pointer) -> str | None:
         return (run / name).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace the file's text in one step, flushed to disk."""
-    work = path.with_name(f".{path.name}.new")
-    work.write_text(text, encoding="utf-8")
-    _flush(work)
-    work.replace(path)
-    _flush(path.parent)
 
 
 def prune(run: Path, *, keep: int, keep_every: int = 0) -> list[str]:
@@ -353,13 +344,5 @@ def _checksum(meta: Mapping[str, Any]) -> str:
 
 
 def _flush_and_hash(path: Path) -> str:
-    _flush(path)
+    flush(path)
     return _sha256(path)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -21,10 +21,39 @@ Activation = Literal["gelu_tanh", "gelu", "relu", "silu", "tanh"]
 TokenizerKind = Literal["char", "byte", "gpt2"]
 
 
+MESSAGE = 800
+"""Characters of a message; what it quotes is at most :data:`FOREIGN`."""
+FOREIGN = 300
+
+
 class UsageError(ValueError):
     """A mistake of the user's: its message is one sentence that says what, where, and what is
     right.
+
+    What is not printable in it is escaped, and its middle is left out if it is very long: a message
+    may quote a file of any content.
     """
+
+    def __init__(self, message: str) -> None:
+        text = "".join(c if c.isprintable() or c == "\n" else _escaped(c) for c in message[:10_000])
+        if len(text) > MESSAGE:
+            text = f"{text[: MESSAGE // 2]} ... {text[-MESSAGE // 2 :]}"
+        super().__init__(text)
+
+
+def foreign(value: object) -> str:
+    """Text of someone else's for a message: a path, a value, another program's error. What is not
+    printable is escaped, and its middle is left out if it is long.
+    """
+    text = str(value)
+    if len(text) > FOREIGN:
+        text = f"{text[: FOREIGN // 2]} ... {text[-FOREIGN // 2 + 5 :]}"
+    text = "".join(c if c.isprintable() else _escaped(c) for c in text)
+    return text if len(text) <= FOREIGN else text[: FOREIGN - 4] + " ..."
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
 
 
 def _at_least(low: float, **fields: float) -> None:

@@ -1,11 +1,13 @@
 """What the machine has: the device, the precision it is fast and safe at, and its peak speed."""
 
+import contextlib
 import ctypes
 import os
 import platform
 import re
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
@@ -123,3 +125,39 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device).removeprefix("NVIDIA ").removeprefix("GeForce ")
     return next((peak for known, peak in PEAK_FLOPS.items() if re.fullmatch(known, name)), None)
+
+
+def memory(device: torch.device) -> int:
+    """Bytes of memory that a process may use on ``device``: the GPU's, or the host's, less where a
+    limit of the container or of the process (``ulimit -v``) is lower.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limits.append(int(Path(path).read_text(encoding="ascii")))
+        except (OSError, ValueError):  # "max": no limit
+            continue
+    with contextlib.suppress(ImportError):  # not on Windows
+        import resource
+
+        soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+        limits += [] if soft == resource.RLIM_INFINITY else [soft]
+    return min(limits)
+
+
+def check_memory(what: str, needed: float, device: torch.device, *, advice: str) -> None:
+    """``UsageError`` with both numbers if ``what`` (a plural) need more bytes than ``device``
+    has. ``advice`` says what would do.
+    """
+    has = memory(device)
+    if needed > has:
+        where = "this machine" if device.type != "cuda" else "the GPU"
+        raise UsageError(
+            f"{what} need {_gigabytes(needed)}, and {where} has {_gigabytes(has)}: {advice}"
+        )
+
+
+def _gigabytes(number: float) -> str:
+    return f"{number / 1e9:,.1f} GB" if number < 1e14 else f"{number / 1e9:.1e} GB"

@@ -124,7 +124,7 @@ def test_a_killed_save_is_no_checkpoint(run, tiny_model, monkeypatch):
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
 
-    for module, name in ((tensors, "save_file"), (checkpoints, "_sha256"), (checkpoints, "_flush")):
+    for module, name in ((tensors, "save_file"), (checkpoints, "_sha256"), (checkpoints, "flush")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, killed)
             with pytest.raises(KeyboardInterrupt):
@@ -135,13 +135,13 @@ def test_a_killed_save_is_no_checkpoint(run, tiny_model, monkeypatch):
 
 def test_a_checkpoint_is_flushed_to_disk_before_it_has_its_name(tmp_path, tiny_model, monkeypatch):
     flushed = []
-    flush = checkpoints._flush
+    flush = checkpoints.flush
 
     def record(path):
         flushed.append((path.name, folder(tmp_path, 1).exists()))
         flush(path)
 
-    monkeypatch.setattr(checkpoints, "_flush", record)
+    monkeypatch.setattr(checkpoints, "flush", record)
     save(tmp_path, 1, tiny_model)
     before = {name for name, named in flushed if not named}
     assert {"model.safetensors", "training.safetensors", "meta.json"} < before

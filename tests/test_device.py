@@ -1,9 +1,12 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from gpt import device as devices
 from gpt.config import UsageError
-from gpt.device import choose_device, choose_precision, peak_flops
+from gpt.device import check_memory, choose_device, choose_precision, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -133,3 +136,24 @@ def test_memory_is_kept_where_the_c_library_can_be_told_so(monkeypatch):
     monkeypatch.setattr(devices.ctypes, "CDLL", None)
     devices.keep_freed_memory()
     assert len(calls) == 2
+
+
+def test_what_is_larger_than_the_memory_is_refused_with_both_numbers(monkeypatch):
+    monkeypatch.setattr(devices, "memory", lambda device: 8_000_000_000)
+    cpu = torch.device("cpu")
+    check_memory("the weights", 7.9e9, cpu, advice="take fewer")
+    with pytest.raises(UsageError, match=r"weights need 8\.1 GB, and this machine has 8\.0 GB: t"):
+        check_memory("the weights", 8.1e9, cpu, advice="take fewer")
+    with pytest.raises(UsageError, match=r"need 8\.0e\+21 GB"):
+        check_memory("the weights", 8e30, cpu, advice="take fewer")
+
+
+def test_a_limit_of_the_process_counts_as_its_memory():
+    code = (
+        "import resource, torch\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (5 << 30, 5 << 30))\n"
+        "from gpt.device import memory\n"
+        "print(memory(torch.device('cpu')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert int(done.stdout) <= 5 << 30

@@ -11,8 +11,8 @@ import gpt
 
 ROOT = Path(gpt.__file__).parent
 FLOORS = [
-    "config", "device", "kernels", "triton_kernels", "model", "data", "tensors", "checkpoint",
-    "generation", "interop", "evaluation", "training", "terminal", "cli",
+    "config", "files", "device", "kernels", "triton_kernels", "model", "data", "tensors",
+    "checkpoint", "generation", "interop", "evaluation", "training", "terminal", "cli",
 ]  # fmt: skip
 
 

@@ -15,8 +15,8 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from gpt.checkpoint import write_atomically
 from gpt.config import LogConfig, UsageError
+from gpt.files import write_atomically
 
 Record = dict[str, Any]
 

@@ -17,6 +17,7 @@ from gpt.data import tokenizer as tokenizers
 from gpt.data.prepare import Prepared
 from gpt.data.shards import Shard
 from gpt.data.tokenizer import Tokenizer
+from gpt.files import write_atomically
 from gpt.interop.load import Loaded, load
 from gpt.training.parallel import World
 
@@ -176,5 +177,5 @@ def sequences_a_step(config: TrainConfig, world: World) -> int:
 def write_run_files(config: TrainConfig, tokenizer: Tokenizer) -> None:
     """Write the resolved configuration and the tokenizer into the run's folder."""
     config.run.mkdir(parents=True, exist_ok=True)
-    checkpoints.write_atomically(config.run / "tokenizer.json", tokenizers.to_json(tokenizer))
-    checkpoints.write_atomically(config.run / "config.toml", to_toml(config))
+    write_atomically(config.run / "tokenizer.json", tokenizers.to_json(tokenizer))
+    write_atomically(config.run / "config.toml", to_toml(config))

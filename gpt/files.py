@@ -1,0 +1,144 @@
+"""Files that a user names or a program finds: read whole or refused in a sentence, written whole or
+not at all.
+
+A path may name anything: a FIFO that nobody writes to, a device, a link to someone else's file, a
+JSON file that is nested 100,000 deep. What is read here ends in ``UsageError`` in all such cases,
+and what is written never goes through a link.
+"""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gpt.config import UsageError, foreign
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def check_regular(path: Path, what: str) -> None:
+    """``UsageError`` unless ``path`` is a regular file, or a link to one."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise unreadable(path, what, error) from None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+        raise UsageError(f"{what} {foreign(path)} is {kind}, and must be a file")
+
+
+def unreadable(path: Path, what: str, error: Exception) -> UsageError:
+    """The sentence for a file that cannot be read."""
+    reason = error.strerror if isinstance(error, OSError) else error
+    return UsageError(f"{what} {foreign(path)} cannot be read: {foreign(reason or error)}")
+
+
+def read_text(path: Path, what: str) -> str:
+    """The text of a UTF-8 file without its byte-order mark, line ends as they are. ``what`` names
+    it in the ``UsageError`` for anything else.
+    """
+    check_regular(path, what)
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise unreadable(path, what, error) from None
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{what} {foreign(path)} is not UTF-8 text: {error.reason} at byte {error.start:,}"
+        ) from None
+
+
+def read_json(path: Path, what: str) -> Any:
+    """What a JSON file holds; ``UsageError`` for a file that cannot be read or is no JSON."""
+    return parse_json(read_text(path, what), f"{what} {foreign(path)}")
+
+
+def parse_json(text: str, what: str) -> Any:
+    """What the JSON ``text`` says. ``UsageError`` says that ``what`` is no JSON: also for nesting
+    or numbers that Python refuses, and for strings that are no Unicode.
+    """
+    try:
+        value = json.loads(text)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise UsageError(
+            f"{what} is not JSON: {error.msg} (line {error.lineno}, column {error.colno})"
+        ) from None
+    except UnicodeEncodeError:
+        raise UsageError(f"{what} is not JSON: it has half of a surrogate pair in it") from None
+    except RecursionError:
+        raise UsageError(f"{what} is not read: it is nested too deeply") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise UsageError(f"{what} is not read: {foreign(error)}") from None
+    return value
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace the file's text in one step, flushed to disk. A link is replaced, not followed."""
+    work = _beside(path)
+    # unpredictable, new, and no link: nobody can choose what is written to
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+    descriptor = os.open(work, flags, 0o666)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        work.replace(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            work.unlink()
+        if isinstance(error, OSError):  # the user knows the file by its own name
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+    flush(path.parent)
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write in, which gets the name ``out`` at the end: it is there whole or not at
+    all. It has the user's umask. ``UsageError`` if ``out`` exists, or for what the disk refuses.
+    """
+    if os.path.lexists(out):
+        raise UsageError(f"{foreign(out)} exists, and what is written goes into a new folder")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work = _beside(out)
+        work.mkdir()
+    except OSError as error:
+        raise unwritable(out, error) from None
+    try:
+        yield work
+        for path in (*work.rglob("*"), work):
+            flush(path)
+        work.rename(out)
+        flush(out.parent)
+    except OSError as error:
+        raise unwritable(out, error) from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def unwritable(path: Path, error: OSError) -> UsageError:
+    """The sentence for a file or folder that cannot be written."""
+    return UsageError(f"{foreign(path)} cannot be written: {foreign(error.strerror or error)}")
+
+
+def flush(path: Path) -> None:
+    """Let the file or folder be on the disk, and not in the system's memory alone."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name[:80]}-{secrets.token_hex(8)}.new")
