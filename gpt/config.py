@@ -52,71 +52,120 @@ def foreign(value: object) -> str:
     return text if len(text) <= FOREIGN else text[: FOREIGN - 4] + " ..."
 
 
+def quoted(value: object) -> str:
+    """A value as Python writes it, for a message."""
+    try:
+        return foreign(repr(value))
+    except ValueError:  # an integer of thousands of digits
+        return f"of {type(value).__name__}, and too long to show"
+
+
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
 
-def _at_least(low: float, **fields: float) -> None:
-    for name, value in fields.items():
-        if not value >= low:
-            raise UsageError(f"{name.replace('__', '.')} is {value}, and must be at least {low:g}")
+@dataclass(frozen=True)
+class Bounds:
+    """What a number may be."""
+
+    at_least: float = -math.inf
+    above: float = -math.inf
+    at_most: float = math.inf
+    below: float = math.inf
+
+    def __contains__(self, value: float) -> bool:
+        inside = self.at_least <= value <= self.at_most and self.above < value < self.below
+        return inside and math.isfinite(value)
+
+    def __str__(self) -> str:
+        words = {"at least": self.at_least, "above": self.above}
+        words |= {"at most": self.at_most, "below": self.below}
+        said = [f"{word} {bound:.15g}" for word, bound in words.items() if math.isfinite(bound)]
+        return " and ".join(said) or "a number"
 
 
-def _check_kinds(config: Any) -> None:
-    """Numbers are numbers and choices are among the choices, whoever made the configuration."""
+def _number(default: Any, **bounds: float) -> Any:
+    """A field with this default, whose value is within the :class:`Bounds`."""
+    return field(default=default, metadata={"bounds": Bounds(**bounds)})
+
+
+def _check(config: Any, group: str = "") -> None:
+    """Whoever made the configuration, each field has a value of its type, within its bounds or
+    among its choices; ``UsageError`` names the first that has not.
+    """
     for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        kinds: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float)}
-        kinds[int | None] = (int, type(None))
-        if item.type in kinds and (
-            isinstance(value, bool) or not isinstance(value, kinds[item.type])
+        value, name = getattr(config, item.name), f"{group}{item.name}"
+        wanted = _KINDS.get(item.type)
+        if get_origin(item.type) is Literal:
+            if not (isinstance(value, str) and value in get_args(item.type)):
+                choices = ", ".join(get_args(item.type))
+                raise UsageError(f"{name} is {quoted(value)}, and must be one of {choices}")
+        elif isinstance(item.type, type) and dataclasses.is_dataclass(item.type):
+            if not isinstance(value, item.type):
+                kind = item.type.__name__
+                raise UsageError(f"{name} is {quoted(value)}, and must be a {kind}")
+        elif wanted is not None and (
+            not isinstance(value, wanted[0]) or (isinstance(value, bool) and item.type is not bool)
         ):
-            raise UsageError(
-                f"{item.name} is {value!r}, and must be a "
-                f"{'number' if item.type is float else 'whole number'}"
-            )
-        if item.type is bool and not isinstance(value, bool):
-            raise UsageError(f"{item.name} is {value!r}, and must be true or false")
-        if get_origin(item.type) is Literal and value not in get_args(item.type):
-            raise UsageError(
-                f"{item.name} is {value!r}, and must be one of {', '.join(get_args(item.type))}"
-            )
+            raise UsageError(f"{name} is {quoted(value)}, and must be {wanted[1]}")
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            bounds: Bounds = item.metadata.get("bounds", Bounds())
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                raise UsageError(f"{name} has {value.bit_length():,} bits, and must be below 2**63")
+            if value not in bounds:
+                raise UsageError(f"{name} is {value}, and must be {bounds}")
+        if isinstance(value, str | Path):
+            _check_text(name, str(value))
 
 
-def _in_range(low: float, high: float, **fields: float) -> None:
-    for name, value in fields.items():
-        if not low <= value <= high:
-            raise UsageError(
-                f"{name.replace('__', '.')} is {value}, and must be from {low:g} to {high:g}"
-            )
+_KINDS: dict[Any, tuple[Any, str]] = {
+    int: (int, "a whole number"),
+    float: ((int, float), "a number"),
+    bool: (bool, "true or false"),
+    str: (str, "a text"),
+    int | None: (int | None, "a whole number"),
+    str | None: (str | None, "a text"),
+    Path: (Path, "a path"),
+    Path | None: (Path | None, "a path"),
+}
+
+
+def _check_text(name: str, text: str) -> None:
+    """A text that goes into a TOML file and to the system is Unicode without NUL."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{name} is {foreign(text)}, which is not UTF-8") from None
+    if "\0" in text:
+        raise UsageError(f"{name} is {foreign(text)}, which has a NUL in it")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The shape of a :class:`gpt.GPT`. The defaults are GPT-2's smallest model, for ever."""
 
-    vocab_size: int = 50257
+    vocab_size: int = _number(50257, at_least=0)
     """Rows of the token embedding. In a run, 0 takes the tokenizer's (from 1,024 tokens on, padded
     to a multiple of 128 for GPUs), and a larger number pads it."""
-    context_length: int = 1024
+    context_length: int = _number(1024, at_least=1)
     """The most tokens the model sees at once."""
-    n_layer: int = 12
+    n_layer: int = _number(12, at_least=1)
     """Blocks, each of attention and a feed-forward layer."""
-    n_head: int = 12
+    n_head: int = _number(12, at_least=1)
     """Attention heads in a block; they share n_embd."""
-    n_kv_head: int = 0
+    n_kv_head: int = _number(0, at_least=0)
     """Heads of keys and values (grouped-query attention); 0: as many as n_head."""
-    n_embd: int = 768
+    n_embd: int = _number(768, at_least=1)
     """Width of the residual stream."""
-    dropout: float = 0.0
+    dropout: float = _number(0.0, at_least=0, below=1)
     """Probability of dropping an embedding, an attention weight or a residual branch's output."""
     bias: bool = True
     """Biases in the linear layers and the norms."""
     tie_embeddings: bool = True
     """One matrix for the token embedding and the head."""
-    norm_eps: float = 1e-5
+    norm_eps: float = _number(1e-5, above=0)
     """Epsilon of the LayerNorms."""
-    n_inner: int = 0
+    n_inner: int = _number(0, at_least=0)
     """Width inside the feed-forward layers; 0: four times n_embd."""
     activation: Activation = "gelu_tanh"
     """What the feed-forward layers apply in their middle."""
@@ -126,20 +175,7 @@ class ModelConfig:
     """Divide attention scores by the number of the layer, from 1, as well."""
 
     def __post_init__(self) -> None:
-        _check_kinds(self)
-        _at_least(
-            0,
-            model__vocab_size=self.vocab_size,
-            model__n_kv_head=self.n_kv_head,
-            model__n_inner=self.n_inner,
-        )
-        _at_least(
-            1,
-            model__context_length=self.context_length,
-            model__n_layer=self.n_layer,
-            model__n_head=self.n_head,
-            model__n_embd=self.n_embd,
-        )
+        _check(self, "model.")
         if self.n_embd % self.n_head:
             raise UsageError(
                 f"model.n_embd is {self.n_embd}, and must be a multiple of "
@@ -149,10 +185,6 @@ class ModelConfig:
             raise UsageError(
                 f"model.n_kv_head is {self.n_kv_head}, and must divide model.n_head ({self.n_head})"
             )
-        if not 0 <= self.dropout < 1:
-            raise UsageError(f"model.dropout is {self.dropout}, and must be at least 0 and below 1")
-        if not self.norm_eps > 0:
-            raise UsageError(f"model.norm_eps is {self.norm_eps}, and must be above 0")
 
     @property
     def head_dim(self) -> int:
@@ -173,32 +205,28 @@ class DataConfig:
     """A named corpus (shakespeare), a UTF-8 text file, or a folder of them."""
     tokenizer: TokenizerKind = "char"
     """char: the corpus's characters; byte: 256 bytes; gpt2: GPT-2's byte-pair encoding."""
-    validation_fraction: float = 0.05
+    validation_fraction: float = _number(0.05, above=0, below=1)
     """The share at the end of the text that is held out."""
     cache_dir: str = ""
     """Where prepared tokens are kept and found again; empty: data/ in the run's folder."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.validation_fraction < 1:
-            raise UsageError(
-                f"data.validation_fraction is {self.validation_fraction}, and must be "
-                "above 0 and below 1"
-            )
+        _check(self, "data.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How long, how much at once, and on what."""
 
-    max_steps: int = 10_000
+    max_steps: int = _number(10_000, at_least=1)
     """Optimizer updates in all."""
-    batch_tokens: int = 16_384
+    batch_tokens: int = _number(16_384, at_least=1)
     """Tokens that one step consumes; accumulation follows from it and micro_batch_size."""
-    micro_batch_size: int = 16
+    micro_batch_size: int = _number(16, at_least=1)
     """Sequences that go through the model at once."""
-    gradient_clip: float = 1.0
+    gradient_clip: float = _number(1.0, at_least=0)
     """Largest norm of the gradient; 0: no clipping."""
-    seed: int = 1337
+    seed: int = _number(1337, at_least=0)
     """Of the initial weights, the order of the data, and dropout."""
     device: Device = "auto"
     """auto: CUDA, else Apple's MPS, else the CPU."""
@@ -211,23 +239,12 @@ class TrainingConfig:
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """Memory for time: selective keeps what linear layers and fused attention give, and computes
     the rest of a block again for the backward pass; full keeps a block's input alone."""
-    skip_nonfinite: int = 0
+    skip_nonfinite: int = _number(0, at_least=0)
     """Updates to skip in a run, and count, whose loss or gradient is not finite; one more stops
     it."""
 
     def __post_init__(self) -> None:
-        _at_least(
-            1,
-            training__max_steps=self.max_steps,
-            training__batch_tokens=self.batch_tokens,
-            training__micro_batch_size=self.micro_batch_size,
-        )
-        _at_least(
-            0,
-            training__gradient_clip=self.gradient_clip,
-            training__skip_nonfinite=self.skip_nonfinite,
-        )
-        _in_range(0, 2**63 - 1, training__seed=self.seed)
+        _check(self, "training.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,75 +253,62 @@ class OptimizerConfig:
 
     name: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for the blocks' matrices, AdamW for everything else."""
-    learning_rate: float = 6e-4
+    learning_rate: float = _number(6e-4, above=0)
     """AdamW's highest learning rate."""
-    muon_learning_rate: float = 0.02
+    muon_learning_rate: float = _number(0.02, above=0)
     """Muon's highest learning rate, scaled by the shape of each matrix."""
-    beta1: float = 0.9
+    beta1: float = _number(0.9, at_least=0, below=1)
     """AdamW's decay of the mean of gradients."""
-    beta2: float = 0.95
+    beta2: float = _number(0.95, at_least=0, below=1)
     """AdamW's decay of the mean of squared gradients."""
-    weight_decay: float = 0.1
+    weight_decay: float = _number(0.1, at_least=0)
     """On matrices only: never on biases and norms."""
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
     """After the warmup; wsd (warmup-stable-decay) holds, then falls in a line."""
-    warmup_steps: int = 100
+    warmup_steps: int = _number(100, at_least=0)
     """Steps over which the learning rate rises in a line from 0."""
-    decay_fraction: float = 0.2
+    decay_fraction: float = _number(0.2, at_least=0, at_most=1)
     """Of max_steps: wsd's last part, in which the learning rate falls."""
-    floor: float = 0.1
+    floor: float = _number(0.1, at_least=0, at_most=1)
     """What cosine and wsd end at, as a fraction of the highest learning rate."""
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "muon_learning_rate"):
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise UsageError(f"optimizer.{name} is {value}, and must be a number above 0")
-        for name in ("beta1", "beta2"):
-            value = getattr(self, name)
-            if not 0 <= value < 1:
-                raise UsageError(f"optimizer.{name} is {value}, and must be at least 0 and below 1")
-        _at_least(
-            0, optimizer__weight_decay=self.weight_decay, optimizer__warmup_steps=self.warmup_steps
-        )
-        _in_range(0, 1, optimizer__decay_fraction=self.decay_fraction, optimizer__floor=self.floor)
+        _check(self, "optimizer.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """What is measured on the held-out text, and when."""
 
-    every: int = 250
+    every: int = _number(250, at_least=1)
     """Steps between evaluations; there is always one at the end."""
-    windows: int = 200
+    windows: int = _number(200, at_least=0)
     """Fixed windows of context_length tokens, spread evenly over the held-out text; 0: all."""
-    sample_tokens: int = 200
+    sample_tokens: int = _number(200, at_least=0)
     """Length of the sample of text that goes with each evaluation; 0: none."""
     sample_prompt: str = ""
     """What the sample continues; empty: the start of a document."""
 
     def __post_init__(self) -> None:
-        _at_least(1, evaluation__every=self.every)
-        _at_least(0, evaluation__windows=self.windows, evaluation__sample_tokens=self.sample_tokens)
+        _check(self, "evaluation.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """When a run's state is kept."""
 
-    every: int = 0
+    every: int = _number(0, at_least=0)
     """Steps between checkpoints beside those of each evaluation; 0: no others."""
-    keep: int = 2
+    keep: int = _number(2, at_least=1)
     """The newest checkpoints that stay; the best one always does."""
-    keep_every: int = 0
+    keep_every: int = _number(0, at_least=0)
     """Checkpoints at multiples of this many steps stay too; 0: no others."""
     format: Literal["auto", "full", "sharded"] = "auto"
     """full: one file, through the first process; sharded: each process writes its part. auto: full,
     unless an fsdp run's state is more than half of the host's memory."""
 
     def __post_init__(self) -> None:
-        _at_least(0, checkpoint__every=self.every, checkpoint__keep_every=self.keep_every)
-        _at_least(1, checkpoint__keep=self.keep)
+        _check(self, "checkpoint.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,12 +320,12 @@ class ParallelConfig:
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """ddp: a whole model in each; fsdp: the state is shared out between them. auto: ddp, unless the
     state is more than half of a GPU's memory."""
-    shard_size: int = 0
+    shard_size: int = _number(0, at_least=0)
     """fsdp, which it implies: how many processes share one copy of the state; 0: all. As many as a
     node has is hybrid sharding: between nodes go gradients alone."""
 
     def __post_init__(self) -> None:
-        _at_least(0, parallel__shard_size=self.shard_size)
+        _check(self, "parallel.")
         if self.shard_size and self.strategy == "ddp":
             raise UsageError(
                 f"parallel.shard_size is {self.shard_size}, and parallel.strategy ddp shares out "
@@ -333,19 +337,18 @@ class ParallelConfig:
 class LogConfig:
     """What a run tells while it goes."""
 
-    every: int = 10
+    every: int = _number(10, at_least=1)
     """Steps between lines of metrics.jsonl (and of plain output)."""
     wandb: Literal["off", "online", "offline"] = "off"
     """Send metrics to Weights & Biases, or keep them in the run's folder for a later sync."""
     wandb_project: str = "gpt"
     """The project there."""
-    profile: int = 0
+    profile: int = _number(0, at_least=0)
     """Steps to trace with torch.profiler, after two that warm up: trace.json in the run's folder,
     for Perfetto or chrome://tracing; 0: none."""
 
     def __post_init__(self) -> None:
-        _at_least(1, log__every=self.every)
-        _at_least(0, log__profile=self.profile)
+        _check(self, "log.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,6 +372,7 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
+        _check(self)
         micro = self.training.micro_batch_size * self.model.context_length
         if self.training.batch_tokens % micro:
             near = max(1, round(self.training.batch_tokens / micro)) * micro
@@ -394,48 +398,32 @@ class SamplingConfig:
     temperature, which comes between the penalties and top_k.
     """
 
-    temperature: float = 0.8
+    temperature: float = _number(0.8, at_least=0)
     """Divides the logits: below 1 is safer, above 1 is wilder; 0 takes the likeliest token."""
     bias: dict[int, float] = field(default_factory=dict)
     """Token ids, each with a number that is added to its logit."""
     ban: tuple[int, ...] = ()
     """Token ids that are never written."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: float = _number(1.0, above=0)
     """Divides the logits of tokens that the prompt or the text has already; above 1 discourages."""
     presence_penalty: float = 0.0
     """Taken from the logits of tokens that were written already."""
     frequency_penalty: float = 0.0
     """Taken from the logits of tokens for each time that they were written."""
-    top_k: int = 0
+    top_k: int = _number(0, at_least=0)
     """Draw among the k likeliest tokens; 0: all."""
-    top_p: float = 1.0
+    top_p: float = _number(1.0, above=0, at_most=1)
     """Draw among the fewest likeliest tokens whose probabilities reach p."""
-    min_p: float = 0.0
+    min_p: float = _number(0.0, at_least=0, at_most=1)
     """Draw among the tokens that are at least p times as likely as the likeliest."""
 
     def __post_init__(self) -> None:
-        _check_kinds(self)
+        _check(self)
         if 0 < self.temperature < 1e-5:
             raise UsageError(
                 f"temperature is {self.temperature}, and must be 0 (the likeliest token) or at "
                 "least 1e-05"
             )
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise UsageError(
-                f"temperature is {self.temperature}, and must be a number of at least 0"
-            )
-        _at_least(0, top_k=self.top_k)
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p is {self.top_p}, and must be above 0 and at most 1")
-        _in_range(0, 1, min_p=self.min_p)
-        if not 0 < self.repetition_penalty < math.inf:
-            raise UsageError(
-                f"repetition_penalty is {self.repetition_penalty}, and must be above 0 (1 changes "
-                "nothing)"
-            )
-        for name in ("presence_penalty", "frequency_penalty"):
-            if not math.isfinite(getattr(self, name)):
-                raise UsageError(f"{name} is {getattr(self, name)}, and must be a number")
         for name, tokens in (("bias", self.bias), ("ban", self.ban)):
             for token in tokens:
                 if not isinstance(token, int):
@@ -458,13 +446,13 @@ class SamplingConfig:
 class GenerationConfig(SamplingConfig):
     """How a prompt is continued."""
 
-    max_new_tokens: int = 500
+    max_new_tokens: int = _number(500, at_least=1)
     """The most tokens to write for each sample."""
-    min_new_tokens: int = 0
+    min_new_tokens: int = _number(0, at_least=0)
     """Tokens before which a document does not end."""
-    num_samples: int = 1
+    num_samples: int = _number(1, at_least=1)
     """Continuations of the same prompt; it goes through the model once."""
-    num_beams: int = 1
+    num_beams: int = _number(1, at_least=1)
     """Beams of a beam search, which draws nothing: samples are the best ones; 1: no search."""
     length_penalty: float = 1.0
     """Divides a beam's log-probability by its length to this power: above 0 favours long ones."""
@@ -475,29 +463,24 @@ class GenerationConfig(SamplingConfig):
     """One or more texts at which a sample ends; they are not shown."""
     past_context: Literal["slide", "stop"] = "slide"
     """When the context is full: slide re-reads its newer half and goes on, stop ends the text."""
-    logprobs: int | None = None
+    logprobs: int | None = _number(None, at_least=0)
     """Give log-probabilities as well, in Python and in the lines of out: of each token, and of this
     many likeliest ones."""
-    seed: int | None = None
+    seed: int | None = _number(None, at_least=0)
     """Of the draws: the same seed gives a prompt the same text. Without it, a new one each time."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(1, max_new_tokens=self.max_new_tokens, num_samples=self.num_samples)
-        _at_least(1, num_beams=self.num_beams)
         if self.num_beams > 1 and self.num_samples > self.num_beams:
             raise UsageError(
                 f"num_samples is {self.num_samples}, and a search of {self.num_beams} beams gives "
                 "no more than these"
             )
-        _at_least(0, min_new_tokens=self.min_new_tokens, logprobs=self.logprobs or 0)
         for text in self.stop:
             if not isinstance(text, str):
                 raise UsageError(f"stop has {text!r} in it, and takes texts")
         if "" in self.stop:
             raise UsageError("stop has an empty text in it, and each must have a character")
-        if self.seed is not None:
-            _in_range(0, 2**63 - 1, seed=self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -514,10 +497,10 @@ class SampleConfig(GenerationConfig):
     completions go to out."""
     out: Path | None = None
     """The .jsonl file for the completions of prompt_file's lines; goes on where it ends."""
-    batch_size: int = 32
+    batch_size: int = _number(32, at_least=1)
     """Sequences that go through the model at once, which changes them by rounding alone; beams and
     guesses go one prompt after the other."""
-    num_draft_tokens: int = 0
+    num_draft_tokens: int = _number(0, at_least=0)
     """Tokens to guess and then read at once; 0: none. It is faster where many guesses are right."""
     draft: str = ""
     """A smaller model with the same tokenizer that guesses; without one, the text itself is looked
@@ -533,8 +516,6 @@ class SampleConfig(GenerationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(1, batch_size=self.batch_size)
-        _at_least(0, num_draft_tokens=self.num_draft_tokens)
         if self.prompt is not None and self.prompt_file is not None:
             raise UsageError("prompt and prompt_file are both given, and only one can be it")
         if self.out is not None and self.out == self.prompt_file:
@@ -573,6 +554,9 @@ class PrepareConfig:
     """The cache folder: give it to train.py as --data.cache_dir."""
     data: DataConfig = field(default_factory=DataConfig)
 
+    def __post_init__(self) -> None:
+        _check(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
@@ -588,6 +572,7 @@ class ExportConfig:
     """The format of packed weights, as for sample.py."""
 
     def __post_init__(self) -> None:
+        _check(self)
         if self.to == "huggingface" and self.weights != "auto":
             raise UsageError(
                 f"weights is {self.weights!r}, and Hugging Face's layout has them as they are "
@@ -609,13 +594,13 @@ class EvaluateConfig:
     """HellaSwag's JSONL file."""
     choices: Path | None = None
     """A JSONL file with context, choices and answer (from 0) on each line."""
-    stride: int = 0
+    stride: int = _number(0, at_least=0)
     """Tokens from one window of the text to the next; 0: half the context."""
     paired: bool = False
     """Of two models on one text: is their difference more than noise?"""
     json: bool = False
     """Print JSON and no table."""
-    batch_size: int = 0
+    batch_size: int = _number(0, at_least=0)
     """Windows or texts that go through the model at once, for the same scores; 0: what is fast."""
     device: Device = "auto"
     """auto: CUDA, else Apple's MPS, else the CPU."""
@@ -623,7 +608,7 @@ class EvaluateConfig:
     """Their format, as for sample.py."""
 
     def __post_init__(self) -> None:
-        _at_least(0, stride=self.stride, batch_size=self.batch_size)
+        _check(self)
         if not (self.text or self.lambada or self.hellaswag or self.choices):
             raise UsageError(
                 "there is nothing to evaluate on: give text, lambada, hellaswag or choices"

@@ -173,7 +173,7 @@ def test_a_mistake_gets_one_sentence_and_status_2(words, said, capsys, tmp_path,
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--temperature", "-1"], "temperature is -1.0, and must be a number of at least 0"),
+        (["--temperature", "-1"], "temperature is -1.0, and must be at least 0"),
         (["--top_p", "0"], "top_p is 0.0, and must be above 0 and at most 1"),
         (["--top_p", "2"], "top_p is 2.0, and must be above 0 and at most 1"),
         (["--max_new_tokens", "0"], "max_new_tokens is 0, and must be at least 1"),

@@ -1,10 +1,15 @@
 import dataclasses
+import math
 import re
 from pathlib import Path
+from typing import Literal, get_origin
 
 import pytest
 
+from gpt import config as configs
 from gpt.config import (
+    EvaluateConfig,
+    ExportConfig,
     ModelConfig,
     PrepareConfig,
     SampleConfig,
@@ -157,3 +162,60 @@ def test_a_toml_needs_to_make_sense_only_with_the_command_line(tmp_path):
     path.write_text("[model]\ncontext_length = 100\n")
     config = parse(TrainConfig, [str(path), "--training.batch_tokens=1600"], prog="train.py")
     assert (config.model.context_length, config.training.batch_tokens) == (100, 1600)
+
+
+GROUPS = [
+    cls
+    for cls in vars(configs).values()
+    if isinstance(cls, type) and dataclasses.is_dataclass(cls) and cls.__name__.endswith("Config")
+]
+REQUIRED = {ExportConfig: {"model": "m", "out": Path("o")}, EvaluateConfig: {"models": ("m",)}}
+REQUIRED[EvaluateConfig]["text"] = "t"
+WRONG = {
+    int: [1.5, "1", None, True, 10**5000, -(2**63) - 1],
+    float: ["1", None, True, math.nan, math.inf],
+    bool: [1, "yes", None],
+    str: [1, None, b"x", "nul\0", "\ud800"],
+    Path: [1, None, Path("nul\0")],
+    int | None: [1.5, "1", True],
+    str | None: [1, b"x"],
+    Path | None: [1],
+}
+
+
+def fields_of(groups):
+    return [
+        pytest.param(cls, item, id=f"{cls.__name__}.{item.name}")
+        for cls in groups
+        for item in dataclasses.fields(cls)
+    ]
+
+
+@pytest.mark.parametrize(("cls", "item"), fields_of(GROUPS))
+def test_no_field_takes_a_value_of_another_type(cls, item):
+    wrong = WRONG.get(item.type, [])
+    if get_origin(item.type) is Literal or dataclasses.is_dataclass(item.type):
+        wrong = ["no such choice", 7, None, []]
+    for value in wrong:
+        with pytest.raises(UsageError, match=rf"^([a-z]+\.)?{item.name} (is|has) .*must be|which"):
+            cls(**REQUIRED.get(cls, {}) | {item.name: value})
+
+
+@pytest.mark.parametrize(
+    ("cls", "item"),
+    [p for p in fields_of(GROUPS) if p.values[1].type in (int, float, int | None)],
+)
+def test_each_number_has_bounds_or_any_is_right(cls, item):
+    bounds = item.metadata.get("bounds")
+    if bounds is None:
+        assert item.name in ("presence_penalty", "frequency_penalty", "length_penalty")
+        return
+    for bound, beyond in (
+        (bounds.at_least, bounds.at_least - 1),
+        (bounds.at_most, bounds.at_most + 1),
+        (bounds.above, bounds.above),
+        (bounds.below, bounds.below),
+    ):
+        if math.isfinite(bound):
+            with pytest.raises(UsageError, match=rf"{item.name} is .*, and must be {bounds}"):
+                cls(**REQUIRED.get(cls, {}) | {item.name: beyond})
