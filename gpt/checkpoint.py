@@ -16,10 +16,11 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -29,9 +30,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gpt import tensors
-from gpt.config import ModelConfig, UsageError
-from gpt.files import flush, write_atomically
-from gpt.model.gpt import GPT
+from gpt.config import ModelConfig, UsageError, foreign, quoted
+from gpt.files import check_regular, flush, parse_json, write_atomically
+from gpt.model.gpt import GPT, parameter_count
 
 FORMAT = 2
 MODEL, TRAINING, META = "model", "training", "meta.json"
@@ -44,6 +45,10 @@ _NAME = re.compile(r"step-\d{8,}")
 
 class DamagedError(UsageError):
     """A checkpoint that is not what was saved."""
+
+
+class NewerError(UsageError):
+    """A checkpoint of a format that this program does not know."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,20 +87,24 @@ class Checkpoint:
     progress: dict[str, Any]
 
 
-def save(run: Path, state: State) -> Path:
+def save(run: Path, state: State, *, own: Collection[str] = ()) -> Path:
     """Write the checkpoint into the folder ``run``: it is whole, or it is not there.
 
-    ``OSError`` where the disk does not take it.
+    One of the same step is replaced; where ``RUN/checkpoints`` is a link, one that ``own`` does not
+    name stays under another name. ``OSError`` where the disk does not take it.
     """
     with _draft(run, state) as work:
         tensors.write(work / MODEL, state.weights)
         tensors.write(work / TRAINING, state.training)
         files = _files(work)
-        return _finish(run, work, state, {name: _flush_and_hash(work / name) for name in files})
+        hashes = {name: _flush_and_hash(work / name) for name in files}
+        return _finish(run, work, state, hashes, own)
 
 
-def save_sharded(run: Path, state: State, group: dist.ProcessGroup) -> Path:
-    """Write the checkpoint from all processes of ``group`` at once, each its own shards.
+def save_sharded(
+    run: Path, state: State, group: dist.ProcessGroup, *, own: Collection[str] = ()
+) -> Path:
+    """:func:`save` from all processes of ``group`` at once, each its own shards.
 
     All raise ``OSError`` if one of them cannot.
     """
@@ -112,7 +121,7 @@ def save_sharded(run: Path, state: State, group: dist.ProcessGroup) -> Path:
         mine = _files(work)[rank::size]
         parts = _everywhere(lambda: {name: _flush_and_hash(work / name) for name in mine}, group)
         files = {name: digest for part in parts for name, digest in part.items()}
-        return first(lambda: _finish(run, work, state, files))
+        return first(lambda: _finish(run, work, state, files, own))
 
 
 def _everywhere(work: Callable[[], T], group: dist.ProcessGroup) -> list[T]:
@@ -146,7 +155,9 @@ def _files(work: Path) -> list[str]:
     return sorted(str(path.relative_to(work)) for path in paths)
 
 
-def _finish(run: Path, work: Path, state: State, files: Mapping[str, str]) -> Path:
+def _finish(
+    run: Path, work: Path, state: State, files: Mapping[str, str], own: Collection[str]
+) -> Path:
     """Write ``meta.json`` for the ``files`` (their hashes by name), and give the folder its
     name.
     """
@@ -165,8 +176,11 @@ def _finish(run: Path, work: Path, state: State, files: Mapping[str, str]) -> Pa
     for folder in {work, *((work / name).parent for name in files)}:
         flush(folder)
     place = run / "checkpoints" / state.name
-    if place.exists():  # a broken one, or the same step of a run that was resumed before it
-        _delete(place)
+    if os.path.lexists(place):  # broken, or of a run that was resumed at an earlier step
+        if place.parent.is_symlink() and state.name not in own:
+            _set_aside(place, "replaced")
+        else:
+            _delete(place)
     work.rename(place)
     flush(place.parent)
     return place
@@ -178,27 +192,39 @@ def point(run: Path, name: Pointer, checkpoint: str) -> None:
 
 
 def pointed(run: Path, name: Pointer) -> str | None:
-    """The checkpoint that ``RUN/name`` names."""
+    """The checkpoint that ``RUN/name`` names; ``UsageError`` if that is no file."""
+    path = run / name
+    if not path.exists():
+        return None
+    check_regular(path, "the pointer")
     try:
-        return (run / name).read_text(encoding="utf-8", errors="replace").strip()
+        with path.open("rb") as file:
+            return file.read(1000).decode(errors="replace").strip()
     except OSError:
         return None
 
 
-def prune(run: Path, *, keep: int, keep_every: int = 0) -> list[str]:
+def prune(run: Path, *, keep: int, keep_every: int = 0, own: Collection[str] = ()) -> list[str]:
     """Delete all but the newest ``keep`` checkpoints, those at multiples of ``keep_every`` steps,
     and those that ``best`` and ``last`` name; what could not be deleted is told.
+
+    Where ``RUN/checkpoints`` is a link, another run may have checkpoints there: only those that
+    ``own`` names are deleted.
     """
     named = {pointed(run, "best"), pointed(run, "last")}
+    linked = (run / "checkpoints").is_symlink()
     problems = []
     for path in list(_newest_first(run))[keep:]:
+        if linked and path.name not in own:
+            continue
         if path.name not in named and not (keep_every and _step(path) % keep_every == 0):
             try:
                 _delete(path)
             except OSError as error:
                 problems.append(f"the old checkpoint {path} cannot be deleted: {error}")
-    for path in (run / "checkpoints").glob(".step-*"):  # what a kill has left
-        shutil.rmtree(path, ignore_errors=True)
+    if not linked:
+        for path in (run / "checkpoints").glob(".step-*"):  # what a kill has left
+            shutil.rmtree(path, ignore_errors=True)
     return problems
 
 
@@ -209,11 +235,16 @@ def set_aside(run: Path, *, newer_than: int) -> list[Path]:
     aside = []
     for path in list(_newest_first(run)):
         if _step(path) > newer_than:
-            place = path.with_name(f"damaged-{path.name}")
-            while place.exists():
-                place = place.with_name(f"{place.name}-again")
-            aside.append(path.rename(place))
+            aside.append(_set_aside(path, "damaged"))
     return aside
+
+
+def _set_aside(path: Path, why: str) -> Path:
+    """Give the checkpoint a name that is none of a checkpoint."""
+    place = path.with_name(f"{why}-{path.name}")
+    while os.path.lexists(place):
+        place = place.with_name(f"{place.name}-again")
+    return path.rename(place)
 
 
 def find(path: Path, name: Pointer = "best", *, say: Say = lambda text: None) -> Checkpoint | None:
@@ -253,32 +284,47 @@ def verify(path: Path, *, hashes: bool = True) -> Checkpoint:
     whole, another ``UsageError`` if it cannot be read.
     """
     try:
-        meta = json.loads((path / META).read_bytes())
-        version = meta["format"]
-        if version not in (1, FORMAT):
-            raise UsageError(
-                f"the checkpoint {path} has format {version}, and this program reads 1 to {FORMAT}"
-            )
-        if meta.pop("sha256") != _checksum(meta):
-            raise DamagedError(f"the checkpoint {path} is damaged: {META} is not what was saved")
-        for name, expected in meta["files"].items():
-            if hashes and _sha256(path / name) != expected:
-                raise DamagedError(
-                    f"the checkpoint {path} is damaged: {name} is not what was saved"
-                )
-        model, progress = ModelConfig(**meta["model"]), meta.get("progress", {})
-        return Checkpoint(path, version, meta["step"], model, meta["metrics"], progress)
+        checkpoint, files = _described(path)
+        for name, expected in files.items() if hashes else ():
+            if _sha256(path / name) != expected:
+                raise DamagedError(f"{name} is not what was saved")
     except OSError as error:
         kind = DamagedError if isinstance(error, FileNotFoundError) else UsageError
         raise kind(
-            f"the checkpoint {path} cannot be read: {error.strerror} ({error.filename})"
+            f"the checkpoint {foreign(path)} cannot be read: {error.strerror} "
+            f"({foreign(error.filename)})"
         ) from None
-    except UsageError:
+    except NewerError:
         raise
+    except UsageError as error:
+        raise DamagedError(f"the checkpoint {foreign(path)} is damaged: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(
-            f"the checkpoint {path} is damaged: {META} is broken ({error!r})"
+            f"the checkpoint {foreign(path)} is damaged: {META} is broken ({quoted(error)})"
         ) from None
+    return checkpoint
+
+
+def _described(path: Path) -> tuple[Checkpoint, dict[str, str]]:
+    """What ``meta.json`` says of the checkpoint, and its files' hashes by name."""
+    if (path / META).exists():
+        check_regular(path / META, "the file")
+    meta = parse_json((path / META).read_bytes().decode(), META)
+    version = meta["format"]
+    if version not in (1, FORMAT):
+        raise NewerError(
+            f"the checkpoint {foreign(path)} has format {foreign(version)}, and this program reads "
+            f"1 to {FORMAT}"
+        )
+    if meta.pop("sha256") != _checksum(meta):
+        raise DamagedError(f"{META} is not what was saved")
+    step, metrics, progress = meta["step"], meta["metrics"], meta.get("progress", {})
+    if type(step) is not int or step < 0:
+        raise DamagedError(f"{META} has {quoted(step)} as its step")
+    if not (isinstance(metrics, dict) and isinstance(progress, dict)):
+        raise DamagedError(f"{META} has metrics or progress that are no objects")
+    model = ModelConfig(**meta["model"])
+    return Checkpoint(path, version, step, model, metrics, progress), dict(meta["files"])
 
 
 def load_model(
@@ -288,6 +334,7 @@ def load_model(
     dtype: torch.dtype | None = torch.float32,
 ) -> GPT:
     """The checkpoint's model in evaluation mode, made without a second copy of its weights."""
+    check_size(checkpoint)
     with torch.device("meta"):
         model = GPT(checkpoint.model)
     weights = tensors.load(checkpoint.path / MODEL, device=device, dtype=dtype)
@@ -295,6 +342,19 @@ def load_model(
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     return model.requires_grad_(True).eval()
+
+
+def check_size(checkpoint: Checkpoint) -> None:
+    """``UsageError`` if the configuration asks for ten times the numbers that the weights have,
+    before a model of that size is built. Smaller differences are named by :func:`check_fit`.
+    """
+    wants = parameter_count(checkpoint.model)
+    has = sum(tensor.numel() for tensor in tensors.describe(checkpoint.path / MODEL).values())
+    if wants > 10 * has:
+        raise UsageError(
+            f"the checkpoint {foreign(checkpoint.path)} does not fit its configuration: it has "
+            f"{has:,} numbers, and a model of that shape has {wants:,}"
+        )
 
 
 def check_fit(
@@ -327,6 +387,9 @@ def _step(path: Path) -> int:
 
 def _delete(path: Path) -> None:
     """Take the checkpoint's name from it first: what is half deleted is none."""
+    if path.is_symlink():  # what it leads to is not this run's
+        path.unlink()
+        return
     gone = path.with_name(f".{path.name}-deleted")
     shutil.rmtree(gone, ignore_errors=True)
     path.rename(gone)
@@ -334,6 +397,7 @@ def _delete(path: Path) -> None:
 
 
 def _sha256(path: Path) -> str:
+    check_regular(path, "the checkpoint's file")
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -1,6 +1,7 @@
 import dataclasses
 import errno
 import json
+import os
 import random
 import resource
 import shutil
@@ -344,3 +345,87 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_told_and_does_no_harm(run, 
     [problem] = checkpoints.prune(run, keep=1)
     assert problem.startswith(f"the old checkpoint {folder(run, 10)} cannot be deleted: ")
     assert folder(run, 10).exists()
+
+
+def test_a_configuration_of_a_giant_is_refused_before_it_is_built(run):
+    found = checkpoints.find(run)
+    for sizes in ({"n_layer": 10**9}, {"vocab_size": 10**12}, {"n_inner": 2**60}):
+        giant = dataclasses.replace(found, model=dataclasses.replace(found.model, **sizes))
+        with pytest.raises(UsageError, match=r"it has [\d,]+ numbers, and a model of that shape"):
+            checkpoints.load_model(giant)
+
+
+def write_meta(path, **changes):
+    meta = json.loads((path / "meta.json").read_text()) | changes
+    del meta["sha256"]
+    meta["sha256"] = checkpoints._checksum(meta)
+    (path / "meta.json").write_text(json.dumps(meta))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"step": "30"}, {"step": -1}, {"step": True}, {"metrics": []}, {"progress": 3}, {"model": 1},
+     {"model": {"n_layer": 0}}, {"files": ["x"]}, {"files": {"nul\0": "x"}}],
+    ids=str,
+)  # fmt: skip
+def test_a_meta_file_with_nonsense_in_it_is_damaged(changes, run):
+    write_meta(folder(run, 30), **changes)
+    with pytest.raises(checkpoints.DamagedError, match=r"step-00000030 is damaged: "):
+        checkpoints.verify(folder(run, 30))
+    assert checkpoints.find(run, "last").step == 20
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"step": 1' + "0" * 5_000 + "}", "\xff", ""])
+def test_a_meta_file_that_is_no_json_is_damaged(text, run):
+    (folder(run, 30) / "meta.json").write_text(text)
+    assert checkpoints.find(run, "last").step == 20
+
+
+@pytest.mark.parametrize("name", ["meta.json", "model.safetensors"])
+def test_a_pipe_in_a_checkpoint_is_not_waited_for(name, run):
+    (folder(run, 30) / name).unlink()
+    os.mkfifo(folder(run, 30) / name)
+    assert checkpoints.find(run, "last").step == 20
+
+
+def test_a_pipe_as_a_pointer_is_refused_and_not_waited_for(run):
+    (run / "best").unlink()
+    os.mkfifo(run / "best")
+    with pytest.raises(UsageError, match="the pointer .*best is a pipe"):
+        checkpoints.find(run, "best")
+
+
+@pytest.fixture
+def linked(run, tmp_path, tiny_model):
+    """A run whose checkpoints are a link to those of ``run``."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "checkpoints").symlink_to(run / "checkpoints")
+    return other
+
+
+def test_pruning_through_a_link_deletes_only_what_this_run_wrote(linked, run, tiny_model):
+    before = {p.name for p in (run / "checkpoints").iterdir()}
+    own = []
+    for step in (31, 32, 33):
+        save(linked, step, tiny_model)
+        own.append(checkpoints.name_of(step))
+        checkpoints.point(linked, "last", own[-1])
+        checkpoints.prune(linked, keep=1, own=own)
+    assert {p.name for p in (run / "checkpoints").iterdir()} == before | {"step-00000033"}
+
+
+def test_a_step_of_another_run_is_set_aside_and_not_replaced(linked, run, tiny_config):
+    theirs = checkpoints.load_model(checkpoints.verify(folder(run, 30)))
+    save(linked, 30, make_model(tiny_config, seed=9))
+    kept = folder(run, 30).with_name("replaced-step-00000030")
+    found = checkpoints.load_model(checkpoints.verify(kept))
+    assert torch.equal(found.embed.weight, theirs.embed.weight)
+
+
+def test_a_checkpoint_that_is_a_link_is_deleted_as_a_link(run, tmp_path):
+    folder(run, 10).rename(tmp_path / "elsewhere")
+    folder(run, 10).symlink_to(tmp_path / "elsewhere")
+    assert checkpoints.prune(run, keep=1) == []
+    assert not folder(run, 10).is_symlink()
+    assert (tmp_path / "elsewhere" / "meta.json").exists()

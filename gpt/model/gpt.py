@@ -179,6 +179,20 @@ class GPT(nn.Module):
         return 6 * (self.parameter_count(embeddings=False) + head) + attention
 
 
+def parameter_count(config: ModelConfig) -> int:
+    """How many parameters a :class:`GPT` of this shape has, a tied head counted once, without
+    building it: an absurd ``n_layer`` costs nothing. At least 2**63 if torch cannot count them.
+    """
+    try:
+        with torch.device("meta"):
+            one, two = (
+                GPT(dataclasses.replace(config, n_layer=n)).parameter_count() for n in (1, 2)
+            )
+    except RuntimeError:  # a tensor that is larger than any memory
+        return 2**63
+    return one + (config.n_layer - 1) * (two - one)
+
+
 def _table(rows: Tensor) -> nn.Embedding:
     """An embedding of ``rows``: the usual way draws weights first, which on ``meta`` takes a
     second.

@@ -3,7 +3,6 @@ blocks.
 """
 
 import dataclasses
-import os
 from collections.abc import Callable
 
 import torch
@@ -13,8 +12,9 @@ from torch.distributed.tensor import DTensor
 from gpt import checkpoint as checkpoints
 from gpt import tensors
 from gpt.checkpoint import Checkpoint
-from gpt.config import ModelConfig, TrainConfig
-from gpt.model.gpt import GPT
+from gpt.config import TrainConfig
+from gpt.device import check_memory, memory
+from gpt.model.gpt import GPT, parameter_count
 from gpt.training.activations import checkpoint_activations
 from gpt.training.backends import choose_attention
 from gpt.training.compilation import compile_blocks
@@ -41,6 +41,8 @@ def build_model(
     around all. A compiled block keeps the attention kernels that were chosen before.
     """
     if model is None and strategy == "fsdp":
+        if checkpoint is not None:
+            checkpoints.check_size(checkpoint)
         with torch.device("meta"):
             model = GPT(config.model)
         fill = _fill_new(model) if checkpoint is None else _fill_from(checkpoint, model)
@@ -100,15 +102,41 @@ def whole_model(
     return copy.eval()
 
 
-def count_parameters(config: ModelConfig) -> int:
-    """Parameters of a model that need not be made for it."""
-    with torch.device("meta"):
-        return GPT(config).parameter_count()
-
-
 def saves_shards(config: TrainConfig, strategy: Strategy) -> bool:
     """Whether each process writes its own part of a checkpoint."""
     if strategy != "fsdp" or config.checkpoint.format != "auto":
         return strategy == "fsdp" and config.checkpoint.format == "sharded"
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return STATE_BYTES * count_parameters(config.model) > memory / 2
+    host = memory(torch.device("cpu"))
+    return STATE_BYTES * parameter_count(config.model) > host / 2
+
+
+def check_sizes(config: TrainConfig, world: World, device: torch.device) -> None:
+    """``UsageError`` if the run needs more memory than there is, before anything is built. What is
+    counted is what any run needs at least, so whatever fits is let through.
+    """
+    model, sequences = config.model, config.training.batch_tokens // config.model.context_length
+    n_parameters = parameter_count(model)
+    check_memory(
+        f"the weights, gradients and optimizer state of {n_parameters:,} parameters",
+        STATE_BYTES * n_parameters / (1 if config.parallel.strategy == "ddp" else world.size),
+        device,
+        advice="a smaller model.n_layer, model.n_embd or model.vocab_size would do",
+    )
+    here = -(-sequences // world.size)
+    ids = 8 * here * (model.context_length + 1)
+    check_memory(
+        f"the {here:,} sequences of a step",
+        2 * ids,  # of this step and the next
+        torch.device("cpu"),
+        advice="a smaller training.batch_tokens would do",
+    )
+    kept = {"none": 8, "selective": 4, "full": 1}[config.training.activation_checkpointing]
+    numbers = model.vocab_size + kept * model.n_layer * model.n_embd
+    rows = min(config.training.micro_batch_size, here)
+    check_memory(
+        f"the activations of {rows:,} sequences of {model.context_length:,} tokens",
+        2 * rows * model.context_length * numbers,
+        device,
+        advice="a smaller training.micro_batch_size or model.context_length, or "
+        "training.activation_checkpointing full, would do",
+    )

@@ -22,7 +22,7 @@ from gpt.data.batches import Batch, Order, Windows
 from gpt.data.prepare import Prepared
 from gpt.data.tokenizer import Tokenizer
 from gpt.device import choose_device, choose_precision, peak_flops
-from gpt.model.gpt import GPT
+from gpt.model.gpt import GPT, parameter_count
 from gpt.training import build, nonfinite, setup, state
 from gpt.training.interrupt import Interrupt
 from gpt.training.loss import summed_loss
@@ -132,7 +132,7 @@ class Trainer:
 
     def choose_strategy(self) -> Strategy:
         """How the processes divide the work."""
-        n_parameters = build.count_parameters(self.config.model)
+        n_parameters = parameter_count(self.config.model)
         return choose_strategy(
             self.config.parallel, self.world, n_parameters=n_parameters, device=self.device
         )

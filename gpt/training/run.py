@@ -10,6 +10,7 @@ from gpt.data.corpus import open_corpus
 from gpt.data.prepare import prepare
 from gpt.device import choose_device
 from gpt.training import setup
+from gpt.training.build import check_sizes
 from gpt.training.curve import draw_curve
 from gpt.training.loop import Result, Sample, Trainer
 from gpt.training.metrics import Reporter, Silent, as_settings
@@ -65,6 +66,7 @@ def train_on(
             )
         )
     config = setup.resolve(config, data, checkpoint)
+    check_sizes(config, world, choose_device(config.training.device))
     if checkpoint is not None:
         setup.check_changes(config, checkpoint, data.train, say)
     model = initial.model if initial else None

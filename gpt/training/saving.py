@@ -7,7 +7,7 @@ and so does the end of the run. What the thread could not write is raised at the
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -48,6 +48,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._copies: dict[str, Tensor] = {}
+        self._own: list[str] = []
         self.last = last
         """The newest checkpoint that is whole."""
         self.stalls: list[float] = []
@@ -144,11 +145,19 @@ class Saver:
             if self._world.is_main:
                 self._flush()
             if self._group is not None:
-                checkpoints.save_sharded(self._run, state, self._group)
+                checkpoints.save_sharded(self._run, state, self._group, own=self._own)
             elif self._world.is_main:
-                checkpoints.save(self._run, state)
+                checkpoints.save(self._run, state, own=self._own)
             if self._world.is_main:
-                point_and_prune(self._run, self._config, last=state.name, best=best, say=self._say)
+                self._own.append(state.name)
+                point_and_prune(
+                    self._run,
+                    self._config,
+                    last=state.name,
+                    best=best,
+                    own=self._own,
+                    say=self._say,
+                )
             self.last = state.name
         except Exception as error:
             self._error = error
@@ -160,13 +169,15 @@ def point_and_prune(
     *,
     last: str,
     best: str | None,
+    own: Collection[str] = (),
     say: Callable[[str], None],
 ) -> None:
     """Let ``last`` and ``best`` name these checkpoints, and delete those that are not kept; one
-    that cannot be deleted is told and does no harm.
+    that cannot be deleted is told and does no harm. ``own`` are those that this process wrote.
     """
     checkpoints.point(run, "last", last)
     if best is not None and checkpoints.pointed(run, "best") != best:
         checkpoints.point(run, "best", best)
-    for problem in checkpoints.prune(run, keep=config.keep, keep_every=config.keep_every):
+    problems = checkpoints.prune(run, keep=config.keep, keep_every=config.keep_every, own=own)
+    for problem in problems:
         say(problem)

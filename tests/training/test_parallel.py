@@ -19,7 +19,8 @@ import gpt
 from gpt import checkpoint as checkpoints
 from gpt.cli import main
 from gpt.config import ModelConfig, ParallelConfig, TrainingConfig, UsageError
-from gpt.training.build import count_parameters, saves_shards
+from gpt.model.gpt import parameter_count
+from gpt.training.build import saves_shards
 from gpt.training.parallel import World, _meet, choose_strategy
 from gpt.training.setup import sequences_a_step
 from tests.conftest import LINES
@@ -253,7 +254,7 @@ def test_every_window_is_some_process_share_once():
 def test_full_checkpoints_are_kept_where_the_host_can_hold_the_state(monkeypatch, tmp_path):
     model, training = ModelConfig(), TrainingConfig(batch_tokens=2**14)
     config = dataclasses.replace(config_of(tmp_path, "run"), model=model, training=training)
-    assert count_parameters(model) == 124_439_808  # 2 GB of state
+    assert parameter_count(model) == 124_439_808  # 2 GB of state
     for memory, shards in ((10e9, False), (3e9, True)):
         monkeypatch.setattr(os, "sysconf", lambda name, m=memory: 1 if "SIZE" in name else m)
         assert saves_shards(config, "fsdp") == shards

@@ -34,7 +34,7 @@ class Gate:
         self.open, self.at_work, self.most = threading.Event(), 0, 0
         save = checkpoints.save
 
-        def wait(run, state):
+        def wait(run, state, **options):
             self.at_work += 1
             self.most = max(self.most, self.at_work)
             assert self.open.wait(timeout=20)
@@ -122,7 +122,7 @@ def test_what_the_thread_meets_is_raised_at_the_next_step_and_names_what_is_whol
     with Saver(tmp_path, CheckpointConfig(), World()) as saver:
         saver.save(state(1), best=None)
 
-    def full(run, state):
+    def full(run, state, **options):
         raise OSError(28, "No space left on device", "x")
 
     monkeypatch.setattr(checkpoints, "save", full)
