@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO, cast
 
 from gpt.config import (
     EvaluateConfig,
@@ -22,13 +22,14 @@ from gpt.config import (
     TrainConfig,
     UsageError,
     parse,
+    parse_training,
 )
 
 if TYPE_CHECKING:
     from gpt.data.tokenizer import Tokenizer
     from gpt.model.gpt import GPT
 
-DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "shakespeare.toml"
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SAMPLE_SEED = 0
 """Of the samples during training, so that they differ by what was learned and not by luck."""
 
@@ -62,7 +63,12 @@ def train(words: Sequence[str], prog: str) -> int:
     tells = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, one says what is wrong
     try:
         with contextlib.nullcontext() if tells else _silence():
-            config = parse(TrainConfig, words, prog=prog, toml=DEFAULT_CONFIG)
+            config, settings = parse_training(
+                words,
+                prog=prog,
+                default=CONFIGS / "shakespeare.toml",
+                init=CONFIGS / "finetune.toml",
+            )
     except UsageError:
         if tells:
             raise
@@ -70,6 +76,7 @@ def train(words: Sequence[str], prog: str) -> int:
     from rich.console import Console
 
     from gpt.device import keep_freed_memory
+    from gpt.training.interrupt import Output
     from gpt.training.run import train as run
 
     keep_freed_memory()
@@ -79,7 +86,10 @@ def train(words: Sequence[str], prog: str) -> int:
         def sample(model: "GPT", tokenizer: "Tokenizer") -> str:
             return _training_sample(config, model, tokenizer)
 
-    result = run(config, console=Console(), sample=sample)
+    if tells and settings.name != "shakespeare.toml":
+        _tell(f"settings {settings}, then the command line")
+    output = Output(sys.stdout)
+    result = run(config, console=Console(file=cast(TextIO, output)), sample=sample)
     return 128 + result.signal if result.signal else 0
 
 

@@ -5,6 +5,7 @@ tokens that go before the user's own, so both meet the same parser (tyro), the s
 same "perhaps you meant". Nothing here imports torch: ``--help`` answers at once.
 """
 
+import argparse
 import dataclasses
 import json
 import math
@@ -147,8 +148,8 @@ class ModelConfig:
     vocab_size: int = _number(50257, at_least=0)
     """Rows of the token embedding. In a run, 0 takes the tokenizer's (from 1,024 tokens on, padded
     to a multiple of 128 for GPUs), and a larger number pads it."""
-    context_length: int = _number(1024, at_least=1)
-    """The most tokens the model sees at once."""
+    context_length: int = _number(1024, at_least=0)
+    """The most tokens the model sees at once. In a run with init, 0 keeps the model's own."""
     n_layer: int = _number(12, at_least=1)
     """Blocks, each of attention and a feed-forward layer."""
     n_head: int = _number(12, at_least=1)
@@ -373,8 +374,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check(self)
+        if self.model.context_length == 0 and not self.init:
+            raise UsageError(
+                "model.context_length is 0, and must be at least 1 (0 keeps the context of the "
+                "model that init names)"
+            )
         micro = self.training.micro_batch_size * self.model.context_length
-        if self.training.batch_tokens % micro:
+        if micro and self.training.batch_tokens % micro:
             near = max(1, round(self.training.batch_tokens / micro)) * micro
             raise UsageError(
                 f"training.batch_tokens is {self.training.batch_tokens}, and must be a multiple of "
@@ -384,7 +390,7 @@ class TrainConfig:
     @property
     def run(self) -> Path:
         """The run's folder, with the empty name resolved."""
-        return Path(self.run_dir or f"runs/{Path(self.data.source).stem}")
+        return run_of(self.run_dir, self.data.source)
 
     @property
     def cache_dir(self) -> Path:
@@ -644,6 +650,49 @@ def parse(schema: type[T], arguments: Sequence[str], *, prog: str, toml: Path | 
         use_underscores=True,
         config=(tyro.conf.PositionalRequiredArgs,),
     )
+
+
+def parse_training(
+    arguments: Sequence[str], *, prog: str, default: Path, init: Path
+) -> tuple[TrainConfig, Path]:
+    """The configuration of ``train.py``, and the TOML file that it comes from: the one that is
+    named; else, for a run that is resumed, the run's own; else the preset ``init`` for a model that
+    is not new; else ``default``.
+
+    A ``config.toml`` in a run's folder means that folder, wherever it was when it was written.
+    """
+    words = list(arguments)
+    if words and words[0].endswith(".toml"):
+        path = Path(words[0])
+        if path.name == "config.toml" and (path.parent / "tokenizer.json").is_file():
+            words[1:1] = ["--run_dir", str(path.parent)]
+        return parse(TrainConfig, words, prog=prog), path
+    given = _peek(words)
+    run = run_of(given.run_dir, given.source)
+    if given.resume and (run / "config.toml").is_file():
+        path = run / "config.toml"
+        words = ["--run_dir", str(run), *words]
+    else:
+        path = init if given.init else default
+    return parse(TrainConfig, words, prog=prog, toml=path), path
+
+
+def _peek(words: Sequence[str]) -> argparse.Namespace:
+    """What must be known of the command line before the rest of it is understood."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--run_dir", "--run-dir", default="")
+    parser.add_argument("--data.source", dest="source", default=DataConfig().source)
+    parser.add_argument("--init", default="")
+    parser.add_argument("--resume", action="store_true")
+    try:
+        return parser.parse_known_args(list(words))[0]
+    except argparse.ArgumentError:  # a value is missing: `parse` says so
+        return parser.parse_args([])
+
+
+def run_of(run_dir: str, source: str) -> Path:
+    """The run's folder: ``run_dir``, or else one in ``runs/`` with the source's name."""
+    return Path(run_dir or f"runs/{Path(source).stem}")
 
 
 def toml_tokens(path: Path) -> Iterator[str]:

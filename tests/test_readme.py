@@ -8,8 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from gpt import GPT, ModelConfig
 from gpt.config import EvaluateConfig, ExportConfig, SampleConfig, TrainConfig, parse
+from gpt.data.tokenizer import ByteTokenizer
+from gpt.interop.export import export_huggingface
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -76,6 +80,21 @@ def test_the_readmes_commands_run_in_their_order(place):
         assert done.returncode == 0, (line, done.stderr)
         if "sample.py" in line:
             assert done.stdout.strip(), line
+
+
+def test_gpt2_and_back_runs_as_printed(place):
+    """On a random model in a folder that has the name of the hub's."""
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=257, context_length=64, n_layer=2, n_head=2, n_embd=32)
+    export_huggingface(GPT(config), ByteTokenizer(), place / "gpt2")
+    [block] = [block for block in blocks("bash") if "--init" in block]
+    assert block.count("\n") == 4
+    for line in block.splitlines():
+        words = "--training.max_steps 2 --evaluation.windows 2" if "train.py" in line else ""
+        words = "--max_new_tokens 5" if "sample.py" in line else words
+        done = run(f"{line} {words}", place)
+        assert done.returncode == 0, (line, done.stderr)
+    assert "gpt2" in done.stdout  # the comparison of both
 
 
 def test_the_commands_that_need_the_hub_are_understood():

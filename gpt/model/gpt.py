@@ -23,8 +23,9 @@ class GPT(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        if config.vocab_size < 1:
-            raise ValueError("model.vocab_size is 0, and a model needs at least 1 token")
+        for name in ("vocab_size", "context_length"):
+            if getattr(config, name) < 1:
+                raise ValueError(f"model.{name} is 0, and a model needs at least 1")
         self.config = config
         self.cache_dtype: torch.dtype | None = None
         """Of keys and values; ``None``: the weights'."""

@@ -1,8 +1,9 @@
 """A run's training curve, drawn in characters from its ``metrics.jsonl``."""
 
 import itertools
-import json
 from pathlib import Path
+
+from gpt.training.metrics import read_record
 
 Points = list[tuple[int, float]]
 
@@ -20,7 +21,8 @@ def draw_curve(metrics: Path, *, width: int = 64, height: int = 12) -> str:
     ``width`` and ``height`` are those of the plot in characters, without its axes. Empty if there
     are fewer than two records to draw.
     """
-    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines()
+    records = [record for line in lines if (record := read_record(line))]
     training: Points = [(r["step"], r["loss"]) for r in records if "loss" in r]
     validation: Points = [
         (r["step"], r["validation_loss"]) for r in records if "validation_loss" in r

@@ -1,11 +1,12 @@
-"""Ctrl-C (and SIGTERM, of a job that is preempted) as a request: the step in hand is finished and
-saved.
+"""Ctrl-C, SIGTERM (of a job that is preempted), SIGHUP (of a terminal that is closed) and a reader
+that has left as a request: the step in hand is finished and saved.
 """
 
+import os
 import signal
 import time
 from types import FrameType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 
 class Interrupt:
@@ -13,10 +14,13 @@ class Interrupt:
     does.
 
     One within ``patience`` seconds of the first is the same request. Under torchrun there are such:
-    SLURM sends SIGTERM to all processes of a job, and torchrun passes its own on.
+    SLURM sends SIGTERM to all processes of a job, and torchrun passes its own on. What is ignored
+    (SIGHUP, under nohup) stays ignored.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = tuple(
+        getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+    )
 
     def __init__(self, *, patience: float = 0.0) -> None:
         self.patience = patience
@@ -30,7 +34,8 @@ class Interrupt:
         return self.signal is not None
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._request) for number in self.SIGNALS}
+        heard = [n for n in self.SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._request) for number in heard}
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -48,3 +53,36 @@ class Interrupt:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+
+class Output:
+    """A stream whose reader may leave (``train.py | head``): that counts as SIGTERM, and what is
+    written afterwards goes nowhere.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """As of any stream."""
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._left()
+            return len(text)
+
+    def flush(self) -> None:
+        """As of any stream."""
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._left()
+
+    def _left(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+        signal.raise_signal(signal.SIGTERM)

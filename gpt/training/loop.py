@@ -108,6 +108,8 @@ class Trainer:
         self.step, self.best_loss = 0, math.inf
         self.best: str | None = None
         """The name of the checkpoint with the least validation loss."""
+        self.least_loss = math.inf
+        """The least validation loss so far, that before training included."""
         self.losses: list[float] = []
         """Of the steps since the last record."""
         self.skipped = 0
@@ -124,8 +126,10 @@ class Trainer:
             self.best, self.losses = progress["best"], progress["losses"]
             self.skipped, self.overflows = progress["skipped"], progress["overflows"]
             windows = progress.get("settings", {}).get("evaluation.windows")
+            self.least_loss = progress["least_loss"]
             if windows not in (None, config.evaluation.windows):
-                self.best_loss = math.inf  # of other windows, it says nothing of these
+                # of other windows, they say nothing of these
+                self.best_loss = self.least_loss = math.inf
             if self.best and not (checkpoint.path.parent / self.best).is_dir():
                 # gone with a later one that was better, and is damaged by now
                 self.best, self.best_loss = None, math.inf
@@ -342,9 +346,9 @@ class Trainer:
             "bits_per_byte": result.bits_per_byte,
         }
         text = self.sample(sample) if sample else ""
-        self.reporter.evaluation(
-            record, best=self.step > 0 and result.loss < self.best_loss, sample=text
-        )
+        best = self.step > 0 and result.loss < self.least_loss
+        self.reporter.evaluation(record, best=best, sample=text)
+        self.least_loss = min(self.least_loss, result.loss)
         return result.loss
 
     def sample(self, make: Sample) -> str:
@@ -381,6 +385,7 @@ class Trainer:
                 progress={
                     "best": self.best,
                     "best_loss": self.best_loss if self.best else None,
+                    "least_loss": self.least_loss if math.isfinite(self.least_loss) else None,
                     "losses": list(self.losses),
                     "skipped": self.skipped,
                     "overflows": self.overflows,

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from gpt.config import LogConfig, UsageError
-from gpt.files import write_atomically
+from gpt.files import check_regular, write_atomically
 
 Record = dict[str, Any]
 
@@ -178,19 +178,33 @@ def _kind(record: Record) -> Kind:
     return record["step"], "validation_loss" in record, "skipped" in record
 
 
+def read_record(line: str) -> Record | None:
+    """The record of a line; ``None`` for a line that was cut off, or that is none of this program's
+    (its ``step`` or a loss is no number).
+    """
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return None
+    losses = [record[name] for name in ("loss", "validation_loss") if name in record]
+    good = all(type(loss) in (int, float) and math.isfinite(loss) for loss in losses)
+    return record if good and 0 <= record["step"] < 2**63 else None
+
+
 def drop_later_records(path: Path, step: int) -> set[Kind]:
     """Remove from a metrics file the records past ``step``, and lines that were cut off or damaged;
     of which kinds it had records.
     """
     if not path.exists():
         return set()
+    check_regular(path, "the metrics")
     kept, told = [], set()
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        try:
-            kind = _kind(json.loads(line))
-        except (ValueError, KeyError, TypeError):
-            continue
-        if line.endswith("\n"):
+        record = read_record(line)
+        if record is not None and line.endswith("\n"):
+            kind = _kind(record)
             told.add(kind)
             kept += [line] if kind[0] <= step else []
     write_atomically(path, "".join(kept))

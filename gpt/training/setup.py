@@ -17,7 +17,7 @@ from gpt.data import tokenizer as tokenizers
 from gpt.data.prepare import Prepared
 from gpt.data.shards import Shard
 from gpt.data.tokenizer import Tokenizer
-from gpt.files import write_atomically
+from gpt.files import unwritable, write_atomically
 from gpt.interop.load import Loaded, load
 from gpt.training.parallel import World
 
@@ -32,7 +32,12 @@ FIXED_GROUPS = {"model": ("dropout",), "data": ("source", "cache_dir")}
 @contextlib.contextmanager
 def held(run: Path) -> Iterator[str]:
     """The run's folder, made if need be, for this process alone while entered."""
-    run.mkdir(parents=True, exist_ok=True)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(run, error) from None
+    if (run / ".lock").is_symlink():
+        raise UsageError(f"{run / '.lock'} is a link, and must be a file of the run's own")
     try:
         with FileLock(run / ".lock", timeout=0):
             yield str(run)
@@ -80,8 +85,20 @@ def take_initial_model(
         return config, None
     loaded = load(checkpoint.path if checkpoint else config.init, trainable=True, say=say)
     model, wanted = loaded.model, config.model
-    if wanted.context_length < model.config.context_length:
+    own = model.config.context_length
+    if 0 < wanted.context_length < own:
         model.crop_context(wanted.context_length)
+        if checkpoint is None:
+            say(f"the model's context of {own:,} tokens is cropped to {wanted.context_length:,}")
+    elif wanted.context_length > own:
+        raise UsageError(
+            f"model.context_length is {wanted.context_length:,}, and {config.init} has learned "
+            f"{own:,} positions (0 keeps them)"
+        )
+    for name, value in dataclasses.asdict(wanted).items():
+        kept, usual = getattr(model.config, name), getattr(ModelConfig(), name)
+        if name not in ("vocab_size", "context_length", "dropout") and value not in (kept, usual):
+            say(f"model.{name} is {value}, and that of {config.init} stays: {kept}")
     if wanted.vocab_size > model.config.vocab_size:
         model.resize_vocabulary(wanted.vocab_size)
     model.set_dropout(wanted.dropout)
@@ -119,6 +136,7 @@ def padded(vocab_size: int) -> int:
 def check_changes(config: TrainConfig, checkpoint: Checkpoint, text: Shard, say: Say) -> None:
     """Say what was changed since the checkpoint; ``UsageError`` if it would make it another run."""
     before = checkpoint.progress.get("settings", {})
+    before = before if isinstance(before, dict) else {}  # restoring it says what is wrong
     before |= _resolved(checkpoint.model)
     now = settings(config, text)
     told = {

@@ -7,6 +7,7 @@ state. An optimizer's hyperparameters are the configuration's, not the checkpoin
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 from gpt import checkpoint as checkpoints
 from gpt import tensors
 from gpt.checkpoint import Checkpoint
+from gpt.config import UsageError, foreign, quoted
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -49,13 +51,12 @@ def restore(
     part; returns the rest of the progress: ``best``, ``best_loss``, ``losses``, ``skipped``,
     ``overflows``.
     """
-    progress = dict(checkpoint.progress)
     parameters = dict(model.named_parameters())
     if checkpoint.format == 1:
         old = checkpoints.load_format_1(checkpoint)
         saved, progress = from_format_1(old, names_of(model, optimizers))
     else:
-        saved = {}
+        saved, progress = {}, checkpoint.progress
         path = checkpoint.path / checkpoints.TRAINING
         for name, like in tensors.describe(path).items():
             parameter = parameters[name.rpartition("/")[0]]
@@ -75,11 +76,33 @@ def restore(
                 state.setdefault(names.index(parameter_name), {})[key] = tensor
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
+    progress = _checked(progress, checkpoint.path)
     if progress["scaler"]:  # the run had one
         scaler.load_state_dict(progress["scaler"])
-    if progress["best_loss"] is None:
-        progress["best_loss"] = math.inf
     return progress
+
+
+def _checked(progress: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The progress with every field of its type; what older checkpoints lack is added."""
+    number = int | float
+    kinds: dict[str, Any] = {"best": str | None, "best_loss": number | None, "losses": list}
+    kinds |= {"least_loss": number | None, "skipped": int, "overflows": int, "scaler": dict}
+    kinds |= {"settings": dict, "place": dict}
+    known: dict[str, Any] = {"settings": {}, "place": {}, "least_loss": progress.get("best_loss")}
+    known |= progress
+    for name, kind in kinds.items():
+        if not isinstance(known.get(name), kind) or (name not in known):
+            raise UsageError(
+                f"the checkpoint {foreign(path)} cannot be resumed: its progress has "
+                f"{quoted(known.get(name))} as {name}"
+            )
+    if not all(isinstance(loss, number) for loss in known["losses"]):
+        raise UsageError(
+            f"the checkpoint {foreign(path)} cannot be resumed: its losses are no numbers"
+        )
+    for name in ("best_loss", "least_loss"):
+        known[name] = math.inf if known[name] is None else known[name]
+    return known
 
 
 def names_of(model: nn.Module, optimizers: Sequence[Optimizer]) -> list[list[str]]:
