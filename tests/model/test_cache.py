@@ -192,6 +192,23 @@ def test_after_reorder_each_row_continues_the_row_it_came_from(kind, rows):
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [[1, 0], [1, 1], [0, 0, 1]], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_rows_of_unlike_lengths_move_whole(kind, rows):
+    model = model_of("gpt2")
+    tokens, others = some_tokens(2, 7), some_tokens(3, 2, seed=1)
+    cache = model.new_cache(3, kind=kind)
+    cache.reorder([0, 1])
+    model(tokens, cache=cache)
+    cache.truncate([7, 3])
+    cache.reorder(rows)
+    got = model(others[: len(rows)], cache=cache)
+    for i, row in enumerate(rows):
+        text = torch.cat([tokens[row, : [7, 3][row]], others[i]])[None]
+        torch.testing.assert_close(got[i], model(text)[0, -2:], rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
 def test_expand_gives_each_row_n_times_side_by_side_and_leaves_the_old_cache_alone(kind):

@@ -674,6 +674,25 @@ def test_updates_that_may_be_skipped_are_counted_and_change_nothing(config, monk
         run(dataclasses.replace(longer, resume=True))
 
 
+def test_a_loss_that_is_no_number_is_in_no_mean(config, monkeypatch):
+    config = change(change(config, "training", skip_nonfinite=1), "log", every=4)
+    accumulate = Trainer.accumulate
+    losses = []
+
+    def poisoned(self, batch, n_targets):
+        total = accumulate(self, batch, n_targets)
+        losses.append(total.item() if self.step != 1 else math.nan)
+        return total if self.step != 1 else total * math.nan
+
+    monkeypatch.setattr(Trainer, "accumulate", poisoned)
+    run(config)
+    logged = next(r for r in records(config) if "loss" in r)
+    assert logged["step"] == 4
+    finite = [loss for loss in losses[:4] if math.isfinite(loss)]
+    assert len(finite) == 3
+    assert logged["loss"] == pytest.approx(sum(finite) / 3)
+
+
 def test_weights_that_are_no_numbers_are_not_saved(config, monkeypatch):
     config = change(change(config, "checkpoint", every=2), "log", every=100)
     update = Trainer.update
