@@ -23,7 +23,7 @@ from machine import describe, seconds
 from rich.console import Console
 from rich.table import Table
 
-import gpt.model.attention
+import gpt.model.attend
 import gpt.model.dropout
 from gpt.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig, TrainingConfig
 from gpt.data.prepare import prepare
@@ -123,9 +123,9 @@ def measure(variant: str, shape: ModelConfig, sequences: int, steps: int, path: 
     if variant not in ("freed memory", "nanogpt", "hugging face"):
         keep_freed_memory()
     if variant == "fused attention":
-        gpt.model.attention._trains_faster_plainly = lambda q, p: False
+        gpt.model.attend._trains_faster_plainly = lambda q, p: False
     if variant == "torch dropout":
-        gpt.model.attention.drop = torch.nn.functional.dropout
+        gpt.model.attend.drop = torch.nn.functional.dropout
         gpt.model.dropout.dropout = torch.nn.functional.dropout
     if variant == "hugging face":
         step = theirs(hugging_face(shape), shape, sequences)

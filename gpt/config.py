@@ -13,13 +13,17 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Weights = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
 Activation = Literal["gelu_tanh", "gelu", "relu", "silu", "tanh"]
 TokenizerKind = Literal["char", "byte", "gpt2"]
+PositionScheme = Literal["learned"]
+Norm = Literal["layer"]
+NormPlacement = Literal["pre"]
+Mlp = Literal["plain"]
 
 
 MESSAGE = 800
@@ -156,8 +160,18 @@ class ModelConfig:
     """Attention heads in a block; they share n_embd."""
     n_kv_head: int = _number(0, at_least=0)
     """Heads of keys and values (grouped-query attention); 0: as many as n_head."""
+    head_dim: int = _number(0, at_least=0)
+    """Width of one attention head; 0: n_embd / n_head."""
     n_embd: int = _number(768, at_least=1)
     """Width of the residual stream."""
+    position: PositionScheme = "learned"
+    """How tokens know their positions. learned: an embedding for each."""
+    norm: Norm = "layer"
+    """layer: LayerNorm."""
+    norm_placement: NormPlacement = "pre"
+    """pre: before each branch."""
+    mlp: Mlp = "plain"
+    """plain: up, activation, down."""
     dropout: float = _number(0.0, at_least=0, below=1)
     """Probability of dropping an embedding, an attention weight or a residual branch's output."""
     bias: bool = True
@@ -177,25 +191,24 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check(self, "model.")
-        if self.n_embd % self.n_head:
+        if not self.head_dim and self.n_embd % self.n_head:
             raise UsageError(
                 f"model.n_embd is {self.n_embd}, and must be a multiple of "
                 f"model.n_head ({self.n_head})"
             )
-        if self.n_head % self.kv_heads:
+        if self.n_kv_head and self.n_head % self.n_kv_head:
             raise UsageError(
                 f"model.n_kv_head is {self.n_kv_head}, and must divide model.n_head ({self.n_head})"
             )
 
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.n_embd // self.n_head
-
-    @property
-    def kv_heads(self) -> int:
-        """Heads of keys and values, with 0 resolved."""
-        return self.n_kv_head or self.n_head
+    def resolved(self) -> Self:
+        """The same shape with every 0 that stands for another number replaced by that number."""
+        return dataclasses.replace(
+            self,
+            n_kv_head=self.n_kv_head or self.n_head,
+            head_dim=self.head_dim or self.n_embd // self.n_head,
+            n_inner=self.n_inner or 4 * self.n_embd,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from gpt.generation.ahead import Steps
 from gpt.generation.inference import prepare_for_inference
 from gpt.generation.sampling import History, choose, penalise
 from gpt.generation.score import score_targets
-from gpt.model.cache import KVCache, StaticCache
+from gpt.model.cache import KVCache
 from gpt.model.gpt import GPT
 from gpt.training.loss import summed_loss
 from gpt.training.optimizer import clip_gradients, gradient_norm, make_optimizers
@@ -145,7 +145,7 @@ def test_a_cache_of_either_kind(variant, weights):
     model(some_tokens(1, 6), cache=arriving, last_only=True)
     cache.add(arriving)
     assert cache.expand(2).lengths == [12, 12, 16, 16, 6, 6]
-    static = model.new_cache(3, kind=StaticCache)
+    static = model.new_cache(3, on_device=True)
     for chunk in (7, 1, 1):
         assert model(some_tokens(3, chunk), cache=static).shape == (3, chunk, 61)
     assert model(some_tokens(3, 1), cache=static.padded(3)).device.type == "cuda"
@@ -178,7 +178,7 @@ def test_the_operations_of_the_captured_step(kv_heads, settings, weights):
     model = model_of(n_kv_head=kv_heads).eval()
     if weights is not None:
         model = prepare_for_inference(model, weights, device=CUDA)
-    cache = model.new_cache(4, kind=StaticCache)
+    cache = model.new_cache(4, on_device=True)
     steps = Steps(cache, GenerationConfig(**settings), vocab_size=60)
     padded = cache.padded(4)
     with Alone():

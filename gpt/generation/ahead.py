@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gpt.config import SamplingConfig
 from gpt.generation.sampling import UNKNOWN, choose, marked, penalise
-from gpt.model.cache import StaticCache
+from gpt.model.cache import KVCache
 from gpt.model.gpt import GPT
 
 MOST = 16
@@ -37,7 +37,7 @@ too.
 class Steps:
     """The steps of a cache's rows. They hold no model, so that they can be kept with one."""
 
-    def __init__(self, cache: StaticCache, config: SamplingConfig, *, vocab_size: int) -> None:
+    def __init__(self, cache: KVCache, config: SamplingConfig, *, vocab_size: int) -> None:
         self.cache, self.config, self.vocab_size = cache, config, vocab_size
         self.settings = _settings(config)
         B, device = cache.max_batch_size, cache.keys.device
@@ -79,7 +79,7 @@ class Steps:
         chosen: list[list[int]] = self._chosen[:n, :B].tolist()
         return None if any(UNKNOWN in step for step in chosen) else chosen
 
-    def _take(self, model: GPT, cache: StaticCache) -> None:
+    def _take(self, model: GPT, cache: KVCache) -> None:
         B = cache.batch_size
         logits = model(self._tokens[:B], cache=cache)[:, -1, : self.vocab_size]
         if self._bias is not None:
@@ -90,7 +90,7 @@ class Steps:
         self._tokens[:B].copy_(chosen[:, None])
         self._step += 1
 
-    def _once(self, model: GPT, cache: StaticCache, *, expected: int) -> Callable[[], object]:
+    def _once(self, model: GPT, cache: KVCache, *, expected: int) -> Callable[[], object]:
         """What takes one step of all rows of ``cache``."""
         rows, device = cache.batch_size, cache.keys.device
         if rows not in self._graphs:
@@ -161,8 +161,7 @@ def steps_for(
         if (old.settings, old.vocab_size) == (_settings(config), vocab_size):
             return old
         return Steps(old.cache, config, vocab_size=vocab_size)
-    cache = model.new_cache(rows, capacity=length, kind=StaticCache)
-    assert isinstance(cache, StaticCache)
+    cache = model.new_cache(rows, capacity=length, on_device=True)
     cache.reorder([])
     return Steps(cache, config, vocab_size=vocab_size)
 
@@ -184,7 +183,7 @@ def _fits(steps: Steps, model: GPT, rows: int, length: int) -> bool:
     return (
         rows <= cache.max_batch_size
         and length <= cache.capacity <= 2 * length
-        and cache.keys.dtype == (model.cache_dtype or model.position.weight.dtype)
+        and cache.keys.dtype == (model.cache_dtype or model.dtype)
         and cache.keys.device == model.device
         and (not steps.places or steps.places == places(model))
     )

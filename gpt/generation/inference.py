@@ -131,8 +131,7 @@ class InferenceGPT(GPT):
         few = 2 * self.few if T == 1 else self.few  # a prompt goes well through matrix products
         if tokens.numel() > few or cache is None or not self._fits(cache, B):
             return super().features(tokens, cache=cache)
-        positions = cache.positions(T)  # of all rows, or each one's
-        x = self.embed(tokens).float() + self.position(positions)
+        x = self.embed_tokens(tokens, cache.plan(T).at).float()
         x = x.flatten(0, 1).contiguous()
         places = [(b, start + t) for b, start in enumerate(cache.lengths) for t in range(T)]
         memory = kernels.Cache(cache.keys, cache.values)
@@ -143,11 +142,12 @@ class InferenceGPT(GPT):
 
     def _fits(self, cache: KVCache, rows: int) -> bool:
         """Whether the kernels can write to the cache: they check nothing themselves."""
-        config, shape = self.config, cache.keys.shape
+        config, shape = self.config.resolved(), cache.keys.shape
+        wanted = config.n_layer, config.n_kv_head, config.head_dim
         return (
-            type(cache) is KVCache
+            not cache.on_device
             and cache.batch_size == rows > 0
-            and (shape[0], shape[2], shape[4]) == (config.n_layer, config.kv_heads, config.head_dim)
+            and (shape[0], shape[2], shape[4]) == wanted
             and cache.keys.device.type == "cpu"
             and cache.keys.dtype in (torch.float32, torch.bfloat16)
         )
@@ -194,7 +194,7 @@ class InferenceGPT(GPT):
     @property
     def is_known(self) -> bool:
         """Whether the kernels have the blocks' arithmetic."""
-        return self.config.head_dim % 16 == 0 and all(
+        return self.config.resolved().head_dim % 16 == 0 and all(
             (type(block), type(block.attn), type(block.mlp)) == (Block, CausalSelfAttention, MLP)
             for block in self.blocks
         )
@@ -206,8 +206,8 @@ class InferenceGPT(GPT):
         return self._layers
 
     def _shape(self) -> kernels.Shape:
-        config, known = self.config, kernels.ACTIVATIONS
-        heads = (config.n_layer, config.n_head, config.kv_heads, config.head_dim)
+        config, known = self.config.resolved(), kernels.ACTIVATIONS
+        heads = (config.n_layer, config.n_head, config.n_kv_head, config.head_dim)
         return kernels.Shape(*heads, known[config.activation])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -330,7 +330,7 @@ def _layer(block: Block) -> kernels.Layer:
     attn, mlp = block.attn, block.mlp
     linears = [cast(PackedLinear, linear) for linear in (attn.qkv, attn.out, mlp.up, mlp.down)]
     return kernels.Layer(
-        *(_norm(norm) for norm in (block.attn_norm, block.mlp_norm)),
+        *(_norm(cast(nn.LayerNorm, norm)) for norm in (block.attn_norm, block.mlp_norm)),
         *(linear.raw for linear in linears),
         attn.scale,
     )

@@ -100,7 +100,7 @@ def model_config(theirs: dict[str, Any]) -> ModelConfig:
 def hugging_face_config(config: ModelConfig) -> dict[str, Any]:
     """The ``config.json`` of a model; ``UsageError`` names what GPT-2 cannot express."""
     wrong = []
-    if config.kv_heads != config.n_head:
+    if config.resolved().n_kv_head != config.n_head:
         wrong.append(f"model.n_kv_head {config.n_kv_head}")
     if not config.bias:
         wrong.append("model.bias false")

@@ -1,27 +1,43 @@
-"""One block: attention, then the feed-forward layer, each added to the stream that it reads."""
+"""One block: attention and a feed-forward layer, each added to the residual stream."""
+
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from gpt.config import ModelConfig
+from gpt.config import ModelConfig, NormPlacement
 from gpt.model.attention import CausalSelfAttention
-from gpt.model.cache import KVCache
 from gpt.model.dropout import Dropout
-from gpt.model.mlp import MLP
+from gpt.model.mlp import MLPS
+from gpt.model.norm import NORMS
+from gpt.model.shared import Shared
 
 
 class Block(nn.Module):
-    """A pre-norm residual block, as in GPT-2 (Radford et al., 2019)."""
+    """Layer number ``layer``, from 0."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.attn_norm = nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
+        self.attn_norm = NORMS[config.norm](config)
         self.attn = CausalSelfAttention(config, layer)
-        self.mlp_norm = nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
-        self.mlp = MLP(config)
+        self.mlp_norm = NORMS[config.norm](config)
+        self.mlp = MLPS[config.mlp](config)
         self.dropout = Dropout(config.dropout)
+        self.residual: Residual = RESIDUALS[config.norm_placement]
 
-    def forward(self, x: Tensor, *, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, shared: Shared) -> Tensor:
         """``[B, T, C]`` to ``[B, T, C]``."""
-        x = x + self.dropout(self.attn(self.attn_norm(x), mask=mask, cache=cache))
-        x = x + self.dropout(self.mlp(self.mlp_norm(x)))
-        return x
+        out: Tensor = self.residual(self, x, shared)
+        return out
+
+
+Residual = Callable[[Block, Tensor, Shared], Tensor]
+
+
+def pre_norm(block: Block, x: Tensor, shared: Shared) -> Tensor:
+    """The norm comes before each branch, and the stream itself is never normalised (GPT-2)."""
+    x = x + block.dropout(block.attn(block.attn_norm(x), shared))
+    return x + block.dropout(block.mlp(block.mlp_norm(x)))
+
+
+RESIDUALS: dict[NormPlacement, Residual] = {"pre": pre_norm}
+"""The configuration's ``norm_placement`` to how a block adds up its branches."""

@@ -1,50 +1,126 @@
-"""The KV cache: what every layer computed for the tokens already seen, so that none is run twice.
+"""The KV cache: keys and values of the tokens already seen, so that no token is computed twice.
 
-A plain object that is passed to ``GPT.forward``, never a buffer of the model. Its memory is taken
-once. Per token it holds ``2 * n_layer * kv_heads * head_dim`` numbers (GPT-2's smallest: 18,432, or
-36 KiB in bfloat16). There are two kinds, with the same methods:
+A plain object that is passed to ``GPT.forward``, never a buffer of the model. Its memory is
+allocated once. Per token it holds ``2 * n_layer * n_kv_head * head_dim`` numbers (GPT-2's smallest:
+18,432, or 36 KiB in bfloat16). The lengths of its rows are one of two:
 
-:class:`KVCache`
-    knows its lengths as Python ``int``: nothing waits on the device to read them, and attention
-    reads no further than the longest row.
-:class:`StaticCache`
-    knows them as a tensor: every step has the same shapes and the same Python values, so that one
-    compiled graph, or one captured CUDA graph, serves them all. Attention reads the whole capacity.
+:class:`HostLengths`
+    Python integers: nothing waits for the device to read them, and attention reads no further than
+    the longest row.
+:class:`DeviceLengths`
+    a tensor: every step has the same shapes and the same Python values, so that one compiled graph,
+    or one captured CUDA graph, serves them all. Attention reads the whole capacity.
 
-The law: for every variant, every kind and every chunking, decoding with the cache gives the full
-forward's logits.
+The law: for every variant, both kinds of lengths and every chunking, decoding with the cache gives
+the full forward's logits.
 """
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gpt.config import ModelConfig
-
-ALIGNED = 16
-"""The rows of a bias begin at multiples of this many numbers."""
+from gpt.model.masks import MaskRule, causal, dense
 
 
-def causal_mask(n_query: int, n_key: int, *, device: torch.device | str | None = None) -> Tensor:
-    """True where a query may look: ``[n_query, n_key]``, the last query at the last key."""
-    ones = torch.ones(n_query, n_key, dtype=torch.bool, device=device)
-    return ones.tril(n_key - n_query)
+@dataclass(frozen=True)
+class Slots:
+    """Where the next ``n`` tokens of each row go."""
+
+    at: Tensor
+    """Their positions, ``[n]``, or ``[B, n]`` where each row has its own."""
+    n_key: int
+    """Slots that attention reads, from 0."""
+    start: int | None
+    """The first of the slots where all rows write; ``None`` where each row writes at ``at``."""
+    sees_all: bool
+    """Whether attention needs no mask: it is square causal, or each query sees every key."""
 
 
-def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask as what is added to the scores: 0 where it is True, minus infinity elsewhere.
+class HostLengths:
+    """The rows' lengths as Python integers."""
 
-    Attention would make it in every layer. Its rows begin at multiples of 16 numbers: CUDA's
-    memory-efficient kernel copies others, also in every layer.
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.numbers = list(lengths)
+
+    def set(self, lengths: Sequence[int]) -> None:
+        """Other lengths, perhaps of another number of rows."""
+        self.numbers = list(lengths)
+
+    def add(self, n: int) -> None:
+        """``n`` more tokens in each row."""
+        self.numbers = [length + n for length in self.numbers]
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+        return len(self.numbers)
+
+    def next(self, n: int, capacity: int, device: torch.device) -> Slots:
+        """Where ``n`` more tokens go; ``ValueError`` if they do not fit."""
+        longest, shortest = max(self.numbers, default=0), min(self.numbers, default=0)
+        _check_room(longest, n, capacity)
+        new = torch.arange(n, device=device)
+        end = longest + n
+        if longest == shortest:
+            return Slots(new + longest, end, longest, sees_all=longest == 0 or n == 1)
+        starts = torch.tensor(self.numbers, device=device)
+        return Slots(starts[:, None] + new, end, None, sees_all=False)
+
+
+class DeviceLengths:
+    """The rows' lengths as a tensor in memory of a fixed place, which a captured graph reads. Only
+    the number of rows is known to the host; reading :attr:`numbers` waits for the device.
     """
-    n_key = mask.shape[-1]
-    padded = F.pad(mask, (0, -n_key % ALIGNED))
-    bias = torch.zeros(padded.shape, dtype=dtype, device=mask.device)
-    return bias.masked_fill_(~padded, -torch.inf)[..., :n_key]
+
+    def __init__(self, lengths: Sequence[int], *, most: int, device: torch.device) -> None:
+        self.memory = torch.zeros(most, dtype=torch.int64, device=device)
+        self.set(lengths)
+
+    def set(self, lengths: Sequence[int]) -> None:
+        """Other lengths, perhaps of another number of rows."""
+        self.tensor = self.memory[: len(lengths)]
+        self.tensor.copy_(torch.tensor(lengths, dtype=torch.int64))
+
+    def padded(self, rows: int) -> Self:
+        """These lengths and zeros behind them, ``rows`` in all, in the same memory."""
+        other = copy.copy(self)
+        other.tensor = self.memory[:rows]
+        other.tensor[self.rows :] = 0
+        return other
+
+    def add(self, n: int) -> None:
+        """``n`` more tokens in each row, on the device."""
+        self.tensor += n
+
+    @property
+    def numbers(self) -> list[int]:
+        """The lengths, read from the device."""
+        lengths: list[int] = self.tensor.tolist()
+        return lengths
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+        return self.tensor.shape[0]
+
+    def next(self, n: int, capacity: int, device: torch.device) -> Slots:
+        """Where ``n`` more tokens go. On a CPU, ``ValueError`` if they do not fit; in a compiled
+        graph and on a GPU that is the caller's to see to.
+        """
+        if device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_room(max(self.numbers, default=0), n, capacity)
+        at = self.tensor[:, None] + torch.arange(n, device=device)
+        return Slots(at, capacity, None, sees_all=False)
+
+
+def _check_room(length: int, n: int, capacity: int) -> None:
+    if length + n > capacity:
+        raise ValueError(f"the cache holds {length} of {capacity} tokens, and {n} more do not fit")
 
 
 class KVCache:
@@ -64,26 +140,49 @@ class KVCache:
         capacity: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        on_device: bool = False,
     ) -> None:
-        """``capacity`` is the model's ``context_length`` unless given (it cannot be more)."""
+        """``capacity`` is the model's ``context_length`` unless given (it cannot be more).
+        ``on_device`` keeps the lengths in a tensor.
+        """
+        config = config.resolved()
         capacity = config.context_length if capacity is None else capacity
         if not 0 < capacity <= config.context_length:
             raise ValueError(
                 f"the cache's capacity is {capacity}, and must be from 1 to the model's "
                 f"context_length ({config.context_length})"
             )
-        shape = (config.n_layer, batch_size, config.kv_heads, capacity, config.head_dim)
-        # Zeros: what is masked must still be a number, since 0 * nan is nan.
+        shape = (config.n_layer, batch_size, config.n_kv_head, capacity, config.head_dim)
+        # Zeros: masked values must still be numbers, since 0 * nan is nan.
         self.keys = torch.zeros(shape, dtype=dtype, device=device)  # L, B, Hkv, capacity, D
         self.values = torch.zeros_like(self.keys)
-        self.lengths = [0] * batch_size
-        """Tokens of each row."""
-        self._places: tuple[Tensor, Tensor] | None = None
+        self._lengths = self._new_lengths([0] * batch_size, on_device=on_device)
+
+    def _new_lengths(
+        self, lengths: Sequence[int], *, on_device: bool
+    ) -> HostLengths | DeviceLengths:
+        if on_device:
+            return DeviceLengths(lengths, most=self.max_batch_size, device=self.keys.device)
+        return HostLengths(lengths)
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the lengths are a tensor."""
+        return isinstance(self._lengths, DeviceLengths)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row; where they are on the device, reading them waits for it."""
+        return self._lengths.numbers
+
+    @lengths.setter
+    def lengths(self, new: Sequence[int]) -> None:
+        self._lengths.set(new)
 
     @property
     def batch_size(self) -> int:
         """Rows in use, B; :meth:`reorder` and :meth:`add` change it."""
-        return len(self.lengths)
+        return self._lengths.rows
 
     @property
     def max_batch_size(self) -> int:
@@ -100,69 +199,41 @@ class KVCache:
         """The most tokens that a row may have."""
         return self.keys.shape[3]
 
-    @property
-    def is_ragged(self) -> bool:
-        """Whether the rows' lengths differ."""
-        lengths = self.lengths
-        return min(lengths) != max(lengths)
+    def plan(self, n: int) -> Slots:
+        """Where each row's next ``n`` tokens go; ``ValueError`` if they do not fit."""
+        return self._lengths.next(n, self.capacity, self.keys.device)
 
-    def positions(self, n: int) -> Tensor:
-        """The positions of each row's next ``n`` tokens: ``[n]``, or ``[B, n]`` where they differ.
-
-        ``ValueError`` if they do not fit.
+    def mask(self, slots: Slots, rule: MaskRule = causal) -> Tensor | None:
+        """The number that is added to the scores of the queries in ``slots``: minus infinity where
+        they may not look, broadcast over heads. ``None`` where no mask is needed.
         """
-        self._check_room(n)
-        new = torch.arange(n, device=self.keys.device)
-        if not self.is_ragged:
-            return new + self.lengths[0]
-        starts = torch.tensor(self.lengths, device=self.keys.device)
-        positions = starts[:, None] + new
-        self._places = torch.arange(self.batch_size, device=self.keys.device)[:, None], positions
-        return positions
+        if slots.sees_all:
+            return None
+        return dense(rule, slots.at, slots.n_key, self.keys.dtype)
 
-    def _check_room(self, n: int) -> None:
-        length = self.length
-        if length + n > self.capacity:
-            raise ValueError(
-                f"the cache holds {length} of {self.capacity} tokens, and {n} more do not fit"
-            )
+    def append(self, layer: int, k: Tensor, v: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
+        """Write one layer's new keys and values, each ``[B, Hkv, n, D]``, into their ``slots``.
 
-    def mask(self, positions: Tensor) -> Tensor | None:
-        """What is added to the scores of the queries at ``positions``: minus infinity where they
-        may not look, broadcast over heads. ``None`` where they are square causal, or one a row
-        that sees all.
+        Returns the layer's keys and values, new ones included, as views ``[B, Hkv, n_key, D]``. The
+        lengths move with :meth:`advance`, once every layer has appended.
         """
-        n, past, dtype = positions.shape[-1], self.length, self.keys.dtype
-        if not self.is_ragged:
-            if past == 0 or n == 1:
-                return None
-            return as_bias(causal_mask(n, past + n, device=self.keys.device), dtype)
-        keys = torch.arange(past + n, device=self.keys.device)
-        return as_bias((keys <= positions[:, :, None])[:, None], dtype)  # B, 1, n, S
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one layer's new keys and values, each ``[B, Hkv, n, D]``, behind the ones it holds.
-
-        Returns all of the layer's, new ones included, as views ``[B, Hkv, length + n, D]``. The
-        lengths move only with :meth:`advance`, once every layer has appended.
-        """
-        end, rows = self.length + k.shape[2], self.batch_size
-        keys, values = self.keys[layer, :rows, :, :end], self.values[layer, :rows, :, :end]
-        if self.is_ragged:
-            assert self._places is not None, "positions() goes before"
-            row, position = self._places
-            keys[row, :, position] = k.transpose(1, 2).to(keys.dtype)
-            values[row, :, position] = v.transpose(1, 2).to(keys.dtype)
+        B = k.shape[0]
+        keys = self.keys[layer, :B, :, : slots.n_key]
+        values = self.values[layer, :B, :, : slots.n_key]
+        if slots.start is not None:
+            keys[:, :, slots.start :] = k
+            values[:, :, slots.start :] = v
         else:
-            keys[:, :, self.length :] = k
-            values[:, :, self.length :] = v
+            rows = torch.arange(B, device=k.device)[:, None]
+            keys[rows, :, slots.at] = k.transpose(1, 2).to(keys.dtype)
+            values[rows, :, slots.at] = v.transpose(1, 2).to(keys.dtype)
         return keys, values
 
     def advance(self, n: int) -> None:
         """Count the ``n`` tokens a row that every layer has appended. ``GPT.forward``, and only it,
         calls this.
         """
-        self.lengths = [length + n for length in self.lengths]
+        self._lengths.add(n)
 
     def truncate(self, lengths: int | Sequence[int]) -> None:
         """Forget every token from a position on, one for all rows or one each. Costs nothing."""
@@ -224,94 +295,30 @@ class KVCache:
             raise ValueError(
                 f"the cache holds {longest} tokens, which do not fit a capacity of {capacity}"
             )
-        other = object.__new__(type(self))
+        other = copy.copy(self)
         L, _, H, S, D = self.keys.shape
         B, S = len(lengths), capacity or S
         other.keys, other.values = (
             m.new_zeros(L, B * n, H, S, D) for m in (self.keys, self.values)
         )
-        other.lengths = [length for length in lengths for _ in range(n)]
-        other._places = None
+        wide = [length for length in lengths for _ in range(n)]
+        other._lengths = other._new_lengths(wide, on_device=self.on_device)
         for mine, its in ((self.keys, other.keys), (self.values, other.values)):
             used = mine[:, :B, :, :longest]
             its[:, :, :, :longest] = used.repeat_interleave(n, dim=1)
         return other
 
-
-class StaticCache(KVCache):
-    """A :class:`KVCache` whose lengths are a tensor, for compiled decoding.
-
-    A forward of ``n`` tokens has the same shapes whatever the cache holds. In a compiled graph and
-    on a GPU, that the tokens fit is the caller's to see to. The number of rows is known to the
-    host; :attr:`lengths` reads the tensor, and waits for the device, which each method does once at
-    most.
-    """
-
-    _lengths: Tensor
-    _memory: Tensor
-
-    @property
-    def batch_size(self) -> int:
-        """Rows in use, B."""
-        return self._lengths.shape[0]
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each row, read from the device."""
-        lengths: list[int] = self._lengths.tolist()
-        return lengths
-
-    @lengths.setter
-    def lengths(self, new: Sequence[int]) -> None:
-        if not hasattr(self, "_memory"):
-            self._memory = torch.zeros(
-                self.max_batch_size, dtype=torch.int64, device=self.keys.device
-            )
-        self._lengths = self._memory[: len(new)]  # a captured graph reads this memory
-        self._lengths.copy_(torch.tensor(new, dtype=torch.int64))
-
     def padded(self, rows: int) -> Self:
-        """These rows and empty ones behind them, ``rows`` in all, in the same memory: a step of
-        both moves these rows on, and writes nothing else that is in use.
+        """A cache whose lengths are on the device: these rows and empty ones behind them, ``rows``
+        in all, in the same memory. A step of both moves these rows on, and writes nothing else that
+        is in use.
         """
         if not self.batch_size <= rows <= self.max_batch_size:
             raise ValueError(
                 f"a cache of {self.batch_size} rows, with memory for {self.max_batch_size}, cannot "
                 f"be padded to {rows}"
             )
+        assert isinstance(self._lengths, DeviceLengths)
         other = copy.copy(self)
-        other._lengths = self._memory[:rows]
-        other._lengths[self.batch_size :] = 0
+        other._lengths = self._lengths.padded(rows)
         return other
-
-    def positions(self, n: int) -> Tensor:
-        """The positions of each row's next ``n`` tokens, ``[B, n]``. On a CPU, ``ValueError`` if
-        they do not fit.
-        """
-        if self.keys.device.type == "cpu" and not torch.compiler.is_compiling():
-            self._check_room(n)
-        return self._next(n)
-
-    def _next(self, n: int) -> Tensor:
-        return self._lengths[:, None] + torch.arange(n, device=self.keys.device)
-
-    def mask(self, positions: Tensor) -> Tensor:
-        """What is added to the scores of the queries at ``positions``, ``[B, 1, n, capacity]``."""
-        keys = torch.arange(self.capacity, device=self.keys.device)
-        return as_bias((keys <= positions[:, :, None])[:, None], self.keys.dtype)
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one layer's new keys and values, each ``[B, Hkv, n, D]``; returns the whole
-        memory's, ``[B, Hkv, capacity, D]``.
-        """
-        B, _, n, _ = k.shape
-        rows = torch.arange(B, device=k.device)[:, None]
-        keys, values = self.keys[layer, :B], self.values[layer, :B]
-        positions = self._next(n)
-        keys[rows, :, positions] = k.transpose(1, 2).to(keys.dtype)
-        values[rows, :, positions] = v.transpose(1, 2).to(keys.dtype)
-        return keys, values
-
-    def advance(self, n: int) -> None:
-        """Count the ``n`` tokens a row that every layer has appended, on the device."""
-        self._lengths += n

@@ -1,5 +1,6 @@
 """The feed-forward half of a block: up to four times the width, an activation, and down again."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -7,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt.config import Activation, ModelConfig
+from gpt.config import Activation, Mlp, ModelConfig
+from gpt.model.initial import STD, normal
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),  # arXiv:1606.08415, as GPT-2 computes it
@@ -23,12 +25,22 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        width = config.n_inner or 4 * config.n_embd
+        width = config.resolved().n_inner
         self.activation = ACTIVATIONS[config.activation]
         self.up = nn.Linear(config.n_embd, width, bias=config.bias)
         self.down = nn.Linear(width, config.n_embd, bias=config.bias)
+        self.residual_std = STD / math.sqrt(2 * config.n_layer)
+
+    def reset(self) -> None:
+        """As :meth:`gpt.model.attention.CausalSelfAttention.reset`."""
+        normal(self.up)
+        normal(self.down, self.residual_std)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, T, C]`` to ``[B, T, C]``."""
         out: Tensor = self.down(self.activation(self.up(x)))
         return out
+
+
+MLPS: dict[Mlp, Callable[[ModelConfig], nn.Module]] = {"plain": MLP}
+"""The configuration's ``mlp`` to what makes one."""

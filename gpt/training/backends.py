@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpt.config import ModelConfig
-from gpt.model.attention import INFERENCE
+from gpt.model.attend import INFERENCE
 from gpt.training.parallel import World
 
 KERNELS = {"cudnn": [SDPBackend.CUDNN_ATTENTION], "flash": INFERENCE}
@@ -55,6 +55,7 @@ def measure(
     """Seconds of a forward and a backward pass through one layer's attention with each of
     ``KERNELS``; nothing where cuDNN has none for the shape, or gives other numbers.
     """
+    config = config.resolved()
     generator = torch.Generator(device).manual_seed(0)
     q, k, v, dy = (
         torch.randn(
@@ -64,9 +65,9 @@ def measure(
         )
         .to(dtype)
         .requires_grad_()
-        for heads in (config.n_head, config.kv_heads, config.kv_heads, config.n_head)
+        for heads in (config.n_head, config.n_kv_head, config.n_kv_head, config.n_head)
     )
-    grouped = config.n_head != config.kv_heads
+    grouped = config.n_head != config.n_kv_head
     asked = torch.backends.cuda.SDPAParams(q, k, v, None, config.dropout, True, grouped)
     if not torch.backends.cuda.can_use_cudnn_attention(asked):
         return {}

@@ -19,6 +19,7 @@ from gpt.data.shards import Shard
 from gpt.data.tokenizer import Tokenizer
 from gpt.files import unwritable, write_atomically
 from gpt.interop.load import Loaded, load
+from gpt.model.surgery import crop_context, resize_vocabulary, set_dropout
 from gpt.training.parallel import World
 
 Say = Callable[[str], None]
@@ -87,7 +88,7 @@ def take_initial_model(
     model, wanted = loaded.model, config.model
     own = model.config.context_length
     if 0 < wanted.context_length < own:
-        model.crop_context(wanted.context_length)
+        crop_context(model, wanted.context_length)
         if checkpoint is None:
             say(f"the model's context of {own:,} tokens is cropped to {wanted.context_length:,}")
     elif wanted.context_length > own:
@@ -100,8 +101,8 @@ def take_initial_model(
         if name not in ("vocab_size", "context_length", "dropout") and value not in (kept, usual):
             say(f"model.{name} is {value}, and that of {config.init} stays: {kept}")
     if wanted.vocab_size > model.config.vocab_size:
-        model.resize_vocabulary(wanted.vocab_size)
-    model.set_dropout(wanted.dropout)
+        resize_vocabulary(model, wanted.vocab_size)
+    set_dropout(model, wanted.dropout)
     for parameter in model.parameters():  # memory of its own, laid out as a new model's
         parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
     return dataclasses.replace(config, model=model.config), loaded
@@ -168,8 +169,7 @@ def settings(config: TrainConfig, text: Shard) -> dict[str, Any]:
 
 def _resolved(model: ModelConfig) -> dict[str, Any]:
     """The model's fields, those that were left open with what they stand for."""
-    widths = {"n_kv_head": model.kv_heads, "n_inner": model.n_inner or 4 * model.n_embd}
-    return {f"model.{name}": value for name, value in (dataclasses.asdict(model) | widths).items()}
+    return {f"model.{name}": value for name, value in dataclasses.asdict(model.resolved()).items()}
 
 
 def is_fixed(field: str) -> bool:

@@ -15,7 +15,7 @@ from gpt.config import GenerationConfig
 from gpt.generation import ahead
 from gpt.generation.ahead import Steps, padded_rows
 from gpt.generation.decode import Decoder, decode
-from gpt.model.cache import StaticCache
+from gpt.model.cache import KVCache
 from tests.conftest import make_model
 
 PROMPTS = [[i, 2 * i, 3] for i in range(1, 9)]
@@ -44,7 +44,7 @@ def captured(monkeypatch):
         step()
         step()  # a capture runs it before
         held = [cell.cell_contents for cell in step.__closure__]
-        rows.extend(cache.batch_size for cache in held if isinstance(cache, StaticCache))
+        rows.extend(cache.batch_size for cache in held if isinstance(cache, KVCache))
         return step
 
     monkeypatch.setattr(ahead, "can_capture", lambda device: True)
@@ -80,7 +80,7 @@ def test_padded_and_captured_steps_give_the_tokens_of_plain_ones(settings, n, mo
 
 @torch.inference_mode()
 def test_steps_of_padded_rows_move_the_real_ones_alone_and_leave_no_tokens_behind(model):
-    cache = model.new_cache(8, kind=StaticCache)
+    cache = model.new_cache(8, on_device=True)
     cache.reorder([0, 1, 2])
     model(torch.tensor(PROMPTS[:3]), cache=cache)
     cache.truncate([3, 1, 2])
@@ -101,7 +101,7 @@ def test_steps_of_padded_rows_move_the_real_ones_alone_and_leave_no_tokens_behin
 
 
 def test_a_cache_cannot_be_padded_to_rows_that_it_has_no_memory_for(model):
-    cache = model.new_cache(4, kind=StaticCache)
+    cache = model.new_cache(4, on_device=True)
     for rows in (3, 5):
         with pytest.raises(ValueError, match=f"memory for 4, cannot be padded to {rows}"):
             cache.padded(rows)

@@ -20,7 +20,6 @@ from gpt.generation.decode import decode
 from gpt.interop.export import export_huggingface
 from gpt.interop.gpt2 import hugging_face_name, is_transposed
 from gpt.interop.huggingface import exported, load_folder
-from gpt.model.cache import StaticCache
 from tests.conftest import make_model
 
 SHAPES = {  # the families of GPT-2's sizes and distilgpt2, made small: (layers, heads, width)
@@ -110,7 +109,7 @@ def test_each_familys_logits_losses_gradients_and_greedy_texts_are_equal(shape, 
     config = GenerationConfig(temperature=0, max_new_tokens=50)
     new = [token.id for token in decode(ours, prompt.tolist(), config)]
     assert new == generated[0, 10:].tolist()
-    static, last, stepped = ours.new_cache(kind=StaticCache), prompt, []
+    static, last, stepped = ours.new_cache(on_device=True), prompt, []
     with torch.inference_mode():
         while len(stepped) < 50:
             last = ours(last, cache=static, last_only=True)[:, -1:].argmax(-1)

@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gpt.model import attention
-from gpt.model.attention import attend
-from gpt.model.cache import causal_mask
+from gpt.model import attend as attention
+from gpt.model.attend import attend
+from gpt.model.masks import causal
 
 
 def plain_attention(q, k, v, weights=1):
@@ -32,7 +32,8 @@ def test_each_path_of_attention_is_the_plain_formula(n_query, n_key, kv_heads):
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, 4, n_query, 8, generator=generator, dtype=torch.float64)
     k, v = torch.randn(2, 2, kv_heads, n_key, 8, generator=generator, dtype=torch.float64)
-    mask = causal_mask(n_query, n_key) if n_query not in (1, n_key) else None
+    at = torch.arange(n_key - n_query, n_key)[:, None]
+    mask = causal(at, torch.arange(n_key)) if n_query not in (1, n_key) else None
     torch.testing.assert_close(attend(q, k, v, mask=mask), plain_attention(q, k, v))
 
 
@@ -74,8 +75,8 @@ def test_attention_in_training_has_the_plain_formulas_value_and_gradients(
     generator = torch.Generator().manual_seed(0)
     keep = torch.rand(2, 4, 7, 7, generator=generator, dtype=torch.float64) >= dropout
     keep = keep.double()
-    monkeypatch.setattr("gpt.model.attention.drop", lambda x, p: x * keep.to(x) / (1 - p))
-    monkeypatch.setattr("gpt.model.attention.F", None)  # the fused kernel takes no part in it
+    monkeypatch.setattr("gpt.model.attend.drop", lambda x, p: x * keep.to(x) / (1 - p))
+    monkeypatch.setattr("gpt.model.attend.F", None)  # the fused kernel takes no part in it
     exact = [
         torch.randn(2, heads, 7, 8, generator=generator, dtype=torch.float64)
         for heads in (4, kv_heads, kv_heads, 4)
@@ -97,15 +98,15 @@ def test_attention_in_training_has_the_plain_formulas_value_and_gradients(
 
 
 def test_evaluation_and_decoding_take_the_fused_kernel(monkeypatch):
-    monkeypatch.setattr("gpt.model.attention._plain", None)
+    monkeypatch.setattr("gpt.model.attend._plain", None)
     q = torch.zeros(1, 2, 5, 8, dtype=torch.bfloat16)
     assert attend(q, q, q).shape == q.shape  # the plain formula is gone: it was not asked for
     assert attend(q[:, :, :1], q, q).shape == (1, 2, 1, 8)
 
 
-def test_the_mask_puts_the_last_query_at_the_last_key():
+def test_the_causal_rule_hides_what_comes_after_a_position():
     expected = [[True, True, True, False], [True, True, True, True]]
-    assert causal_mask(2, 4).tolist() == expected
+    assert causal(torch.tensor([[2], [3]]), torch.arange(4)).tolist() == expected
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -187,7 +188,7 @@ def test_the_chosen_kernels_are_part_of_a_compiled_graph():
 def test_a_model_asks_for_the_kernels_of_its_mode(monkeypatch, tiny_model):
     asked = []
     monkeypatch.setattr(
-        "gpt.model.attention._kernels",
+        "gpt.model.attend._kernels",
         lambda q, training: asked.append(training) or torch.no_grad(),
     )
     tokens = torch.zeros(1, 4, dtype=torch.int64)

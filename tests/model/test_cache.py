@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from gpt.config import ModelConfig
-from gpt.model.cache import KVCache, StaticCache
+from gpt.model.cache import KVCache
 from tests.conftest import make_model
 
 CONTEXT = 16
-KINDS = [KVCache, StaticCache]
+KINDS = [False, True]
 VARIANTS = {
     "gpt2": {},
     "grouped-query": {"n_kv_head": 2},
@@ -60,7 +60,7 @@ def some_tokens(batch_size: int, length: int, seed: int = 0) -> torch.Tensor:
 def test_cached_logits_are_the_full_forwards(kind, variant, batch_size, chunks):
     model = model_of(variant)
     tokens = some_tokens(batch_size, sum(chunks))
-    cache = model.new_cache(batch_size, kind=kind)
+    cache = model.new_cache(batch_size, on_device=kind)
     cached = [model(chunk, cache=cache) for chunk in tokens.split(chunks, dim=1)]
     full = model(tokens)
     # relative to the logits' size, which the tests' large weights make about 10
@@ -74,7 +74,7 @@ def test_cached_logits_are_the_full_forwards(kind, variant, batch_size, chunks):
 def test_rows_of_unequal_lengths_give_each_its_own_full_forwards_logits(kind, variant):
     model = model_of(variant)
     rows = [some_tokens(1, n, seed=n)[0] for n in (9, 3, 14)]
-    cache = model.new_cache(3, kind=kind)
+    cache = model.new_cache(3, on_device=kind)
     got = [[], [], []]
     for chunk in ([5, 2, 1], [1, 1, 1], [1, 0, 1], [0, 0, 8], [2, 0, 3]):
         before, longest = cache.lengths, max(chunk)
@@ -96,7 +96,7 @@ def test_rows_of_unequal_lengths_give_each_its_own_full_forwards_logits(kind, va
 @torch.inference_mode()
 def test_a_compiled_step_over_a_static_cache_is_one_graph_for_every_length():
     model, tokens = model_of("gpt2"), some_tokens(2, CONTEXT)
-    cache = model.new_cache(2, kind=StaticCache)
+    cache = model.new_cache(2, on_device=True)
     graphs = []
 
     def backend(graph, inputs):
@@ -131,7 +131,7 @@ def test_the_law_holds_in_bfloat16_to_its_rounding(variant, chunks):
 @torch.inference_mode()
 def test_the_cache_takes_exactly_the_context_and_refuses_one_token_more(kind):
     model = model_of("gpt2")
-    cache = model.new_cache(kind=kind)
+    cache = model.new_cache(on_device=kind)
     model(some_tokens(1, CONTEXT), cache=cache)
     with pytest.raises(ValueError, match=r"holds 16 of 16 tokens, and 1 more do not fit"):
         model(some_tokens(1, 1), cache=cache)
@@ -142,7 +142,7 @@ def test_the_cache_takes_exactly_the_context_and_refuses_one_token_more(kind):
 @torch.inference_mode()
 def test_a_cache_of_less_capacity_refuses_what_does_not_fit(kind):
     model = model_of("gpt2")
-    cache = model.new_cache(capacity=5, kind=kind)
+    cache = model.new_cache(capacity=5, on_device=kind)
     model(some_tokens(1, 4), cache=cache)
     with pytest.raises(ValueError, match="holds 4 of 5 tokens, and 2 more do not fit"):
         model(some_tokens(1, 2), cache=cache)
@@ -162,7 +162,7 @@ def test_a_capacity_that_the_model_cannot_use_is_refused(capacity):
 def test_after_truncate_the_cache_is_one_of_the_kept_tokens_alone(kind, kept):
     model = model_of("gpt2")
     tokens, others = some_tokens(2, 9), some_tokens(2, 4, seed=1)
-    cache = model.new_cache(2, kind=kind)
+    cache = model.new_cache(2, on_device=kind)
     model(tokens, cache=cache)
     cache.truncate(kept)
     got = model(others, cache=cache)
@@ -184,7 +184,7 @@ def test_truncate_refuses_a_length_that_the_cache_does_not_have(length, tiny_mod
 def test_after_reorder_each_row_continues_the_row_it_came_from(kind, rows):
     model = model_of("gpt2")
     tokens, others = some_tokens(3, 6), some_tokens(3, 3, seed=1)
-    cache = model.new_cache(3, kind=kind)
+    cache = model.new_cache(3, on_device=kind)
     model(tokens, cache=cache)
     cache.reorder(torch.tensor(rows))
     got = model(others, cache=cache)
@@ -198,7 +198,7 @@ def test_after_reorder_each_row_continues_the_row_it_came_from(kind, rows):
 def test_rows_of_unlike_lengths_move_whole(kind, rows):
     model = model_of("gpt2")
     tokens, others = some_tokens(2, 7), some_tokens(3, 2, seed=1)
-    cache = model.new_cache(3, kind=kind)
+    cache = model.new_cache(3, on_device=kind)
     cache.reorder([0, 1])
     model(tokens, cache=cache)
     cache.truncate([7, 3])
@@ -214,7 +214,7 @@ def test_rows_of_unlike_lengths_move_whole(kind, rows):
 def test_expand_gives_each_row_n_times_side_by_side_and_leaves_the_old_cache_alone(kind):
     model = model_of("gpt2")
     tokens, others = some_tokens(2, 6), some_tokens(6, 3, seed=1)
-    cache = model.new_cache(2, kind=kind)
+    cache = model.new_cache(2, on_device=kind)
     model(tokens, cache=cache)
     wide = cache.expand(3)
     assert (wide.batch_size, wide.length, wide.capacity) == (6, 6, CONTEXT)
@@ -232,7 +232,7 @@ def test_expand_gives_each_row_n_times_side_by_side_and_leaves_the_old_cache_alo
 def test_rows_leave_and_others_take_their_place(kind):
     model = model_of("gpt2")
     tokens, new, others = some_tokens(3, 6), some_tokens(2, 4, seed=1), some_tokens(3, 3, seed=2)
-    cache, arriving = model.new_cache(3, kind=kind), model.new_cache(2)
+    cache, arriving = model.new_cache(3, on_device=kind), model.new_cache(2)
     model(tokens, cache=cache)
     model(new, cache=arriving)
     cache.reorder([2])
@@ -255,8 +255,8 @@ def test_a_mask_becomes_a_bias_of_the_keys_dtype_once_a_forward(kind, dtype, mon
         masks.append(options["attn_mask"])
         return fused(q, k, v, **options)
 
-    monkeypatch.setattr("gpt.model.attention.F.scaled_dot_product_attention", kept)
-    cache = model.new_cache(2, kind=kind)
+    monkeypatch.setattr("gpt.model.attend.F.scaled_dot_product_attention", kept)
+    cache = model.new_cache(2, on_device=kind)
     model(some_tokens(2, 5), cache=cache)
     cache.truncate([5, 3])
     masks.clear()
@@ -290,16 +290,15 @@ def waits(monkeypatch):
         (lambda cache: cache.reorder([2, 0, 1]), 1),
         (lambda cache: cache.truncate([1, 2, 3]), 1),
         (lambda cache: cache.length, 1),
-        (lambda cache: cache.is_ragged, 1),
         (lambda cache: cache.expand(2), 1),
-        (lambda cache: cache.positions(2), 1),  # on a CPU, where it checks that they fit
+        (lambda cache: cache.plan(2), 1),  # on a CPU, where it checks that they fit
     ],
-    ids=["same", "size", "drop", "turn", "truncate", "length", "ragged", "expand", "positions"],
+    ids=["same", "size", "drop", "turn", "truncate", "length", "expand", "plan"],
 )
 def test_an_operation_of_a_static_cache_reads_its_lengths_once_at_most(
     operation, reads, waits, tiny_model
 ):
-    cache = tiny_model.new_cache(4, kind=StaticCache)
+    cache = tiny_model.new_cache(4, on_device=True)
     cache.reorder([0, 1, 2])
     cache.advance(5)
     waits.clear()
@@ -308,7 +307,7 @@ def test_an_operation_of_a_static_cache_reads_its_lengths_once_at_most(
 
 
 def test_adding_rows_to_a_static_cache_reads_each_caches_lengths_once(waits, tiny_model):
-    cache, arriving = (tiny_model.new_cache(2, kind=StaticCache) for _ in range(2))
+    cache, arriving = (tiny_model.new_cache(2, on_device=True) for _ in range(2))
     cache.reorder([0])
     waits.clear()
     cache.add(arriving, [1])
@@ -318,7 +317,7 @@ def test_adding_rows_to_a_static_cache_reads_each_caches_lengths_once(waits, tin
 @torch.inference_mode()
 def test_a_step_over_a_static_cache_on_a_device_reads_nothing(tiny_model):
     model = tiny_model.to("meta")  # where nothing can be read
-    cache = model.new_cache(3, kind=StaticCache)
+    cache = model.new_cache(3, on_device=True)
     for _ in range(4):
         cache.reorder([0, 1, 2])
         assert model(some_tokens(3, 1).to("meta"), cache=cache).shape == (3, 1, 61)

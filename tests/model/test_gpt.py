@@ -12,6 +12,7 @@ from gpt.config import Activation, ModelConfig
 from gpt.model.dropout import Dropout
 from gpt.model.gpt import GPT
 from gpt.model.mlp import ACTIVATIONS
+from gpt.model.surgery import crop_context, resize_vocabulary, set_dropout
 from tests.conftest import make_model
 
 HF_NAMES = {
@@ -161,7 +162,7 @@ def test_dropout_is_where_gpt2_has_it(tiny_config, monkeypatch):
         return x
 
     monkeypatch.setattr("gpt.model.dropout.dropout", record)
-    monkeypatch.setattr("gpt.model.attention.drop", record)
+    monkeypatch.setattr("gpt.model.attend.drop", record)
     model(torch.zeros(2, 5, dtype=torch.int64))
     stream, probabilities = ((2, 5, 32), 0.3), ((2, 4, 5, 5), 0.3)
     assert calls == [stream] + 2 * [probabilities, stream, stream]
@@ -197,13 +198,13 @@ def test_flops_per_token_match_a_count_by_hand():
 def test_a_cropped_model_is_the_model_on_shorter_texts(tiny_model):
     tokens = torch.randint(61, (2, 9))
     expected = tiny_model(tokens)
-    tiny_model.crop_context(9)
+    crop_context(tiny_model, 9)
     assert torch.equal(tiny_model(tokens), expected)
     assert tiny_model.new_cache().capacity == 9
     with pytest.raises(ValueError, match="10 tokens are longer"):
         tiny_model(torch.zeros(1, 10, dtype=torch.int64))
     with pytest.raises(ValueError, match="context_length is 10, and must be from 1"):
-        tiny_model.crop_context(10)
+        crop_context(tiny_model, 10)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -211,13 +212,13 @@ def test_new_tokens_start_as_the_mean_and_leave_the_others_logits(tied, tiny_con
     model = make_model(dataclasses.replace(tiny_config, tie_embeddings=tied))
     tokens = torch.randint(50, (2, 9))
     before, mean = model(tokens), model.embed.weight.mean(0)
-    model.resize_vocabulary(70)
+    resize_vocabulary(model, 70)
     after = model(tokens)
     torch.testing.assert_close(after[..., :61], before)
     torch.testing.assert_close(after[..., 61:], before.mean(-1, keepdim=True).expand(-1, -1, 9))
     torch.testing.assert_close(model.embed.weight[65], mean)
     assert (model.head.weight is model.embed.weight) == tied
-    model.resize_vocabulary(50)
+    resize_vocabulary(model, 50)
     torch.testing.assert_close(model(tokens), before[..., :50])
     assert model.config.vocab_size == model.head.out_features == 50
 
@@ -226,9 +227,9 @@ def test_dropout_may_be_changed_everywhere(tiny_model):
     tokens = torch.zeros(1, 5, dtype=torch.int64)
     tiny_model.train()
     assert torch.equal(tiny_model(tokens), tiny_model(tokens))
-    tiny_model.set_dropout(0.5)
+    set_dropout(tiny_model, 0.5)
     assert {m.p for m in tiny_model.modules() if isinstance(m, Dropout)} == {0.5}
     assert {block.attn.dropout for block in tiny_model.blocks} == {0.5}
     assert not torch.equal(tiny_model(tokens), tiny_model(tokens))
-    tiny_model.set_dropout(0.0)
+    set_dropout(tiny_model, 0.0)
     assert torch.equal(tiny_model(tokens), tiny_model(tokens))
