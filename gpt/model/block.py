@@ -26,8 +26,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
         """``[B, T, C]`` to ``[B, T, C]``."""
-        out: Tensor = self.residual(self, x, shared)
-        return out
+        return self.residual(self, x, shared)
 
 
 Residual = Callable[[Block, Tensor, Shared], Tensor]
@@ -36,7 +35,8 @@ Residual = Callable[[Block, Tensor, Shared], Tensor]
 def pre_norm(block: Block, x: Tensor, shared: Shared) -> Tensor:
     """The norm comes before each branch, and the stream itself is never normalised (GPT-2)."""
     x = x + block.dropout(block.attn(block.attn_norm(x), shared))
-    return x + block.dropout(block.mlp(block.mlp_norm(x)))
+    out: Tensor = x + block.dropout(block.mlp(block.mlp_norm(x)))
+    return out
 
 
 RESIDUALS: dict[NormPlacement, Residual] = {"pre": pre_norm}
