@@ -68,9 +68,8 @@ def parse_json(text: str, what: str) -> Any:
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        raise UsageError(
-            f"{what} is not JSON: {error.msg} (line {error.lineno}, column {error.colno})"
-        ) from None
+        line = f"line {error.lineno}, " if "\n" in text else ""
+        raise UsageError(f"{what} is not JSON: {error.msg} ({line}column {error.colno})") from None
     except UnicodeEncodeError:
         raise UsageError(f"{what} is not JSON: it has half of a surrogate pair in it") from None
     except RecursionError:

