@@ -19,7 +19,7 @@ def piped(raw):
     reading, writing = os.pipe()
 
     def write():
-        with open(writing, "wb") as file:  # noqa: PTH123
+        with contextlib.suppress(BrokenPipeError), open(writing, "wb") as file:  # noqa: PTH123
             file.write(raw)
 
     thread = threading.Thread(target=write)
