@@ -21,7 +21,7 @@ def read_jsonl(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
         for name, kind in fields.items():
             if not isinstance(item, dict) or name not in item:
                 raise UsageError(f"{where} has no {name!r}")
-            if not isinstance(item[name], kind) or (kind is int and item[name] in (True, False)):
+            if not isinstance(item[name], kind) or (kind is int and isinstance(item[name], bool)):
                 raise UsageError(
                     f"{where} has {quoted(item[name])} as its {name!r}, which must be a "
                     f"{_NAMES[kind]}"

@@ -62,8 +62,7 @@ def test_a_run_on_a_pipe_is_resumed_without_it_also_where_it_was_moved_to(folder
     assert "going on from step 4" in output
     assert len(list((run / "data").glob("piped-*.txt"))) == 1
     moved = run.rename("moved")
-    words = str(moved / "config.toml"), "--run_dir", str(moved), "--resume"
-    status, output = train(*words, steps=8)
+    status, output = train(str(moved / "config.toml"), "--resume", steps=8)
     assert status == 0, output
     assert "going on from step 6" in output
     with piped(TEXT + b"!") as source:
