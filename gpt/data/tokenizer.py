@@ -124,7 +124,8 @@ class GPT2Tokenizer:
 
     ``ranks`` are the byte strings of the vocabulary in the order of their ids, which start at
     ``first_id``. ``special`` tokens have no text: what looks like one in a text is text. ``added``
-    tokens are taken whole wherever they stand.
+    tokens are taken whole wherever they stand. ``missing`` are added ones that the model has no row
+    for: a text with one is refused.
     """
 
     kind: TokenizerKind = "gpt2"
@@ -136,11 +137,12 @@ class GPT2Tokenizer:
         first_id: int = 0,
         special: Mapping[str, int] | None = None,
         added: Mapping[str, int] | None = None,
+        missing: Mapping[str, int] | None = None,
         end_of_text: int | None = None,
     ) -> None:
         self.ranks, self.first_id = ranks, first_id
         self.special = dict(special or {END_OF_TEXT: first_id + len(ranks)})
-        self.added = dict(added or {})
+        self.added, self.missing = dict(added or {}), dict(missing or {})
         self.end_of_text = self.special[END_OF_TEXT] if end_of_text is None else end_of_text
         self._special_ids = frozenset(self.special.values())
         self._ids = self.special | self.added
@@ -148,8 +150,8 @@ class GPT2Tokenizer:
         others = [i for i in self._ids.values() if not first_id <= i < n]
         self.vocab_size = len(ranks) + len(others)
         # Of added tokens that begin alike, the longest.
-        longest_first = sorted(self.added, key=len, reverse=True)
-        self._added = re.compile("|".join(map(re.escape, longest_first))) if self.added else None
+        longest_first = sorted([*self.added, *self.missing], key=len, reverse=True)
+        self._added = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
         self._encoding = tiktoken.Encoding(
             "gpt2",
             pat_str=_GPT2_PATTERN,
@@ -182,10 +184,16 @@ class GPT2Tokenizer:
         return cls(sorted(ranks, key=ranks.__getitem__))
 
     def encode(self, text: str) -> Ids:
+        """The ids; ``UsageError`` for a text with a ``missing`` token."""
         if self._added is None:
             return self._plain(text)
         parts, start = [], 0
         for match in self._added.finditer(text):
+            if match[0] in self.missing:
+                raise UsageError(
+                    f"the text has the token {quoted(match[0])}, whose id is "
+                    f"{self.missing[match[0]]}, and the model ends at {self.vocab_size - 1}"
+                )
             parts += [self._plain(text[start : match.start()]), [self.added[match[0]]]]
             start = match.end()
         return np.concatenate([*parts, self._plain(text[start:])]).astype(np.uint32)
@@ -207,6 +215,8 @@ class GPT2Tokenizer:
             state["special"] = self.special
         if self.added:
             state["added"] = self.added
+        if self.missing:
+            state["missing"] = self.missing
         if self.end_of_text != self.special.get(END_OF_TEXT):
             state["end_of_text"] = self.end_of_text
         return state
@@ -260,7 +270,8 @@ def _gpt2_from_state(state: dict[str, Any]) -> GPT2Tokenizer:
         raise ValueError("ranks must have each of the 256 bytes, and no empty token")
     end = first_id + len(ranks)
     special, added = state.get("special") or {END_OF_TEXT: end}, state.get("added") or {}
-    for name, tokens in {"special": special, "added": added}.items():
+    missing = state.get("missing") or {}
+    for name, tokens in {"special": special, "added": added, "missing": missing}.items():
         if not isinstance(tokens, dict) or not all(
             token and type(i) is int for token, i in tokens.items()
         ):
@@ -273,7 +284,12 @@ def _gpt2_from_state(state: dict[str, Any]) -> GPT2Tokenizer:
     if type(end_of_text) is not int or end_of_text not in special.values():
         raise ValueError(f"end_of_text is {quoted(end_of_text)}, and must be a special token's id")
     return GPT2Tokenizer(
-        ranks, first_id=first_id, special=special, added=added, end_of_text=end_of_text
+        ranks,
+        first_id=first_id,
+        special=special,
+        added=added,
+        missing=missing,
+        end_of_text=end_of_text,
     )
 
 
