@@ -642,6 +642,8 @@ class EvaluateConfig:
             raise UsageError(
                 "there is nothing to evaluate on: give text, lambada, hellaswag or choices"
             )
+        if not self.models:
+            raise UsageError("models is empty: name one model or more, before the options")
         if len(set(self.models)) < len(self.models):
             raise UsageError(f"models are {', '.join(self.models)}, and each must be another one")
         if self.paired and not (len(self.models) == 2 and self.text):
