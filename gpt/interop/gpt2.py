@@ -6,9 +6,10 @@ Reference: ``transformers``' ``GPT2Config`` and ``GPT2LMHeadModel``.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from gpt.config import Activation, ModelConfig, UsageError, quoted
+from gpt.config import Activation, ModelConfig, UsageError, foreign, quoted
 
 _ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": "gelu_tanh",
@@ -106,16 +107,18 @@ def model_config(
     )
 
 
-def check_sizes(config: ModelConfig, shapes: Mapping[str, Sequence[int]]) -> None:
-    """``UsageError`` names a size in a ``config.json`` that weights of these ``shapes``, by their
-    names without prefix, do not have.
+def check_sizes(path: Path, config: ModelConfig, shapes: Mapping[str, Sequence[int]]) -> None:
+    """``UsageError`` names a size in the ``config.json`` at ``path`` that weights of these
+    ``shapes``, by their names without prefix, do not have.
 
     To be asked before a model is made: it has what the files hold, and no layer more.
     """
+    where = foreign(path)
     layers = {match[1] for name in shapes if (match := _LAYER.match(name))}
     if config.n_layer > len(layers):
         raise UsageError(
-            f"n_layer is {config.n_layer:,}, and the weights beside it have {len(layers):,} layers"
+            f"{where}: n_layer is {config.n_layer:,}, and the weights beside it have "
+            f"{len(layers):,} layers"
         )
     for name, fields, wanted in (
         ("wte.weight", "vocab_size and n_embd", [config.vocab_size, config.n_embd]),
@@ -127,11 +130,11 @@ def check_sizes(config: ModelConfig, shapes: Mapping[str, Sequence[int]]) -> Non
         ),
     ):
         if name not in shapes:
-            raise UsageError(f"the weights beside it lack {name}")
+            raise UsageError(f"the weights in {foreign(path.parent)} lack {name}")
         if list(shapes[name]) != wanted:
             raise UsageError(
-                f"{fields} ask for {name} of the shape {wanted}, and the weights beside it have "
-                f"the shape {list(shapes[name])}"
+                f"{where}: {fields} ask for {name} of the shape {wanted}, and the weights beside "
+                f"it have the shape {list(shapes[name])}"
             )
 
 

@@ -46,10 +46,10 @@ def load_folder(
     theirs = read_object(path, "the configuration")
     try:
         config = model_config(theirs, say=lambda text: say(f"{path}: {text}"))
-        files = WeightFiles(folder)
-        check_sizes(config, {bare_name(name): shape for name, shape in files.shapes.items()})
     except UsageError as error:
         raise UsageError(f"{foreign(path)}: {error}") from None
+    files = WeightFiles(folder)
+    check_sizes(path, config, {bare_name(name): shape for name, shape in files.shapes.items()})
     if config.tie_embeddings and _has_another_head(files):
         config = dataclasses.replace(config, tie_embeddings=False)
     with torch.device("meta"):

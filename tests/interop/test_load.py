@@ -309,6 +309,20 @@ def test_a_run_with_its_own_tokenizer_and_more_rows_is_loaded(tmp_path):
     )
 
 
+def test_a_run_remembers_its_tokenizer(text_file, tmp_path):
+    run = tmp_path / "run"
+    words = f"--data.source {text_file} --run_dir {run} --model.context_length 16 --model.n_layer 1"
+    words += " --model.n_head 1 --model.n_embd 8 --training.max_steps 1 --training.batch_tokens 32"
+    words += " --training.micro_batch_size 2 --evaluation.windows 2 --evaluation.sample_tokens 0"
+    assert main(["train", *words.split(), "--training.device", "cpu"]) == 0
+    _, tokenizer = gpt.load(run)
+    other = CharTokenizer(tokenizer.characters.replace(tokenizer.characters[-1], "é"))
+    assert other.vocab_size == tokenizer.vocab_size
+    (run / "tokenizer.json").write_text(tokenizers.to_json(other))
+    with pytest.raises(UsageError, match="is not the one that the checkpoint .* another run's"):
+        gpt.load(run)
+
+
 # files of any content
 
 
