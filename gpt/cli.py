@@ -121,6 +121,7 @@ def prepare(words: Sequence[str], prog: str) -> int:
     """Turn a text into token shards, ahead of training on it."""
     config = parse(PrepareConfig, words, prog=prog)
     from rich.console import Console
+    from rich.text import Text
 
     from gpt.data.prepare import prepare as run
 
@@ -129,12 +130,16 @@ def prepare(words: Sequence[str], prog: str) -> int:
         prepared = run(
             config.data,
             config.out,
-            progress=lambda share: status.update(f"preparing {config.data.source}: {share:.0%}"),
+            progress=lambda share: status.update(
+                Text(f"preparing {config.data.source}: {share:.0%}")
+            ),
+            say=_tell,
         )
     console.print(
         f"{prepared.train.path.parent}: {len(prepared.train):,} training and "
         f"{len(prepared.validation):,} validation tokens",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
     return 0

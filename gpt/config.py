@@ -9,6 +9,8 @@ import argparse
 import dataclasses
 import json
 import math
+import os
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -211,12 +213,15 @@ class ModelConfig:
         )
 
 
+_DESCRIPTOR = re.compile(r"-|/dev/stdin|/(?:dev|proc/self)/fd/([0-9]{1,9})")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where the text comes from and how it becomes tokens."""
 
     source: str = "shakespeare"
-    """A named corpus (shakespeare), a UTF-8 text file, or a folder of them."""
+    """A named corpus (shakespeare), a UTF-8 text file, a folder of them, or - for a pipe."""
     tokenizer: TokenizerKind = "char"
     """char: the corpus's characters; byte: 256 bytes; gpt2: GPT-2's byte-pair encoding."""
     validation_fraction: float = _number(0.05, above=0, below=1)
@@ -226,6 +231,24 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check(self, "data.")
+
+    @property
+    def descriptor(self) -> int | None:
+        """The open file that ``source`` means: 0 for ``-``, N for ``/dev/fd/N``; ``None`` for a
+        name.
+        """
+        match = _DESCRIPTOR.fullmatch(self.source)
+        return int(match[1] or 0) if match else None
+
+    @property
+    def name(self) -> str:
+        """The text's name, for the folders that are made from it."""
+        if self.descriptor is not None:
+            return "piped"
+        path = Path(self.source)
+        if path.name in ("", ".."):  # the folder that . or .. means
+            path = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() fails for some links
+        return path.stem or "text"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -632,6 +655,8 @@ class EvaluateConfig:
             raise UsageError(
                 "there is nothing to evaluate on: give text, lambada, hellaswag or choices"
             )
+        if not self.models:
+            raise UsageError("models is empty: name one model or more, before the options")
         if len(set(self.models)) < len(self.models):
             raise UsageError(f"models are {', '.join(self.models)}, and each must be another one")
         if self.paired and not (len(self.models) == 2 and self.text):
@@ -705,7 +730,7 @@ def _peek(words: Sequence[str]) -> argparse.Namespace:
 
 def run_of(run_dir: str, source: str) -> Path:
     """The run's folder: ``run_dir``, or else one in ``runs/`` with the source's name."""
-    return Path(run_dir or f"runs/{Path(source).stem}")
+    return Path(run_dir or f"runs/{DataConfig(source=source).name}")
 
 
 def toml_tokens(path: Path) -> Iterator[str]:

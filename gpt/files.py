@@ -59,6 +59,14 @@ def read_json(path: Path, what: str) -> Any:
     return parse_json(read_text(path, what), f"{what} {foreign(path)}")
 
 
+def read_object(path: Path, what: str) -> dict[str, Any]:
+    """The JSON object that a file holds; ``UsageError`` for any other file."""
+    value = read_json(path, what)
+    if not isinstance(value, dict):
+        raise UsageError(f"{what} {foreign(path)} is no JSON object")
+    return value
+
+
 def parse_json(text: str, what: str) -> Any:
     """What the JSON ``text`` says. ``UsageError`` says that ``what`` is no JSON: also for nesting
     or numbers that Python refuses, and for strings that are no Unicode.
@@ -68,9 +76,8 @@ def parse_json(text: str, what: str) -> Any:
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        raise UsageError(
-            f"{what} is not JSON: {error.msg} (line {error.lineno}, column {error.colno})"
-        ) from None
+        line = f"line {error.lineno}, " if "\n" in text else ""
+        raise UsageError(f"{what} is not JSON: {error.msg} ({line}column {error.colno})") from None
     except UnicodeEncodeError:
         raise UsageError(f"{what} is not JSON: it has half of a surrogate pair in it") from None
     except RecursionError:

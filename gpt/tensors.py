@@ -23,11 +23,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from gpt.config import UsageError
 
 
-def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write(
+    path: Path, tensors: Mapping[str, Tensor], *, metadata: dict[str, str] | None = None
+) -> None:
     """Write one file; ``OSError`` where the disk does not take it."""
     file = _file(path)
+    contiguous = {name: t.detach().contiguous() for name, t in tensors.items()}
     with _as_os_error(file):
-        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, file)
+        save_file(contiguous, file, metadata=metadata)
     file.chmod(0o644)
 
 

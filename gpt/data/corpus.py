@@ -1,30 +1,42 @@
 """Sources of text to documents: a named corpus, a UTF-8 file, or a folder of them.
 
+Of a folder, each file is a document, in the order of the paths. Links are followed, and a file or
+folder that is reached twice is read once. Hidden files are left out, and so is what this program
+wrote: runs, prepared tokens, copies of pipes.
+
 A document is read in pieces of about a million characters, so that a file of any size passes
 through little memory. Pieces are cut where a word has ended and white space begins: no tokenizer's
 token spans such a place, so the ids of the pieces are the ids of the whole.
 """
 
+import codecs
 import hashlib
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt.config import UsageError
+from gpt.config import DataConfig, UsageError, foreign, quoted
 from gpt.data import shakespeare
+from gpt.data.piped import is_copy
+from gpt.files import check_regular, unreadable
 
 PIECE_CHARACTERS = 1 << 20
 LONGEST_WORD_PIECES = 4
 """A word longer than these pieces together is cut, for the memory's sake."""
+PREPARED_FILES = ("tokenizer.json", "train.bin", "validation.bin")
+"""What a folder of prepared tokens has in it."""
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Corpus:
     """Documents in a fixed order: one a file, read by ``read`` in pieces of text."""
 
-    source: str
     files: tuple[Path, ...]
     read: Callable[[Path], Iterator[str]]
+    folder: Path | None = None
+    """The folder that the files were found in."""
 
     def documents(self) -> Iterator[Iterator[str]]:
         """Each document as its pieces, in order. ``UsageError`` names a file that cannot be
@@ -40,35 +52,100 @@ class Corpus:
                 with path.open("rb") as file:
                     total.update(hashlib.file_digest(file, "sha256").digest())
             except OSError as error:
-                raise _unreadable(path, error) from None
+                raise unreadable(path, "the text", error) from None
         return total.digest()
 
 
-def open_corpus(source: str) -> Corpus:
-    """The corpus that ``source`` names; ``UsageError`` if there is no such text."""
-    if source in NAMED:
-        return NAMED[source]()
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _folder(path)
-    if not path.exists():
-        names = ", ".join(sorted(NAMED))
+def open_corpus(source: str, *, say: Say = lambda text: None) -> Corpus:
+    """The corpus that ``source`` names; ``UsageError`` if there is no such text.
+
+    A file here goes before a named corpus, and ``say`` is told.
+    """
+    if DataConfig(source=source).descriptor is not None:
         raise UsageError(
-            f"data.source is {source!r}, which is no file, no folder and no named corpus ({names})"
+            f"{quoted(source)} is a pipe, which only train and prepare take: write its text into a "
+            "file, and name that"
         )
-    return Corpus(source, (path,), text_pieces)
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError:
+        raise UsageError(
+            f"data.source is {quoted(source)}, and there is no such home folder: give the whole "
+            "path"
+        ) from None
+    mode = _mode(path)
+    if source in NAMED and not stat.S_ISREG(mode):
+        if stat.S_ISDIR(mode) and not _is_ours(names := _listed(path)) and names:
+            say(f"data.source {source} is the corpus, not the folder: that is ./{source}")
+        return NAMED[source]()
+    if source in NAMED:
+        say(f"data.source {source} is the file of that name here, not the corpus")
+    if not mode:
+        raise UsageError(
+            f"data.source is {quoted(source)}, which is no file, no folder and no named corpus "
+            f"({', '.join(sorted(NAMED))})"
+        )
+    if stat.S_ISDIR(mode):
+        return _folder(path)
+    check_regular(path, "data.source")
+    return Corpus((path,), text_pieces)
 
 
-def _folder(path: Path) -> Corpus:
-    files = sorted(p for p in path.rglob("*") if p.is_file())
-    shown = [p for p in files if not any(x.startswith(".") for x in p.relative_to(path).parts)]
-    if not shown:
-        raise UsageError(f"data.source is the folder {path}, which has no files in it")
-    return Corpus(str(path), tuple(shown), text_pieces)
+def _mode(path: Path) -> int:
+    """What ``path`` is, as ``stat`` says it; 0 if there is no such file."""
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    except OSError as error:
+        raise unreadable(path, "data.source", error) from None
+
+
+def _folder(folder: Path) -> Corpus:
+    if _is_ours(_listed(folder)):
+        raise UsageError(
+            f"data.source is {foreign(folder)}, a folder that this program wrote: give the folder "
+            "or file of the text itself"
+        )
+    files: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    waiting = [folder]
+    while waiting:
+        path = waiting.pop()
+        try:
+            info = path.stat()
+        except OSError as error:
+            raise unreadable(path, "the text", error) from None
+        if info.st_ino and (info.st_dev, info.st_ino) in seen:  # 0: the system does not number them
+            continue
+        seen.add((info.st_dev, info.st_ino))
+        if not stat.S_ISDIR(info.st_mode):
+            check_regular(path, "the text")
+            files.append(path)
+        elif not _is_ours(names := _listed(path)):
+            waiting += [path / name for name in sorted(names, reverse=True)]
+    if not files:
+        raise UsageError(f"data.source is the folder {foreign(folder)}, which has no files in it")
+    return Corpus(tuple(files), text_pieces, folder)
+
+
+def _listed(folder: Path) -> set[str]:
+    """The names of what may be text in ``folder``."""
+    try:
+        paths = list(folder.iterdir())
+    except OSError as error:
+        raise unreadable(folder, "the folder", error) from None
+    return {path.name for path in paths if not (path.name.startswith(".") or is_copy(path))}
+
+
+def _is_ours(names: set[str]) -> bool:
+    """Whether a folder with these names in it is a run, or prepared tokens."""
+    run = "config.toml" in names and names & {"tokenizer.json", "metrics.jsonl", "checkpoints"}
+    return bool(run) or names.issuperset(PREPARED_FILES)
 
 
 def _shakespeare() -> Corpus:
-    return Corpus("shakespeare", tuple(shakespeare.play_files()), play_pieces)
+    return Corpus(tuple(shakespeare.play_files()), play_pieces)
 
 
 NAMED: dict[str, Callable[[], Corpus]] = {"shakespeare": _shakespeare}
@@ -76,7 +153,11 @@ NAMED: dict[str, Callable[[], Corpus]] = {"shakespeare": _shakespeare}
 
 def play_pieces(path: Path) -> Iterator[str]:
     """A play as one piece."""
-    yield shakespeare.speeches(path.read_text(encoding="utf-8"))
+    try:
+        markdown = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise unreadable(path, "the play", error) from None
+    yield shakespeare.speeches(markdown)
 
 
 def text_pieces(path: Path) -> Iterator[str]:
@@ -87,6 +168,8 @@ def text_pieces(path: Path) -> Iterator[str]:
         with path.open(encoding="utf-8-sig") as file:
             held = ""
             while block := file.read(PIECE_CHARACTERS):
+                if "\0" in block:
+                    raise _looks_like_utf16(path)
                 start, held = len(held), held + block
                 cut = _last_word_end(held, max(start, 1))
                 if not cut and len(held) >= LONGEST_WORD_PIECES * PIECE_CHARACTERS:
@@ -97,12 +180,22 @@ def text_pieces(path: Path) -> Iterator[str]:
             if held:
                 yield held
     except UnicodeDecodeError as error:
+        marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        if b"\0" in error.object or (error.start == 0 and error.object.startswith(marks)):
+            raise _looks_like_utf16(path) from None
         raise UsageError(
-            f"{path} is not UTF-8 text ({error.reason}: byte 0x{error.object[error.start]:02X}); "
-            "convert it, or leave it out"
+            f"{foreign(path)} is not UTF-8 text ({error.reason}: byte "
+            f"0x{error.object[error.start]:02X}); convert it, or leave it out"
         ) from None
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, "the text", error) from None
+
+
+def _looks_like_utf16(path: Path) -> UsageError:
+    return UsageError(
+        f"{foreign(path)} has NUL bytes or a UTF-16 mark in it, and looks like UTF-16: convert it "
+        "to UTF-8 (iconv -f UTF-16 -t UTF-8), or leave it out"
+    )
 
 
 def _last_word_end(text: str, start: int) -> int:
@@ -111,7 +204,3 @@ def _last_word_end(text: str, start: int) -> int:
         if text[i] in " \n" and not text[i - 1].isspace():
             return i
     return 0
-
-
-def _unreadable(path: Path, error: OSError) -> UsageError:
-    return UsageError(f"{path} cannot be read: {error.strerror}")

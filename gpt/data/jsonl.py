@@ -1,11 +1,11 @@
 """JSONL files: a JSON object on each line."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gpt.config import UsageError
+from gpt.config import UsageError, foreign, quoted
+from gpt.files import parse_json, read_text
 
 
 def read_jsonl(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
@@ -13,31 +13,22 @@ def read_jsonl(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
     broken line.
     """
     items = []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text: {error.reason}") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path, "the JSONL file").split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            item = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-            raise UsageError(f"{path} line {number} is not JSON: {reason}") from None
+        where = f"{foreign(path)} line {number}"
+        item = parse_json(line, where)
         for name, kind in fields.items():
             if not isinstance(item, dict) or name not in item:
-                raise UsageError(f"{path} line {number} has no {name!r}")
-            if not isinstance(item[name], kind):
+                raise UsageError(f"{where} has no {name!r}")
+            if not isinstance(item[name], kind) or (kind is int and isinstance(item[name], bool)):
                 raise UsageError(
-                    f"{path} line {number} has {item[name]!r} as its {name!r}, which must be a "
+                    f"{where} has {quoted(item[name])} as its {name!r}, which must be a "
                     f"{_NAMES[kind]}"
                 )
         items.append(item)
     if not items:
-        raise UsageError(f"{path} has no items in it")
+        raise UsageError(f"{foreign(path)} has no items in it")
     return items
 
 

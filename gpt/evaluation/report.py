@@ -2,13 +2,15 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from rich.table import Table
+from rich.text import Text
 
-from gpt.config import EvaluateConfig, Weights
+from gpt.config import EvaluateConfig, UsageError, Weights, foreign
 from gpt.device import choose_device
 from gpt.evaluation import tasks
 from gpt.evaluation.perplexity import TextScore, encode_text, paired_bootstrap, score_text
@@ -38,17 +40,28 @@ def _load(name: str, weights: Weights, device: torch.device, say: Callable[[str]
 
 
 def measure(config: EvaluateConfig, *, say: Callable[[str], None]) -> Report:
-    """Run what ``config`` asks for, a model at a time."""
+    """Run what ``config`` asks for, a model at a time; of a paired comparison, both on windows of
+    the shorter context.
+    """
     report = Report()
     device = choose_device(config.device)
     texts: list[TextScore] = []
-    for name in config.models:
-        model, tokenizer = _load(name, config.weights, device, say)
+    models: Iterable[tuple[str, Loaded]]
+    models = ((name, _load(name, config.weights, device, say)) for name in config.models)
+    context = 0
+    if config.paired:
+        models = pair = list(models)
+        context = _common_context(pair, config.text, say)
+    for name, (model, tokenizer) in models:
         own = report.scores.setdefault(name, {})
         if config.text:
-            ids = encode_text(tokenizer, config.text)
             score = score_text(
-                model, tokenizer, ids, stride=config.stride, batch_size=config.batch_size
+                model,
+                tokenizer,
+                encode_text(tokenizer, config.text),
+                context=context,
+                stride=config.stride,
+                batch_size=config.batch_size,
             )
             texts.append(score)
             own[config.text] = {
@@ -72,6 +85,27 @@ def measure(config: EvaluateConfig, *, say: Callable[[str], None]) -> Report:
     if config.paired:
         report.difference = paired_bootstrap(*texts)
     return report
+
+
+def _common_context(pair: list[tuple[str, Loaded]], text: str, say: Callable[[str], None]) -> int:
+    """The shorter context of two models, said where the other's is longer; ``UsageError`` if their
+    tokenizers make different tokens of the text.
+    """
+    (one, first), (two, second) = pair
+    ids, others = (encode_text(loaded.tokenizer, text) for loaded in (first, second))
+    if not np.array_equal(ids, others):
+        raise UsageError(
+            f"{foreign(one)} and {foreign(two)} make different tokens of {foreign(text)}: a paired "
+            "comparison needs the same tokenizer (without paired, bits/byte compare)"
+        )
+    contexts = [loaded.model.config.context_length for loaded in (first, second)]
+    context = min(contexts)
+    if max(contexts) > context:
+        say(
+            f"both models are scored on windows of {context} tokens: the contexts are "
+            f"{contexts[0]} and {contexts[1]}"
+        )
+    return context
 
 
 def as_json(report: Report) -> str:
@@ -106,22 +140,22 @@ def as_table(report: Report) -> Table:
     table = Table(caption=_verdict(report), caption_justify="left")
     table.add_column("")
     for model in report.scores:
-        table.add_column(model, justify="right")
+        table.add_column(Text(foreign(model)), justify="right")
     first = next(iter(report.scores.values()))
     for task, metrics in first.items():
         for name in metrics:
             row = [scores[task][name] for scores in report.scores.values()]
             cells = [f"{metric.value:.4f} ± {metric.standard_error:.4f}" for metric in row]
-            table.add_row(f"{task}: {name}", *cells)
+            table.add_row(Text(f"{foreign(task)}: {name}"), *cells)
     return table
 
 
-def _verdict(report: Report) -> str | None:
+def _verdict(report: Report) -> Text | None:
     if report.difference is None:
         return None
     difference, low, high = report.difference
-    one, two = report.scores
+    one, two = map(foreign, report.scores)
     better = (
         f"{two} is better" if low > 0 else f"{one} is better" if high < 0 else "it may be noise"
     )
-    return f"{difference:+.4f} nats/token, 95 % from {low:+.4f} to {high:+.4f}: {better}"
+    return Text(f"{difference:+.4f} nats/token, 95 % from {low:+.4f} to {high:+.4f}: {better}")

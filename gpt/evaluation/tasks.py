@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt.config import UsageError
+from gpt.config import UsageError, foreign, quoted
 from gpt.data.jsonl import read_jsonl
 from gpt.data.tokenizer import Tokenizer
 from gpt.evaluation.likelihood import Likelihood, encode_pair, likelihoods
@@ -38,7 +38,7 @@ def lambada(
     for number, item in enumerate(read_jsonl(path, {"text": str}), 1):
         context, _, word = item["text"].strip().rpartition(" ")
         if not context:
-            raise UsageError(f"{path} item {number} has no words before its last one")
+            raise UsageError(f"{foreign(path)} item {number} has no words before its last one")
         requests.append(encode_pair(tokenizer, context, " " + word))
     scores = likelihoods(model, requests, batch_size=batch_size)
     loss = _mean([-score.total for score in scores])
@@ -57,7 +57,7 @@ def hellaswag(
     for number, item in enumerate(read_jsonl(path, _HELLASWAG), 1):
         context = item["activity_label"] + ": " + item["ctx_a"] + " " + item["ctx_b"].capitalize()
         label = str(item["label"])
-        answer = int(label) if label.isdecimal() else -1
+        answer = int(label) if label.isdecimal() and len(label) < 10 else -1
         endings = _checked(path, number, item["endings"], answer)
         items.append((_clean(context), [_clean(ending) for ending in endings], answer))
     return _choose(model, tokenizer, items, batch_size)
@@ -79,11 +79,13 @@ def multiple_choice(
 def _checked(path: Path, number: int, choices: list[Any], answer: int) -> list[str]:
     """The choices, if they are texts and one of them is the answer."""
     if not all(isinstance(choice, str) and _clean(choice) for choice in choices):
-        raise UsageError(f"{path} item {number} has the choices {choices}, which must be texts")
+        raise UsageError(
+            f"{foreign(path)} item {number} has the choices {quoted(choices)}, which must be texts"
+        )
     if not 0 <= answer < len(choices):
         raise UsageError(
-            f"{path} item {number} has the answer {answer}, and {len(choices)} choices, counted "
-            "from 0"
+            f"{foreign(path)} item {number} has the answer {answer}, and {len(choices)} choices, "
+            "counted from 0"
         )
     return choices
 

@@ -7,20 +7,20 @@ more.
 
 import ctypes
 import itertools
-import json
 import mmap
-import pickle
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gpt.config import UsageError
+from gpt.config import UsageError, foreign, quoted
+from gpt.files import check_regular, read_object
+from gpt.interop.pickles import load_tensors
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WHOLE = ("model.safetensors", "pytorch_model.bin")
@@ -44,7 +44,9 @@ class WeightFiles:
                 self._files, self.shapes = _sharded(folder, index)
                 return
         wanted = ", ".join(WHOLE)
-        raise UsageError(f"{folder} has no weights in it: none of {wanted}, nor an index of shards")
+        raise UsageError(
+            f"{foreign(folder)} has no weights in it: none of {wanted}, nor an index of shards"
+        )
 
     def tensors(self, names: Iterable[str]) -> Iterator["Stored"]:
         """Each named tensor, contiguous and on the CPU; ``UsageError`` for one that holds no
@@ -53,12 +55,14 @@ class WeightFiles:
         for path, group in itertools.groupby(names, self._files.__getitem__):
             get, mapped = _opened(path)
             for name in group:
-                tensor = get(name)
-                if tensor.layout != torch.strided or tensor.dtype not in FLOATS:
+                tensor = _got(get, name, path)
+                plain = tensor.layout == torch.strided and not tensor.is_meta
+                if not plain or tensor.dtype not in FLOATS:
                     kind = f"{tensor.dtype} {tensor.layout}".replace("torch.", "")
+                    kind += " without numbers (meta)" if tensor.is_meta else ""
                     raise UsageError(
-                        f"{name} in {path} is {kind}, and weights are dense float32, bfloat16, "
-                        "float16 or float64"
+                        f"{foreign(name)} in {foreign(path)} is {kind}, and weights are dense "
+                        "float32, bfloat16, float16 or float64"
                     )
                 # What a pickle calls a tensor may be a view that repeats itself.
                 whole = tensor.is_contiguous()
@@ -87,30 +91,43 @@ class Stored(NamedTuple):
 
 
 def _sharded(folder: Path, index: Path) -> tuple[dict[str, Path], dict[str, list[int]]]:
-    try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted({str(place) for place in places.values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"the index {index} is broken ({error!r})") from None
+    what = f"the index {foreign(index)}"
+    places = read_object(index, "the index").get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(p, str) for p in places.values()):
+        raise UsageError(f"{what} has the weight_map {quoted(places)}, and needs names of files")
+    names = sorted(set(places.values()))
+    beside = {path.name for path in folder.iterdir()}
     for name in names:
-        if Path(name).name != name or not (folder / name).exists():
-            raise UsageError(f"the index {index} names {name!r}, which is not beside it")
+        if name not in beside:
+            raise UsageError(f"{what} names {quoted(name)}, which is not beside it")
     held = {name: _shapes(folder / name) for name in names}
     for tensor, name in places.items():
         if tensor not in held[name]:
-            raise UsageError(f"the index {index} has {tensor} in {name}, which does not have it")
+            raise UsageError(
+                f"{what} has {foreign(tensor)} in {foreign(name)}, which does not have it"
+            )
     files = {tensor: folder / name for tensor, name in places.items()}
     return files, {tensor: held[name][tensor] for tensor, name in places.items()}
 
 
 def _shapes(path: Path) -> dict[str, list[int]]:
     if path.suffix != ".safetensors":
-        return {name: list(tensor.shape) for name, tensor in _unpickled(path).items()}
+        return {name: list(tensor.shape) for name, tensor in load_tensors(path).items()}
+    check_regular(path, "the weights")
     try:
         with safe_open(path, framework="pt") as file:
             return {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise UsageError(f"the weights {path} cannot be read: {error}") from None
+        raise UsageError(f"the weights {foreign(path)} cannot be read: {foreign(error)}") from None
+
+
+def _got(get: Callable[[str], Tensor], name: str, path: Path) -> Tensor:
+    try:
+        return get(name)
+    except (SafetensorError, AttributeError) as error:  # a dtype that torch does not have
+        raise UsageError(
+            f"{foreign(name)} in {foreign(path)} cannot be read: {foreign(error)}"
+        ) from None
 
 
 def _opened(path: Path) -> tuple[Callable[[str], Tensor], bool]:
@@ -119,29 +136,4 @@ def _opened(path: Path) -> tuple[Callable[[str], Tensor], bool]:
     """
     if path.suffix == ".safetensors":
         return safe_open(path, framework="pt").get_tensor, True
-    return _unpickled(path).__getitem__, zipfile.is_zipfile(path)
-
-
-def _unpickled(path: Path) -> dict[str, Tensor]:
-    """The tensors of a pickle that holds nothing else: what wants more is refused, and not run.
-
-    Files from before torch 1.6 are no zip archives, and cannot be mapped.
-    """
-    try:
-        state: Any = torch.load(
-            path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True
-        )
-    except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), "").strip()
-        raise UsageError(
-            f"{path} is refused: it is no file of tensors alone, and reading it could run code"
-            + (f" ({reason[:160]})" if reason else "")
-        ) from None
-    except (OSError, RuntimeError, EOFError) as error:
-        raise UsageError(f"the weights {path} cannot be read: {str(error)[:200]}") from None
-    if not (
-        isinstance(state, dict)
-        and all(isinstance(k, str) and isinstance(t, Tensor) for k, t in state.items())
-    ):
-        raise UsageError(f"the weights {path} are no dictionary of tensors")
-    return state
+    return load_tensors(path).__getitem__, zipfile.is_zipfile(path)

@@ -5,9 +5,11 @@ Reference: ``transformers``' ``GPT2Config`` and ``GPT2LMHeadModel``.
 """
 
 import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from gpt.config import Activation, ModelConfig, UsageError
+from gpt.config import Activation, ModelConfig, UsageError, foreign, quoted
 
 _ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": "gelu_tanh",
@@ -46,13 +48,19 @@ _MODULES = {
     "mlp.up": "mlp.c_fc",
     "mlp.down": "mlp.c_proj",
 }
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module")
+"""What DataParallel, torch.compile and FSDP put into the names of what they wrap."""
 _MATRIX = re.compile(r"blocks\.\d+\.(attn|mlp)\.\w+\.weight")
+_LAYER = re.compile(r"h\.(\d+)\.")
+_DROPOUTS = ("resid", "embd", "attn")
 _BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 
 
-def model_config(theirs: dict[str, Any]) -> ModelConfig:
+def model_config(
+    theirs: dict[str, Any], *, say: Callable[[str], None] = lambda text: None
+) -> ModelConfig:
     """The ``ModelConfig`` of a ``config.json``; ``UsageError`` names a field that is not
-    supported.
+    supported. ``say`` is told what the model has otherwise.
     """
 
     def get(name: str, default: Any, kind: type | tuple[type, ...] = int) -> Any:
@@ -62,11 +70,11 @@ def model_config(theirs: dict[str, Any]) -> ModelConfig:
             right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
             if not right or value != next(iter(given.values())):
                 names = " and ".join(given)
-                raise UsageError(f"{names} is {value!r}, and must be like {default!r}")
+                raise UsageError(f"{names} is {quoted(value)}, and must be like {default!r}")
         return next(iter(given.values()), default)
 
     if theirs.get("model_type") != "gpt2":
-        raise UsageError(f"model_type is {theirs.get('model_type')!r}, and must be 'gpt2'")
+        raise UsageError(f"model_type is {quoted(theirs.get('model_type'))}, and must be 'gpt2'")
     if theirs.get("quantization_config") is not None:
         raise UsageError("quantization_config is given, and quantised weights are not supported")
     if get("add_cross_attention", False, bool):
@@ -75,20 +83,22 @@ def model_config(theirs: dict[str, Any]) -> ModelConfig:
     activation = get("activation_function", "gelu_new", str)
     if activation not in _ACTIVATIONS:
         names = ", ".join(_ACTIVATIONS)
-        raise UsageError(f"activation_function is {activation!r}, and must be one of {names}")
-    dropouts = {get(f"{place}_pdrop", 0.1, number) for place in ("resid", "embd", "attn")}
-    if len(dropouts) > 1:
-        raise UsageError(
-            f"resid_pdrop, embd_pdrop and attn_pdrop are {sorted(dropouts)}, and must be one number"
-        )
+        raise UsageError(f"activation_function is {quoted(activation)}, and must be one of {names}")
+    dropouts = {f"{place}_pdrop": get(f"{place}_pdrop", 0.1, number) for place in _DROPOUTS}
+    if len(set(dropouts.values())) > 1:
+        each = ", ".join(f"{name} {quoted(value)}" for name, value in dropouts.items())
+        say(f"{each}: a model here has one dropout, for training alone, and takes resid_pdrop's")
+    vocab_size = get("vocab_size", 50257)
+    if vocab_size == 0:
+        raise UsageError("vocab_size is 0, and must be at least 1")
     return ModelConfig(
-        vocab_size=get("vocab_size", 50257),
+        vocab_size=vocab_size,
         context_length=get("n_positions", 1024),
         n_layer=get("n_layer", 12),
         n_head=get("n_head", 12),
         n_embd=get("n_embd", 768),
         n_inner=get("n_inner", 0),
-        dropout=dropouts.pop(),
+        dropout=dropouts["resid_pdrop"],
         norm_eps=get("layer_norm_epsilon", 1e-5, number),
         activation=_ACTIVATIONS[activation],
         tie_embeddings=get("tie_word_embeddings", True, bool),
@@ -97,16 +107,50 @@ def model_config(theirs: dict[str, Any]) -> ModelConfig:
     )
 
 
+def check_sizes(path: Path, config: ModelConfig, shapes: Mapping[str, Sequence[int]]) -> None:
+    """``UsageError`` names a size in the ``config.json`` at ``path`` that weights of these
+    ``shapes``, by their names without prefix, do not have.
+
+    To be asked before a model is made: it has what the files hold, and no layer more.
+    """
+    where = foreign(path)
+    layers = {match[1] for name in shapes if (match := _LAYER.match(name))}
+    if config.n_layer > len(layers):
+        raise UsageError(
+            f"{where}: n_layer is {config.n_layer:,}, and the weights beside it have "
+            f"{len(layers):,} layers"
+        )
+    for name, fields, wanted in (
+        ("wte.weight", "vocab_size and n_embd", [config.vocab_size, config.n_embd]),
+        ("wpe.weight", "n_positions and n_embd", [config.context_length, config.n_embd]),
+        (
+            "h.0.mlp.c_fc.weight",
+            "n_embd and n_inner",
+            [config.n_embd, config.resolved().n_inner],
+        ),
+    ):
+        if name not in shapes:
+            raise UsageError(f"the weights in {foreign(path.parent)} lack {name}")
+        if list(shapes[name]) != wanted:
+            raise UsageError(
+                f"{where}: {fields} ask for {name} of the shape {wanted}, and the weights beside "
+                f"it have the shape {list(shapes[name])}"
+            )
+
+
 def hugging_face_config(config: ModelConfig) -> dict[str, Any]:
-    """The ``config.json`` of a model; ``UsageError`` names what GPT-2 cannot express."""
-    wrong = []
-    if config.resolved().n_kv_head != config.n_head:
-        wrong.append(f"model.n_kv_head {config.n_kv_head}")
-    if not config.bias:
-        wrong.append("model.bias false")
-    if wrong:
-        raise UsageError(f"GPT-2 in Hugging Face's form cannot express {', '.join(wrong)}")
-    return {
+    """The ``config.json`` of a model, which has zeros for the biases that it lacks; ``UsageError``
+    names what GPT-2 cannot express.
+    """
+    shape = config.resolved()
+    for name, value, usual in (
+        ("n_kv_head", shape.n_kv_head, shape.n_head),
+        ("head_dim", shape.head_dim, shape.n_embd // shape.n_head),
+    ):
+        if value != usual:
+            raise UsageError(f"GPT-2 in Hugging Face's form cannot express model.{name} {value}")
+    dropouts = {f"{place}_pdrop": config.dropout for place in _DROPOUTS}
+    return dropouts | {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "vocab_size": config.vocab_size,
@@ -116,15 +160,18 @@ def hugging_face_config(config: ModelConfig) -> dict[str, Any]:
         "n_head": config.n_head,
         "n_embd": config.n_embd,
         "n_inner": config.n_inner or None,
-        "resid_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
         "layer_norm_epsilon": config.norm_eps,
         "activation_function": _ACTIVATION_NAMES[config.activation],
         "tie_word_embeddings": config.tie_embeddings,
         "scale_attn_weights": config.scale_attention,
         "scale_attn_by_inverse_layer_idx": config.scale_attention_by_layer,
     }
+
+
+def bare_name(theirs: str) -> str:
+    """Their name of a tensor, without the prefix ``transformer.`` and the names of wrappers."""
+    parts = [part for part in theirs.split(".") if part not in _WRAPPERS]
+    return ".".join(parts).removeprefix("transformer.")
 
 
 def hugging_face_name(name: str) -> str:

@@ -7,7 +7,7 @@ import re
 import time
 from pathlib import Path
 
-from gpt.config import UsageError
+from gpt.config import UsageError, foreign, quoted
 
 NEEDED = [
     "config.json",
@@ -32,11 +32,11 @@ def download(name: str) -> Path:
     """
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+        from huggingface_hub.errors import HFValidationError
     except ImportError:
         raise UsageError(
-            f"model is {name!r}, which is no local folder; to take it from the Hugging Face hub, "
-            "pip install huggingface_hub"
+            f"model is {quoted(name)}, which is no local folder; to take it from the Hugging Face "
+            "hub, pip install huggingface_hub"
         ) from None
     repository, _, at = name.partition("@")
     start = time.time()
@@ -46,12 +46,14 @@ def download(name: str) -> Path:
             wanted = NEEDED + PICKLES
             folder = snapshot_download(repository, revision=at or None, allow_patterns=wanted)
     except HFValidationError:
-        raise UsageError(f"model is {name!r}, which is no folder and no name on the hub") from None
-    except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
-            f"model is {name!r}, which is no local folder, and it could not be had from the hub "
-            f"({type(error).__name__}: {reason[:200]}); a folder with its config.json, weights and "
+            f"model is {quoted(name)}, which is no folder and no name on the hub"
+        ) from None
+    except Exception as error:  # the client's own, its transport's, the disk's
+        reason = foreign(str(error).strip().partition("\n")[0])
+        raise UsageError(
+            f"model is {quoted(name)}, which is no local folder, and it could not be had from the "
+            f"hub ({type(error).__name__}: {reason}); a folder with its config.json, weights and "
             "tokenizer files can be given instead"
         ) from None
     _check_new_files(name, Path(folder), start)
@@ -68,6 +70,6 @@ def _check_new_files(name: str, folder: Path, start: float) -> None:
             if hashlib.file_digest(content, "sha256").hexdigest() != file.name:
                 file.unlink()
                 raise UsageError(
-                    f"{path.name} of {name} did not come as the hub has it (its SHA-256 "
-                    "differs); it was deleted: try again"
+                    f"{foreign(path.name)} of {foreign(name)} did not come as the hub has it (its "
+                    "SHA-256 differs); it was deleted: try again"
                 )

@@ -1,18 +1,26 @@
 """A folder in Hugging Face's layout to a model, without a second copy of its weights."""
 
 import dataclasses
-import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from gpt.config import UsageError
+from gpt.config import UsageError, foreign
+from gpt.device import check_memory
+from gpt.files import read_object
 from gpt.interop.files import Stored, WeightFiles
-from gpt.interop.gpt2 import hugging_face_name, is_buffer, is_transposed, model_config
+from gpt.interop.gpt2 import (
+    bare_name,
+    check_sizes,
+    hugging_face_name,
+    is_buffer,
+    is_transposed,
+    model_config,
+)
 from gpt.model.gpt import GPT
 
 PIECE = 1 << 20
@@ -20,24 +28,28 @@ PIECE = 1 << 20
 
 
 def load_folder(
-    folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
+    folder: Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+    say: Callable[[str], None] = lambda text: None,
 ) -> GPT:
     """The GPT-2 in ``folder``, in evaluation mode; ``UsageError`` if it is not one, or not whole.
 
     ``dtype`` is the token embedding's in the file if it is ``None``. On a CPU weights that have the
     ``dtype`` already stay in their file, mapped, the matrices transposed: nothing is read before it
     is used. The model never changes the file, and the file must not be changed either while the
-    model is there (replacing it by another is no change).
+    model is there (replacing it by another is no change). ``say`` is told what the model has
+    otherwise than its files.
     """
+    path = folder / "config.json"
+    theirs = read_object(path, "the configuration")
     try:
-        config = model_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except OSError as error:
-        raise UsageError(f"{folder / 'config.json'} cannot be read: {error.strerror}") from None
+        config = model_config(theirs, say=lambda text: say(f"{path}: {text}"))
     except UsageError as error:
-        raise UsageError(f"{folder / 'config.json'}: {error}") from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UsageError(f"{folder / 'config.json'} is broken ({error})") from None
+        raise UsageError(f"{foreign(path)}: {error}") from None
     files = WeightFiles(folder)
+    check_sizes(path, config, {bare_name(name): shape for name, shape in files.shapes.items()})
     if config.tie_embeddings and _has_another_head(files):
         config = dataclasses.replace(config, tie_embeddings=False)
     with torch.device("meta"):
@@ -45,6 +57,12 @@ def load_folder(
     names = _matched(folder, files, model)
     embedding = next(theirs for theirs, name in names.items() if name == "embed.weight")
     dtype = dtype or next(files.tensors([embedding])).tensor.dtype
+    check_memory(
+        f"the weights of {foreign(folder)}",
+        model.parameter_count() * dtype.itemsize,
+        torch.device(device),
+        advice="a smaller model, or its weights in bfloat16, would do",
+    )
     weights: dict[str, Tensor] = {}
     copies = []
     used = set()  # two weights may be one tensor in the file
@@ -69,7 +87,7 @@ def _has_another_head(files: WeightFiles) -> bool:
     """Whether the files hold a head that is not the embedding, whatever the configuration says:
     transformers keeps it then.
     """
-    found = {name.removeprefix("transformer."): name for name in files.shapes}
+    found = {bare_name(name): name for name in files.shapes}
     if not {"lm_head.weight", "wte.weight"} <= found.keys():
         return False
     head, embedding = files.tensors([found["lm_head.weight"], found["wte.weight"]])
@@ -129,34 +147,45 @@ def _matched(folder: Path, files: WeightFiles, model: GPT) -> dict[str, str]:
     parameters = dict(model.named_parameters())
     ours = {hugging_face_name(name): name for name in parameters}
     names: dict[str, str] = {}
+    where = foreign(folder)
     for theirs, shape in files.shapes.items():
-        bare = theirs.removeprefix("transformer.")
+        bare = bare_name(theirs)
         if bare in ours:
             if ours[bare] in names.values():
-                raise UsageError(f"the weights in {folder} have {bare} twice, under two names")
+                raise UsageError(f"the weights in {where} have {bare} twice, under two names")
             names[theirs] = ours[bare]
             wanted = list(parameters[ours[bare]].shape)
             wanted = wanted[::-1] if is_transposed(ours[bare]) else wanted
             if shape != wanted:
                 raise UsageError(
-                    f"the tensor {theirs} in {folder} has the shape {shape}, and its config.json "
-                    f"makes it {wanted}"
+                    f"the tensor {foreign(theirs)} in {where} has the shape {shape}, and its "
+                    f"config.json makes it {wanted}"
                 )
         elif not is_buffer(bare) and not (model.config.tie_embeddings and bare == "lm_head.weight"):
-            raise UsageError(f"the weights in {folder} have {theirs}, which GPT-2 does not have")
+            raise UsageError(
+                f"the weights in {where} have {foreign(theirs)}, which GPT-2 does not have"
+            )
     missing = sorted(set(parameters) - set(names.values()))
     if missing:
         raise UsageError(
-            f"the weights in {folder} lack {hugging_face_name(missing[0])}"
+            f"the weights in {where} lack {hugging_face_name(missing[0])}"
             + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
         )
     return names
 
 
 def exported(model: GPT) -> Iterator[tuple[str, Tensor]]:
-    """The model's tensors as Hugging Face's ``GPT2LMHeadModel`` names and stores them."""
-    for name, parameter in model.named_parameters():
+    """The model's tensors as Hugging Face's ``GPT2LMHeadModel`` names and stores them, with zeros
+    for the biases that it lacks.
+    """
+    own = dict(model.named_parameters())
+    with torch.device("meta"):
+        whole = GPT(dataclasses.replace(model.config, bias=True))
+    for name, wanted in whole.named_parameters():
         theirs = hugging_face_name(name)
         prefix = "" if theirs.startswith("lm_head.") else "transformer."
-        tensor = parameter.detach().T if is_transposed(name) else parameter.detach()
-        yield prefix + theirs, tensor.contiguous()
+        if name in own:
+            tensor = own[name].detach()
+        else:
+            tensor = torch.zeros(wanted.shape, dtype=model.embed.weight.dtype, device="cpu")
+        yield prefix + theirs, (tensor.T if is_transposed(name) else tensor).contiguous()

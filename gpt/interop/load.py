@@ -1,6 +1,5 @@
 """``load(name)``: a model and its tokenizer, ready to generate, wherever they come from."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -8,9 +7,11 @@ from typing import NamedTuple
 import torch
 
 from gpt import checkpoint as checkpoints
-from gpt.config import UsageError, Weights
+from gpt.checkpoint import Checkpoint
+from gpt.config import UsageError, Weights, foreign, quoted
 from gpt.data import tokenizer as tokenizers
 from gpt.data.tokenizer import Tokenizer
+from gpt.files import read_object
 from gpt.generation.inference import InferenceGPT, choose_weights, prepare_for_inference
 from gpt.interop.hub import download
 from gpt.interop.huggingface import load_folder
@@ -52,35 +53,70 @@ def load(
         if isinstance(loaded.model, InferenceGPT):
             if weights not in ("auto", loaded.model.weights):
                 raise UsageError(
-                    f"{name} has its weights in {loaded.model.weights}, and weights is {weights!r}"
+                    f"{foreign(name)} has its weights in {loaded.model.weights}, and weights is "
+                    f"{weights!r}"
                 )
             return loaded
         return Loaded(prepare_for_inference(loaded.model, kind), loaded.tokenizer)
-    path = Path(name)
-    if not path.is_dir():
-        in_a_folder = len(path.parts) > 1 and path.parent.is_dir()
-        if isinstance(name, Path) or path.exists() or in_a_folder:
-            raise UsageError(f"model is {str(name)!r}, which is no folder of a run or of a model")
-        path = download(name)
+    path = _folder(name)
     if is_packed(path):
         if trainable:
-            raise UsageError(f"{name} has packed weights, which can only run")
+            raise UsageError(f"{foreign(name)} has packed weights, which can only run")
         return Loaded(*load_packed(path, device=device))
     if (path / "config.json").exists():
-        model = load_folder(path, device=device, dtype=dtype)
-        settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        tokenizer: Tokenizer = load_tokenizer(path, end_of_text=settings.get("eos_token_id"))
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise UsageError(
-                f"the tokenizer in {path} has {tokenizer.vocab_size} tokens, and the model "
-                f"{model.config.vocab_size}"
-            )
+        model = load_folder(path, device=device, dtype=dtype, say=say)
+        end = read_object(path / "config.json", "the configuration").get("eos_token_id")
+        tokenizer = load_tokenizer(
+            path,
+            end_of_text=end if isinstance(end, int) else None,
+            rows=model.config.vocab_size,
+        )
+        _check_size(path, tokenizer, model)
         return Loaded(model, tokenizer)
     checkpoint = checkpoints.find(path, "best", say=say)
     if checkpoint is None:
         raise UsageError(
-            f"model is {str(name)!r}, a folder with neither a checkpoint nor a model in it"
+            f"model is {quoted(str(name))}, a folder with neither a checkpoint nor a model in it"
         )
     run = checkpoint.path.resolve().parent.parent
+    tokenizer = tokenizers.load(run / "tokenizer.json")
+    _check_own(checkpoint, run / "tokenizer.json", tokenizer)
     model = checkpoints.load_model(checkpoint, device=device, dtype=dtype)
-    return Loaded(model, tokenizers.load(run / "tokenizer.json"))
+    _check_size(run, tokenizer, model)
+    return Loaded(model, tokenizer)
+
+
+def _folder(name: str | Path) -> Path:
+    """The folder that ``name`` names, here or on the hub."""
+    if not isinstance(name, str | Path):
+        raise UsageError(f"model is {quoted(name)}, and must be the name of a model or a path")
+    path = Path(name)
+    try:
+        if path.is_dir():
+            return path
+        in_a_folder = len(path.parts) > 1 and path.parent.is_dir()
+        is_path = isinstance(name, Path) or path.exists() or in_a_folder
+    except (OSError, ValueError):  # a name that no file can have
+        is_path = True
+    if is_path:
+        raise UsageError(f"model is {quoted(str(name))}, which is no folder of a run or of a model")
+    return download(str(name))
+
+
+def _check_size(folder: Path, tokenizer: Tokenizer, model: GPT) -> None:
+    """``UsageError`` for a tokenizer with more tokens than the model has rows."""
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UsageError(
+            f"the tokenizer in {foreign(folder)} has {tokenizer.vocab_size:,} tokens, and the "
+            f"model {model.config.vocab_size:,}: it is another model's"
+        )
+
+
+def _check_own(checkpoint: Checkpoint, path: Path, tokenizer: Tokenizer) -> None:
+    """``UsageError`` for a tokenizer that is not the one that the run was trained with."""
+    own = tokenizers.fingerprint(tokenizer).hex()
+    if checkpoint.progress.get("tokenizer", own) != own:
+        raise UsageError(
+            f"the tokenizer {foreign(path)} is not the one that the checkpoint "
+            f"{foreign(checkpoint.path)} was trained with: it is another run's"
+        )

@@ -8,90 +8,171 @@ hand.
 
 import itertools
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from gpt.config import UsageError
+from gpt.config import UsageError, foreign, quoted
 from gpt.data.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
+from gpt.files import read_object, read_text
+
+_WHAT = "the tokenizer's"
 
 
-def load_tokenizer(folder: Path, *, end_of_text: int | None = None) -> Tokenizer:
+def load_tokenizer(
+    folder: Path, *, end_of_text: int | None = None, rows: int | None = None
+) -> Tokenizer:
     """The tokenizer in ``folder``; the released one where it has no tokenizer's files.
 
-    ``end_of_text`` is the id that the model's configuration names. ``UsageError`` for a tokenizer
-    whose ids could come out otherwise than Hugging Face's.
+    ``end_of_text`` is the id that the model's configuration names, and ``rows`` how many tokens the
+    model has: special and added tokens beyond are left out, and a text with such an added one is
+    refused when it is encoded. ``UsageError`` for a tokenizer whose ids could come out otherwise
+    than Hugging Face's, and for files of any other content.
     """
     whole, vocab, merges = (folder / n for n in ("tokenizer.json", "vocab.json", "merges.txt"))
-    try:
-        if whole.exists():
-            return _from_json(whole, json.loads(whole.read_text(encoding="utf-8")), end_of_text)
-        if vocab.exists() != merges.exists():
-            raise UsageError(f"{folder} has one of vocab.json and merges.txt, and needs both")
-        if vocab.exists():
-            lines = merges.read_text(encoding="utf-8").splitlines()
-            pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-            ids = json.loads(vocab.read_text(encoding="utf-8"))
-            extra = folder / "added_tokens.json"
-            added = json.loads(extra.read_text(encoding="utf-8")) if extra.exists() else {}
-            special, more = _settings(folder / "tokenizer_config.json")
-            added = {k: i for k, i in (added | more).items() if k not in special}
-            return _make(vocab, ids, pairs, special=special, added=added, end_of_text=end_of_text)
-    except OSError as error:
-        raise UsageError(f"{error.filename} cannot be read: {error.strerror}") from None
-    except UsageError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"the tokenizer in {folder} is broken ({error!r})") from None
-    return GPT2Tokenizer.released()
+    if whole.exists():
+        state = read_object(whole, _WHAT)
+        return _from_json(whole, state, end_of_text=end_of_text, rows=rows)
+    if vocab.exists() != merges.exists():
+        raise UsageError(f"{foreign(folder)} has one of vocab.json and merges.txt, and needs both")
+    if not vocab.exists():
+        return GPT2Tokenizer.released()
+    lines = [line.removesuffix("\r") for line in read_text(merges, _WHAT).split("\n")]
+    pairs = _pairs(merges, [line for line in lines if line and not line.startswith("#version")])
+    extra = folder / "added_tokens.json"
+    added = _ids(extra, "its content", read_object(extra, _WHAT)) if extra.exists() else {}
+    special, more = _settings(folder / "tokenizer_config.json")
+    return _make(
+        vocab,
+        _ids(vocab, "its content", read_object(vocab, _WHAT)),
+        pairs,
+        special=special,
+        added={k: i for k, i in (added | more).items() if k not in special},
+        end_of_text=end_of_text,
+        rows=rows,
+    )
 
 
-def _characters(path: Path, vocab: dict[str, int]) -> CharTokenizer:
-    """The character tokenizer that :func:`hugging_face_files` wrote."""
-    tokenizer = CharTokenizer(token for token in vocab if len(token) == 1)
-    if {c: i for i, c in enumerate(tokenizer.characters)} != vocab:
-        raise UsageError(f"{path} has no pre_tokenizer, and is no vocabulary of characters either")
-    return tokenizer
-
-
-def _from_json(path: Path, state: dict[str, Any], end_of_text: int | None) -> Tokenizer:
-    model, before = state["model"], state.get("pre_tokenizer") or {}
-    after = state.get("post_processor") or {}
-    if state.get("pre_tokenizer") is None and state.get("decoder") == {"type": "Fuse"}:
-        return _characters(path, model["vocab"])
+def _from_json(
+    path: Path, state: dict[str, Any], *, end_of_text: int | None, rows: int | None
+) -> Tokenizer:
+    model, before = _object(path, state, "model"), _object(path, state, "pre_tokenizer")
+    is_characters = not before and state.get("decoder") == {"type": "Fuse"}
+    needed = (
+        ("pre_tokenizer.type", before.get("type"), "ByteLevel"),
+        ("pre_tokenizer.add_prefix_space", before.get("add_prefix_space", False), False),
+        ("pre_tokenizer.use_regex", before.get("use_regex", True), True),
+    )
     for what, found, right in (
         ("model.type", model.get("type", "BPE"), "BPE"),
         ("model.ignore_merges", model.get("ignore_merges", False), False),
         ("model.dropout", model.get("dropout"), None),
         ("normalizer", state.get("normalizer"), None),
-        ("pre_tokenizer.type", before.get("type"), "ByteLevel"),
-        ("pre_tokenizer.add_prefix_space", before.get("add_prefix_space", False), False),
-        ("pre_tokenizer.use_regex", before.get("use_regex", True), True),
-        ("post_processor.type", after.get("type", "ByteLevel"), "ByteLevel"),
         ("model.end_of_word_suffix", model.get("end_of_word_suffix") or None, None),
         ("model.continuing_subword_prefix", model.get("continuing_subword_prefix") or None, None),
+        *(() if is_characters else needed),
     ):
         if found != right:
-            raise UsageError(f"{path} has {what} {found!r}, and GPT-2's tokenizer has {right!r}")
-    special, added = _added(path, state.get("added_tokens", []))
-    _settings(path.with_name("tokenizer_config.json"))
-    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    return _make(path, model["vocab"], pairs, special=special, added=added, end_of_text=end_of_text)
-
-
-def _added(path: Path, tokens: list[dict[str, Any]]) -> tuple[dict[str, int], dict[str, int]]:
-    """Special tokens, and others that are taken whole."""
-    special, added = {}, {}
-    for token in tokens:
-        if token["special"]:
-            special[token["content"]] = token["id"]
-        elif token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
             raise UsageError(
-                f"{path} has the added token {token['content']!r} with lstrip, rstrip or "
+                f"{foreign(path)} has {what} {quoted(found)}, and GPT-2's tokenizer has {right!r}"
+            )
+    after = state.get("post_processor")
+    if not _adds_nothing(after):
+        raise UsageError(
+            f"{foreign(path)} has the post_processor {quoted(after)}, and GPT-2's adds no tokens"
+        )
+    special, added = _added(path, state.get("added_tokens", []))
+    vocab = _ids(path, "model.vocab", model.get("vocab"))
+    if is_characters:
+        return _characters(path, vocab, special | added)
+    _settings(path.with_name("tokenizer_config.json"))
+    pairs = _pairs(path, model.get("merges"))
+    return _make(
+        path, vocab, pairs, special=special, added=added, end_of_text=end_of_text, rows=rows
+    )
+
+
+def _characters(path: Path, vocab: dict[str, int], others: dict[str, int]) -> CharTokenizer:
+    """The character tokenizer that :func:`hugging_face_files` wrote."""
+    tokenizer = CharTokenizer(token for token in vocab if len(token) == 1)
+    if {c: i for i, c in enumerate(tokenizer.characters)} != vocab:
+        raise UsageError(
+            f"{foreign(path)} has no pre_tokenizer, and is no vocabulary of characters either"
+        )
+    if list(others.values()) != [tokenizer.end_of_text]:
+        raise UsageError(
+            f"{foreign(path)} has the added_tokens {quoted(others)}, and a vocabulary of "
+            f"characters has the end of a text alone, as token {tokenizer.end_of_text}"
+        )
+    return tokenizer
+
+
+def _adds_nothing(processor: object) -> bool:
+    """Whether what comes after the merges leaves a text's ids as they are."""
+    match processor:
+        case None | {"type": "ByteLevel"}:
+            return True
+        case {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A"}}]}:
+            return True
+        case {"type": "Sequence", "processors": [*parts]}:
+            return all(map(_adds_nothing, parts))
+    return False
+
+
+def _object(path: Path, state: dict[str, Any], name: str) -> dict[str, Any]:
+    """A field that is an object, or is not there."""
+    value = state.get(name)
+    if not isinstance(value, dict | None):
+        raise UsageError(f"{foreign(path)} has {name} {quoted(value)}, and must have an object")
+    return value or {}
+
+
+def _ids(path: Path, name: str, value: object) -> dict[str, int]:
+    """A field that gives tokens their ids."""
+    if not isinstance(value, dict) or not all(type(i) is int for i in value.values()):
+        raise UsageError(f"{foreign(path)} has not an id for each token in {name}")
+    return value
+
+
+def _pairs(path: Path, merges: object) -> list[tuple[str, str]]:
+    """The merges, each of two parts: ``"a b"`` or ``["a", "b"]``."""
+    if not isinstance(merges, list):
+        raise UsageError(f"{foreign(path)} has model.merges {quoted(merges)}, and must have a list")
+    pairs = []
+    for number, merge in enumerate(merges, 1):
+        match merge.split(" ") if isinstance(merge, str) else merge:
+            case [str() as a, str() as b] if a and b:
+                pairs.append((a, b))
+            case _:
+                raise UsageError(
+                    f"{foreign(path)} has {quoted(merge)} as merge {number:,}, and a merge has two "
+                    "parts"
+                )
+    return pairs
+
+
+def _added(path: Path, tokens: object) -> tuple[dict[str, int], dict[str, int]]:
+    """Special tokens, and others that are taken whole."""
+    special, added = dict[str, int](), dict[str, int]()
+    entries: list[Any] = tokens if isinstance(tokens, list) else [tokens]
+    for token in entries:
+        match token:
+            case {"content": str() as content, "id": int() as i, "special": bool() as is_special}:
+                (special if is_special else added)[content] = i
+            case _:
+                raise UsageError(
+                    f"{foreign(path)} has the added token {quoted(token)}, which needs content, id "
+                    "and special"
+                )
+        if not content:
+            raise UsageError(f"{foreign(path)} has an added token without content")
+        strips = token.get("lstrip") or token.get("rstrip") or token.get("single_word")
+        if strips and not is_special:
+            raise UsageError(
+                f"{foreign(path)} has the added token {quoted(content)} with lstrip, rstrip or "
                 "single_word, which is not supported"
             )
-        else:
-            added[token["content"]] = token["id"]
     return special, added
 
 
@@ -99,24 +180,32 @@ def _settings(path: Path) -> tuple[dict[str, int], dict[str, int]]:
     """What ``tokenizer_config.json`` adds: special tokens, and others that are taken whole."""
     if not path.exists():
         return {}, {}
-    state = json.loads(path.read_text(encoding="utf-8"))
-    if state.get("add_prefix_space"):
-        raise UsageError(f"{path} has add_prefix_space true, and GPT-2's tokenizer has false")
-    if state.get("add_bos_token"):
-        raise UsageError(f"{path} has add_bos_token true, and GPT-2's tokenizer has false")
-    entries = state.get("added_tokens_decoder", {}).items()
-    return _added(path, [{"special": False, **token, "id": int(i)} for i, token in entries])
+    state = read_object(path, _WHAT)
+    for name in ("add_prefix_space", "add_bos_token"):
+        if state.get(name):
+            raise UsageError(f"{foreign(path)} has {name} true, and GPT-2's tokenizer has false")
+    tokens = []
+    for i, token in _object(path, state, "added_tokens_decoder").items():
+        if not (isinstance(token, dict) and re.fullmatch(r"[0-9]{1,18}", i)):
+            raise UsageError(
+                f"{foreign(path)} has {quoted(i)}: {quoted(token)} in added_tokens_decoder, and "
+                "needs an id and a token"
+            )
+        tokens.append({"special": False, **token, "id": int(i)})
+    return _added(path, tokens)
 
 
 def _make(
     path: Path,
     vocab: dict[str, int],
-    merges: list[list[str]],
+    merges: list[tuple[str, str]],
     *,
     special: dict[str, int],
     added: dict[str, int],
     end_of_text: int | None,
+    rows: int | None,
 ) -> GPT2Tokenizer:
+    where = foreign(path)
     bytes_of = {character: byte for byte, character in byte_characters().items()}
     named = special | added
     if END_OF_TEXT in vocab and END_OF_TEXT not in named:
@@ -126,26 +215,42 @@ def _make(
     made = {a + b for a, b in merges}
     spelled = sorted((i, t) for t, i in vocab.items() if t not in named or t in made)
     if not spelled:
-        raise UsageError(f"{path} has an empty vocabulary")
+        raise UsageError(f"{where} has an empty vocabulary")
     first_id = spelled[0][0]
     if [i for i, _ in spelled] != list(range(first_id, first_id + len(spelled))):
-        raise UsageError(f"{path} has gaps in its ids, which is not supported")
+        raise UsageError(f"{where} has gaps in its ids, which is not supported")
     tokens = [token for _, token in spelled]
     if len(set(tokens) & bytes_of.keys()) != 256:
-        raise UsageError(f"{path} lacks some of the 256 bytes, so not every text could be encoded")
+        raise UsageError(f"{where} lacks some of the 256 bytes, so not every text could be encoded")
     if [a + b for a, b in merges] != tokens[256:] or set(tokens[:256]) != bytes_of.keys():
-        raise UsageError(f"{path} has merges in another order than its ids, which is not supported")
-    apart = [i for token, i in named.items() if token not in made]
+        raise UsageError(
+            f"{where} has merges in another order than its ids, which is not supported"
+        )
+    if not {part for pair in merges for part in pair} <= set(tokens):
+        raise UsageError(f"{where} has merges of what are no tokens")
+    beyond = {t for t, i in named.items() if t not in made and rows is not None and i >= rows}
+    apart = [i for token, i in named.items() if token not in made and token not in beyond]
     ids = sorted([*apart, *range(first_id, first_id + len(tokens))])
     if ids != list(range(len(ids))):
-        raise UsageError(f"{path} has gaps in its ids, or two tokens with one id")
+        raise UsageError(f"{where} has gaps in its ids, or two tokens with one id")
+    missing = {token: i for token, i in added.items() if token in beyond}
+    special, added = (
+        {token: i for token, i in group.items() if token not in beyond}
+        for group in (special, added)
+    )
     if end_of_text not in special.values():
         end_of_text = special.get(END_OF_TEXT)
     if end_of_text is None:
-        raise UsageError(f"{path} has no token for the end of a text ({END_OF_TEXT})")
+        at = f" below the model's {rows:,} rows" if beyond else ""
+        raise UsageError(f"{where} has no token for the end of a text ({END_OF_TEXT}){at}")
     ranks = [bytes(bytes_of[character] for character in token) for token in tokens]
     return GPT2Tokenizer(
-        ranks, first_id=first_id, special=special, added=added, end_of_text=end_of_text
+        ranks,
+        first_id=first_id,
+        special=special,
+        added=added,
+        missing=missing,
+        end_of_text=end_of_text,
     )
 
 

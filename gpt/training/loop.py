@@ -81,6 +81,7 @@ class Trainer:
         self.windows = Windows(data.train, config.model.context_length)
         self.validation = Windows(data.validation, config.model.context_length)
         self.byte_lengths = tokenizers.byte_lengths(data.tokenizer)
+        self._tokenizer = tokenizers.fingerprint(data.tokenizer).hex()
         batch_size = setup.sequences_a_step(config, self.world)
         self.order = Order(len(self.windows), batch_size=batch_size, seed=config.training.seed)
 
@@ -391,6 +392,7 @@ class Trainer:
                     "overflows": self.overflows,
                     "scaler": self.scaler.state_dict(),
                     "settings": setup.settings(self.config, self.data.train),
+                    "tokenizer": self._tokenizer,
                     "place": self.place(),
                 },
                 metrics={} if loss is None else {"validation_loss": loss},

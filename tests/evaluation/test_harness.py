@@ -12,7 +12,7 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from transformers import AutoTokenizer, GPT2LMHeadModel  # noqa: E402
 
-from gpt.config import ModelConfig  # noqa: E402
+from gpt.config import ModelConfig, UsageError  # noqa: E402
 from gpt.data.tokenizer import GPT2Tokenizer  # noqa: E402
 from gpt.evaluation.harness import HarnessModel  # noqa: E402
 from gpt.interop.export import export_huggingface  # noqa: E402
@@ -29,6 +29,8 @@ def both(tmp_path_factory):
         vocab_size=tokenizer.vocab_size, context_length=48, n_layer=2, n_head=2, n_embd=32
     )
     ours = make_model(config)
+    with torch.no_grad():  # texts that change with the position
+        ours.position.weight.mul_(10)
     folder = tmp_path_factory.mktemp("model") / "out"
     export_huggingface(ours, tokenizer, folder)
     theirs = HFLM(
@@ -65,6 +67,49 @@ def test_generated_texts_are_the_hf_backends(both):
     contexts = [(text, dict(options)) for text in TEXTS[:-1]]
     mine, theirs = (m.generate_until(requests("generate_until", contexts)) for m in both)
     assert mine == theirs
+
+
+OPTIONS = [
+    {"max_gen_toks": 12, "until": ["\n", " the"]},
+    {"max_new_tokens": 3},
+    {"max_new_tokens": 3, "max_gen_toks": 5},
+    {"max_tokens": 4},
+    {"max_gen_toks": 40, "max_length": 30},
+    {"max_gen_toks": 47},
+    {"max_gen_toks": 6, "until": "e"},
+    {"max_gen_toks": 6, "until": ["", "e"]},
+    {"max_gen_toks": 6, "do_sample": False, "temperature": 0.7},
+    {"max_gen_toks": 6, "do_sample": True, "temperature": 0.7, "top_k": 1},
+    {"max_gen_toks": 6, "temperature": 0.7, "top_p": 1e-9},
+    {"max_gen_toks": 6, "temperature": 0.7, "min_p": 1.0},
+    {"max_gen_toks": 6, "repetition_penalty": 1.5},
+]
+REFUSED = [
+    {},
+    {"max_gen_toks": 48},
+    {"max_gen_toks": 0},
+    {"max_gen_toks": 6, "max_length": 1},
+    {"max_gen_toks": 6, "do_sample": True, "top_k": 1},
+    {"max_gen_toks": 6, "no_such_option": 1},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_options_of_generation_mean_what_the_hf_backend_means_by_them(options, both):
+    contexts = [(text, dict(options)) for text in TEXTS[:-1]]
+    if "max_length" in options:
+        contexts = contexts[:1]
+    mine, theirs = (m.generate_until(requests("generate_until", contexts)) for m in both)
+    assert mine == theirs
+
+
+@pytest.mark.parametrize("options", REFUSED, ids=str)
+def test_options_that_the_hf_backend_refuses_are_refused(options, both):
+    mine, theirs = both
+    with pytest.raises(UsageError):
+        mine.generate_until(requests("generate_until", [(TEXTS[0], dict(options))]))
+    with pytest.raises((AssertionError, ValueError)):
+        theirs.generate_until(requests("generate_until", [(TEXTS[0], dict(options))]))
 
 
 def test_a_task_run_by_the_harness_has_equal_scores(both, tmp_path):

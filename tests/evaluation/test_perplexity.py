@@ -118,6 +118,18 @@ def test_a_stride_that_would_skip_tokens_is_refused(stride, model):
         score_text(model, ByteTokenizer(), some_ids(100), stride=stride)
 
 
+@pytest.mark.parametrize("stride", [1, 6, 12])
+def test_windows_may_be_shorter_than_the_context(stride, model):
+    ids = some_ids(60)
+    short = make_model(model.config)
+    short.crop_context(12)
+    expected = score_text(short, ByteTokenizer(), ids, stride=stride)
+    score = score_text(model, ByteTokenizer(), ids, context=12, stride=stride)
+    assert score.losses == pytest.approx(expected.losses, rel=1e-6)
+    with pytest.raises(UsageError, match="context is 17, and must be from 1 to .* .16."):
+        score_text(model, ByteTokenizer(), ids, context=17)
+
+
 def test_documents_are_joined_by_end_of_text(tmp_path):
     for name in "ab":
         (tmp_path / name).write_text(name * 2)

@@ -3,17 +3,21 @@ import math
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import gpt
 from gpt.cli import main
-from gpt.config import UsageError
-from gpt.data.tokenizer import ByteTokenizer
+from gpt.config import EvaluateConfig, ModelConfig, UsageError, foreign
+from gpt.data.tokenizer import ByteTokenizer, CharTokenizer
 from gpt.evaluation.likelihood import Request, encode_pair, likelihoods
+from gpt.evaluation.perplexity import encode_text, score_text
+from gpt.evaluation.report import as_table, measure
 from gpt.evaluation.tasks import hellaswag, lambada, multiple_choice, read_jsonl
 from gpt.interop.export import export_huggingface
 from gpt.interop.huggingface import load_folder
 from gpt.interop.packed import save_packed
+from tests.conftest import make_model
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +152,9 @@ def test_choices_are_scored_like_hellaswags_endings(both, tmp_path):
         ('{"text": "a"}\n{', "line 2 is not JSON"),
         ('{"text": "a"}\n\n{"txt": 1}', "line 3 has no 'text'"),
         ("[1]", "line 1 has no 'text'"),
+        ('{"text": "a"}\n{"text": "\\ud800"}', "line 2 is not JSON: it has half of a surrogate"),
+        ('{"text": "a", "n": ' + "9" * 5000 + "}", "line 1 is not read: Exceeds the limit"),
+        ('{"text": ' + "[" * 10_000, "line 1 is not read: it is nested too deeply"),
         ("\n", "has no items in it"),
         (b"\xff", "is not UTF-8 text"),
         (None, "cannot be read: No such file"),
@@ -169,6 +176,7 @@ HELLASWAG = {"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": ["d",
     [
         ({"label": 7}, "item 1 has the answer 7, and 2 choices"),
         ({"label": ""}, "item 1 has the answer -1, and 2 choices"),
+        ({"label": "9" * 5000}, "item 1 has the answer -1, and 2 choices"),
         ({"ctx_b": None}, "line 1 has None as its 'ctx_b', which must be a string"),
         ({"endings": "de"}, "line 1 has 'de' as its 'endings', which must be a list"),
         ({"endings": ["d", 3]}, "item 1 has the choices .'d', 3., which must be texts"),
@@ -270,6 +278,61 @@ def test_the_command_shows_a_table_or_json_and_compares_two_models(both, tmp_pat
     assert difference["low"] < difference["nats_per_token"] < difference["high"]
 
 
+def exported_with(folder, *, context=48, vocab_size=257, tokenizer=None):
+    config = ModelConfig(
+        vocab_size=vocab_size, context_length=context, n_layer=1, n_head=2, n_embd=16
+    )
+    export_huggingface(make_model(config), tokenizer or ByteTokenizer(), folder)
+    return str(folder)
+
+
+def test_models_of_different_contexts_are_compared_on_windows_of_the_shorter(tmp_path, capsys):
+    names = [exported_with(tmp_path / str(n), context=n) for n in (48, 32)]
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be " * 50)
+    words = ["evaluate", *names, "--text", str(text), "--json", "--weights", "float32"]
+    assert main([*words, "--paired", "--device", "cpu"]) == 0
+    done = capsys.readouterr()
+    assert "scored on windows of 32 tokens: the contexts are 48 and 32" in done.err
+    content = json.loads(done.out)
+    losses = [content["scores"][n][str(text)]["nats/token"]["value"] for n in names]
+    for name, loss in zip(names, losses, strict=True):
+        model, tokenizer = gpt.load(name)
+        ids = encode_text(tokenizer, str(text))
+        assert score_text(model, tokenizer, ids, context=32).loss == pytest.approx(loss, rel=1e-5)
+    assert content["difference"]["nats_per_token"] == pytest.approx(losses[0] - losses[1])
+    assert main([*words, "--paired", "--stride", "40", "--device", "cpu"]) == 2
+    assert "stride is 40, and must be from 1 to the windows' length (32)" in capsys.readouterr().err
+
+
+def test_models_that_make_different_tokens_are_not_compared_and_not_scored(
+    tmp_path, capsys, monkeypatch
+):
+    names = [exported_with(tmp_path / "bytes")]
+    characters = CharTokenizer("to be rn")
+    names.append(exported_with(tmp_path / "characters", vocab_size=9, tokenizer=characters))
+    (tmp_path / "text.txt").write_text("to be or not to be " * 50)
+    monkeypatch.delattr("gpt.evaluation.report.score_text")
+    words = ["evaluate", *names, "--text", str(tmp_path / "text.txt"), "--paired"]
+    assert main([*words, "--device", "cpu"]) == 2
+    assert "make different tokens of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["my [draft]", "a [/b] c", "[red]", "\x1b[31mred"])
+def test_names_are_shown_as_they_are_whatever_brackets_they_have(name, tmp_path, capsys):
+    names = [exported_with(tmp_path / "models" / part) for part in (name, "other")]
+    text = tmp_path / "a [text] of [/b].txt"
+    text.parent.mkdir()
+    text.write_text("to be or not to be " * 50)
+    console = Console(width=500, force_terminal=False)
+    words = EvaluateConfig(models=tuple(names), text=str(text), paired=True, device="cpu")
+    console.print(as_table(measure(words, say=lambda text: None)))
+    shown = capsys.readouterr().out
+    assert f"{foreign(names[0])} " in shown
+    assert f"{text}: nats/token" in shown
+    assert "\x1b[31m" not in shown
+
+
 def load_folder_copy(model, scale):
     import copy
 
@@ -283,6 +346,7 @@ def load_folder_copy(model, scale):
     ("words", "said"),
     [
         (["m"], "there is nothing to evaluate on"),
+        (["--text", "t"], "models is empty: name one model or more"),
         (["m", "--text", "t", "--paired"], "paired compares two models on one text"),
         (["m", "--text", "t", "--stride", "-1"], "stride is -1"),
         (["m", "m", "--text", "t", "--paired"], "models are m, m, and each must be another one"),

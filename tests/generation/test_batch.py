@@ -138,7 +138,7 @@ def test_a_broken_file_of_prompts_is_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ("\\ud800", "prompt 2, .*: the prompt is not UTF-8"),
+        ("\\ud800", "line 2 is not JSON: it has half of a surrogate pair"),
         ("a" * 41, "prompt 2, 'a{40}': the prompt has 41 tokens"),
     ],
 )

@@ -198,6 +198,17 @@ def test_a_file_that_comes_with_a_wrong_hash_is_refused_and_not_kept(hub):
     assert sampled(hub, "someone/tiny").returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "endpoint"), [("someone/tiny", "no address"), ("o/" + "x" * 90, "")]
+)
+def test_whatever_the_client_says_is_told_in_a_short_sentence(name, endpoint, hub):
+    done = sampled(hub, name, **({"HF_ENDPOINT": endpoint} if endpoint else {}))
+    assert done.returncode == 2
+    assert "could not be had from the hub" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr) < 1000
+
+
 def test_a_missing_file_of_the_model_is_told(hub):
     (hub.folder / "config.json").unlink()
     done = sampled(hub, "someone/tiny")

@@ -56,7 +56,7 @@ def test_added_tokens_are_taken_whole_and_special_ones_are_not(folder):
         assert ours.encode(text).tolist() == ids_of(theirs, text), text
     assert ours.encode("<chat>").tolist() == [50257]
     assert ours.decode_bytes([50257, 50258, 50256]) == b"<chat>"
-    again = tokenizers._FROM_STATE["gpt2"](json.loads(json.dumps(ours.state())))
+    again = tokenizers._from_state({"kind": "gpt2"} | json.loads(json.dumps(ours.state())))
     assert tokenizers.fingerprint(again) == tokenizers.fingerprint(ours)
     assert again.encode("a <chat>").tolist() == ours.encode("a <chat>").tolist()
 
@@ -137,10 +137,10 @@ def changed(content, how):
         ("gap", "gaps in its ids"),
         ("no end", "no token for the end of a text"),
         ("lacks a byte", "lacks some of the 256 bytes"),
-        ("post processor", "has post_processor.type 'TemplateProcessing'"),
+        ("post processor", "has the post_processor .*, and GPT-2's adds no tokens"),
         ("suffix", "has model.end_of_word_suffix '</w>'"),
         ("empty", "has an empty vocabulary"),
-        ("no model", "is broken .KeyError"),
+        ("no model", "has model.merges None|not an id for each token in model.vocab"),
     ],
 )
 def test_a_tokenizer_whose_ids_could_differ_is_refused(how, said, folder):
