@@ -88,8 +88,14 @@ def train(words: Sequence[str], prog: str) -> int:
 
     if tells and settings.name != "shakespeare.toml":
         _tell(f"settings {settings}, then the command line")
-    output = Output(sys.stdout)
-    result = run(config, console=Console(file=cast(TextIO, output)), sample=sample)
+
+    def initial(name: "str | Path") -> "tuple[GPT, Tokenizer]":
+        from gpt.interop.load import load
+
+        return load(name, trainable=True, say=_tell if tells else lambda text: None)
+
+    console = Console(file=cast(TextIO, Output(sys.stdout)))
+    result = run(config, console=console, sample=sample, initial=initial)
     return 128 + result.signal if result.signal else 0
 
 

@@ -5,7 +5,6 @@ run, forward and backward, and cuDNN's must agree with the others on the run's o
 """
 
 import functools
-import json
 import time
 from collections.abc import Callable, Sequence
 
@@ -39,9 +38,7 @@ def choose_attention(
     """
     if device.type != "cuda":
         return
-    times: dict[str, float] = json.loads(
-        world.share(lambda: json.dumps(measure(config, rows=rows, device=device, dtype=dtype)))
-    )
+    times = world.broadcast(lambda: measure(config, rows=rows, device=device, dtype=dtype))
     chosen = min(times, key=lambda name: times[name], default="flash")
     torch.backends.cuda.enable_cudnn_sdp(chosen == "cudnn")
     measured = ", ".join(f"{name} {1000 * seconds:.3f} ms" for name, seconds in times.items())

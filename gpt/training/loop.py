@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,14 +19,13 @@ from gpt import checkpoint as checkpoints
 from gpt.checkpoint import Checkpoint, State
 from gpt.config import TrainConfig, UsageError
 from gpt.data import tokenizer as tokenizers
-from gpt.data.batches import Batch, Order, Windows
+from gpt.data.batches import Batch, Windows
 from gpt.data.prepare import Prepared
 from gpt.data.tokenizer import Tokenizer
 from gpt.device import choose_device, choose_precision, peak_flops
 from gpt.model.gpt import GPT, parameter_count
 from gpt.training import build, nonfinite, setup, state
 from gpt.training.interrupt import Interrupt
-from gpt.training.loss import summed_loss
 from gpt.training.metrics import Reporter, Silent
 from gpt.training.optimizer import (
     clip_gradients,
@@ -37,6 +37,7 @@ from gpt.training.parallel import Strategy, World, choose_strategy, only_here
 from gpt.training.precision import autocast, common_precision, loss_scaler
 from gpt.training.saving import Saver
 from gpt.training.schedule import learning_rate_factor
+from gpt.training.source import Objective, ShuffledWindows, Source, next_token
 from gpt.training.stopwatch import Forecast, Stopwatch, Trace
 from gpt.training.validation import score
 
@@ -54,6 +55,16 @@ class Result:
     """Of the signal that stopped it, if one did."""
 
 
+class Gradients(NamedTuple):
+    """What a step's backward passes gave, beside the parameters' ``grad``."""
+
+    loss: float
+    """The mean over the step's targets, in nats."""
+    norm: float
+    """Of all gradients together, before clipping."""
+    norm_on_device: Tensor
+
+
 class Trainer:
     """A model in training, with all that a step needs."""
 
@@ -63,14 +74,20 @@ class Trainer:
         data: Prepared,
         *,
         world: World | None = None,
+        source: Source | None = None,
+        objective: Objective = next_token,
         checkpoint: Checkpoint | None = None,
         model: GPT | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
+        """``source`` gives the batches, by default ``data``'s windows in a new order each epoch, of
+        which the ``objective`` is learned. Weights and progress come from the ``checkpoint``;
+        without one the weights are those of ``model``, or new.
+        """
         torch.manual_seed(config.training.seed)
         self.config, self.data, self.world = config, data, world or World()
         self.device = choose_device(config.training.device)
-        # machines may differ, and what they do may not
+        # Machines may differ, and all must compute in the same dtype.
         fast = common_precision(choose_precision("auto", self.device), self.world)
         auto = config.training.precision == "auto"
         self.dtype = fast if auto else choose_precision(config.training.precision, self.device)
@@ -78,16 +95,18 @@ class Trainer:
         self.scaler = loss_scaler(self.device, self.dtype)
         torch.set_float32_matmul_precision("high" if config.training.tf32 else "highest")
 
-        self.windows = Windows(data.train, config.model.context_length)
+        sequences = setup.sequences_a_step(config, self.world)
+        self.source = source or ShuffledWindows(
+            Windows(data.train, config.model.context_length),
+            sequences=sequences,
+            seed=config.training.seed,
+        )
+        self.objective = objective
         self.validation = Windows(data.validation, config.model.context_length)
         self.byte_lengths = tokenizers.byte_lengths(data.tokenizer)
         self._tokenizer = tokenizers.fingerprint(data.tokenizer).hex()
-        batch_size = setup.sequences_a_step(config, self.world)
-        self.order = Order(len(self.windows), batch_size=batch_size, seed=config.training.seed)
-
-        self.strategy: Strategy = self.world.share(lambda: self.choose_strategy())  # type: ignore[assignment]
-        shards = self.world.share(lambda: str(build.saves_shards(config, self.strategy)))
-        self.saves_shards = shards == "True"
+        self.strategy: Strategy = self.world.broadcast(self.choose_strategy)
+        self.saves_shards = self.world.broadcast(lambda: build.saves_shards(config, self.strategy))
         if config.checkpoint.format == "sharded" and not self.saves_shards:
             say("checkpoint.format is sharded, which fsdp alone can be: this run writes full ones")
         self.model, self.forward = build.build_model(
@@ -105,7 +124,6 @@ class Trainer:
         self.stalls: list[float] = []
         """Seconds for which each checkpoint held up the run."""
         self.reporter: Reporter | Silent = Silent()
-        self._ahead: tuple[int, Batch] | None = None
         self.step, self.best_loss = 0, math.inf
         self.best: str | None = None
         """The name of the checkpoint with the least validation loss."""
@@ -118,22 +136,25 @@ class Trainer:
         self.overflows = 0
         """Updates that were not made since float16's loss scale was too high for them."""
         if checkpoint is not None:
-            progress = state.restore(self.model, self.optimizers, self.scaler, checkpoint)
-            for name, value in self.place().items():
-                before = progress.get("place", {}).get(name, value)
-                if before != value:
-                    say(f"changed  {name} was {before} and is {value}")
-            self.step, self.best_loss = checkpoint.step, progress["best_loss"]
-            self.best, self.losses = progress["best"], progress["losses"]
-            self.skipped, self.overflows = progress["skipped"], progress["overflows"]
-            windows = progress.get("settings", {}).get("evaluation.windows")
-            self.least_loss = progress["least_loss"]
-            if windows not in (None, config.evaluation.windows):
-                # of other windows, they say nothing of these
-                self.best_loss = self.least_loss = math.inf
-            if self.best and not (checkpoint.path.parent / self.best).is_dir():
-                # gone with a later one that was better, and is damaged by now
-                self.best, self.best_loss = None, math.inf
+            self.resume(checkpoint, say)
+
+    def resume(self, checkpoint: Checkpoint, say: Callable[[str], None]) -> None:
+        """Go on where the checkpoint was saved: with its optimizers' state and its progress."""
+        progress = state.restore(self.model, self.optimizers, self.scaler, checkpoint)
+        for name, value in self.place().items():
+            before = progress["place"].get(name, value)
+            if before != value:
+                say(f"changed  {name} was {before} and is {value}")
+        self.step, self.best, self.losses = checkpoint.step, progress["best"], progress["losses"]
+        self.best_loss, self.least_loss = progress["best_loss"], progress["least_loss"]
+        self.skipped, self.overflows = progress["skipped"], progress["overflows"]
+        windows = progress["settings"].get("evaluation.windows")
+        if windows not in (None, self.config.evaluation.windows):
+            # Losses on other windows cannot be compared with the losses to come.
+            self.best_loss = self.least_loss = math.inf
+        if self.best and not (checkpoint.path.parent / self.best).is_dir():
+            # It was deleted for a later and better one, which is damaged now.
+            self.best, self.best_loss = None, math.inf
 
     def choose_strategy(self) -> Strategy:
         """How the processes divide the work."""
@@ -180,7 +201,7 @@ class Trainer:
             )
             while self.step < last and not stop:
                 start = time.monotonic()
-                loss, norm = self.update()
+                loss, norm, _ = self.update()
                 if math.isfinite(loss):
                     self.losses.append(loss)
                 stop = self.world.largest(interrupt.signal or 0)
@@ -204,8 +225,14 @@ class Trainer:
         self.stalls = saver.stalls
         return Result(self.step, self.best_loss, stop if self.step < last else None)
 
-    def update(self) -> tuple[float, float]:
-        """One step: its mean loss in nats per target, and the gradient's norm before clipping."""
+    def update(self) -> Gradients:
+        """One step."""
+        gradients = self.gradients()
+        self.apply(gradients)
+        return gradients
+
+    def gradients(self) -> Gradients:
+        """The gradients of the step to come, in the parameters' ``grad``."""
         config, world = self.config, self.world
         state.seed_step(config.training.seed, self.step, world.rank)
         factor = learning_rate_factor(
@@ -213,23 +240,29 @@ class Trainer:
         )
         set_learning_rate(self.optimizers, factor)
         with self.stopwatch("data"):
-            batch = self.batch(self.step)
+            batch = self.source.batch(self.step, self.world)
             n_targets = int(world.sum(torch.tensor(batch.n_targets())))
         if n_targets == 0:
             raise UsageError(
                 f"every target of step {self.step + 1} is masked, in its windows "
-                f"{nonfinite.some(self.order.step(self.step))}: there is nothing to learn from"
+                f"{nonfinite.some(self.source.origin(self.step))}: there is nothing to learn from"
             )
         total = self.accumulate(batch, n_targets)
         with self.stopwatch("data"):  # while a GPU is at work
-            self._ahead = (self.step + 1, self.batch(self.step + 1))
+            self.source.prepare(self.step + 1, self.world)
         with self.stopwatch("optimizer"):
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
             norm_here = gradient_norm(self.model)
             loss, norm = torch.stack([total, norm_here]).tolist()  # a step's one wait for a GPU
+        return Gradients(loss, norm, norm_here)
+
+    def apply(self, gradients: Gradients) -> None:
+        """Update the weights by the gradients, unless they are not finite, and count the step."""
+        loss, norm, norm_on_device = gradients
+        with self.stopwatch("optimizer"):
             if math.isfinite(loss) and math.isfinite(norm):
-                clip_gradients(self.model, config.training.gradient_clip, norm_here)
+                clip_gradients(self.model, self.config.training.gradient_clip, norm_on_device)
                 for optimizer in self.optimizers:
                     self.scaler.step(optimizer)
             elif math.isfinite(loss) and self.was_scaled_too_far():
@@ -240,13 +273,6 @@ class Trainer:
                 optimizer.zero_grad(set_to_none=True)
             self.scaler.update()
         self.step += 1
-        return loss, norm
-
-    def batch(self, step: int) -> Batch:
-        """What ``step`` learns from, on this process."""
-        if self._ahead is not None and self._ahead[0] == step:
-            return self._ahead[1]
-        return self.windows.batch(self.world.share_of(self.order.step(step)))
 
     def accumulate(self, batch: Batch, n_targets: int) -> Tensor:
         """Add up the gradients of the mean loss over ``n_targets``, those of all processes; returns
@@ -258,14 +284,17 @@ class Trainer:
             micro = micro.to(self.device)
             with only_here(self.forward) if number < len(micros) else contextlib.nullcontext():
                 with self.stopwatch("forward"):
-                    with self.autocast:
-                        logits = self.forward(micro.tokens)
-                    loss = summed_loss(logits, micro.targets) / n_targets
-                    del logits  # this name would keep them through the backward pass
+                    loss = self.objective(self.logits, micro) / n_targets
                 with self.stopwatch("backward"):  # whose gradients the processes average
                     self.scaler.scale(loss * self.world.size).backward()
             total += loss.detach()
         return self.world.sum(total)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """The model's logits in the run's precision."""
+        with self.autocast:
+            out: Tensor = self.forward(tokens)
+        return out
 
     def was_scaled_too_far(self) -> bool:
         """Whether a gradient that is no number may be the doing of float16's loss scale, which then
@@ -281,7 +310,7 @@ class Trainer:
             step=self.step + 1,
             loss=loss,
             norms=nonfinite.gradient_norms(self.model),
-            windows=self.order.step(self.step),
+            windows=self.source.origin(self.step),
             write=self.world.is_main,
         )
         if self.skipped >= allowed:

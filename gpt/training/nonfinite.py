@@ -2,12 +2,10 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -38,7 +36,7 @@ def report(
     step: int,
     loss: float,
     norms: Mapping[str, float],
-    windows: NDArray[np.int64],
+    windows: Sequence[int],
     write: bool,
 ) -> str:
     """A sentence on the step that failed, which names a file with all of it (if ``write``)."""
@@ -49,7 +47,7 @@ def report(
             "step": step,
             "loss": str(loss),
             "gradient_norms": {name: str(norm) for name, norm in largest},
-            "windows": windows.tolist(),
+            "windows": list(windows),
         }
         path.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
     named = ", ".join(f"{name} {norm:.3g}" for name, norm in largest[:SHOWN])
@@ -59,7 +57,7 @@ def report(
     )
 
 
-def some(windows: NDArray[np.int64]) -> str:
+def some(windows: Sequence[int]) -> str:
     """The numbers of the first windows, and how many more there are."""
     more = f" and {len(windows) - SHOWN} more" if len(windows) > SHOWN else ""
     return ", ".join(str(window) for window in windows[:SHOWN]) + more

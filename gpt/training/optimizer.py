@@ -15,17 +15,20 @@ from gpt.training.muon import Muon
 def make_optimizers(
     model: GPT, config: OptimizerConfig, *, fast: torch.dtype = torch.float32
 ) -> list[Optimizer]:
-    """AdamW (arXiv:1711.05101) over all parameters, or Muon for the blocks' matrices beside it.
+    """AdamW (arXiv:1711.05101) over all parameters that are not frozen, or Muon for the matrices of
+    the blocks' linear layers beside it.
 
     Embeddings, biases and norms stay with AdamW (:mod:`gpt.training.muon`). ``fast`` is the
     dtype that the device multiplies fastest. Each group keeps its highest learning rate as
     ``peak_lr``, which the schedule scales.
     """
     optimizers: list[Optimizer] = []
-    rest = dict(model.named_parameters())
+    rest = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if config.name == "muon":
-        matrices = {n: p for n, p in rest.items() if n.startswith("blocks.") and p.ndim == 2}
-        rest = {n: p for n, p in rest.items() if n not in matrices}
+        linears = {n: m for n, m in model.blocks.named_modules() if isinstance(m, nn.Linear)}
+        matrices = {
+            name: rest.pop(name) for name in (f"blocks.{n}.weight" for n in linears) if name in rest
+        }
         optimizers.append(
             Muon(
                 matrices.values(),

@@ -50,7 +50,7 @@ class World:
     """What the processes tell each other, from this start of theirs."""
     job: dist.Store | None = None
     """What outlives them where torchrun starts them again."""
-    _shared: int = 0
+    _broadcasts: int = 0
     _patient: dist.ProcessGroup | None = None
     """All processes, over gloo."""
 
@@ -59,10 +59,10 @@ class World:
         """Whether this is the process that writes and prints."""
         return self.rank == 0
 
-    def share_of(self, windows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The part of a step's windows that this process takes."""
-        share: NDArray[np.int64] = windows.reshape(self.size, -1)[self.rank]
-        return share
+    def split(self, windows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The part of a step's windows that this process takes: the parts are equal."""
+        part: NDArray[np.int64] = windows.reshape(self.size, -1)[self.rank]
+        return part
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, in place; through gloo for tensors on the CPU, so that
@@ -80,27 +80,30 @@ class World:
         dist.all_reduce(everywhere, dist.ReduceOp.MAX)
         return int(everywhere)
 
-    def share(self, make: Callable[[], str]) -> str:
-        """What ``make`` returns on the main process, everywhere; the others wait as long as it
-        takes, and end with its error as ``UsageError`` too.
+    def broadcast(self, make: Callable[[], T]) -> T:
+        """The result of ``make`` on the main process, on all of them: a value that JSON can hold.
+
+        The others wait as long as it takes. If ``make`` raises, they raise ``UsageError`` with the
+        same message.
         """
         if self.store is None:
             return make()
-        self._shared += 1
-        key = f"shared {self._shared}"
+        self._broadcasts += 1
+        key = f"broadcast {self._broadcasts}"
         if self.is_main:
             try:
                 result = make()
             except Exception as error:
-                self.store.set(key, f"!{error}")
+                self.store.set(key, json.dumps({"error": str(error)}))
                 raise
-            self.store.set(key, f"={result}")
+            self.store.set(key, json.dumps({"result": result}))
             return result
         self.store.wait([key], PATIENCE)
-        outcome: str = self.store.get(key).decode()
-        if outcome.startswith("!"):
-            raise UsageError(outcome[1:])
-        return outcome[1:]
+        outcome = json.loads(self.store.get(key))
+        if "error" in outcome:
+            raise UsageError(outcome["error"])
+        value: T = outcome["result"]
+        return value
 
     def wait_for_all(self) -> None:
         """Go on when all processes are here, as long as it takes: what follows may then use NCCL,
@@ -113,11 +116,7 @@ class World:
         """What ``make`` returns here; the main process calls it before the others do."""
         results: list[T] = []
 
-        def first() -> str:
-            results.append(make())
-            return ""
-
-        self.share(first)
+        self.broadcast(lambda: results.append(make()))
         return results[0] if results else make()
 
     def connect(self, device: torch.device) -> None:

@@ -22,9 +22,16 @@ from gpt.training.parallel import World, join
 from gpt.training.saving import point_and_prune
 
 
-def train(config: TrainConfig, *, console: Console, sample: Sample | None = None) -> Result:
+def train(
+    config: TrainConfig,
+    *,
+    console: Console,
+    sample: Sample | None = None,
+    initial: setup.Initial | None = None,
+) -> Result:
     """Train the model that ``config`` describes, from its start or from the run's last checkpoint,
-    on all the processes that torchrun started.
+    on all the processes that torchrun started. ``initial`` loads the model that ``config.init``
+    names; ``sample`` makes the text that is shown with an evaluation.
 
     Raises :class:`UsageError` for what cannot be trained; nothing that the run's folder holds is
     lost.
@@ -34,9 +41,9 @@ def train(config: TrainConfig, *, console: Console, sample: Sample | None = None
         world.connect(choose_device(config.training.device))
         with contextlib.ExitStack() as stack:
             world.main_first(lambda: check_source(config))  # before a folder is made
-            world.share(lambda: stack.enter_context(setup.held(config.run)))
+            world.broadcast(lambda: stack.enter_context(setup.held(config.run)))
             try:
-                return train_on(world, config, console=console, sample=sample)
+                return train_on(world, config, console=console, sample=sample, initial=initial)
             except OSError as error:
                 if error.errno not in setup.DISK_ERRORS:
                     raise
@@ -48,7 +55,12 @@ def train(config: TrainConfig, *, console: Console, sample: Sample | None = None
 
 
 def train_on(
-    world: World, config: TrainConfig, *, console: Console, sample: Sample | None = None
+    world: World,
+    config: TrainConfig,
+    *,
+    console: Console,
+    sample: Sample | None = None,
+    initial: setup.Initial | None = None,
 ) -> Result:
     """:func:`train`, for whoever has joined the world and holds the run."""
 
@@ -56,14 +68,16 @@ def train_on(
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     checkpoint = setup.checkpoint_to_resume(config, world, say)
-    config, initial = world.main_first(lambda: setup.take_initial_model(config, checkpoint, say))
+    config, model, tokenizer = world.main_first(
+        lambda: setup.take_initial_model(config, checkpoint, initial, say)
+    )
     with console.status("preparing the text") as status:
         config = with_kept_source(world, config)
         data = world.main_first(
             lambda: prepare(
                 config.data,
                 config.cache_dir,
-                tokenizer=initial.tokenizer if initial else None,
+                tokenizer=tokenizer,
                 progress=lambda share: status.update(
                     Text(f"preparing {config.data.source}: {share:.0%}")
                 ),
@@ -74,7 +88,6 @@ def train_on(
     check_sizes(config, world, choose_device(config.training.device))
     if checkpoint is not None:
         setup.check_changes(config, checkpoint, data.train, say)
-    model = initial.model if initial else None
     trainer = Trainer(config, data, world=world, checkpoint=checkpoint, model=model, say=say)
     if world.is_main:
         setup.write_run_files(config, data.tokenizer)
@@ -121,7 +134,7 @@ def check_source(config: TrainConfig) -> None:
 
 def with_kept_source(world: World, config: TrainConfig) -> TrainConfig:
     """``config`` with the copy of a pipe as its source, which a resumed run finds again."""
-    source = world.share(lambda: keep(config.data, config.cache_dir).source)
+    source = world.broadcast(lambda: keep(config.data, config.cache_dir).source)
     data = dataclasses.replace(config.data, source=source)
     return dataclasses.replace(config, run_dir=str(config.run), data=data)
 
@@ -130,7 +143,7 @@ def beginning(trainer: Trainer) -> list[str]:
     """The run in a few lines, for the person who starts it."""
     config, model = trainer.config, trainer.config.model
     tokens, n = config.training.batch_tokens, trainer.world.size
-    sequences = trainer.order.batch_size // n
+    sequences = trainer.source.sequences // n
     micro = min(config.training.micro_batch_size, sequences)
     split = f"{-(-sequences // micro)} x {micro} x {model.context_length}"
     processes = f"{trainer.strategy} on {n} processes, " if n > 1 else ""

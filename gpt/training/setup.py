@@ -18,7 +18,7 @@ from gpt.data.prepare import Prepared
 from gpt.data.shards import Shard
 from gpt.data.tokenizer import Tokenizer
 from gpt.files import unwritable, write_atomically
-from gpt.interop.load import Loaded, load
+from gpt.model.gpt import GPT
 from gpt.model.surgery import crop_context, resize_vocabulary, set_dropout
 from gpt.training.parallel import World
 
@@ -74,18 +74,26 @@ def checkpoint_to_resume(config: TrainConfig, world: World, say: Say) -> Checkpo
         world.remember(place)
         return str(checkpoint.path) if checkpoint else ""
 
-    path = world.share(look)
+    path = world.broadcast(look)
     return checkpoints.verify(Path(path), hashes=False) if path else None
 
 
+Initial = Callable[[str | Path], tuple[GPT, Tokenizer]]
+"""Loads a model to start from, and its tokenizer, by its name or a checkpoint's path."""
+
+
 def take_initial_model(
-    config: TrainConfig, checkpoint: Checkpoint | None, say: Say
-) -> tuple[TrainConfig, Loaded | None]:
-    """The model that ``config.init`` names, made to fit, and the configuration with its shape."""
+    config: TrainConfig, checkpoint: Checkpoint | None, load: Initial | None, say: Say
+) -> tuple[TrainConfig, GPT | None, Tokenizer | None]:
+    """The configuration with the shape of the model that ``config.init`` names; that model, made to
+    fit, and its tokenizer.
+    """
     if not config.init:
-        return config, None
-    loaded = load(checkpoint.path if checkpoint else config.init, trainable=True, say=say)
-    model, wanted = loaded.model, config.model
+        return config, None, None
+    if load is None:
+        raise UsageError(f"init is {config.init!r}, and this run was given nothing that loads it")
+    model, tokenizer = load(checkpoint.path if checkpoint else config.init)
+    wanted = config.model
     own = model.config.context_length
     if 0 < wanted.context_length < own:
         crop_context(model, wanted.context_length)
@@ -105,7 +113,7 @@ def take_initial_model(
     set_dropout(model, wanted.dropout)
     for parameter in model.parameters():  # memory of its own, laid out as a new model's
         parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
-    return dataclasses.replace(config, model=model.config), loaded
+    return dataclasses.replace(config, model=model.config), model, tokenizer
 
 
 def resolve(config: TrainConfig, data: Prepared, checkpoint: Checkpoint | None) -> TrainConfig:

@@ -247,7 +247,7 @@ def test_processes_that_cannot_share_equally_are_told_what_would_do(tmp_path):
 
 def test_every_window_is_some_process_share_once():
     windows = np.arange(24)
-    shares = [World(rank=rank, size=4).share_of(windows) for rank in range(4)]
+    shares = [World(rank=rank, size=4).split(windows) for rank in range(4)]
     assert np.concatenate(shares).tolist() == windows.tolist()
 
 
@@ -297,7 +297,9 @@ def test_what_only_main_knows_is_shared_and_so_is_its_mistake():
     store = torch.distributed.HashStore()
     worlds = [World(rank, 2, store=store) for rank in range(2)]
     with ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(lambda world: world.share(lambda: f"of {world.rank}"), worlds)) == [
+        assert list(
+            pool.map(lambda world: world.broadcast(lambda: f"of {world.rank}"), worlds)
+        ) == [
             "of 0",
             "of 0",
         ]

@@ -75,8 +75,7 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 def gradients(config: TrainConfig, world: World) -> dict[str, torch.Tensor]:
     trainer = trainer_of(config, world)
-    trainer.optimizers = []  # so that the gradients stay
-    loss, norm = trainer.update()
+    loss, norm, _ = trainer.gradients()
     found = {name: whole(p.grad) for name, p in trainer.model.named_parameters()}
     return {"loss": torch.tensor(loss), "norm": torch.tensor(norm), **found}
 
