@@ -199,7 +199,8 @@ def test_ctrl_c_at_any_moment_of_the_start_ends_training(text_file, tmp_path):
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=60)
         assert process.returncode in (-signal.SIGINT, 130), output
-        assert "Traceback" not in output
+        # before the command line is there, Python tells of Ctrl-C in its own way
+        assert "Traceback" not in output or "from gpt.cli import main" in output
 
 
 @pytest.mark.parametrize(
