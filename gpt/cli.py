@@ -8,8 +8,13 @@ with ``GPT_TRACEBACK=1`` in the environment, in Python's traceback.
 """
 
 import contextlib
+import dataclasses
+import io
 import os
+import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, cast
@@ -21,63 +26,154 @@ from gpt.config import (
     SampleConfig,
     TrainConfig,
     UsageError,
+    foreign,
     parse,
     parse_training,
+    unescaped,
 )
+from gpt.files import as_training_text, check_output, read_text, sentence, unreadable
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from gpt.data.tokenizer import Tokenizer
     from gpt.model.gpt import GPT
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+_CONFIGS = [here / "configs" for here in Path(__file__).resolve().parents[:2]]
+"""An installed package has the folder in it; a checkout has it beside the package."""
+CONFIGS = next(filter(Path.is_dir, _CONFIGS), _CONFIGS[0])
 SAMPLE_SEED = 0
 """Of the samples during training, so that they differ by what was learned and not by luck."""
 
 
 def main(arguments: Sequence[str] | None = None, *, prog: str = "gpt") -> int:
-    """Run a command; the exit status is 0, 2 for what ends in a sentence (a mistake of the user's,
-    a full disk, a run that diverged), 130 after Ctrl-C, or 143 after SIGTERM.
+    """Run a command; the exit status is 0, 1 where nobody reads the output any more, 2 for what
+    ends in a sentence (a mistake of the user's, a full disk, a run that diverged), 130 after
+    Ctrl-C, or 143 after SIGTERM. Ctrl-C during the imports ends the process by its signal.
     """
+    _ready_streams()
     command, *words = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
-    if command in ("-h", "--help"):
-        sys.stdout.write(_usage())
-        return 0
     try:
-        if command not in COMMANDS:
-            raise UsageError(f"{command!r} is no command; there are: {', '.join(COMMANDS)}")
-        return COMMANDS[command](words, f"{prog} {command}" if prog == "gpt" else prog)
+        try:
+            return _run(command, words, prog)
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of a pipe has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (UsageError, OSError) as error:
         if os.environ.get("GPT_TRACEBACK"):
             raise
-        sys.stderr.write(f"{prog}: {error}\n")
+        nameless = isinstance(error, OSError) and error.filename is None
+        where = "standard output: " if nameless and not _can_write(sys.stdout) else ""
+        _tell(f"{prog}: {where}{sentence(error)}")
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if os.environ.get("GPT_TRACEBACK") or not _is_out_of_memory(error):
+            raise
+        _tell(f"{prog}: there is not enough memory: {_NEEDS_LESS.get(command, foreign(error))}")
+        return 2
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            _can_write(stream)
+
+
+def _run(command: str, words: Sequence[str], prog: str) -> int:
+    if command in ("-h", "--help"):
+        sys.stdout.write(_usage())
+        return 0
+    if command not in COMMANDS:
+        known = ", ".join(COMMANDS)
+        raise UsageError(f"{foreign(repr(command))} is no command; there are: {known}")
+    return COMMANDS[command](words, f"{prog} {command}" if prog == "gpt" else prog)
+
+
+_NEEDS_LESS = {
+    "train": "a smaller training.micro_batch_size, training.activation_checkpointing full, or a "
+    "smaller model.context_length need less",
+    "sample": "a smaller --batch_size, --weights int8 or int4, or fewer --max_new_tokens need less",
+    "evaluate": "a smaller --batch_size, --weights int8 or int4, or --device cpu need less",
+}
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch.OutOfMemoryError is one of CUDA's; that of the CPU's allocator has no type of its own
+    said = r"out of memory|can't allocate memory|not enough memory|bad_alloc"
+    return isinstance(error, MemoryError) or re.search(said, str(error)) is not None
+
+
+def _ready_streams() -> None:
+    """Let no output end a run: what an encoding lacks is shown as an escape, and what is closed is
+    the null device.
+    """
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            mode = "w" if descriptor else "r"
+            with contextlib.suppress(OSError):
+                nowhere = os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+                if nowhere != descriptor:
+                    os.dup2(nowhere, descriptor)
+                    os.close(nowhere)
+                os.set_inheritable(descriptor, True)
+            setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace" if descriptor else "surrogateescape")
+
+
+def _can_write(stream: TextIO) -> bool:
+    """Whether a stream writes what it holds. From one that cannot, what follows goes nowhere: it
+    would fail again at Python's end, with a traceback.
+    """
+    try:
+        stream.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _starting() -> Iterator[None]:
+    """Ctrl-C ends the process at once, by its signal: within an import ``KeyboardInterrupt`` may be
+    swallowed, or become another error.
+    """
+    python = signal.default_int_handler
+    ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is python  # else someone ignores it, or handles it
+    )
+    if ours:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, python)
 
 
 def train(words: Sequence[str], prog: str) -> int:
     """Train a model on text: a new one, or go on with a run."""
     tells = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, one says what is wrong
-    try:
-        with contextlib.nullcontext() if tells else _silence():
-            config, settings = parse_training(
-                words,
-                prog=prog,
-                default=CONFIGS / "shakespeare.toml",
-                init=CONFIGS / "finetune.toml",
-            )
-    except UsageError:
-        if tells:
-            raise
-        return 2
-    from rich.console import Console
-
-    from gpt.device import keep_freed_memory
-    from gpt.training.interrupt import Output
-    from gpt.training.run import train as run
+    with _starting():
+        try:
+            with contextlib.nullcontext() if tells else _silence():
+                config, settings = parse_training(
+                    words,
+                    prog=prog,
+                    default=CONFIGS / "shakespeare.toml",
+                    init=CONFIGS / "finetune.toml",
+                )
+        except UsageError:
+            if tells:
+                raise
+            return 2
+        from gpt.device import keep_freed_memory
+        from gpt.training.interrupt import Output
+        from gpt.training.run import train as run
 
     keep_freed_memory()
     sample = None
@@ -94,18 +190,24 @@ def train(words: Sequence[str], prog: str) -> int:
 
         return load(name, trainable=True, say=_tell if tells else lambda text: None)
 
-    console = Console(file=cast(TextIO, Output(sys.stdout)))
+    console = _console(cast(TextIO, Output(sys.stdout)))
     result = run(config, console=console, sample=sample, initial=initial)
     return 128 + result.signal if result.signal else 0
 
 
 def sample(words: Sequence[str], prog: str) -> int:
     """Continue a prompt with a trained model."""
-    config = parse(SampleConfig, words, prog=prog)
-    prompt = None if config.takes_many else _given_prompt(config)
-    from gpt.device import choose_device, keep_freed_memory
-    from gpt.interop.load import load
-    from gpt.terminal import Session
+    with _starting():
+        config = parse(SampleConfig, words, prog=prog)
+        config = dataclasses.replace(config, stop=tuple(map(unescaped, config.stop)))
+        prompt = None if config.takes_many else _given_prompt(config)
+        if config.out is not None:
+            check_output(config.out, "out")
+        if config.explain:
+            check_output(Path(config.explain[0]), "explain")
+        from gpt.device import choose_device, keep_freed_memory
+        from gpt.interop.load import load
+        from gpt.terminal import Session
 
     keep_freed_memory()
     device = choose_device(config.device)
@@ -125,14 +227,14 @@ def sample(words: Sequence[str], prog: str) -> int:
 
 def prepare(words: Sequence[str], prog: str) -> int:
     """Turn a text into token shards, ahead of training on it."""
-    config = parse(PrepareConfig, words, prog=prog)
-    from rich.console import Console
-    from rich.text import Text
+    with _starting():
+        config = parse(PrepareConfig, words, prog=prog)
+        from rich.text import Text
 
-    from gpt.data.prepare import prepare as run
+        from gpt.data.prepare import prepare as run
 
-    console = Console()
-    with console.status("reading") as status:
+    console = _console()
+    with console.status("reading", spinner="line") as status:
         prepared = run(
             config.data,
             config.out,
@@ -143,21 +245,19 @@ def prepare(words: Sequence[str], prog: str) -> int:
         )
     console.print(
         f"{prepared.train.path.parent}: {len(prepared.train):,} training and "
-        f"{len(prepared.validation):,} validation tokens",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
+        f"{len(prepared.validation):,} validation tokens"
     )
     return 0
 
 
 def export(words: Sequence[str], prog: str) -> int:
     """Write a model in Hugging Face's layout, or packed to run."""
-    config = parse(ExportConfig, words, prog=prog)
-    from gpt.generation.inference import prepare_for_inference
-    from gpt.interop.export import export_huggingface
-    from gpt.interop.load import load
-    from gpt.interop.packed import save_packed
+    with _starting():
+        config = parse(ExportConfig, words, prog=prog)
+        from gpt.generation.inference import prepare_for_inference
+        from gpt.interop.export import export_huggingface
+        from gpt.interop.load import load
+        from gpt.interop.packed import save_packed
 
     loaded = load(config.model, dtype=None, trainable=True, say=_tell)
     if config.to == "packed":
@@ -171,18 +271,18 @@ def export(words: Sequence[str], prog: str) -> int:
 
 def evaluate(words: Sequence[str], prog: str) -> int:
     """Score models on a text, on LAMBADA or HellaSwag, or on choices of your own."""
-    config = parse(EvaluateConfig, words, prog=prog)
-    from gpt.device import keep_freed_memory
-    from gpt.evaluation.report import as_json, as_table, measure
+    with _starting():
+        config = parse(EvaluateConfig, words, prog=prog)
+        from gpt.device import keep_freed_memory
+        from gpt.evaluation.report import as_json, as_table, measure
 
+        console = _console()
     keep_freed_memory()
     report = measure(config, say=_tell)
     if config.json:
         sys.stdout.write(as_json(report))
     else:
-        from rich.console import Console
-
-        Console().print(as_table(report))
+        console.print(as_table(report), soft_wrap=False)
     return 0
 
 
@@ -212,8 +312,19 @@ def _silence() -> Iterator[None]:
         yield
 
 
+def _console(file: TextIO | None = None) -> "Console":
+    """A terminal or a log: names are shown as they are, and no line of a log is wrapped."""
+    from rich.console import Console
+
+    console = Console(file=file, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 10_000
+    return console
+
+
 def _tell(text: str) -> None:
-    sys.stderr.write(text + "\n")
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        sys.stderr.write(text + "\n")
 
 
 def _training_sample(config: TrainConfig, model: "GPT", tokenizer: "Tokenizer") -> str:
@@ -232,18 +343,24 @@ def _given_prompt(config: SampleConfig) -> str | None:
     """
     if config.prompt is not None:
         return config.prompt
-    if config.prompt_file is not None:
-        try:
-            return config.prompt_file.read_text(encoding="utf-8")
-        except OSError as error:
-            raise UsageError(
-                f"prompt_file {config.prompt_file} cannot be read: {error.strerror}"
-            ) from None
-        except UnicodeDecodeError as error:
-            raise UsageError(
-                f"prompt_file {config.prompt_file} is not UTF-8 text: {error.reason}"
-            ) from None
-    return None if sys.stdin.isatty() else sys.stdin.read()
+    path = config.prompt_file
+    if path is None:
+        return None if sys.stdin.isatty() else _decoded(sys.stdin.buffer.read(), "standard input")
+    if path.parent != Path("/dev/fd"):
+        return as_training_text(read_text(path, "prompt_file"))
+    try:  # a pipe that the shell has opened: <(...)
+        return _decoded(path.read_bytes(), f"prompt_file {foreign(path)}")
+    except OSError as error:
+        raise unreadable(path, "prompt_file", error) from None
+
+
+def _decoded(content: bytes, what: str) -> str:
+    try:
+        return as_training_text(content.decode())
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{what} is not UTF-8 text: {error.reason} at byte {error.start:,}"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -9,10 +9,13 @@ import argparse
 import dataclasses
 import json
 import math
+import numbers
+import operator
 import os
 import re
+import stat
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args, get_origin
@@ -135,6 +138,29 @@ _KINDS: dict[Any, tuple[Any, str]] = {
     Path: (Path, "a path"),
     Path | None: (Path | None, "a path"),
 }
+
+
+def token_ids(what: str, ids: Iterable[Any]) -> list[int]:
+    """``ids``, of whatever type of integers, as Python's own; ``UsageError`` for anything else."""
+    try:
+        if isinstance(ids, str | bytes):
+            raise TypeError
+        items = list(ids)
+    except TypeError:
+        raise UsageError(f"{what} is {quoted(ids)}, and must be a list of token ids") from None
+    for i, item in enumerate(items):
+        try:
+            if isinstance(item, bool):
+                raise TypeError
+            items[i] = operator.index(item)
+        except TypeError:
+            raise UsageError(f"{what} has {quoted(item)} in it, which is no token id") from None
+    return items
+
+
+def unescaped(text: str) -> str:
+    r"""A text that was typed: ``\n`` is a newline, ``\t`` a tab, and ``\\`` a backslash."""
+    return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t"}.get(found[1], "\\"), text)
 
 
 def _check_text(name: str, text: str) -> None:
@@ -434,6 +460,10 @@ class TrainConfig:
         return Path(self.data.cache_dir) if self.data.cache_dir else self.run / "data"
 
 
+_MOST_BIAS = 1e30
+"""Far beyond any logit, and a number in bfloat16 and float32."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """How the next token is drawn. What is set applies in the order of the fields, but for the
@@ -466,16 +496,28 @@ class SamplingConfig:
                 f"temperature is {self.temperature}, and must be 0 (the likeliest token) or at "
                 "least 1e-05"
             )
-        for name, tokens in (("bias", self.bias), ("ban", self.ban)):
-            for token in tokens:
-                if not isinstance(token, int):
-                    raise UsageError(f"{name} has {token!r}, and takes the ids of tokens")
-        for token, number in self.bias.items():
-            if not math.isfinite(number):
+        if not isinstance(self.bias, Mapping):
+            raise UsageError(
+                f"bias is {quoted(self.bias)}, and must map token ids to numbers, as in {{5: -1.0}}"
+            )
+        bias: dict[int, Any] = dict(
+            zip(token_ids("bias", self.bias), self.bias.values(), strict=True)
+        )
+        for token, number in bias.items():
+            is_number = isinstance(number, numbers.Real) and not isinstance(number, bool)
+            if not (is_number and abs(number) < math.inf):
                 raise UsageError(
-                    f"bias has {number} for the token {token}, and must have a number (ban takes "
-                    "what is never to be written)"
+                    f"bias has {quoted(number)} for the token {quoted(token)}, and must have a "
+                    "number (ban takes what is never to be written)"
                 )
+            if abs(number) > _MOST_BIAS:
+                raise UsageError(
+                    f"bias has {quoted(number)} for the token {quoted(token)}, and must be from "
+                    f"{-_MOST_BIAS:g} to {_MOST_BIAS:g}"
+                )
+        bias = {token: float(number) for token, number in bias.items()}
+        object.__setattr__(self, "bias", bias)
+        object.__setattr__(self, "ban", tuple(token_ids("ban", self.ban)))
 
     @property
     def has_penalties(self) -> bool:
@@ -496,13 +538,14 @@ class GenerationConfig(SamplingConfig):
     """Continuations of the same prompt; it goes through the model once."""
     num_beams: int = _number(1, at_least=1)
     """Beams of a beam search, which draws nothing: samples are the best ones; 1: no search."""
-    length_penalty: float = 1.0
+    length_penalty: float = _number(1.0, at_least=-20, at_most=20)
     """Divides a beam's log-probability by its length to this power: above 0 favours long ones."""
     early_stopping: Literal["likely", "first", "never"] = "likely"
     """When a beam search ends: as soon as no better beam is likely, with the first num_beams that
     are complete, or never before no better one is possible."""
     stop: tuple[str, ...] = ()
-    """One or more texts at which a sample ends; they are not shown."""
+    """One or more texts at which a sample ends; they are not shown. On the command line \\n is a
+    newline, \\t a tab, and \\\\ a backslash."""
     past_context: Literal["slide", "stop"] = "slide"
     """When the context is full: slide re-reads its newer half and goes on, stop ends the text."""
     logprobs: int | None = _number(None, at_least=0)
@@ -518,9 +561,11 @@ class GenerationConfig(SamplingConfig):
                 f"num_samples is {self.num_samples}, and a search of {self.num_beams} beams gives "
                 "no more than these"
             )
-        for text in self.stop:
-            if not isinstance(text, str):
-                raise UsageError(f"stop has {text!r} in it, and takes texts")
+        stop: Any = self.stop
+        stop = (stop,) if isinstance(stop, str) else stop
+        if not (isinstance(stop, Sequence) and all(isinstance(text, str) for text in stop)):
+            raise UsageError(f"stop is {quoted(stop)}, and must be one or more texts")
+        object.__setattr__(self, "stop", tuple(stop))
         if "" in self.stop:
             raise UsageError("stop has an empty text in it, and each must have a character")
 
@@ -680,13 +725,32 @@ def parse(schema: type[T], arguments: Sequence[str], *, prog: str, toml: Path | 
     if words and words[0].endswith(".toml"):
         toml = Path(words.pop(0))
         prog = f"{prog} {toml}"
-    tokens = list(toml_tokens(toml)) if toml else []
+    tokens = toml_tokens(toml) if toml else []
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def optional(info: Any) -> Any:
+        """``X | None`` takes any text, "None" too: ``None`` is what stands without the option."""
+        if info.type not in (str | None, Path | None, tuple[str, ...] | None):
+            return None
+        [kind] = (each for each in get_args(info.type) if each is not type(None))
+        names: dict[Any, str] = {str: "STR", Path: "PATH"}
+        one = kind in names
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1 if one else "*",
+            metavar=names.get(kind, "[STR [STR ...]]"),
+            instance_from_str=lambda words: kind(words[0]) if one else tuple(words),
+            is_instance=lambda value: value is None or isinstance(value, kind if one else tuple),
+            str_from_instance=lambda value: [str(value)] if one or value is None else list(value),
+        )
+
     return tyro.cli(
         schema,
         prog=prog,
         args=[*tokens, *words],
         use_underscores=True,
         config=(tyro.conf.PositionalRequiredArgs,),
+        registry=registry,
     )
 
 
@@ -733,15 +797,24 @@ def run_of(run_dir: str, source: str) -> Path:
     return Path(run_dir or f"runs/{DataConfig(source=source).name}")
 
 
-def toml_tokens(path: Path) -> Iterator[str]:
+def toml_tokens(path: Path) -> list[str]:
     """The command-line words that say what the TOML file at ``path`` says."""
+    what = f"the configuration {foreign(path)}"
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not valid TOML: {error}") from None
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UsageError(f"{what} is a folder, a pipe or a device, and must be a file")
+        words = list(_tokens(tomllib.loads(path.read_bytes().decode("utf-8-sig"))))
+        if broken := [word for word in words if "\0" in word]:
+            raise ValueError(f"{foreign(broken[0])} has a NUL in it")
+        return words
+    except UsageError:
+        raise
     except OSError as error:
-        raise UsageError(f"the configuration {path} cannot be read: {error.strerror}") from None
-    yield from _tokens(table)
+        raise UsageError(f"{what} cannot be read: {error.strerror}") from None
+    except RecursionError:
+        raise UsageError(f"{what} is nested too deeply") from None
+    except ValueError as error:  # also of UTF-8, and of an integer of thousands of digits
+        raise UsageError(f"{what} is not valid TOML: {foreign(error)}") from None
 
 
 def _tokens(table: Mapping[str, Any], group: str = "") -> Iterator[str]:

@@ -33,6 +33,23 @@ def check_regular(path: Path, what: str) -> None:
         raise UsageError(f"{what} {foreign(path)} is {kind}, and must be a file")
 
 
+def check_output(path: Path, what: str) -> None:
+    """``UsageError`` unless ``path`` is a regular file, or can become one in its folder."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        if not path.parent.is_dir():
+            parent = foreign(path.parent)
+            raise UsageError(
+                f"{what} is {foreign(path)}, and there is no folder {parent}"
+            ) from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"{what} {foreign(path)} cannot be written: {reason}") from None
+    else:
+        check_regular(path, what)
+
+
 def unreadable(path: Path, what: str, error: Exception) -> UsageError:
     """The sentence for a file that cannot be read."""
     reason = error.strerror if isinstance(error, OSError) else error
@@ -52,6 +69,11 @@ def read_text(path: Path, what: str) -> str:
         raise UsageError(
             f"{what} {foreign(path)} is not UTF-8 text: {error.reason} at byte {error.start:,}"
         ) from None
+
+
+def as_training_text(text: str) -> str:
+    """A text as training reads its files: without a byte-order mark, each line end a newline."""
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_json(path: Path, what: str) -> Any:
@@ -136,6 +158,14 @@ def new_folder(out: Path) -> Iterator[Path]:
 def unwritable(path: Path, error: OSError) -> UsageError:
     """The sentence for a file or folder that cannot be written."""
     return UsageError(f"{foreign(path)} cannot be written: {foreign(error.strerror or error)}")
+
+
+def sentence(error: Exception) -> str:
+    """What an error says, with the path first where it is of a file."""
+    if isinstance(error, OSError) and error.strerror:
+        name = f"{foreign(error.filename)}: " if error.filename is not None else ""
+        return f"{name}{error.strerror}"
+    return str(error)
 
 
 def flush(path: Path) -> None:

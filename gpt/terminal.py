@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from gpt import kernels
-from gpt.config import GenerationConfig, SampleConfig, UsageError
+from gpt.config import GenerationConfig, SampleConfig, UsageError, foreign, quoted, unescaped
+from gpt.files import as_training_text, check_output, sentence, unwritable, write_atomically
 from gpt.generation.batch import continue_file
 from gpt.generation.explain import as_page, as_text, explain, token_text
 from gpt.generation.inference import InferenceGPT
@@ -57,7 +58,6 @@ class Session:
 
     def __init__(self, config: SampleConfig, model: Loaded, draft: Loaded | None = None) -> None:
         self.config, self.model, self.draft = config, model, draft
-        _check_folder(config)
         self.prompt: str | None = None
         self.answer: list[int] = []
         self._retries = 0
@@ -78,7 +78,7 @@ class Session:
         """Continue one prompt, and show what the configuration wants to see of it."""
         self.write(prompt)
         if self.config.explain is not None:
-            self.explain()
+            self.explain(self.config.explain)
 
     def ask(self) -> None:
         """Ask for prompts until Ctrl-D."""
@@ -100,8 +100,10 @@ class Session:
                 else:
                     self._retries = 0
                     self.write(line)
-            except UsageError as error:
-                tell(str(error))
+            except BrokenPipeError:  # nobody reads any more
+                raise
+            except (UsageError, OSError) as error:
+                tell(sentence(error))
             except KeyboardInterrupt:
                 sys.stdout.write("\n")
 
@@ -125,19 +127,20 @@ class Session:
             self.config = _set(self.config, name, words)
         else:
             known = ", ".join(["help", "retry", "explain", "settings", *_SETTABLE])
-            raise UsageError(f"/{name} is no command; there are: {known}")
+            raise UsageError(f"/{foreign(name)} is no command; there are: {known}")
 
     def write(self, prompt: str) -> None:
         """Each sample with its prompt, in turn: the first as it is made, the others once it is
         whole.
         """
         config: GenerationConfig = self.config
+        prompt = as_training_text(prompt)
         if config.seed is not None:
             config = dataclasses.replace(config, seed=config.seed + self._retries)
         decoder = self.decoder(config)
-        waiting = [prompt] * config.num_samples
         pieces = run(self.model, [prompt], config, decoder=decoder)
         first = next(pieces)  # a prompt that cannot be continued is not shown
+        waiting = [prompt] * config.num_samples
         self._introduce()
         self.prompt, self.answer = prompt, []
         sys.stdout.write(prompt)
@@ -164,22 +167,27 @@ class Session:
         return tokens
 
     def explain(self, page: Sequence[str] = ()) -> None:
-        """The last answer's probabilities, on the terminal or as the ``page`` asked for."""
+        """The last answer's probabilities: as the ``page`` of that name, or on the terminal."""
+        path = None
         if page:
-            self.config = dataclasses.replace(self.config, explain=tuple(page))
-        _check_folder(self.config)
+            dataclasses.replace(self.config, explain=tuple(page))  # checks the name
+            path = Path(page[0])
+            check_output(path, "explain")
         assert self.prompt is not None
         ids = encode_prompt(self.model.tokenizer, self.prompt)
         tokens = explain(self.model, ids, self.answer)
         opening = token_text(self.model.tokenizer, ids[0]) if self.prompt else ""
-        if self.config.explain:
-            path = Path(self.config.explain[0])
-            title = f"{self.config.model}: {self.prompt[:60]!r}"
-            page = as_page(tokens, title=title, opening=opening)
-            path.write_text(page, encoding="utf-8")
-            tell(f"{path}: {len(tokens):,} tokens explained")
-        else:
-            Console(highlight=False).print(as_text(tokens, opening=opening), soft_wrap=True)
+        if path is None:
+            console = Console(highlight=False)
+            text = as_text(tokens, opening=opening, ascii_only=console.options.ascii_only)
+            console.print(text, soft_wrap=True)
+            return
+        title = f"{self.config.model}: {self.prompt[:60]!r}"
+        try:
+            write_atomically(path, as_page(tokens, title=title, opening=opening))
+        except OSError as error:
+            raise unwritable(path, error) from None
+        tell(f"{path}: {len(tokens):,} tokens explained")
 
     def decoder(self, config: GenerationConfig) -> Continuer:
         """What decodes as ``config`` and the options say."""
@@ -234,24 +242,27 @@ def tell(text: str, *, file: TextIO | None = None) -> None:
     (file or sys.stderr).write(text + "\n")
 
 
-def _check_folder(config: SampleConfig) -> None:
-    if config.explain and not Path(config.explain[0]).parent.is_dir():
-        raise UsageError(f"explain is {config.explain[0]}, and there is no such folder")
-
-
 def _remember_lines() -> None:
     """Editing and a history for input(), kept for the next session."""
     try:
         import readline
     except ImportError:  # not on Windows
         return
-    path = Path(os.environ.get("XDG_STATE_HOME", Path.home() / ".local" / "state")) / "gpt"
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: there is no home
+        state = Path(os.environ.get("XDG_STATE_HOME", ""))
+        path = (state if state.is_absolute() else Path.home() / ".local" / "state") / "gpt"
         path.mkdir(parents=True, exist_ok=True)
         (path / "history").touch()
         readline.read_history_file(path / "history")
         readline.set_history_length(1000)
-        atexit.register(readline.write_history_file, path / "history")
+        atexit.register(_write_history, path / "history")
+
+
+def _write_history(path: Path) -> None:
+    import readline
+
+    with contextlib.suppress(OSError):
+        readline.write_history_file(path)
 
 
 def _read() -> str:
@@ -262,7 +273,7 @@ def _read() -> str:
     lines = [line[3:]]
     while not lines[-1].endswith('"""'):
         try:
-            lines.append(input("… "))
+            lines.append(input("... "))
         except EOFError:  # ends the text, not the program
             return "\n".join(lines)
     lines[-1] = lines[-1].removesuffix('"""')
@@ -276,13 +287,13 @@ def _words(line: str) -> list[str]:
     try:
         return list(lexer)
     except ValueError:
-        raise UsageError(f"/{line} has a quote that is not closed") from None
+        raise UsageError(f"/{foreign(line)} has a quote that is not closed") from None
 
 
 def _set(config: SampleConfig, name: str, words: list[str]) -> SampleConfig:
     value: object
     if name == "stop":
-        value = tuple(word.replace("\\n", "\n").replace("\\t", "\t") for word in words)
+        value = tuple(map(unescaped, words))
     elif name == "seed" and words in ([], ["none"]):
         value = None
     elif len(words) != 1:
@@ -291,7 +302,7 @@ def _set(config: SampleConfig, name: str, words: list[str]) -> SampleConfig:
         try:
             value = _SETTABLE[name](words[0])
         except ValueError:
-            raise UsageError(f"/{name} takes a number, and {words[0]!r} is none") from None
+            raise UsageError(f"/{name} takes a number, and {quoted(words[0])} is none") from None
     changes: dict[str, object] = {name: value}
     return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
 

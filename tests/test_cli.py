@@ -326,3 +326,47 @@ def read_until(terminal, text):
         if text and re.search(rf"(^|\n){re.escape(text)}$", re.sub(r"\x1b\[[?\d]*[a-z]", "", seen)):
             return seen
     raise AssertionError(f"{text!r} did not come: {seen!r}")
+
+
+@pytest.mark.parametrize("escaped", [r"\n", "\n"])
+def test_a_newline_can_be_given_as_a_stop_text(escaped, capsys):
+    words = ["--prompt", "ROMEO:\nBut", "--temperature", "0", "--max_new_tokens", "40"]
+    _, output = sampled(capsys, *words, "--stop", escaped)
+    assert output.out.startswith("ROMEO:\nBut")
+    assert "\n" not in output.out[len("ROMEO:\nBut") :].removesuffix("\n")
+
+
+def test_a_prompt_is_read_as_the_text_of_training(capsys, tmp_path, monkeypatch):
+    words = ["--temperature", "0", "--max_new_tokens", "8"]
+    _, expected = sampled(capsys, "--prompt", "ROMEO:\nBut", *words)
+    windows = "\ufeffROMEO:\r\nBut".encode()
+    (tmp_path / "p.txt").write_bytes(windows)
+    assert sampled(capsys, "--prompt_file", str(tmp_path / "p.txt"), *words)[1].out == expected.out
+    assert sampled(capsys, "--prompt", windows.decode(), *words)[1].out == expected.out
+    with (tmp_path / "p.txt").open() as pipe:
+        monkeypatch.setattr(sys, "stdin", pipe)
+        assert sampled(capsys, *words)[1].out == expected.out
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder"])
+def test_a_prompt_file_that_is_no_file_is_told(kind, capsys, tmp_path):
+    path = tmp_path / "p.txt"
+    os.mkfifo(path) if kind == "fifo" else path.mkdir()
+    status, output = sampled(capsys, "--prompt_file", str(path))
+    assert status == 2
+    assert f"prompt_file {path} is a " in output.err
+
+
+@pytest.mark.parametrize("name", ["out", "explain"])
+def test_a_file_that_cannot_be_written_is_told_before_the_model_is_loaded(
+    name, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("gpt.interop.load.load", None)
+    path = tmp_path / "x.html"
+    os.mkfifo(path)
+    words = ["--prompt", "x", "--explain", str(path)]
+    if name == "out":
+        words = ["--prompt_file", "p.jsonl", "--out", str(path)]
+    status, output = sampled(capsys, *words)
+    assert status == 2
+    assert output.err == f"sample.py: {name} {path} is a pipe or a device, and must be a file\n"

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import os
 import re
 from pathlib import Path
 from typing import Literal, get_origin
@@ -19,6 +20,7 @@ from gpt.config import (
     UsageError,
     parse,
     to_toml,
+    unescaped,
 )
 
 CONFIGS = sorted(Path(__file__).parent.parent.joinpath("configs").glob("*.toml"))
@@ -220,3 +222,52 @@ def test_each_number_has_bounds_or_any_is_right(cls, item):
         if math.isfinite(bound):
             with pytest.raises(UsageError, match=rf"{item.name} is .*, and must be {bounds}"):
                 cls(**REQUIRED.get(cls, {}) | {item.name: beyond})
+
+
+def test_none_is_a_text_where_a_text_is_wanted():
+    config = parse(SampleConfig, ["--prompt", "None"], prog="sample.py")
+    assert config.prompt == "None"
+    config = parse(SampleConfig, ["--prompt_file", "None.jsonl", "--out", "None"], prog="sample.py")
+    assert (config.prompt, config.out) == (None, Path("None"))
+    assert parse(SampleConfig, ["--explain"], prog="sample.py").explain == ()
+    assert parse(SampleConfig, ["--explain", "a.html"], prog="sample.py").explain == ("a.html",)
+    config = parse(SampleConfig, ["--seed", "None", "--logprobs", "3"], prog="sample.py")
+    assert (config.seed, config.logprobs, config.explain) == (None, 3, None)
+
+
+def test_escapes_are_those_that_are_documented():
+    assert unescaped(r"\n\t\\n\x") == "\n\t\\n\\x"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("a = " + "[" * 100_000, "nested too deeply|not valid TOML"),
+        ("a = " + "[" * 20_000 + "]" * 20_000, "nested too deeply|not valid TOML"),
+        ("a." * 20_000 + "a = 1", "nested too deeply|not valid TOML"),
+        ("seed = " + "9" * 5000, "not valid TOML: Exceeds the limit"),
+        ("seed = 0x" + "f" * 5000, "not valid TOML: Exceeds the limit"),
+        ('run_dir = "a\\u0000b"', "run_dir=a.* has a NUL in it"),
+        ('[data]\nsource = "a\\u0000b"', "data.source=a.* has a NUL in it"),
+        ("FIFO", "is a folder, a pipe or a device, and must be a file"),
+        ("FOLDER", "is a folder, a pipe or a device, and must be a file"),
+    ],
+)
+def test_a_strange_toml_is_told_in_a_sentence(content, said, tmp_path):
+    path = tmp_path / "run.toml"
+    if content == "FIFO":
+        os.mkfifo(path)
+    elif content == "FOLDER":
+        path.mkdir()
+    else:
+        path.write_text(content)
+    with pytest.raises(UsageError, match=said) as error:
+        parse(TrainConfig, [str(path)], prog="train.py")
+    assert str(path) in str(error.value)
+    assert len(str(error.value)) < 900
+
+
+def test_a_toml_of_windows_is_read(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_bytes("\ufeff[model]\r\nn_layer = 3\r\n".encode())
+    assert parse(TrainConfig, [str(path)], prog="train.py").model.n_layer == 3

@@ -1,5 +1,8 @@
 import dataclasses
 import json
+import os
+import stat
+from pathlib import Path
 
 import pytest
 
@@ -90,7 +93,7 @@ def test_explain_writes_the_page_that_is_named(monkeypatch, capsys, model, tmp_p
     _, err = talk(monkeypatch, capsys, session(model, temperature=0), *lines)
     assert "20 tokens" in page.read_text()
     assert "explain is 'a.txt', and must be one .html file" in err
-    assert "there is no such folder" in err
+    assert "there is no folder no/such" in err
 
 
 def test_ctrl_d_ends_a_text_of_several_lines(monkeypatch, capsys, model):
@@ -231,3 +234,103 @@ def test_options_that_do_not_fit_are_refused(settings, message):
             settings = settings | {name: Path(settings[name])}
     with pytest.raises(UsageError, match=message):
         SampleConfig(**settings)
+
+
+def test_explain_writes_a_page_once_and_then_shows_the_next_one(
+    monkeypatch, capsys, model, tmp_path
+):
+    page = tmp_path / "page.html"
+    own = session(model, temperature=0)
+    page.write_text("old")
+    lines = ("JULIET", f"/explain {page}", "/explain", "/settings")
+    out, err = talk(monkeypatch, capsys, own, *lines)
+    assert page.read_text().startswith("<!doctype html>")
+    assert err.count("tokens explained") == 1
+    assert out.count("JULIET") == 2
+    assert "expected: " in out
+    assert list(tmp_path.iterdir()) == [page]
+
+
+def test_a_page_that_cannot_be_written_does_not_end_the_session(
+    monkeypatch, capsys, model, tmp_path
+):
+    (tmp_path / "dev.html").symlink_to("/dev/null")
+    os.mkfifo(tmp_path / "fifo.html")
+    (tmp_path / "folder.html").mkdir()
+    names = ["dev.html", "fifo.html", "folder.html", "none/x.html"]
+    lines = [f"/explain {tmp_path / name}" for name in names]
+    lines += ["/explain /proc/x.html", '/explain "a\0.html"']
+    out, err = talk(monkeypatch, capsys, session(model, temperature=0), "JULIET", *lines, "ROMEO")
+    assert out.count("ROMEO") == 1
+    for name in names:
+        assert f"explain {tmp_path / name}" in err or f"explain is {tmp_path / name}" in err
+    assert "/proc/x.html cannot be written: " in err
+    assert "embedded null byte" in err
+    assert stat.S_ISFIFO((tmp_path / "fifo.html").stat().st_mode)
+    assert (tmp_path / "dev.html").is_symlink()
+
+
+def test_a_full_disk_while_a_page_is_written_leaves_the_old_one(
+    monkeypatch, capsys, model, tmp_path
+):
+    resource = pytest.importorskip("resource")
+    page = tmp_path / "page.html"
+    page.write_text("old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        _, err = talk(monkeypatch, capsys, session(model), "JULIET", f"/explain {page}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert f"{page} cannot be written: File too large" in err
+    assert page.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [page]
+
+
+def test_no_setting_and_no_error_of_the_system_ends_the_session(monkeypatch, capsys, model):
+    own = session(model, num_beams=2)
+    lines = ["/length_penalty 3000", "/length_penalty -2000", "/length_penalty nan"]
+    lines += ["/num_beams 100000000", "JULIET", "/num_beams 1", "/num_samples 1000000000", "JULIET"]
+    lines += ["/num_samples 1", "/seed " + "9" * 5000, "/top_k " + "9" * 30, "/" + "x" * 5000]
+    out, err = talk(monkeypatch, capsys, own, *lines, "ROMEO")
+    assert err.count("length_penalty is ") == 3
+    assert "100,000,000 beams" in err
+    assert "1,000,000,000 sequences" in err
+    assert max(map(len, err.splitlines())) < 1000
+    assert out.startswith("ROMEO")
+
+    def fail(*_):
+        raise OSError(5, "I/O error", "x")
+
+    monkeypatch.setattr(Session, "write", fail)
+    assert "x: I/O error\n" in talk(monkeypatch, capsys, own, "JULIET").err
+
+
+def test_what_is_typed_at_a_stop_is_unescaped(model):
+    own = session(model)
+    own.command(r"/stop \n\t \\n")
+    assert own.config.stop == ("\n\t", "\\n")
+
+
+def test_signs_of_white_space_are_ascii_where_nothing_else_can_be_shown(monkeypatch, capsys, model):
+    monkeypatch.setattr("rich.console.Console.encoding", "cp1252")
+    out, _ = talk(monkeypatch, capsys, session(model, temperature=0), "JULIET", "/explain")
+    assert out.isascii()
+    assert "' '" in out
+
+
+@pytest.mark.parametrize("home", ["none", "unwritable"])
+def test_a_history_that_cannot_be_kept_is_not_kept(monkeypatch, capsys, model, home):
+    pytest.importorskip("readline")
+    monkeypatch.setenv("XDG_STATE_HOME", "" if home == "none" else "/proc/none")
+    kept = []
+    monkeypatch.setattr(terminal.atexit, "register", lambda *call: kept.append(call))
+    if home == "none":
+
+        def nowhere():
+            raise RuntimeError("no home")
+
+        monkeypatch.setattr(Path, "home", nowhere)
+    talk(monkeypatch, capsys, session(model))
+    assert kept == []
+    terminal._write_history(Path("/proc/none/history"))

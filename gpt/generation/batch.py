@@ -1,15 +1,18 @@
 """A file of prompts to a file of completions: many at once, in order, and resumable."""
 
+import contextlib
 import json
 import os
 import sys
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from gpt.config import GenerationConfig, UsageError
+from gpt.config import GenerationConfig, UsageError, foreign
 from gpt.data.jsonl import read_jsonl
 from gpt.data.tokenizer import Tokenizer
+from gpt.files import as_training_text, check_output, parse_json, unwritable
 from gpt.generation.checks import check_prompt
 from gpt.generation.text import Completion, Continuer, encode_prompt, run
 from gpt.model.gpt import GPT
@@ -33,57 +36,79 @@ def continue_file(
 
     Lines are written in order, each whole. Those that ``out`` has already are kept, and the rest is
     added; a last line that is not whole is written again. ``UsageError`` if ``out`` has the lines
-    of other prompts. ``progress`` is told the prompts that are done, all prompts, and the tokens
-    written; the number of prompts that were continued is returned.
+    of other prompts, is no file, or cannot be written. ``progress`` is told the prompts that are
+    done, all prompts, and the tokens written; the number of prompts that were continued is
+    returned.
     """
+    check_output(out, "out")
     items = read_jsonl(prompts, {"prompt": str})
-    for number, item in enumerate(items, 1):
+    texts = [as_training_text(item["prompt"]) for item in items]
+    for number, text in enumerate(texts, 1):
         try:
-            check_prompt(
-                model[0], encode_prompt(model[1], item["prompt"]), config, model[1].vocab_size
-            )
+            check_prompt(model[0], encode_prompt(model[1], text), config, model[1].vocab_size)
         except UsageError as error:
             raise UsageError(
-                f"{prompts} prompt {number}, {item['prompt'][:40]!r}: {error}"
+                f"{foreign(prompts)} prompt {number}, {text[:40]!r}: {error}"
             ) from None
-    if out.is_dir():
-        raise UsageError(f"out is {out}, which is a folder, and must be a .jsonl file")
-    if not out.parent.is_dir():
-        raise UsageError(f"out is {out}, and there is no folder {out.parent}")
     waiting: dict[int, list[Completion]] = {}
     tokens = 0
-    with out.open("a", encoding="utf-8") as file:
+    with _opened(out) as file:
         _lock(file, out)
-        first = next_one = _lines_written(out, items, config.num_samples)
-        texts = [item["prompt"] for item in items[first:]]
+        first = next_one = _lines_written(file, out, items, config.num_samples)
         progress(first, len(items), 0)
-        for _, completion in run(model, texts, config, decoder=decoder):
+        for _, completion in run(model, texts[first:], config, decoder=decoder):
             if completion.reason is None:
                 continue
             tokens += len(completion.tokens)
             waiting.setdefault(first + completion.prompt, []).append(completion)
             while len(waiting.get(next_one, ())) == config.num_samples:
-                file.write(_line(items[next_one], waiting.pop(next_one)))
-                file.flush()
+                _append(file, out, _line(items[next_one], waiting.pop(next_one)))
                 next_one += 1
             progress(next_one, len(items), tokens)
-        os.fsync(file.fileno())
+        _flush(file, out)
     return len(items) - first
 
 
-def _lock(file: TextIO, out: Path) -> None:
+def _opened(out: Path) -> FileIO:
+    try:
+        return FileIO(out, "a")
+    except OSError as error:
+        raise unwritable(out, error) from None
+
+
+def _append(file: FileIO, out: Path, line: bytes) -> None:
+    """Write a whole line, or nothing of it."""
+    end = os.fstat(file.fileno()).st_size
+    try:
+        while line:
+            line = line[file.write(line) :]
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.truncate(file.fileno(), end)
+        raise unwritable(out, error) from None
+
+
+def _flush(file: FileIO, out: Path) -> None:
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        raise unwritable(out, error) from None
+
+
+def _lock(file: FileIO, out: Path) -> None:
     """Keep other processes from writing to ``out`` as long as this one does."""
     if sys.platform == "win32":
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise UsageError(f"another process is writing to {out}") from None
+        raise UsageError(f"another process is writing to {foreign(out)}") from None
 
 
-def _line(item: dict[str, Any], completions: list[Completion]) -> str:
+def _line(item: dict[str, Any], completions: list[Completion]) -> bytes:
     ordered = sorted(completions, key=lambda completion: completion.sample)
-    return json.dumps(_bare(item) | {"completions": [_as_json(c) for c in ordered]}) + "\n"
+    line = json.dumps(_bare(item) | {"completions": [_as_json(c) for c in ordered]})
+    return line.encode() + b"\n"
 
 
 def _bare(item: dict[str, Any]) -> dict[str, Any]:
@@ -103,38 +128,48 @@ def _as_json(completion: Completion) -> dict[str, Any]:
     return content
 
 
-def _lines_written(out: Path, items: list[dict[str, Any]], num_samples: int) -> int:
-    """How many whole lines ``out`` has; what follows them is cut off."""
-    if not out.exists():
-        return 0
-    lines = out.read_bytes().split(b"\n")
-    whole, rest = lines[:-1], lines[-1]
+def _lines_written(file: FileIO, out: Path, items: list[dict[str, Any]], num_samples: int) -> int:
+    """How many lines ``out`` has. A last one that is whole but for its line end gets it; one that
+    is not whole is cut off.
+    """
+    *whole, rest = out.read_bytes().split(b"\n")
+    name = foreign(out)
+    if rest and len(whole) < len(items) and _completions(rest, items[len(whole)]) is not None:
+        whole.append(rest)
+        rest = b""
+        _append(file, out, b"\n")
     for number, line in enumerate(whole, 1):
-        try:
-            written = json.loads(line)
-            same = number <= len(items) and written["prompt"] == items[number - 1]["prompt"]
-            samples = len(written["completions"])
-        except (ValueError, KeyError, TypeError):
-            same = False
-        if not same:
+        completions = _completions(line, items[number - 1]) if number <= len(items) else None
+        if completions is None:
             raise UsageError(
-                f"{out} line {number} is not of prompt {number}: it was made from other prompts, "
+                f"{name} line {number} is not of prompt {number}: it was made from other prompts, "
                 "and another out keeps both"
             )
-        if samples != num_samples:
+        if len(completions) != num_samples:
             raise UsageError(
-                f"{out} line {number} has {samples} completions, and num_samples is {num_samples}: "
-                "another out keeps both"
+                f"{name} line {number} has {len(completions)} completions, and num_samples is "
+                f"{num_samples}: another out keeps both"
             )
     if rest and len(whole) < len(items):  # what is cut off has to be the beginning of a line
         line = json.dumps(_bare(items[len(whole)]) | {"completions": []})[:-2].encode()
         if not (rest.startswith(line) or line.startswith(rest)):
             raise UsageError(
-                f"{out} ends with what is no completion of prompt {len(whole) + 1}: it was made "
+                f"{name} ends with what is no completion of prompt {len(whole) + 1}: it was made "
                 "from other prompts, and another out keeps both"
             )
     elif rest:
-        raise UsageError(f"{out} has more in it than the completions of these prompts")
+        raise UsageError(f"{name} has more in it than the completions of these prompts")
     if rest:
-        os.truncate(out, out.stat().st_size - len(rest))
+        os.truncate(file.fileno(), os.fstat(file.fileno()).st_size - len(rest))
     return len(whole)
+
+
+def _completions(line: bytes, item: dict[str, Any]) -> list[Any] | None:
+    """The completions in a line of ``out``, if it is whole and of the prompt of ``item``."""
+    try:
+        written = parse_json(line.decode(), "a line")
+        same = written["prompt"] == item["prompt"]
+        completions = written["completions"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return completions if same and isinstance(completions, list) else None

@@ -13,10 +13,14 @@ import torch
 from torch import Tensor
 
 from gpt.config import GenerationConfig, UsageError
-from gpt.generation.checks import check_prompt, check_settings
+from gpt.device import check_memory
+from gpt.generation.checks import check_cache, check_prompt, check_settings
 from gpt.generation.decode import Reason, Token, evaluation_mode
 from gpt.generation.sampling import Details, History, describe, finite, penalise
 from gpt.model.gpt import GPT
+
+CANDIDATE_BYTES = 500
+"""Host memory of a candidate, without its tokens."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ def beam_search(
     """
     vocab_size = vocab_size or model.config.vocab_size
     context, width = model.config.context_length, config.num_beams
-    check(model, prompt, config, vocab_size)
+    prompt = check(model, prompt, config, vocab_size)
     limit = min(config.max_new_tokens, context - len(prompt) + 1)
     device = model.device
     cache = model.new_cache(width, capacity=min(context, len(prompt) + limit))
@@ -112,9 +116,11 @@ def _details(
     return describe(logits[rows[:, 0]], rows[:, 1], top, vocab_size)
 
 
-def check(model: GPT, prompt: Sequence[int], config: GenerationConfig, vocab_size: int) -> None:
-    """``UsageError`` for what cannot be searched. A beam cannot slide: its tokens would no longer
-    have been predicted from one text.
+def check(
+    model: GPT, prompt: Sequence[int], config: GenerationConfig, vocab_size: int
+) -> list[int]:
+    """The prompt's ids; ``UsageError`` for what cannot be searched. A beam cannot slide: its tokens
+    would no longer have been predicted from one text.
     """
     context = model.config.context_length
     if len(prompt) > context:
@@ -122,8 +128,17 @@ def check(model: GPT, prompt: Sequence[int], config: GenerationConfig, vocab_siz
             f"the prompt has {len(prompt):,} tokens, and a beam search, which cannot slide, takes "
             f"up to the model's context_length ({context:,})"
         )
-    check_prompt(model, prompt, config, vocab_size)
+    prompt = check_prompt(model, prompt, config, vocab_size)
     check_settings(model, config, vocab_size)
+    width, limit = config.num_beams, min(config.max_new_tokens, context - len(prompt) + 1)
+    check_memory(
+        f"{width:,} beams of up to {limit:,} tokens",
+        4 * width * (CANDIDATE_BYTES + 16 * limit),  # two candidates a beam, and what is finished
+        torch.device("cpu"),
+        advice="a smaller num_beams or max_new_tokens needs less",
+    )
+    check_cache(model, width, min(context, len(prompt) + limit))
+    return prompt
 
 
 def _is_over(
@@ -165,9 +180,9 @@ class BeamSearch:
 
     def add(self, prompt: Sequence[int], *, sample: int = 0) -> int:
         """Queue a prompt; its sequence ``sample`` will be the search's result of that rank."""
-        check(self.model, prompt, self.config, self.vocab_size)
         if sample == 0:
-            self._waiting.append(list(prompt))
+            prompt = check(self.model, prompt, self.config, self.vocab_size)
+            self._waiting.append(prompt)
         self._count += 1
         return self._count - 1
 

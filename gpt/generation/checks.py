@@ -2,8 +2,16 @@
 
 from collections.abc import Iterable, Sequence
 
-from gpt.config import GenerationConfig, UsageError
+import torch
+
+from gpt.config import GenerationConfig, UsageError, quoted, token_ids
+from gpt.device import check_memory
 from gpt.model.gpt import GPT
+
+SEQUENCE_BYTES = 3000
+"""Host memory of a sequence that waits or runs, without its tokens."""
+COPIES_OF_LOGITS = 6
+"""In float32, while filters sort them."""
 
 
 def check_settings(model: GPT, config: GenerationConfig, vocab_size: int) -> None:
@@ -20,9 +28,9 @@ def check_settings(model: GPT, config: GenerationConfig, vocab_size: int) -> Non
 
 def check_prompt(
     model: GPT, prompt: Sequence[int], config: GenerationConfig, vocab_size: int
-) -> None:
-    """``UsageError`` for a prompt that cannot be continued."""
-    context = model.config.context_length
+) -> list[int]:
+    """The prompt's ids as Python's integers; ``UsageError`` if it cannot be continued."""
+    context, prompt = model.config.context_length, token_ids("the prompt", prompt)
     if not len(prompt):
         raise UsageError("the prompt has no tokens, and there must be one to continue")
     if config.past_context == "stop" and len(prompt) > context:
@@ -31,6 +39,7 @@ def check_prompt(
             f"{context:,}; shorten it, or let past_context be 'slide'"
         )
     check_ids("the prompt", prompt, vocab_size)
+    return prompt
 
 
 def check_ids(what: str, ids: Iterable[int], vocab_size: int) -> None:
@@ -38,5 +47,38 @@ def check_ids(what: str, ids: Iterable[int], vocab_size: int) -> None:
     for i in ids:
         if not 0 <= i < vocab_size:
             raise UsageError(
-                f"{what} has the token id {i}, and the vocabulary ends at {vocab_size - 1}"
+                f"{what} has the token id {quoted(i)}, and the vocabulary ends at {vocab_size - 1}"
             )
+
+
+def check_number(name: str, value: int, at_least: int) -> None:
+    """``UsageError`` unless ``value`` is a whole number in its bounds."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UsageError(f"{name} is {quoted(value)}, and must be a whole number")
+    if value < at_least:
+        raise UsageError(f"{name} is {quoted(value)}, and must be at least {at_least}")
+
+
+def check_sequences(n: int, tokens: int) -> None:
+    """``UsageError`` if the host has no memory for ``n`` sequences of so many ``tokens`` in all."""
+    check_memory(
+        f"{n:,} sequences",
+        n * SEQUENCE_BYTES + 8 * tokens,
+        torch.device("cpu"),
+        advice="num_samples or the number of prompts must be smaller",
+    )
+
+
+def check_cache(model: GPT, rows: int, length: int) -> None:
+    """``UsageError`` if the model's device has no memory for the keys, values and logits of
+    ``rows`` sequences of ``length`` tokens.
+    """
+    config = model.config
+    dtype = model.cache_dtype or model.position.weight.dtype
+    token = 2 * config.n_layer * config.kv_heads * config.head_dim * dtype.itemsize
+    check_memory(
+        f"the keys, values and logits of {rows:,} sequences of up to {length:,} tokens",
+        rows * (token * length + COPIES_OF_LOGITS * 4 * config.vocab_size),
+        model.device,
+        advice="a smaller batch_size, num_beams or max_new_tokens needs less",
+    )

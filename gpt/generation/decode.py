@@ -29,7 +29,13 @@ from torch import Tensor
 
 from gpt.config import GenerationConfig, UsageError
 from gpt.generation.ahead import MOST, Steps, keep, steps_for
-from gpt.generation.checks import check_prompt, check_settings
+from gpt.generation.checks import (
+    check_cache,
+    check_number,
+    check_prompt,
+    check_sequences,
+    check_settings,
+)
 from gpt.generation.sampling import (
     NO_NUMBERS,
     History,
@@ -103,8 +109,7 @@ class Decoder:
         self.model, self.config, self.batch_size = model, config, batch_size
         self.vocab_size = vocab_size or model.config.vocab_size
         self.end_of_text = end_of_text
-        if batch_size < 1:
-            raise UsageError(f"batch_size is {batch_size}, and must be at least 1")
+        check_number("batch_size", batch_size, 1)
         check_settings(model, config, self.vocab_size)
         self._waiting: deque[_Row] = deque()
         self._rows: list[_Row] = []  # as in the cache
@@ -133,10 +138,10 @@ class Decoder:
         ``context_length`` tokens of a longer prompt count; under ``stop`` that is a ``UsageError``,
         and so is an empty one, or an id that is out of the vocabulary.
         """
-        check_prompt(self.model, prompt, self.config, self.vocab_size)
+        prompt = check_prompt(self.model, prompt, self.config, self.vocab_size)
         context = self.model.config.context_length
         draws = new_draws(self.config.seed, prompt, sample)
-        self._waiting.append(_Row(self._count, list(prompt)[-context:], draws))
+        self._waiting.append(_Row(self._count, prompt[-context:], draws))
         self._count += 1
         return self._count - 1
 
@@ -291,6 +296,7 @@ class Decoder:
         length = self._longest([*arriving, *self._waiting])
         if old is not None:
             rows, length = max(rows, old.max_batch_size), max(length, old.capacity)
+        check_cache(self.model, rows, length)
         if self._ahead > 1:
             self._steps = steps_for(
                 self.model, self.config, rows=rows, length=length, vocab_size=self.vocab_size
@@ -352,6 +358,8 @@ def decode(
     Sequence ``i`` continues prompt ``i // num_samples``; ``options`` are :class:`Decoder`'s.
     """
     decoder = Decoder(model, config, **options)
+    n = config.num_samples
+    check_sequences(len(prompts) * n, sum(map(len, prompts)) * n)
     for prompt in prompts:
         for sample in range(config.num_samples):
             decoder.add(prompt, sample=sample)

@@ -88,11 +88,22 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
         return "".join(chr(b) if 32 <= b < 127 else f"\\x{b:02x}" for b in content)
 
 
-def as_text(tokens: list[ExplainedToken], *, opening: str = "", alternatives: int = 3) -> Text:
+def as_text(
+    tokens: list[ExplainedToken],
+    *,
+    opening: str = "",
+    alternatives: int = 3,
+    ascii_only: bool = False,
+) -> Text:
     """For a terminal: the text behind its ``opening`` (the first token, which nothing predicts),
     each token on a ground from red (unlikely) to green, and below it
-    the tokens that were least expected with what was expected instead.
+    the tokens that were least expected with what was expected instead. ``ascii_only`` takes the
+    signs for white space from ASCII.
     """
+
+    def visibly(name: str) -> str:
+        return ascii(name) if ascii_only else visible(name)
+
     text = Text(opening, style="")
     text.stylize("dim")
     for token in tokens:
@@ -102,9 +113,9 @@ def as_text(tokens: list[ExplainedToken], *, opening: str = "", alternatives: in
     written = [token for token in tokens if not token.is_prompt]
     surprising = sorted(written, key=lambda token: token.logprob)[:ALTERNATIVES]
     for token in surprising:
-        text.append(f"{token.probability:7.2%}  {visible(token.name):<16} ", style="bold")
+        text.append(f"{token.probability:7.2%}  {visibly(token.name):<16} ", style="bold")
         others = (
-            f"{visible(other)} {p:.1%}"
+            f"{visibly(other)} {p:.1%}"
             for other, p in token.alternatives[: alternatives + 1]
             if other != token.name
         )

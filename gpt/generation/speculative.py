@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gpt.config import GenerationConfig, SamplingConfig, UsageError
-from gpt.generation.checks import check_prompt, check_settings
+from gpt.generation.checks import check_number, check_prompt, check_settings
 from gpt.generation.decode import Reason, Token, common, evaluation_mode
 from gpt.generation.sampling import (
     NO_NUMBERS,
@@ -117,8 +117,7 @@ class Speculator:
         vocab_size: int | None = None,
         end_of_text: int | None = None,
     ) -> None:
-        if num_draft_tokens < 1:
-            raise UsageError(f"num_draft_tokens is {num_draft_tokens}, and must be at least 1")
+        check_number("num_draft_tokens", num_draft_tokens, 1)
         self.model, self.config, self.draft = model, config, draft
         self.num_draft_tokens, self.end_of_text = num_draft_tokens, end_of_text
         self.vocab_size = vocab_size or model.config.vocab_size
@@ -138,7 +137,7 @@ class Speculator:
 
     def add(self, prompt: Sequence[int], *, sample: int = 0) -> int:
         """Queue a sequence that begins with ``prompt``, and return its number."""
-        check_prompt(self.model, prompt, self.config, self.vocab_size)
+        prompt = check_prompt(self.model, prompt, self.config, self.vocab_size)
         self._waiting[self._count] = self.decode(prompt, sample=sample, sequence=self._count)
         self._count += 1
         return self._count - 1
@@ -162,10 +161,10 @@ class Speculator:
         refuses.
         """
         config, context = self.config, self.model.config.context_length
-        check_prompt(self.model, prompt, config, self.vocab_size)
+        prompt = check_prompt(self.model, prompt, config, self.vocab_size)
         draws = _Draws(new_draws(config.seed, prompt, sample))
         self.draft.start(prompt, sample)
-        reader, tokens, written = _Reader(self.model), list(prompt)[-context:], 0
+        reader, tokens, written = _Reader(self.model), prompt[-context:], 0
         history = None
         if config.has_penalties:
             history = History(self.vocab_size, self.model.device)

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gpt.config import GenerationConfig, UsageError
+from gpt.config import GenerationConfig, UsageError, quoted, token_ids
 from gpt.data.tokenizer import Tokenizer, fingerprint
 from gpt.generation.beam import BeamSearch
+from gpt.generation.checks import check_number, check_sequences
 from gpt.generation.decode import Decoder, Reason
 from gpt.generation.score import Scored, score_tokens
 from gpt.generation.speculative import Draft, DraftModel, PromptLookup, Speculator
@@ -66,8 +67,7 @@ def generate(
     piece of text ``cancelled`` is asked; if it says so, what there is is returned, and what has not
     ended has no ``reason``. Raises ``UsageError`` for settings and prompts that make no sense.
     """
-    texts = [prompts] if isinstance(prompts, str) else prompts
-    config = _config(settings)
+    texts, config = _listed(prompts), _config(settings)
     decoder = new_decoder(
         model, config, batch_size=batch_size, draft=draft, num_draft_tokens=num_draft_tokens
     )
@@ -113,6 +113,8 @@ def run(
     completions: list[Completion] = []
     growing: list[GrowingText] = []
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    n = config.num_samples
+    check_sequences(len(encoded) * n, sum(map(len, encoded)) * n)
     for number, ids in enumerate(encoded):
         for sample in range(config.num_samples):
             decoder.add(ids, sample=sample)
@@ -166,6 +168,7 @@ def new_decoder(
     """
     network, tokenizer = model
     size, end = tokenizer.vocab_size, tokenizer.end_of_text
+    check_number("num_draft_tokens", num_draft_tokens, 0)
     if config.num_beams > 1 and num_draft_tokens:
         raise UsageError("num_beams and num_draft_tokens are both given, and only one can be")
     if draft is not None and not num_draft_tokens:
@@ -193,15 +196,29 @@ def new_decoder(
 
 
 def _config(settings: dict[str, Any]) -> GenerationConfig:
-    stop = settings.get("stop") or ()
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    return GenerationConfig(**settings | {"stop": stop})
+    return GenerationConfig(**settings | ({"stop": ()} if settings.get("stop") is None else {}))
+
+
+def _listed(prompts: str | Sequence[Prompt]) -> list[Prompt]:
+    """``prompts`` as a list, one text too; ``UsageError`` for what holds no prompts."""
+    if not hasattr(prompts, "__iter__"):
+        raise UsageError(
+            f"prompts is {quoted(prompts)}, and must be a text, or a list of texts and of lists of "
+            "token ids"
+        )
+    listed: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
+    for prompt in listed:
+        if not hasattr(prompt, "__iter__"):
+            raise UsageError(
+                f"prompts has {quoted(prompt)} in it, and takes texts and lists of token ids"
+            )
+    return listed
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """The prompt's ids; an empty one is the end-of-text that stands between documents."""
     if not isinstance(prompt, str):
-        return list(prompt) or [tokenizer.end_of_text]
+        return token_ids("the prompt", prompt) or [tokenizer.end_of_text]
     try:
         prompt.encode()
     except UnicodeEncodeError as error:

@@ -15,11 +15,13 @@ _DOTS = (
 )  # of a braille cell, by row and column
 
 
-def draw_curve(metrics: Path, *, width: int = 64, height: int = 12) -> str:
+def draw_curve(
+    metrics: Path, *, width: int = 64, height: int = 12, ascii_only: bool = False
+) -> str:
     """The training loss as a line and each validation loss as a ``o`` over the steps.
 
     ``width`` and ``height`` are those of the plot in characters, without its axes. Empty if there
-    are fewer than two records to draw.
+    are fewer than two records to draw. ``ascii_only`` draws with ASCII characters.
     """
     lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines()
     records = [record for line in lines if (record := read_record(line))]
@@ -41,12 +43,18 @@ def draw_curve(metrics: Path, *, width: int = 64, height: int = 12) -> str:
             y = (high - y0 - (y1 - y0) * i / 32) / scale * (4 * height - 1)
             row, column = round(y), round(x)
             cells[row // 4][column // 2] |= _DOTS[row % 4][column % 2]
-    rows = [[chr(0x2800 + cell) if cell else " " for cell in line] for line in cells]
+
+    def drawn(cell: int) -> str:
+        dots = "." if ascii_only else chr(0x2800 + cell)
+        return dots if cell else " "
+
+    rows = [[drawn(cell) for cell in line] for line in cells]
     for step, loss in validation:
         row = round((high - loss) / scale * (4 * height - 1)) // 4
         rows[row][round(step / last * (2 * width - 1)) // 2] = "o"
 
     marks = {0: f"{high:.2f}", height - 1: f"{low:.2f}"}
-    lines = [f"{marks.get(i, ''):>6} ┤{''.join(row).rstrip()}" for i, row in enumerate(rows)]
-    axis = f"{'':>6} └{'─' * width}"
+    side, corner, line = ("|", "+", "-") if ascii_only else ("┤", "└", "─")
+    lines = [f"{marks.get(i, ''):>6} {side}{''.join(row).rstrip()}" for i, row in enumerate(rows)]
+    axis = f"{'':>6} {corner}{line * width}"
     return "\n".join([*lines, axis, f"{'0':>8}{f'step {last:,}':>{width}}"])

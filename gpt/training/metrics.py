@@ -80,7 +80,7 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """One line for the person who watches."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def step(self, record: Record) -> None:
         """A training step: ``step``, ``loss``, ``learning_rate``, ``tokens_per_second``, perhaps
@@ -106,11 +106,14 @@ class Reporter:
             f"{record['bits_per_byte']:.4f} bits/byte{' (best so far)' if best else ''}"
         )
         if sample:
+            frame = "|" if self._console.options.ascii_only else "│"
             self._console.print(
-                "\n".join(f"  │ {line}" for line in sample.splitlines()),
+                "\n".join(f"  {frame} {line}" for line in sample.splitlines()),
                 style="dim",
                 highlight=False,
                 markup=False,
+                emoji=False,
+                soft_wrap=True,
             )
 
     def _write(self, record: Record) -> None:

@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt.config import ParallelConfig, UsageError
+from gpt.config import ParallelConfig, UsageError, foreign, quoted
 from gpt.model.gpt import GPT
 
 T = TypeVar("T")
@@ -163,10 +163,15 @@ def join() -> Iterator[World]:
     Of the errors that end it everywhere, one is raised: on the other processes that follows from
     it, and they end with ``SystemExit``.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if _from_environment("WORLD_SIZE", 1) == 1:
         yield World()
         return
-    job, rank, size = next(dist.rendezvous("env://"))
+    for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
+        _from_environment(name, 0)
+    try:
+        job, rank, size = next(dist.rendezvous("env://"))
+    except ValueError as error:  # one of the other variables is not set
+        raise UsageError(f"WORLD_SIZE is set, as torchrun does, but {foreign(error)}") from None
     world = World(rank, size, store=_meet(job, rank, size), job=job)
     try:
         yield world
@@ -185,6 +190,16 @@ def join() -> Iterator[World]:
                 f"({reason}); --resume goes on from the last checkpoint"
             ) from error
         raise
+
+
+def _from_environment(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise UsageError(
+            f"{name} is {quoted(text)} in the environment, and must be a whole number, as torchrun "
+            "sets it; without torchrun it must not be set"
+        )
+    return int(text)
 
 
 def _meet(job: dist.Store, rank: int, size: int) -> dist.Store:

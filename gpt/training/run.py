@@ -65,13 +65,13 @@ def train_on(
     """:func:`train`, for whoever has joined the world and holds the run."""
 
     def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     checkpoint = setup.checkpoint_to_resume(config, world, say)
     config, model, tokenizer = world.main_first(
         lambda: setup.take_initial_model(config, checkpoint, initial, say)
     )
-    with console.status("preparing the text") as status:
+    with console.status("preparing the text", spinner="line") as status:
         config = with_kept_source(world, config)
         data = world.main_first(
             lambda: prepare(
@@ -116,7 +116,8 @@ def train_on(
             f"python train.py {shlex.quote(str(config.run / 'config.toml'))} --resume"
         )
     elif world.is_main:
-        say(draw_curve(config.run / "metrics.jsonl"))
+        ascii_only = console.options.ascii_only
+        say(draw_curve(config.run / "metrics.jsonl", ascii_only=ascii_only))
     return result
 
 

@@ -1,9 +1,11 @@
 import dataclasses
 import json
+import os
 import random
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -171,7 +173,7 @@ def test_another_number_of_samples_is_not_added_to_a_file(model, prompts, tmp_pa
     with pytest.raises(UsageError, match="line 1 has 1 completions, and num_samples is 2"):
         continued(model, prompts, out, dataclasses.replace(CONFIG, num_samples=2))
     assert out.read_bytes() == before
-    with pytest.raises(UsageError, match="which is a folder"):
+    with pytest.raises(UsageError, match="is a folder, and must be a file"):
         continued(model, prompts, tmp_path)
 
 
@@ -218,3 +220,73 @@ def test_the_completions_of_other_prompts_are_left_alone(model, prompts, tmp_pat
         with pytest.raises(UsageError, match="is not of prompt 1|no completion of prompt 1"):
             continued(model, prompts, out)
         assert out.read_text() == content
+
+
+def test_a_last_line_without_its_end_is_kept(model, prompts, tmp_path):
+    out = tmp_path / "out.jsonl"
+    config = GenerationConfig(max_new_tokens=4)  # without a seed: written again, it is another
+    continued(model, prompts, out, config)
+    whole = out.read_bytes()
+    out.write_bytes(whole[:-1])
+    assert continued(model, prompts, out, config) == 0
+    assert out.read_bytes() == whole
+    first = whole.split(b"\n")[0]
+    out.write_bytes(first)
+    assert continued(model, prompts, out, config) == 22
+    assert out.read_bytes().startswith(first + b"\n")
+    for other in (first.replace(b'"prompt": ', b'"prompt": "other", "was": '), b"[" * 100_000):
+        out.write_bytes(other)
+        with pytest.raises(UsageError, match="made from other prompts"):
+            continued(model, prompts, out, config)
+        assert out.read_bytes() == other
+
+
+@pytest.mark.parametrize("kind", ["fifo", "/dev/full", "/dev/null", "/dev/stdout", "link", "nul"])
+def test_what_is_no_file_is_refused_as_out_before_anything_is_written(
+    model, prompts, tmp_path, kind
+):
+    out = tmp_path / "out.jsonl"
+    if kind == "fifo":
+        os.mkfifo(out)
+    elif kind == "link":
+        out.symlink_to("/dev/null")
+    elif kind == "nul":
+        out = tmp_path / "a\0b"
+    else:
+        out = Path(kind)
+        if kind == "/dev/stdout":
+            (tmp_path / "pipe").symlink_to(out)
+            read_end, write_end = os.pipe()
+            out = Path(f"/dev/fd/{write_end}")
+    with pytest.raises(UsageError, match="must be a file|cannot be written: embedded null"):
+        continued(model, prompts, out)
+    if kind == "/dev/stdout":
+        os.close(read_end)
+        os.close(write_end)
+
+
+def test_a_full_disk_leaves_whole_lines_and_a_sentence(model, prompts, tmp_path):
+    resource = pytest.importorskip("resource")
+    out, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    continued(model, prompts, whole)
+    content = whole.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(content) // 2, hard))
+    try:
+        with pytest.raises(UsageError, match=f"{out} cannot be written: File too large"):
+            continued(model, prompts, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert out.read_bytes().endswith(b"\n")
+    assert content.startswith(out.read_bytes())
+    continued(model, prompts, out)
+    assert out.read_bytes() == content
+
+
+def test_line_ends_of_prompts_are_those_of_training(model, tmp_path):
+    texts = ("a\r\nb", "a\nb", "\ufeffa\rb")
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": t}) + "\r\n" for t in texts))
+    continued(model, tmp_path / "p.jsonl", tmp_path / "out.jsonl")
+    lines = read(tmp_path / "out.jsonl")
+    assert [line["prompt"] for line in lines] == list(texts)
+    assert lines[0]["completions"] == lines[1]["completions"] == lines[2]["completions"]

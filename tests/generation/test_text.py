@@ -1,5 +1,8 @@
+import math
 import random
+import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -255,3 +258,97 @@ def test_log_probabilities_sum_to_the_evaluations_loss(byte_model):
     assert -total == pytest.approx(loss, abs=1e-4)
     assert -total / (len(ids) - 1) == pytest.approx(loss / (len(ids) - 1), abs=1e-5)
     assert len(got.prompt_scores.top) == 5
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int64, np.uint64])
+def test_ids_of_any_width_are_the_same_prompt(byte_model, dtype):
+    options = {"max_new_tokens": 8, "temperature": 1.0, "seed": 3, "repetition_penalty": 1.2}
+    ids = [97, 98, 127]
+    [expected] = gpt.generate(byte_model, [ids], **options)
+    assert gpt.generate(byte_model, [np.array(ids, dtype)], **options) == [expected]
+    assert gpt.generate(byte_model, np.array([ids], dtype), **options) == [expected]
+    assert gpt.generate(byte_model, [torch.tensor(ids)], **options) == [expected]
+    guessing = {"num_draft_tokens": 2, "max_new_tokens": 4, "temperature": 0}
+    assert gpt.generate(byte_model, [np.array(ids, dtype)], **guessing) == gpt.generate(
+        byte_model, [ids], **guessing
+    )
+    searching = {"num_beams": 2, "max_new_tokens": 4}
+    assert gpt.generate(byte_model, [np.array(ids, dtype)], **searching) == gpt.generate(
+        byte_model, [ids], **searching
+    )
+    banned = {"ban": np.arange(97, 127).astype(dtype), "bias": {dtype(5): np.float32(2)}}
+    [got] = gpt.generate(byte_model, [ids], **options, **banned)
+    assert not set(got.tokens) & set(range(97, 127))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said"),
+    [
+        ([1.0], r"prompts has 1.0 in it, and takes texts and lists of token ids"),
+        ([5, 6], r"prompts has 5 in it"),
+        (5, r"prompts is 5, and must be a text, or a list"),
+        (None, r"prompts is None"),
+        (b"ab", r"prompts has 97 in it"),
+        ([b"ab"], r"the prompt is b'ab', and must be a list of token ids"),
+        ([[1.0]], r"the prompt has 1.0 in it, which is no token id"),
+        ([[True]], r"the prompt has True in it, which is no token id"),
+        ([np.array([1.5])], r"the prompt has np.float64\(1.5\) in it"),
+        ([["a"]], r"the prompt has 'a' in it"),
+        ([[-1]], r"the token id -1, and the vocabulary ends at 256"),
+        ([[10**5000]], r"the token id of int, and too long to show"),
+    ],
+)
+def test_what_is_no_prompt_is_told(byte_model, prompts, said):
+    with pytest.raises(UsageError, match=said):
+        gpt.generate(byte_model, prompts)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("bias", [1]), ("bias", {1: "x"}), ("bias", {1: True}), ("bias", {True: 1.0}),
+        ("bias", {1: float("nan")}), ("bias", {1: 1e300}), ("bias", {1: 10**400}), ("bias", 5),
+        ("ban", 5), ("ban", [1.0]), ("ban", [True]), ("ban", "ab"), ("ban", [1000]),
+        ("stop", 5), ("stop", [5]), ("stop", True), ("stop", {"a": 1}), ("stop", b"a"),
+        ("logprobs", True), ("temperature", float("nan")), ("temperature", 10**400),
+        ("top_p", float("nan")), ("length_penalty", 2000), ("length_penalty", -2000.0),
+        ("batch_size", 0), ("batch_size", 1.5), ("batch_size", True), ("batch_size", "x"),
+        ("num_draft_tokens", -1), ("num_draft_tokens", 2.5), ("max_new_tokens", 2**70),
+    ],
+)  # fmt: skip
+def test_a_setting_of_another_kind_is_told_by_its_name(byte_model, name, value):
+    with pytest.raises(UsageError, match=f"{name} (is|has) "):
+        gpt.generate(byte_model, "x", **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"num_samples": 10**9}, "1,000,000,000 sequences need"),
+        ({"num_beams": 10**8}, "100,000,000 beams of up to 32 tokens need"),
+        ({"num_beams": 10**8, "num_samples": 10**8}, "100,000,000 sequences need"),
+    ],
+)
+def test_more_than_the_memory_is_refused_at_once(byte_model, settings, said):
+    start = time.perf_counter()
+    with pytest.raises(UsageError, match=rf"{said} [\d,.]+ GB, and this machine has [\d,.]+ GB: "):
+        gpt.generate(byte_model, "x", **settings)
+    assert time.perf_counter() - start < 1
+
+
+def test_a_cache_that_does_not_fit_is_refused_before_it_is_made(byte_model, monkeypatch):
+    monkeypatch.setattr("gpt.device.memory", lambda device: 1_200_000)
+    options = {"max_new_tokens": 4, "num_samples": 200}
+    said = "the keys, values and logits of 200 sequences of up to 5 tokens need 0.0 GB"
+    with pytest.raises(UsageError, match=f"{said}.*a smaller batch_size"):
+        gpt.generate(byte_model, "x", batch_size=200, **options)
+    assert len(gpt.generate(byte_model, "x", batch_size=20, **options)) == 200
+
+
+@pytest.mark.parametrize("length_penalty", [-20, 20])
+def test_the_strongest_length_penalties_give_numbers(byte_model, length_penalty):
+    options = {"num_beams": 3, "num_samples": 3, "max_new_tokens": 31}
+    beams = gpt.generate(byte_model, "x", length_penalty=length_penalty, **options)
+    for beam in beams:
+        assert math.isfinite(beam.score)
+        assert beam.score < 0

@@ -35,7 +35,7 @@ from gpt.device import choose_precision
 from gpt.interop.load import load
 from gpt.training import setup
 from gpt.training.compilation import compile_blocks
-from gpt.training.loop import Trainer
+from gpt.training.loop import Gradients, Trainer
 from gpt.training.parallel import World
 from gpt.training.run import train
 from gpt.training.schedule import learning_rate_factor
@@ -347,7 +347,7 @@ def test_another_text_of_the_same_characters_cannot_resume_a_run(config, text_fi
 def test_the_seeds_of_the_order_and_of_the_weights_are_the_configurations(config):
     one, two = trainer_of(config), trainer_of(change(config, "training", seed=5))
     assert not torch.equal(one.model.embed.weight, two.model.embed.weight)
-    assert one.order.step(0).tolist() != two.order.step(0).tolist()
+    assert one.source.order.step(0).tolist() != two.source.order.step(0).tolist()
 
 
 def test_the_validation_loss_is_that_of_the_held_out_text(config):
@@ -562,7 +562,7 @@ def test_a_step_clips_the_gradients(config, monkeypatch):
 def test_float16s_gradients_are_unscaled_before_they_are_clipped(config):
     config = change(config, "model", dropout=0.0)
     norms = [
-        trainer_of(change(config, "training", precision=precision)).update()[1]
+        trainer_of(change(config, "training", precision=precision)).update().norm
         for precision in ("float32", "float16")
     ]
     assert norms[1] == pytest.approx(norms[0], rel=0.05)
@@ -606,7 +606,7 @@ def test_what_is_logged_is_the_mean_loss_and_the_speed_of_training_alone(config,
     def two_second_step(self):
         clock[0] += 2
         self.step += 1
-        return float(self.step), 1.0
+        return Gradients(float(self.step), 1.0, torch.tensor(1.0))
 
     monkeypatch.setattr(Trainer, "evaluate", slow_evaluation)
     monkeypatch.setattr(Trainer, "update", two_second_step)
@@ -639,7 +639,7 @@ def test_a_gradient_that_is_no_number_stops_the_run_before_anything_is_changed_b
     with pytest.raises(UsageError) as caught:
         run(config)
     told = str(caught.value)
-    windows = trainer_of(config).order.step(6)
+    windows = trainer_of(config).source.order.step(6)
     assert re.search(r"largest gradients are blocks\.1\.mlp\.down\.weight nan, .* at step 7", told)
     first = ", ".join(map(str, windows[:5]))
     assert f"whose batch has the windows {first} and 3 more" in told
@@ -718,7 +718,7 @@ def test_a_scale_that_is_too_high_for_float16_is_lowered_and_stops_nothing(confi
     trainer.update()
     trainer.scaler._scale.fill_(2.0**40)
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
-    loss, norm = trainer.update()
+    loss, norm, _ = trainer.update()
     assert math.isfinite(loss)
     assert not math.isfinite(norm)
     assert trainer.scaler.get_scale() == 2.0**39
@@ -928,7 +928,7 @@ def test_dropout_is_that_of_the_step_whatever_came_before(config):
     assert losses == [two.update()[0], two.update()[0]]
     other_rank = trainer_of(config)
     other_rank.world = World(rank=1, size=1)
-    other_rank.batch = lambda step: one.windows.batch(one.order.step(step))
+    other_rank.batch = lambda step: one.windows.batch(one.source.order.step(step))
     assert other_rank.update()[0] != losses[0]  # the processes do not drop the same
 
 

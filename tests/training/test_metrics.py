@@ -45,6 +45,16 @@ def test_plain_output_has_a_line_a_record(tmp_path):
     assert "\x1b" not in output.getvalue()
 
 
+def test_a_sample_is_shown_as_it_is_with_each_line_on_one(tmp_path):
+    reporter, output = reporter_on(tmp_path)
+    long = "[b]word :cat: " * 30
+    with reporter:
+        reporter.evaluation(
+            {"step": 10, "validation_loss": 2.25, "bits_per_byte": 3.25}, best=True, sample=long
+        )
+    assert output.getvalue().splitlines()[1] == f"  │ {long}"
+
+
 def test_on_a_terminal_there_is_a_bar_with_the_same_figures(tmp_path):
     reporter, output = reporter_on(tmp_path, terminal=True)
     with reporter:
