@@ -73,9 +73,9 @@ def check_cache(model: GPT, rows: int, length: int) -> None:
     """``UsageError`` if the model's device has no memory for the keys, values and logits of
     ``rows`` sequences of ``length`` tokens.
     """
-    config = model.config
-    dtype = model.cache_dtype or model.position.weight.dtype
-    token = 2 * config.n_layer * config.kv_heads * config.head_dim * dtype.itemsize
+    config = model.config.resolved()
+    dtype = model.cache_dtype or model.dtype
+    token = 2 * config.n_layer * config.n_kv_head * config.head_dim * dtype.itemsize
     check_memory(
         f"the keys, values and logits of {rows:,} sequences of up to {length:,} tokens",
         rows * (token * length + COPIES_OF_LOGITS * 4 * config.vocab_size),

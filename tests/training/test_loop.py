@@ -928,7 +928,7 @@ def test_dropout_is_that_of_the_step_whatever_came_before(config):
     assert losses == [two.update()[0], two.update()[0]]
     other_rank = trainer_of(config)
     other_rank.world = World(rank=1, size=1)
-    other_rank.batch = lambda step: one.windows.batch(one.source.order.step(step))
+    other_rank.source.batch = lambda step, world: one.source.batch(step, World())
     assert other_rank.update()[0] != losses[0]  # the processes do not drop the same
 
 
@@ -1011,7 +1011,7 @@ def test_the_last_records_speed_is_that_of_its_own_steps(config, monkeypatch):
     def two_second_step(self):
         clock[0] += 2
         self.step += 1
-        return 1.0, 1.0
+        return Gradients(1.0, 1.0, torch.tensor(1.0))
 
     monkeypatch.setattr(Trainer, "update", two_second_step)
     run(change(config, "log", every=5))

@@ -307,7 +307,7 @@ def test_what_only_main_knows_is_shared_and_so_is_its_mistake():
         def fail():
             raise UsageError("no such thing")
 
-        for outcome in [pool.submit(world.share, fail) for world in worlds]:
+        for outcome in [pool.submit(world.broadcast, fail) for world in worlds]:
             with pytest.raises(UsageError, match="no such thing"):
                 outcome.result()
     assert [world.fails_first() for world in worlds] == [True, False]
