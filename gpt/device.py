@@ -65,7 +65,7 @@ def parse_device(name: torch.device | str) -> torch.device:
         kind: Any = ""
     else:
         kind = device.type
-    if kind not in ("cpu", "cuda", "mps"):
+    if name is None or kind not in ("cpu", "cuda", "mps"):
         raise UsageError(f"device is {quoted(name)}, and must be cpu, cuda, cuda:1 (...) or mps")
     choose_device(kind)
     if kind == "cuda" and (device.index or 0) >= torch.cuda.device_count():
