@@ -5,8 +5,11 @@ bounded.
 import copy
 import dataclasses
 import json
+import os
 import pickle
 import platform
+import re
+import resource
 import subprocess
 import sys
 import types
@@ -649,6 +652,89 @@ def test_a_packed_folder_that_says_something_else_is_refused(change, tmp_path):
         gpt.load(folder)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_packed_folder_that_asks_for_more_than_it_holds_is_refused_at_once(
+    kind, tmp_path, monkeypatch
+):
+    folder = tmp_path / "packed"
+    save_packed(prepare_for_inference(model_of(), kind), ByteTokenizer(), folder)
+    meta = json.loads((folder / PACKED).read_text())
+
+    def built(*arguments):
+        raise AssertionError("a model is built")
+
+    monkeypatch.setattr("gpt.interop.packed.GPT", built)
+    for name, asked, said in [
+        ("n_layer", 10**9, "n_layer is 1000000000, and model.safetensors has 2 blocks"),
+        ("n_layer", 1, "n_layer is 1, and model.safetensors has 2 blocks"),
+        ("n_inner", 10**12, "blocks.0.mlp.up.matrix.data of [1000000000000, "),
+        ("vocab_size", 10**12, "embed.matrix.data of [1000000000000, "),
+        ("vocab_size", 10**400, "embed.matrix.data of [1000000"),
+        ("context_length", 10**12, "position.weight of [1000000000000, 64]"),
+        ("n_embd", 2 * 10**12, "position.weight of [48, 2000000000000]"),
+        ("n_embd", 2 * 10**4000, "position.weight of [48, 2000000"),
+    ]:
+        (folder / PACKED).write_text(json.dumps(meta | {"model": meta["model"] | {name: asked}}))
+        with pytest.raises(UsageError, match=re.escape(said)) as error:
+            load_packed(folder)
+        assert str(error.value).startswith(str(folder / PACKED))
+        assert len(str(error.value)) < 800
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "3", '"text"', "null", "{", "[" * 100_000, '{"format": ' + "9" * 5000 + "}",
+     '{"format": 1, "model": []}', '{"format": 1, "model": {"norm_eps": NaN}}', "\ud800"],
+    ids=lambda text: text[:12],
+)  # fmt: skip
+def test_a_packed_json_of_any_content_ends_in_a_sentence(text, tmp_path):
+    folder = tmp_path / "packed"
+    save_packed(prepare_for_inference(model_of(), "int8"), ByteTokenizer(), folder)
+    (folder / PACKED).write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(UsageError, match=PACKED):
+        load_packed(folder)
+
+
+@pytest.mark.parametrize("weights", ["a folder", "a pipe", "empty", "cut"])
+def test_packed_weights_that_are_no_such_file_are_refused(weights, tmp_path):
+    folder = tmp_path / "packed"
+    save_packed(prepare_for_inference(model_of(), "int8"), ByteTokenizer(), folder)
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    path.unlink()
+    if weights == "a folder":
+        path.mkdir()
+    elif weights == "a pipe":
+        os.mkfifo(path)
+    else:
+        path.write_bytes(data[:200] if weights == "cut" else b"")
+    with pytest.raises(UsageError, match="model.safetensors (is a|cannot be read)"):
+        load_packed(folder)
+
+
+def test_a_full_disk_while_a_packed_model_is_saved_is_said_and_leaves_nothing(tmp_path):
+    prepared = prepare_for_inference(model_of(), "int8")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # a file takes no more
+    try:
+        with pytest.raises(UsageError, match="out/packed cannot be written: .*[Ff]ile too large"):
+            save_packed(prepared, ByteTokenizer(), tmp_path / "out/packed")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_packed_folder_has_the_users_umask(tmp_path):
+    prepared = prepare_for_inference(model_of(), "int8")
+    before = os.umask(0o027)
+    try:
+        save_packed(prepared, ByteTokenizer(), tmp_path / "packed")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "packed").stat().st_mode & 0o777 == 0o750
+    assert {p.stat().st_mode & 0o777 for p in (tmp_path / "packed").iterdir()} == {0o640}
+
+
 def test_formats_that_there_are_not_are_refused(tmp_path):
     with pytest.raises(UsageError, match="weights is 'int5', and must be one of auto, float32"):
         gpt.load(tmp_path, weights="int5")
@@ -659,7 +745,7 @@ def test_formats_that_there_are_not_are_refused(tmp_path):
 def test_packed_weights_that_are_damaged_or_meant_for_something_else_are_refused(tmp_path):
     folder = tmp_path / "packed"
     save_packed(prepare_for_inference(model_of(), "int8"), ByteTokenizer(), folder)
-    with pytest.raises(UsageError, match="is there already"):
+    with pytest.raises(UsageError, match="exists, and what is written goes into a new folder"):
         save_packed(prepare_for_inference(model_of(), "int8"), ByteTokenizer(), folder)
     with pytest.raises(UsageError, match="has its weights in int8, and weights is 'int4'"):
         gpt.load(folder, weights="int4")
