@@ -126,7 +126,7 @@ def _address(tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> int:
         tensor is None
         or tensor.dtype != dtype
         or tensor.shape != shape
-        or tensor.device.type != "cpu"
+        or not tensor.is_cpu
         or not tensor.is_contiguous()
     ):
         has = "nothing" if tensor is None else f"{tensor.dtype} {[*tensor.shape]} {tensor.device}"

@@ -5,10 +5,10 @@ these are in :mod:`gpt.model`. A block of another class, with another forward, a
 widths runs matrix by matrix.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from gpt import kernels
 from gpt.config import ModelConfig
@@ -16,6 +16,7 @@ from gpt.generation.packed_layers import PackedLinear
 from gpt.generation.quantisation import Matrix
 from gpt.model.attention import CausalSelfAttention
 from gpt.model.block import Block
+from gpt.model.cache import KVCache
 from gpt.model.dropout import Dropout
 from gpt.model.mlp import ACTIVATIONS, MLP
 
@@ -39,25 +40,45 @@ BUILT: dict[str, type[nn.Module]] = {
 FORWARDS = {kind: kind.forward for kind in BUILT.values()}
 
 
-def gather(blocks: Iterable[nn.Module], config: ModelConfig) -> kernels.Blocks | None:
-    """The blocks as they are now, or ``None`` where they are not as the configuration has them."""
-    if not kernels.knows(config):
+class Fused:
+    """Blocks and a cache as they are now, for the kernels. Where these do not know them, it
+    :attr:`is_known` not.
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module], config: ModelConfig, cache: KVCache) -> None:
+        self.keys, self.values, self.rows = cache.keys, cache.values, cache.max_batch_size
+        fits = (*cache.keys.shape[2::2], cache.values.shape) == (
+            config.kv_heads, config.head_dim, cache.keys.shape,
+        )  # fmt: skip
+        self._blocks: kernels.Blocks | None = None
+        if type(cache) is KVCache and fits and kernels.knows(config):
+            try:
+                self._blocks = _gathered(list(blocks), config)
+                self._memory = kernels.Cache(cache.keys, cache.values)
+            except ValueError:  # other widths or dtypes, or not in the CPU's memory
+                self._blocks = None
+        self.is_known = self._blocks is not None and len(self._blocks.layers) <= len(cache.keys)
+
+    def is_of(self, cache: KVCache) -> bool:
+        """Whether the cache still has the memory that it had."""
+        return cache.keys is self.keys and cache.values is self.values
+
+    def run(self, x: Tensor, places: Sequence[tuple[int, int]]) -> None:
+        """As :meth:`gpt.kernels.Blocks.run`."""
+        assert self._blocks is not None
+        self._blocks.run(x, self._memory, places)
+
+
+def _gathered(blocks: list[nn.Module], config: ModelConfig) -> kernels.Blocks | None:
+    if not all(_is_as_built(block, config, layer) for layer, block in enumerate(blocks)):
         return None
-    layers = []
-    try:
-        for layer, block in enumerate(blocks):
-            if not _is_as_built(block, config, layer):
-                return None
-            layers.append(_layer(cast(Block, block)))
-        return kernels.Blocks(
-            layers,
-            n_head=config.n_head,
-            kv_heads=config.kv_heads,
-            head_dim=config.head_dim,
-            activation=config.activation,
-        )
-    except ValueError:  # of another width, or not in the CPU's memory
-        return None
+    return kernels.Blocks(
+        [_layer(cast(Block, block)) for block in blocks],
+        n_head=config.n_head,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        activation=config.activation,
+    )
 
 
 def _is_as_built(block: nn.Module, config: ModelConfig, layer: int) -> bool:

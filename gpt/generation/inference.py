@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from gpt import kernels
 from gpt.config import UsageError, Weights, foreign
 from gpt.device import choose_precision
-from gpt.generation.fused import gather
+from gpt.generation.fused import Fused
 from gpt.generation.packed_layers import FEW, PackedEmbedding, PackedLinear
 from gpt.generation.quantisation import GROUP, Matrix
 from gpt.model.cache import KVCache
@@ -36,47 +36,35 @@ class InferenceGPT(GPT):
     weights: Weights
     """The format of its matrices."""
     few: int
-    _found: WeakKeyDictionary[KVCache, kernels.Blocks | None] | None
+    _found: WeakKeyDictionary[KVCache, Fused] | None
 
     def features(self, tokens: Tensor, *, cache: KVCache | None = None) -> Tensor:
         """As :meth:`GPT.features`."""
         B, T = tokens.shape
         few = 2 * self.few if T == 1 else self.few  # a prompt goes well through matrix products
-        if tokens.numel() > few or cache is None or (blocks := self._known(cache, B)) is None:
+        if tokens.numel() > few or cache is None or (fused := self._fused(cache, B)) is None:
             return super().features(tokens, cache=cache)
         positions = cache.positions(T)  # of all rows, or each one's
         x = self.embed(tokens).float() + self.position(positions)
         x = x.flatten(0, 1).contiguous()
         places = [(b, start + t) for b, start in enumerate(cache.lengths) for t in range(T)]
-        blocks.run(x, kernels.Cache(cache.keys, cache.values), places)
+        fused.run(x, places)
         cache.advance(T)
         out: Tensor = self.norm(x.view(B, T, -1))
         return out
 
-    def _known(self, cache: KVCache, rows: int) -> kernels.Blocks | None:
-        """The blocks for the kernels, if these have their arithmetic and can write to the cache.
+    def _fused(self, cache: KVCache, rows: int) -> Fused | None:
+        """The blocks and the cache for the kernels, if these know both.
 
         The blocks are looked at once for each cache: what is changed about them counts from the
         next text on.
         """
         if self._found is None:
             self._found = WeakKeyDictionary()
-        try:
-            blocks = self._found[cache]
-        except KeyError:
-            blocks = self._found[cache] = gather(self.blocks, self.config)
-        config, shape = self.config, cache.keys.shape
-        fits = (
-            blocks is not None
-            and type(cache) is KVCache
-            and cache.batch_size == rows > 0
-            and shape[0] >= len(blocks.layers)
-            and shape[1] >= rows
-            and (shape[2], shape[4]) == (config.kv_heads, config.head_dim)
-            and cache.keys.device.type == "cpu"
-            and cache.keys.dtype in (torch.float32, torch.bfloat16)
-        )
-        return blocks if fits else None
+        found = self._found.get(cache)
+        if found is None or not found.is_of(cache):
+            found = self._found[cache] = Fused(self.blocks, self.config, cache)
+        return found if found.is_known and cache.batch_size == rows <= found.rows else None
 
     def parameter_count(self, *, embeddings: bool = True) -> int:
         """Of the model that it was made of."""
