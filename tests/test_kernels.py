@@ -137,9 +137,12 @@ def test_a_folder_of_another_user_is_not_used(compiled, monkeypatch, tmp_path):
     cache = tmp_path / "elsewhere"
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     kernels.load()
-    monkeypatch.setattr(os, "getuid", lambda: cache.stat().st_uid + 1)
+    [kept] = kept_in(cache)
+    before = kept.stat()
+    monkeypatch.setattr(os, "getuid", lambda: before.st_uid + 1)
     kernels.load()
     assert len(compiled()) == 2
+    assert kept.stat().st_ino == before.st_ino  # nothing was written there
 
 
 @NEEDS_A_COMPILER
