@@ -22,9 +22,10 @@ from safetensors.torch import save_file
 from gpt.config import ModelConfig, UsageError, Weights, foreign
 from gpt.data import tokenizer as tokenizers
 from gpt.data.tokenizer import Tokenizer
-from gpt.files import check_regular, new_folder, read_json
+from gpt.files import new_folder, read_json
 from gpt.generation.inference import InferenceGPT, prepare_for_inference
 from gpt.generation.quantisation import PADDED
+from gpt.interop.files import tensor_shapes
 from gpt.model.gpt import GPT
 
 FORMAT = 1
@@ -68,7 +69,7 @@ def load_packed(
             version = foreign(meta["format"])
             raise UsageError(f"format is {version}, and this program reads {FORMAT}")
         config, kind, expected = ModelConfig(**meta["model"]), meta["weights"], meta["sha256"]
-    shapes = _shapes(weights)
+    shapes = tensor_shapes(weights)
     with _named(described):
         _check_sizes(config, kind, shapes)
         with torch.device("meta"):
@@ -78,7 +79,7 @@ def load_packed(
             raise UsageError(f"{foreign(weights)} is damaged: it is not what was saved")
         with safe_open(weights, framework="pt", device=str(device)) as file:
             model.take({name: file.get_tensor(name) for name in shapes})
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, AttributeError) as error:  # a dtype that torch does not have
         raise UsageError(f"{foreign(weights)} cannot be read: {foreign(error)}") from None
     return model, tokenizers.load(folder / "tokenizer.json")
 
@@ -92,16 +93,6 @@ def _named(path: Path) -> Iterator[None]:
         raise UsageError(f"{foreign(path)}: {error}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{foreign(path)} is broken ({foreign(repr(error))})") from None
-
-
-def _shapes(weights: Path) -> dict[str, list[int]]:
-    """Each tensor's shape, of which nothing else is read."""
-    check_regular(weights, "the weights")
-    try:
-        with safe_open(weights, framework="pt") as file:
-            return {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"{foreign(weights)} cannot be read: {foreign(error)}") from None
 
 
 def _check_sizes(config: ModelConfig, kind: Weights, shapes: Mapping[str, list[int]]) -> None:

@@ -670,10 +670,10 @@ def test_a_packed_folder_that_asks_for_more_than_it_holds_is_refused_at_once(
         ("n_layer", 1, "n_layer is 1, and model.safetensors has 2 blocks"),
         ("n_inner", 10**12, "blocks.0.mlp.up.matrix.data of [1000000000000, "),
         ("vocab_size", 10**12, "embed.matrix.data of [1000000000000, "),
-        ("vocab_size", 10**400, "embed.matrix.data of [1000000"),
+        ("vocab_size", 10**400, "model.vocab_size has 1,329 bits, and must be below 2**63"),
         ("context_length", 10**12, "position.weight of [1000000000000, 64]"),
         ("n_embd", 2 * 10**12, "position.weight of [48, 2000000000000]"),
-        ("n_embd", 2 * 10**4000, "position.weight of [48, 2000000"),
+        ("n_inner", 2**63 - 1, "blocks.0.mlp.up.matrix.data of [9223372036854775807, "),
     ]:
         (folder / PACKED).write_text(json.dumps(meta | {"model": meta["model"] | {name: asked}}))
         with pytest.raises(UsageError, match=re.escape(said)) as error:
@@ -694,6 +694,13 @@ def test_a_packed_json_of_any_content_ends_in_a_sentence(text, tmp_path):
     (folder / PACKED).write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(UsageError, match=PACKED):
         load_packed(folder)
+
+
+def test_a_packed_model_with_another_models_tokenizer_is_refused(tmp_path):
+    packed = prepare_for_inference(model_of(vocab_size=100), "int8")
+    save_packed(packed, ByteTokenizer(), tmp_path / "packed")
+    with pytest.raises(UsageError, match="tokenizer .*25[67].* 100"):
+        gpt.load(tmp_path / "packed")
 
 
 @pytest.mark.parametrize("weights", ["a folder", "a pipe", "empty", "cut"])
