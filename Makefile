@@ -10,7 +10,7 @@ CUDA_READY := $(CUDA_VENV)/.ready
 CUDA_TORCH := torch==2.14.1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-fake-cuda soak fuzz lint format clean
+.PHONY: help setup demo test test-all test-fake-cuda soak fuzz asan lint format clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1	/' | expand -t 18
@@ -52,6 +52,9 @@ soak: $(READY)  ## minutes of killed runs and failing disks: what is left must g
 
 fuzz: $(READY)  ## minutes of odd words, values and files: each must end well or in a sentence
 	$(BIN)/python -m tests.fuzz
+
+asan: $(READY)  ## some minutes of the CPU's kernels under AddressSanitizer, on every path of this processor
+	$(BIN)/python -m tests.asan
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .

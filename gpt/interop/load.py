@@ -64,7 +64,9 @@ def load(
     if is_packed(path):
         if trainable:
             raise UsageError(f"{foreign(name)} has packed weights, which can only run")
-        return Loaded(*load_packed(path, device=device))
+        packed = Loaded(*load_packed(path, device=device))
+        _check_size(path, packed.tokenizer, packed.model)
+        return packed
     if (path / "config.json").exists():
         model = load_folder(path, device=device, dtype=dtype, say=say)
         end = read_object(path / "config.json", "the configuration").get("eos_token_id")

@@ -1,7 +1,6 @@
 """The feed-forward half of a block: up to four times the width, an activation, and down again."""
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +8,14 @@ from torch import Tensor, nn
 
 from gpt.config import Activation, ModelConfig
 
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    """GELU (arXiv:1606.08415) as GPT-2 computes it."""
+    return F.gelu(x, approximate="tanh")
+
+
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),  # arXiv:1606.08415, as GPT-2 computes it
+    "gelu_tanh": _gelu_tanh,
     "gelu": F.gelu,
     "relu": F.relu,
     "silu": F.silu,
