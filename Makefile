@@ -10,7 +10,7 @@ CUDA_READY := $(CUDA_VENV)/.ready
 CUDA_TORCH := torch==2.14.1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-fake-cuda soak lint format clean
+.PHONY: help setup demo test test-all test-fake-cuda soak fuzz asan lint format clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1	/' | expand -t 18
@@ -49,6 +49,12 @@ test-fake-cuda: $(CUDA_READY)  ## a dry run of the GPU's code on fake tensors: n
 
 soak: $(READY)  ## minutes of killed runs and failing disks: what is left must go on as if nothing had been
 	$(BIN)/python -m tests.soak
+
+fuzz: $(READY)  ## minutes of odd words, values and files: each must end well or in a sentence
+	$(BIN)/python -m tests.fuzz
+
+asan: $(READY)  ## some minutes of the CPU's kernels under AddressSanitizer, on every path of this processor
+	$(BIN)/python -m tests.asan
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .

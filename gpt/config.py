@@ -153,7 +153,7 @@ def token_ids(what: str, ids: Iterable[Any]) -> list[int]:
             if isinstance(item, bool):
                 raise TypeError
             items[i] = operator.index(item)
-        except TypeError:
+        except (TypeError, RuntimeError):  # RuntimeError: of a tensor without data
             raise UsageError(f"{what} has {quoted(item)} in it, which is no token id") from None
     return items
 

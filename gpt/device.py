@@ -8,10 +8,11 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from gpt.config import Device, Precision, UsageError
+from gpt.config import Device, Precision, UsageError, quoted
 
 DTYPES: dict[Precision, torch.dtype] = {
     "float32": torch.float32,
@@ -52,6 +53,24 @@ def choose_device(name: Device) -> torch.device:
         fits = ", ".join(["auto", *(kind for kind in has if has[kind])])
         raise UsageError(f"device is {name!r}, which torch does not find here; it could be {fits}")
     return torch.device(name)
+
+
+def parse_device(name: torch.device | str) -> torch.device:
+    """The device that ``name`` means, such as ``cpu`` or ``cuda:1``; ``UsageError`` if torch does
+    not know it or the machine does not have it.
+    """
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError, ValueError):
+        kind: Any = ""
+    else:
+        kind = device.type
+    if name is None or kind not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"device is {quoted(name)}, and must be cpu, cuda, cuda:1 (...) or mps")
+    choose_device(kind)
+    if kind == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device is {name}, and there are {torch.cuda.device_count()} GPUs here")
+    return device
 
 
 def choose_precision(name: Precision, device: torch.device) -> torch.dtype:

@@ -324,19 +324,21 @@ struct Activations {
     float largest = 0;
     for (int i = 0; i < LANES; i++) largest = larger[i] > largest ? larger[i] : largest;
     float inverse = largest > 0 ? 127 / largest : 0;
-    Ints total = {}, all = Ints{} - 1;
+    Words total = {};  // of what is not finite it means nothing, and may overflow
+    Ints all = Ints{} - 1;
     for (long i = 0; i < GROUP; i += LANES) {
       Floats v = floats(from + i);
       // the last bits of a number of this size are a whole number
       Ints rounded = (Ints)(v * inverse + 0x1.8p23f) - 0x4b400000;
       put_bytes(values + i / HALF * CHUNK / 2 + i % HALF, rounded);
-      total += rounded, all &= v == v;
+      total += (Words)rounded, all &= v == v;
     }
-    int32_t added = 0, numbers = -1;
+    uint32_t added = 0;
+    int32_t numbers = -1;
     for (int i = 0; i < LANES; i++) added += total[i], numbers &= all[i];
     float scale = numbers ? largest / 127 : NAN;
     for (int i = 0; i < GROUP / 8; i++) scales[i] = scale;
-    return scale * float(added);
+    return scale * float(int32_t(added));
   }
 };
 

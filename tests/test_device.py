@@ -6,7 +6,7 @@ import torch
 
 from gpt import device as devices
 from gpt.config import UsageError
-from gpt.device import check_memory, choose_device, choose_precision, peak_flops
+from gpt.device import check_memory, choose_device, choose_precision, parse_device, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -157,3 +157,13 @@ def test_a_limit_of_the_process_counts_as_its_memory():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert int(done.stdout) <= 5 << 30
+
+
+@pytest.mark.parametrize("name", ["tpu", "", "cpu:x", "meta", 3, None, "xla", "cuda:99"])
+def test_a_device_that_is_not_here_is_refused(name):
+    with pytest.raises(UsageError, match="device is"):
+        parse_device(name)
+
+
+def test_a_device_may_be_a_name_or_torchs_own():
+    assert parse_device("cpu") == parse_device(torch.device("cpu")) == torch.device("cpu")

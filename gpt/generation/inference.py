@@ -11,108 +11,21 @@ it. On a GPU int8 and int4 have kernels in :mod:`gpt.triton_kernels`.
 """
 
 import copy
-import ctypes
 from collections.abc import Callable, Mapping
 from typing import Any, Self, cast, get_args
+from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt import kernels
-from gpt.config import UsageError, Weights
+from gpt.config import UsageError, Weights, foreign
 from gpt.device import choose_precision
+from gpt.generation.fused import Fused
+from gpt.generation.packed_layers import FEW, PackedEmbedding, PackedLinear
 from gpt.generation.quantisation import GROUP, Matrix
-from gpt.generation.torch_products import TorchProduct
-from gpt.model.attention import CausalSelfAttention
-from gpt.model.block import Block
 from gpt.model.cache import KVCache
 from gpt.model.gpt import GPT
-from gpt.model.mlp import MLP
-
-FEW = 32
-"""Tokens of a prompt up to which the kernels are faster than matrix products; of rows that take one
-token each, twice as many.
-"""
-
-
-class PackedLinear(nn.Module):
-    """A linear layer of a :class:`Matrix`: up to ``few`` rows go through the kernels, more through
-    a matrix product of the dtype ``wide``.
-    """
-
-    bias: Tensor | None
-
-    def __init__(self, matrix: Matrix, bias: Tensor | None, wide: torch.dtype, few: int) -> None:
-        super().__init__()
-        self.matrix, self.wide, self.few = matrix, wide, few
-        kept = torch.float32 if few else wide  # the kernels', or the matrix product's
-        self.register_buffer("bias", None if bias is None else bias.detach().to(kept))
-        self._raw: kernels.Matrix | None = None
-        self._product: TorchProduct | None = None
-        self._dense: Tensor | None = None
-
-    @property
-    def weight(self) -> Tensor:
-        """``[N, K]``, as wide products have it. It is kept where every product needs it: without
-        kernels, on a processor that only emulates the weights' dtype.
-        """
-        if self._dense is not None:
-            return self._dense
-        dense = self.matrix.dense(self.wide)
-        if not self.few and dense.device.type == "cpu" and self.matrix.scales is None:
-            self._dense = dense
-        return dense
-
-    @property
-    def raw(self) -> kernels.Matrix:
-        """As the kernels see it."""
-        if self._raw is None:
-            matrix = self.matrix
-            tensors = (matrix.data, matrix.scales, matrix.lows, self.bias)
-            self._raw = kernels.Matrix(matrix.kind, matrix.width, *tensors)
-        return self._raw
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., K]`` to ``[..., N]``, of few rows on a CPU in float32."""
-        if x.numel() <= self.few * self.matrix.width:
-            return kernels.linear(x.float(), self.raw)
-        if x.is_cuda and self.matrix.scales is not None:
-            from gpt import triton_kernels
-
-            if x.numel() <= triton_kernels.FEW * self.matrix.width:
-                m = self.matrix
-                y: Tensor = triton_kernels.linear(x, m.data, m.scales, m.lows, m.width, self.bias)
-                return y
-        few_rows = x.numel() <= FEW * self.matrix.width
-        if not self.few and x.device.type == "cpu" and few_rows and self.matrix.scales is not None:
-            if self._product is None:
-                self._product = TorchProduct(self.matrix)
-            y = self._product(x)
-            return (y if self.bias is None else y + self.bias).to(x.dtype)
-        bias = None if self.bias is None else self.bias.to(self.wide)
-        return F.linear(x.to(self.wide), self.weight, bias).to(x.dtype)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._raw = self._product = self._dense = None  # they know the old places
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_raw": None, "_product": None, "_dense": None}
-
-
-class PackedEmbedding(nn.Module):
-    """A table of tokens that is a :class:`Matrix`: few tokens become float32, many ``wide``."""
-
-    def __init__(self, matrix: Matrix, wide: torch.dtype, few: int) -> None:
-        super().__init__()
-        self.matrix, self.wide, self.few = matrix, wide, few
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """``[...]`` to ``[..., C]``."""
-        few = ids.numel() <= self.few
-        return self.matrix.rows(ids, torch.float32 if few else self.wide)
 
 
 class InferenceGPT(GPT):
@@ -123,34 +36,34 @@ class InferenceGPT(GPT):
     weights: Weights
     """The format of its matrices."""
     few: int
-    _layers: "ctypes.Array[kernels.Layer] | None"
+    _found: WeakKeyDictionary[KVCache, Fused] | None
 
     def features(self, tokens: Tensor, *, cache: KVCache | None = None) -> Tensor:
         """As :meth:`GPT.features`."""
         B, T = tokens.shape
         few = 2 * self.few if T == 1 else self.few  # a prompt goes well through matrix products
-        if tokens.numel() > few or cache is None or not self._fits(cache, B):
+        if tokens.numel() > few or cache is None or (fused := self._fused(cache, B)) is None:
             return super().features(tokens, cache=cache)
         x = self.embed_tokens(tokens, cache.plan(T).at).float()
         x = x.flatten(0, 1).contiguous()
         places = [(b, start + t) for b, start in enumerate(cache.lengths) for t in range(T)]
-        memory = kernels.Cache(cache.keys, cache.values)
-        kernels.blocks(x, self._known_layers(), self._shape(), memory, places)
+        fused.run(x, places)
         cache.advance(T)
         out: Tensor = self.norm(x.view(B, T, -1))
         return out
 
-    def _fits(self, cache: KVCache, rows: int) -> bool:
-        """Whether the kernels can write to the cache: they check nothing themselves."""
-        config, shape = self.config.resolved(), cache.keys.shape
-        wanted = config.n_layer, config.n_kv_head, config.head_dim
-        return (
-            not cache.on_device
-            and cache.batch_size == rows > 0
-            and (shape[0], shape[2], shape[4]) == wanted
-            and cache.keys.device.type == "cpu"
-            and cache.keys.dtype in (torch.float32, torch.bfloat16)
-        )
+    def _fused(self, cache: KVCache, rows: int) -> Fused | None:
+        """The blocks and the cache for the kernels, if these know both.
+
+        The blocks are looked at once for each cache: what is changed about them counts from the
+        next text on.
+        """
+        if self._found is None:
+            self._found = WeakKeyDictionary()
+        found = self._found.get(cache)
+        if found is None or not found.is_of(cache):
+            found = self._found[cache] = Fused(self.blocks, self.config, cache)
+        return found if found.is_known and cache.batch_size == rows <= found.rows else None
 
     def parameter_count(self, *, embeddings: bool = True) -> int:
         """Of the model that it was made of."""
@@ -191,25 +104,6 @@ class InferenceGPT(GPT):
             )
         return super().train(mode)
 
-    @property
-    def is_known(self) -> bool:
-        """Whether the kernels have the blocks' arithmetic."""
-        return self.config.resolved().head_dim % 16 == 0 and all(
-            (type(block), type(block.attn), type(block.mlp)) == (Block, CausalSelfAttention, MLP)
-            for block in self.blocks
-        )
-
-    def _known_layers(self) -> "ctypes.Array[kernels.Layer]":
-        if self._layers is None:
-            layers = (_layer(cast(Block, block)) for block in self.blocks)
-            self._layers = (kernels.Layer * len(self.blocks))(*layers)
-        return self._layers
-
-    def _shape(self) -> kernels.Shape:
-        config, known = self.config.resolved(), kernels.ACTIVATIONS
-        heads = (config.n_layer, config.n_head, config.n_kv_head, config.head_dim)
-        return kernels.Shape(*heads, known[config.activation])
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._forget()
@@ -222,13 +116,13 @@ class InferenceGPT(GPT):
 
     def _forget(self) -> None:
         """Where everything was: the kernels' places are taken anew."""
-        self._layers = None
+        self._found = None
         for module in self.modules():
             if isinstance(module, PackedLinear):
                 module._raw = module._product = module._dense = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_layers": None}
+        return self.__dict__ | {"_found": None}
 
 
 def prepare_for_inference(
@@ -239,10 +133,13 @@ def prepare_for_inference(
     ``model`` stays as it is, and may be dropped; what needs no conversion is shared. ``auto`` is
     bfloat16 where the processor multiplies it, else float32 (float16 on GPUs without it). The new
     model cannot be trained. ``device`` is where it will run, ``model``'s unless given.
-    ``UsageError`` for int8 and int4 on a GPU without Triton.
+    ``UsageError`` for int8 and int4 on a GPU without Triton, and for subclasses of ``GPT``,
+    ``nn.Linear`` and ``nn.Embedding``: what they have more would be lost.
     """
     if isinstance(model, InferenceGPT):
         raise UsageError(f"the model is made to run in {model.weights} already")
+    if type(model) is not GPT:
+        raise UsageError(f"the model is a {type(model).__name__}, and a GPT alone is made to run")
     device = device or model.device
     kind, fast = choose_weights(weights, device), choose_precision("auto", device)
     if device.type == "cuda" and kind in ("int8", "int4"):
@@ -256,8 +153,8 @@ def prepare_for_inference(
     new = _Packing(model, kind, wide, few).of(model)
     new.__class__ = InferenceGPT
     assert isinstance(new, InferenceGPT)
-    new._layers, new.weights = None, kind
-    new.few = few if new.is_known else 0
+    new._found, new.weights = None, kind
+    new.few = few if kernels.knows(new.config) else 0
     new.cache_dtype = torch.float32 if kind == "float32" else wide
     return new.eval()
 
@@ -302,21 +199,26 @@ class _Packing:
         self.tables = {id(model.embed.weight)}
         self.matrices: dict[int, Matrix] = {}
 
-    def of(self, module: nn.Module) -> nn.Module:
+    def of(self, module: nn.Module, name: str = "model") -> nn.Module:
         """The module, made to run; the one that was given stays as it is."""
         if isinstance(module, nn.Linear):
+            _check_plain(module, nn.Linear, name)
             return PackedLinear(self.matrix(module.weight), module.bias, self.wide, self.few)
         if isinstance(module, nn.Embedding) and id(module.weight) in self.tables:
+            _check_plain(module, nn.Embedding, name)
             return PackedEmbedding(self.matrix(module.weight), self.wide, self.few)
         new = copy.copy(module)
         new._parameters = {
             name: p if p is None else nn.Parameter(p.detach().to(self.rest), requires_grad=False)
             for name, p in module._parameters.items()
         }
-        for name, hooks in list(vars(new).items()):
-            if name.endswith("hooks"):
-                setattr(new, name, type(hooks)())
-        new._modules = {name: child and self.of(child) for name, child in module._modules.items()}
+        for field, hooks in list(vars(new).items()):
+            if field.endswith("hooks"):
+                setattr(new, field, type(hooks)())
+        new._modules = {
+            child: part and self.of(part, f"{name}.{child}")
+            for child, part in module._modules.items()
+        }
         return new
 
     def matrix(self, weight: Tensor) -> Matrix:
@@ -326,16 +228,12 @@ class _Packing:
         return self.matrices[id(weight)]
 
 
-def _layer(block: Block) -> kernels.Layer:
-    attn, mlp = block.attn, block.mlp
-    linears = [cast(PackedLinear, linear) for linear in (attn.qkv, attn.out, mlp.up, mlp.down)]
-    return kernels.Layer(
-        *(_norm(cast(nn.LayerNorm, norm)) for norm in (block.attn_norm, block.mlp_norm)),
-        *(linear.raw for linear in linears),
-        attn.scale,
-    )
-
-
-def _norm(norm: nn.LayerNorm) -> kernels.Norm:
-    bias = None if norm.bias is None else norm.bias.data_ptr()
-    return kernels.Norm(norm.weight.data_ptr(), bias, norm.eps)
+def _check_plain(module: nn.Module, kind: type[nn.Module], name: str) -> None:
+    """``UsageError`` if there is more in the module than torch's own of this kind has."""
+    more = module._parameters.keys() - {"weight", "bias"} or module._modules or module._buffers
+    if type(module) is not kind or more or "forward" in vars(module):
+        what = type(module).__name__ + (f" with {', '.join(map(str, more))}" if more else "")
+        raise UsageError(
+            f"{foreign(name)} is a {foreign(what)}, and only torch's own {kind.__name__} can be "
+            "packed; merge what it adds into its weight first"
+        )

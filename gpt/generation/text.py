@@ -201,12 +201,13 @@ def _config(settings: dict[str, Any]) -> GenerationConfig:
 
 def _listed(prompts: str | Sequence[Prompt]) -> list[Prompt]:
     """``prompts`` as a list, one text too; ``UsageError`` for what holds no prompts."""
-    if not hasattr(prompts, "__iter__"):
+    try:
+        listed: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
+    except TypeError:  # also of a tensor without dimensions
         raise UsageError(
             f"prompts is {quoted(prompts)}, and must be a text, or a list of texts and of lists of "
             "token ids"
-        )
-    listed: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
+        ) from None
     for prompt in listed:
         if not hasattr(prompt, "__iter__"):
             raise UsageError(

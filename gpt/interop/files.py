@@ -37,7 +37,7 @@ class WeightFiles:
         self._files: dict[str, Path] = {}
         for name in WHOLE:
             if (path := folder / name).exists():
-                self.shapes = _shapes(path)
+                self.shapes = tensor_shapes(path)
                 self._files = dict.fromkeys(self.shapes, path)
                 return
             if (index := folder / f"{name}.index.json").exists():
@@ -100,7 +100,7 @@ def _sharded(folder: Path, index: Path) -> tuple[dict[str, Path], dict[str, list
     for name in names:
         if name not in beside:
             raise UsageError(f"{what} names {quoted(name)}, which is not beside it")
-    held = {name: _shapes(folder / name) for name in names}
+    held = {name: tensor_shapes(folder / name) for name in names}
     for tensor, name in places.items():
         if tensor not in held[name]:
             raise UsageError(
@@ -110,7 +110,8 @@ def _sharded(folder: Path, index: Path) -> tuple[dict[str, Path], dict[str, list
     return files, {tensor: held[name][tensor] for tensor, name in places.items()}
 
 
-def _shapes(path: Path) -> dict[str, list[int]]:
+def tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """Each tensor's shape by name; of a safetensors file nothing else is read."""
     if path.suffix != ".safetensors":
         return {name: list(tensor.shape) for name, tensor in load_tensors(path).items()}
     check_regular(path, "the weights")

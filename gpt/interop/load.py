@@ -11,6 +11,7 @@ from gpt.checkpoint import Checkpoint
 from gpt.config import UsageError, Weights, foreign, quoted
 from gpt.data import tokenizer as tokenizers
 from gpt.data.tokenizer import Tokenizer
+from gpt.device import parse_device
 from gpt.files import read_object
 from gpt.generation.inference import InferenceGPT, choose_weights, prepare_for_inference
 from gpt.interop.hub import download
@@ -46,8 +47,9 @@ def load(
     always is, and ``trainable`` refuses it. ``UsageError`` if there is no such model; a damaged
     checkpoint is passed over for an older one, and ``say`` is told.
     """
+    device = parse_device(device)
     if weights is not None:
-        kind = choose_weights(weights, torch.device(device))
+        kind = choose_weights(weights, device)
         stored = None if kind in ("int8", "int4") else getattr(torch, kind)
         loaded = load(name, device=device, dtype=stored, say=say)
         if isinstance(loaded.model, InferenceGPT):
@@ -62,7 +64,9 @@ def load(
     if is_packed(path):
         if trainable:
             raise UsageError(f"{foreign(name)} has packed weights, which can only run")
-        return Loaded(*load_packed(path, device=device))
+        packed = Loaded(*load_packed(path, device=device))
+        _check_size(path, packed.tokenizer, packed.model)
+        return packed
     if (path / "config.json").exists():
         model = load_folder(path, device=device, dtype=dtype, say=say)
         end = read_object(path / "config.json", "the configuration").get("eos_token_id")

@@ -8,21 +8,24 @@
 the SHA-256 of the weights. These are checked, and then stay mapped.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-import shutil
-import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from gpt.config import ModelConfig, UsageError
+from gpt.config import ModelConfig, UsageError, Weights, foreign
 from gpt.data import tokenizer as tokenizers
 from gpt.data.tokenizer import Tokenizer
+from gpt.files import new_folder, read_json
 from gpt.generation.inference import InferenceGPT, prepare_for_inference
+from gpt.generation.quantisation import PADDED
+from gpt.interop.files import tensor_shapes
 from gpt.model.gpt import GPT
 
 FORMAT = 1
@@ -31,14 +34,13 @@ PACKED, WEIGHTS = "packed.json", "model.safetensors"
 
 def save_packed(model: InferenceGPT, tokenizer: Tokenizer, out: Path) -> None:
     """Write the new folder ``out``; it appears whole or not at all. ``UsageError`` if it is there
-    already.
+    already, or cannot be written.
     """
-    if out.exists():
-        raise UsageError(f"{out} is there already, and an export goes into a new folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        save_file(model.own_tensors(), work / WEIGHTS)
+    with new_folder(out) as work:
+        try:
+            save_file(model.own_tensors(), work / WEIGHTS)
+        except SafetensorError as error:
+            raise UsageError(f"{foreign(out)} cannot be written: {foreign(error)}") from None
         meta = {
             "format": FORMAT,
             "weights": model.weights,
@@ -48,11 +50,7 @@ def save_packed(model: InferenceGPT, tokenizer: Tokenizer, out: Path) -> None:
         (work / PACKED).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
         text = tokenizers.to_json(tokenizer)
         (work / "tokenizer.json").write_text(text, encoding="utf-8")
-        (work / WEIGHTS).chmod(0o644)
-        work.chmod(0o755)
-        work.rename(out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        (work / WEIGHTS).chmod((work / PACKED).stat().st_mode)  # safetensors' own is 0600
 
 
 def is_packed(name: str | Path) -> bool:
@@ -64,28 +62,61 @@ def load_packed(
     folder: Path, *, device: torch.device | str = "cpu"
 ) -> tuple[InferenceGPT, Tokenizer]:
     """The model and the tokenizer in ``folder``; ``UsageError`` if it is damaged."""
-    try:
-        meta = json.loads((folder / PACKED).read_text(encoding="utf-8"))
+    described, weights = folder / PACKED, folder / WEIGHTS
+    meta = read_json(described, "the packed model")
+    with _named(described):
         if meta["format"] != FORMAT:
-            raise UsageError(
-                f"{folder} has format {meta['format']}, and this program reads {FORMAT}"
-            )
-        config, kind = ModelConfig(**meta["model"]), meta["weights"]
-        expected = meta["sha256"]
+            version = foreign(meta["format"])
+            raise UsageError(f"format is {version}, and this program reads {FORMAT}")
+        config, kind, expected = ModelConfig(**meta["model"]), meta["weights"], meta["sha256"]
+    shapes = tensor_shapes(weights)
+    with _named(described):
+        _check_sizes(config, kind, shapes)
         with torch.device("meta"):
             model = prepare_for_inference(GPT(config), kind, device=torch.device(device))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UsageError):
-            raise UsageError(f"{folder / PACKED}: {error}") from None
-        raise UsageError(f"{folder / PACKED} is broken ({error!r})") from None
     try:
-        if _sha256(folder / WEIGHTS) != expected:
-            raise UsageError(f"{folder / WEIGHTS} is damaged: it is not what was saved")
-        with safe_open(folder / WEIGHTS, framework="pt", device=str(device)) as file:
-            model.take({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"{folder / WEIGHTS} cannot be read: {error}") from None
+        if _sha256(weights) != expected:
+            raise UsageError(f"{foreign(weights)} is damaged: it is not what was saved")
+        with safe_open(weights, framework="pt", device=str(device)) as file:
+            model.take({name: file.get_tensor(name) for name in shapes})
+    except (OSError, SafetensorError, AttributeError) as error:  # a dtype that torch does not have
+        raise UsageError(f"{foreign(weights)} cannot be read: {foreign(error)}") from None
     return model, tokenizers.load(folder / "tokenizer.json")
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """What is wrong with what the file says becomes a sentence that names it."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{foreign(path)}: {error}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{foreign(path)} is broken ({foreign(repr(error))})") from None
+
+
+def _check_sizes(config: ModelConfig, kind: Weights, shapes: Mapping[str, list[int]]) -> None:
+    """``UsageError`` if the weights are not as many as the configuration says: to be known before a
+    model of that size is built.
+    """
+    layers = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
+    if len(layers) != config.n_layer:
+        asked = foreign(config.n_layer)
+        raise UsageError(f"n_layer is {asked}, and {WEIGHTS} has {len(layers)} blocks")
+    inner = config.n_inner or 4 * config.n_embd
+    columns = -(-config.n_embd // PADDED) * PADDED  # of an int8 or int4 matrix, in weights
+    columns = {"int8": columns, "int4": columns // 2}.get(str(kind), config.n_embd)
+    wanted = {
+        "position.weight": [config.context_length, config.n_embd],
+        "embed.matrix.data": [config.vocab_size, columns],
+        **{f"blocks.{i}.mlp.up.matrix.data": [inner, columns] for i in range(config.n_layer)},
+    }
+    for name, shape in wanted.items():
+        if shapes.get(name) != shape:
+            has = shapes.get(name, "none")
+            raise UsageError(
+                f"the configuration asks for {name} of {foreign(shape)}, and {WEIGHTS} has {has}"
+            )
 
 
 def _sha256(path: Path) -> str:

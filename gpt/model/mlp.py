@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +10,14 @@ from torch import Tensor, nn
 from gpt.config import Activation, Mlp, ModelConfig
 from gpt.model.initial import STD, normal
 
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    """GELU (arXiv:1606.08415) as GPT-2 computes it."""
+    return F.gelu(x, approximate="tanh")
+
+
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),  # arXiv:1606.08415, as GPT-2 computes it
+    "gelu_tanh": _gelu_tanh,
     "gelu": F.gelu,
     "relu": F.relu,
     "silu": F.silu,

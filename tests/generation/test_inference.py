@@ -5,10 +5,14 @@ bounded.
 import copy
 import dataclasses
 import json
+import os
 import pickle
 import platform
+import re
+import resource
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -23,6 +27,7 @@ from gpt.generation.decode import decode
 from gpt.generation.inference import FEW, InferenceGPT, PackedLinear, prepare_for_inference
 from gpt.generation.quantisation import Matrix
 from gpt.interop.packed import PACKED, load_packed, save_packed
+from gpt.model.attention import CausalSelfAttention
 from tests.conftest import make_model
 
 KINDS = ["float32", "bfloat16", "int8", "int4"]
@@ -260,15 +265,6 @@ def test_torchs_products_are_those_of_the_dense_matrix(kind, shape, monkeypatch)
     assert packed._product is not None  # no dense matrix was made
 
 
-def test_a_missing_or_broken_compiler_is_said(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert "no C++ compiler" in kernels.problem()
-    monkeypatch.setenv("CXX", "false")
-    assert "false cannot compile kernels.cpp" in kernels.problem()
-    assert not list((tmp_path / "gpt").iterdir())
-
-
 KERNEL_PATHS = {
     "native": ("native", set()),
     "AVX-512": ("cascadelake", {"avx512_vnni", "avx512_bw"}),
@@ -294,9 +290,7 @@ def test_each_path_of_the_kernels_gives_the_numbers_of_the_portable_one(
 
     def compiled_for(march):
         monkeypatch.setattr(kernels, "TARGETS", dict.fromkeys(kernels.TARGETS, march))
-        library = kernels.library.__wrapped__()
-        assert library is not None, kernels.problem()
-        return library
+        return kernels.load()
 
     portable, tested = compiled_for("x86-64"), compiled_for(march)
     prepared = {kind: prepare_for_inference(model_of(n_embd=160), kind) for kind in KINDS}
@@ -322,16 +316,6 @@ def test_each_path_of_the_kernels_gives_the_numbers_of_the_portable_one(
         bounds = {"float32": (1e-5, 1e-6), "bfloat16": (1e-2, 4e-3)}.get(kind, (1e-2, 1e-6))
         for bound, mine, portables in zip((*bounds, 1e-6, 4e-3), got, expected[kind], strict=True):
             assert (mine - portables).norm() < bound * portables.norm()
-
-
-@NEEDS_A_COMPILER
-def test_the_kernels_are_compiled_once_and_then_found(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert kernels.problem() is None
-    [kept] = (tmp_path / "gpt").iterdir()
-    before = kept.stat().st_mtime_ns
-    assert kernels.problem() is None
-    assert [path.stat().st_mtime_ns for path in (tmp_path / "gpt").iterdir()] == [before]
 
 
 def test_the_model_that_was_given_stays_as_it_is():
@@ -376,6 +360,206 @@ def test_a_model_that_was_moved_is_read_at_its_new_place():
     prepared._apply(lambda tensor: tensor.clone())
     old.zero_()
     assert torch.equal(decoded(), before)
+
+
+@NEEDS_A_COMPILER
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("default", [torch.device("meta"), torch.float64, torch.bfloat16], ids=str)
+def test_texts_do_not_depend_on_torchs_defaults(default, kind):
+    prepared = prepare_for_inference(model_of(), kind)
+    config = GenerationConfig(seed=1, max_new_tokens=12, top_k=20, repetition_penalty=1.1)
+    prompts = some_tokens(2, 40).tolist() + some_tokens(1, 3).tolist()
+
+    def texts():
+        return [(t.sequence, t.id) for t in decode(prepared, prompts, config)]
+
+    expected, before = texts(), torch.get_default_dtype()
+    try:
+        if isinstance(default, torch.dtype):
+            torch.set_default_dtype(default)
+        else:
+            torch.set_default_device(default)
+        assert texts() == expected
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(before)
+
+
+def forward_of_its_own(self, x, *, mask, cache):
+    return CausalSelfAttention.forward(self, x, mask=mask, cache=cache) * 3
+
+
+def a_forward_of_its_own(model):
+    attn = model.blocks[1].attn
+    attn.forward = types.MethodType(forward_of_its_own, attn)
+
+
+def a_class_of_its_own(model):
+    class Shifted(CausalSelfAttention):
+        forward = forward_of_its_own
+
+    model.blocks[1].attn.__class__ = Shifted
+
+
+def a_hook(model):
+    model.blocks[1].attn.register_forward_hook(lambda module, x, out: out * 3)
+
+
+def a_hook_before(model):
+    model.blocks[1].mlp.register_forward_pre_hook(lambda module, x: (x[0] * 3,))
+
+
+def another_activation(model):
+    model.blocks[1].mlp.activation = torch.tanh
+
+
+def a_block_less(model):
+    del model.blocks[1:]
+
+
+def the_first_block_less(model):
+    del model.blocks[0]
+
+
+def no_blocks(model):
+    del model.blocks[:]
+
+
+def another_order(model):
+    model.blocks = torch.nn.ModuleList(reversed(model.blocks))
+    for layer, block in enumerate(model.blocks):
+        block.attn.layer = layer
+
+
+def another_width_inside(model):
+    other = prepare_for_inference(model_of(n_inner=40), model.weights)
+    model.blocks[1].mlp = other.blocks[1].mlp
+
+
+def other_weights(model):
+    other = prepare_for_inference(make_model(CONFIG, seed=3), model.weights)
+    model.blocks[1] = other.blocks[1]
+
+
+CHANGES = [
+    a_forward_of_its_own, a_class_of_its_own, a_hook, a_hook_before, another_activation,
+    a_block_less, the_first_block_less, no_blocks, another_order, another_width_inside,
+    other_weights,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("used", [False, True], ids=["fresh", "used before"])
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+@pytest.mark.parametrize("change", CHANGES)
+@torch.inference_mode()
+def test_changed_blocks_of_a_packed_model_do_when_cached_what_they_do_uncached(change, kind, used):
+    prepared = prepare_for_inference(model_of(), kind)
+    tokens = some_tokens(2, 24)
+    if used:
+        prepared(tokens[:, :1], cache=prepared.new_cache(2))
+    unchanged = prepared(tokens)
+    change(prepared)
+    whole, cache = prepared(tokens), prepared.new_cache(2)
+    chunks = tokens.split([17] + [1] * 7, dim=1)  # matrix by matrix, and then all blocks
+    cached = torch.cat([prepared(chunk, cache=cache) for chunk in chunks], dim=1)
+    within = (1e-5 if kind == "float32" else 0.05) * whole.norm()
+    assert (cached - whole).norm() < within
+    assert (cached - unchanged).norm() > 2 * within
+
+
+@NEEDS_A_COMPILER
+@torch.inference_mode()
+def test_a_patched_class_runs_as_it_was_patched(monkeypatch):
+    prepared = prepare_for_inference(model_of(), "float32")
+    tokens, forward = some_tokens(1, 6), CausalSelfAttention.forward
+    monkeypatch.setattr(
+        CausalSelfAttention, "forward", lambda self, x, **options: 2 * forward(self, x, **options)
+    )
+    whole, cache = prepared(tokens), prepared.new_cache()
+    cached = torch.cat([prepared(t, cache=cache) for t in tokens.split(1, dim=1)], dim=1)
+    assert (cached - whole).norm() < 1e-5 * whole.norm()
+
+
+@NEEDS_A_COMPILER
+@torch.inference_mode()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_kernels_run_whole_blocks_wherever_they_know_them(variant, monkeypatch):
+    prepared = prepare_for_inference(model_of(**VARIANTS[variant]), "int8")
+    calls, run = [], kernels.Blocks.run
+    monkeypatch.setattr(
+        kernels.Blocks, "run", lambda self, *given: calls.append(given) or run(self, *given)
+    )
+    for model in (prepared, copy.deepcopy(prepared), pickle.loads(pickle.dumps(prepared))):
+        calls.clear()
+        model(some_tokens(1, 1), cache=model.new_cache())
+        assert len(calls) == (0 if variant == "narrow heads" else 1)
+
+
+@torch.inference_mode()
+def test_what_is_set_by_hand_in_a_cache_is_not_written_past():
+    prepared = prepare_for_inference(model_of(), "int8")
+    cache = prepared.new_cache(2)
+    cache.lengths = [0, 0, 0]
+    with pytest.raises(RuntimeError):
+        prepared(some_tokens(3, 1), cache=cache)
+
+
+class Lora(torch.nn.Linear):
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features)
+        self.weight, self.bias = linear.weight, linear.bias
+        self.down = torch.nn.Parameter(torch.ones(2, linear.in_features))
+
+
+def a_subclass(model):
+    model.blocks[0].mlp.up = Lora(model.blocks[0].mlp.up)
+
+
+def one_more_weight(model):
+    model.blocks[0].mlp.up.lora = torch.nn.Parameter(torch.ones(3))
+
+
+def one_more_layer(model):
+    model.blocks[0].mlp.up.lora = torch.nn.Linear(2, 2)
+
+
+def another_forward(model):
+    up = model.blocks[0].mlp.up
+    up.forward = lambda x: torch.nn.functional.linear(x, up.weight, up.bias) + 1
+
+
+@pytest.mark.parametrize("change", [a_subclass, one_more_weight, one_more_layer, another_forward])
+def test_a_linear_layer_that_has_more_in_it_is_not_packed(change):
+    model = model_of()
+    change(model)
+    with pytest.raises(UsageError, match="model.blocks.0.mlp.up is a .*torch's own Linear"):
+        prepare_for_inference(model, "int8")
+
+
+def test_an_embedding_or_a_model_of_another_class_is_not_packed():
+    class Table(torch.nn.Embedding):
+        pass
+
+    class Other(gpt.GPT):
+        pass
+
+    model = model_of()
+    model.embed.__class__ = Table
+    with pytest.raises(UsageError, match="model.embed is a Table, and only torch's own Embedding"):
+        prepare_for_inference(model, "int8")
+    with pytest.raises(UsageError, match="the model is a Other, and a GPT alone is made to run"):
+        prepare_for_inference(Other(CONFIG), "int8")
+
+
+@NEEDS_A_COMPILER
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_on_meta_is_refused_and_not_read(kind):
+    with torch.device("meta"):
+        prepared = prepare_for_inference(gpt.GPT(CONFIG), kind, device=torch.device("cpu"))
+    prepared.embed = prepare_for_inference(model_of(), kind).embed
+    prepared.position = model_of().position
+    with pytest.raises((ValueError, RuntimeError), match="meta"), torch.inference_mode():
+        prepared(some_tokens(1, 1), cache=prepared.new_cache())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -469,6 +653,96 @@ def test_a_packed_folder_that_says_something_else_is_refused(change, tmp_path):
         gpt.load(folder)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_packed_folder_that_asks_for_more_than_it_holds_is_refused_at_once(
+    kind, tmp_path, monkeypatch
+):
+    folder = tmp_path / "packed"
+    save_packed(prepare_for_inference(model_of(), kind), ByteTokenizer(), folder)
+    meta = json.loads((folder / PACKED).read_text())
+
+    def built(*arguments):
+        raise AssertionError("a model is built")
+
+    monkeypatch.setattr("gpt.interop.packed.GPT", built)
+    for name, asked, said in [
+        ("n_layer", 10**9, "n_layer is 1000000000, and model.safetensors has 2 blocks"),
+        ("n_layer", 1, "n_layer is 1, and model.safetensors has 2 blocks"),
+        ("n_inner", 10**12, "blocks.0.mlp.up.matrix.data of [1000000000000, "),
+        ("vocab_size", 10**12, "embed.matrix.data of [1000000000000, "),
+        ("vocab_size", 10**400, "model.vocab_size has 1,329 bits, and must be below 2**63"),
+        ("context_length", 10**12, "position.weight of [1000000000000, 64]"),
+        ("n_embd", 2 * 10**12, "position.weight of [48, 2000000000000]"),
+        ("n_inner", 2**63 - 1, "blocks.0.mlp.up.matrix.data of [9223372036854775807, "),
+    ]:
+        (folder / PACKED).write_text(json.dumps(meta | {"model": meta["model"] | {name: asked}}))
+        with pytest.raises(UsageError, match=re.escape(said)) as error:
+            load_packed(folder)
+        assert str(error.value).startswith(str(folder / PACKED))
+        assert len(str(error.value)) < 800
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "3", '"text"', "null", "{", "[" * 100_000, '{"format": ' + "9" * 5000 + "}",
+     '{"format": 1, "model": []}', '{"format": 1, "model": {"norm_eps": NaN}}', "\ud800"],
+    ids=lambda text: text[:12],
+)  # fmt: skip
+def test_a_packed_json_of_any_content_ends_in_a_sentence(text, tmp_path):
+    folder = tmp_path / "packed"
+    save_packed(prepare_for_inference(model_of(), "int8"), ByteTokenizer(), folder)
+    (folder / PACKED).write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(UsageError, match=PACKED):
+        load_packed(folder)
+
+
+def test_a_packed_model_with_another_models_tokenizer_is_refused(tmp_path):
+    packed = prepare_for_inference(model_of(vocab_size=100), "int8")
+    save_packed(packed, ByteTokenizer(), tmp_path / "packed")
+    with pytest.raises(UsageError, match="tokenizer .*25[67].* 100"):
+        gpt.load(tmp_path / "packed")
+
+
+@pytest.mark.parametrize("weights", ["a folder", "a pipe", "empty", "cut"])
+def test_packed_weights_that_are_no_such_file_are_refused(weights, tmp_path):
+    folder = tmp_path / "packed"
+    save_packed(prepare_for_inference(model_of(), "int8"), ByteTokenizer(), folder)
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    path.unlink()
+    if weights == "a folder":
+        path.mkdir()
+    elif weights == "a pipe":
+        os.mkfifo(path)
+    else:
+        path.write_bytes(data[:200] if weights == "cut" else b"")
+    with pytest.raises(UsageError, match="model.safetensors (is a|cannot be read)"):
+        load_packed(folder)
+
+
+def test_a_full_disk_while_a_packed_model_is_saved_is_said_and_leaves_nothing(tmp_path):
+    prepared = prepare_for_inference(model_of(), "int8")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # a file takes no more
+    try:
+        with pytest.raises(UsageError, match="out/packed cannot be written: .*[Ff]ile too large"):
+            save_packed(prepared, ByteTokenizer(), tmp_path / "out/packed")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_packed_folder_has_the_users_umask(tmp_path):
+    prepared = prepare_for_inference(model_of(), "int8")
+    before = os.umask(0o027)
+    try:
+        save_packed(prepared, ByteTokenizer(), tmp_path / "packed")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "packed").stat().st_mode & 0o777 == 0o750
+    assert {p.stat().st_mode & 0o777 for p in (tmp_path / "packed").iterdir()} == {0o640}
+
+
 def test_formats_that_there_are_not_are_refused(tmp_path):
     with pytest.raises(UsageError, match="weights is 'int5', and must be one of auto, float32"):
         gpt.load(tmp_path, weights="int5")
@@ -479,7 +753,7 @@ def test_formats_that_there_are_not_are_refused(tmp_path):
 def test_packed_weights_that_are_damaged_or_meant_for_something_else_are_refused(tmp_path):
     folder = tmp_path / "packed"
     save_packed(prepare_for_inference(model_of(), "int8"), ByteTokenizer(), folder)
-    with pytest.raises(UsageError, match="is there already"):
+    with pytest.raises(UsageError, match="exists, and what is written goes into a new folder"):
         save_packed(prepare_for_inference(model_of(), "int8"), ByteTokenizer(), folder)
     with pytest.raises(UsageError, match="has its weights in int8, and weights is 'int4'"):
         gpt.load(folder, weights="int4")
@@ -533,25 +807,3 @@ def test_biases_have_the_dtype_of_the_products_where_there_are_no_kernels(weight
     prepared = gpt.prepare_for_inference(model_of(), weights, device=torch.device("cuda"))
     linears = [m for m in prepared.modules() if isinstance(m, PackedLinear)]
     assert {linear.bias.dtype for linear in linears if linear.bias is not None} == {torch.bfloat16}
-
-
-@pytest.mark.parametrize(
-    ("machine", "march"), [("x86_64", "x86-64"), ("AMD64", "x86-64"), ("aarch64", "native")]
-)
-def test_a_limit_of_x86_is_not_asked_of_another_processors_compiler(
-    machine, march, monkeypatch, tmp_path
-):
-    commands = []
-
-    def run(command, **options):
-        commands.append(command)
-        return subprocess.CompletedProcess(command, 1, "", "not compiled here")
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
-    monkeypatch.setenv("CXX", sys.executable)  # any program: it is not run
-    monkeypatch.setattr(platform, "machine", lambda: machine)
-    monkeypatch.setattr(kernels.subprocess, "run", run)
-    with pytest.raises(UsageError, match="not compiled here"):
-        kernels._compiled()
-    assert f"-march={march}" in commands[0]

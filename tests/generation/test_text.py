@@ -288,6 +288,8 @@ def test_ids_of_any_width_are_the_same_prompt(byte_model, dtype):
         ([5, 6], r"prompts has 5 in it"),
         (5, r"prompts is 5, and must be a text, or a list"),
         (None, r"prompts is None"),
+        (torch.tensor(1), r"prompts is tensor\(1\)"),
+        (torch.tensor([[1]], device="meta"), r"which is no token id"),
         (b"ab", r"prompts has 97 in it"),
         ([b"ab"], r"the prompt is b'ab', and must be a list of token ids"),
         ([[1.0]], r"the prompt has 1.0 in it, which is no token id"),

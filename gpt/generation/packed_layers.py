@@ -1,0 +1,99 @@
+"""Layers whose weights are a :class:`gpt.generation.quantisation.Matrix`."""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt import kernels
+from gpt.generation.quantisation import Matrix
+from gpt.generation.torch_products import TorchProduct
+
+FEW = 32
+"""Tokens of a prompt up to which the kernels are faster than matrix products; of rows that take one
+token each, twice as many.
+"""
+
+
+class PackedLinear(nn.Module):
+    """A linear layer of a :class:`Matrix`: up to ``few`` rows go through the kernels, more through
+    a matrix product of the dtype ``wide``.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, matrix: Matrix, bias: Tensor | None, wide: torch.dtype, few: int) -> None:
+        super().__init__()
+        self.matrix, self.wide, self.few = matrix, wide, few
+        kept = torch.float32 if few else wide  # the kernels', or the matrix product's
+        self.register_buffer("bias", None if bias is None else bias.detach().to(kept))
+        self._raw: kernels.Matrix | None = None
+        self._product: TorchProduct | None = None
+        self._dense: Tensor | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """``[N, K]``, as wide products have it. It is kept where every product needs it: without
+        kernels, on a processor that only emulates the weights' dtype.
+        """
+        if self._dense is not None:
+            return self._dense
+        dense = self.matrix.dense(self.wide)
+        if not self.few and dense.device.type == "cpu" and self.matrix.scales is None:
+            self._dense = dense
+        return dense
+
+    @property
+    def raw(self) -> kernels.Matrix:
+        """As the kernels see it."""
+        if self._raw is None:
+            self._raw = self.described()
+        return self._raw
+
+    def described(self) -> kernels.Matrix:
+        """As the kernels see it, from where its tensors are now."""
+        m = self.matrix
+        return kernels.Matrix(m.kind, m.width, m.data, m.scales, m.lows, self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., K]`` to ``[..., N]``, of few rows on a CPU in float32."""
+        if x.numel() <= self.few * self.matrix.width:
+            return kernels.linear(x.float(), self.raw)
+        if x.is_cuda and self.matrix.scales is not None:
+            from gpt import triton_kernels
+
+            if x.numel() <= triton_kernels.FEW * self.matrix.width:
+                m = self.matrix
+                y: Tensor = triton_kernels.linear(x, m.data, m.scales, m.lows, m.width, self.bias)
+                return y
+        few_rows = x.numel() <= FEW * self.matrix.width
+        if not self.few and x.device.type == "cpu" and few_rows and self.matrix.scales is not None:
+            if self._product is None:
+                self._product = TorchProduct(self.matrix)
+            y = self._product(x)
+            return (y if self.bias is None else y + self.bias).to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(self.wide)
+        return F.linear(x.to(self.wide), self.weight, bias).to(x.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._raw = self._product = self._dense = None  # they know the old places
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_raw": None, "_product": None, "_dense": None}
+
+
+class PackedEmbedding(nn.Module):
+    """A table of tokens that is a :class:`Matrix`: few tokens become float32, many ``wide``."""
+
+    def __init__(self, matrix: Matrix, wide: torch.dtype, few: int) -> None:
+        super().__init__()
+        self.matrix, self.wide, self.few = matrix, wide, few
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """``[...]`` to ``[..., C]``."""
+        few = ids.numel() <= self.few
+        return self.matrix.rows(ids, torch.float32 if few else self.wide)

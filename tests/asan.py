@@ -1,0 +1,145 @@
+"""``make asan``: the kernels under AddressSanitizer and UndefinedBehaviorSanitizer, on every path
+that this processor can run; exits with 1 if one of them reads or writes past anything, or if the
+sanitizer does not find a matrix that is said to have one row more than there is.
+"""
+
+import ctypes
+import itertools
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from gpt import kernels
+from gpt.config import ModelConfig
+from gpt.generation.inference import FEW, InferenceGPT, prepare_for_inference
+from gpt.generation.quantisation import Matrix
+from tests.conftest import make_model
+
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
+SHAPES = [(1, 1), (2, 1), (5, 31), (3, 33), (7, 96), (5, 127), (5, 128), (1, 129), (3, 200),
+          (65, 513), (130, 48), (300, 160)]  # fmt: skip
+"""Rows and columns of matrices; the last has as many numbers as more than one thread reads."""
+ROWS = [1, 2, 3, 4, 5, 7, 8, 31, FEW]
+MODELS = [
+    {"n_embd": 32, "n_head": 2},
+    {"n_embd": 48, "n_head": 1, "n_inner": 1},
+    {"n_embd": 96, "n_head": 3, "n_inner": 201, "bias": False},
+    {"n_embd": 160, "n_head": 2, "n_kv_head": 1, "activation": "silu", "vocab_size": 33},
+    {"n_embd": 192, "n_head": 4, "n_kv_head": 2, "activation": "gelu", "n_layer": 1},
+    {"n_embd": 256, "n_head": 1, "activation": "relu", "tie_embeddings": False},
+    {"n_embd": 64, "n_head": 4, "activation": "tanh", "scale_attention_by_layer": True},
+]
+CAPACITIES = [1, 4, 5, 15, 16, 33]
+
+
+def products() -> int:
+    """Each matrix of each format, times each number of rows, and unpacked."""
+    count = 0
+    for kind, (rows, columns) in itertools.product(kernels.FORMATS, SHAPES):
+        matrix = Matrix(kind, torch.randn(rows, columns))
+        tensors = matrix.data, matrix.scales, matrix.lows
+        for bias in (None, torch.randn(rows)):
+            raw = kernels.Matrix(kind, columns, *tensors, bias)
+            for x in (torch.randn(n, columns) for n in ROWS):
+                kernels.linear(x, raw)
+                count += 1
+            for bad in (torch.nan, torch.inf, -torch.inf, 3e38, 1e-45):
+                kernels.linear(torch.full((2, columns), bad), raw)
+                count += 1
+        for dtype in (torch.float32, torch.bfloat16):
+            matrix.dense(dtype)
+            matrix.rows(torch.tensor([rows - 1, 0]), dtype)
+            count += 2
+    return count
+
+
+def decoded(model: InferenceGPT, dtype: torch.dtype, capacity: int, rows: int, step: int) -> None:
+    """Rows of ``capacity`` tokens, ``step`` at once, up to the cache's last slot; then unequal
+    rows.
+    """
+    cache = model.new_cache(rows, capacity=capacity)
+    cache.keys, cache.values = cache.keys.to(dtype), cache.values.to(dtype)
+    tokens = torch.randint(model.config.vocab_size, (rows, capacity))
+    for chunk in tokens.split(step, dim=1):
+        model(chunk, cache=cache)
+    cache.truncate([capacity - 1 - row % capacity for row in range(rows)])
+    model(tokens[:, :1], cache=cache)
+
+
+def overread() -> None:
+    """One row more than there is."""
+    matrix = kernels.Matrix("float32", 64, torch.ones(3, 64), None, None)
+    matrix.N += 1
+    kernels.linear(torch.ones(1, 64), matrix)
+
+
+@torch.inference_mode()
+def check(path: str, what: str) -> None:
+    """Run everything with the kernels at ``path``, and print how much that was."""
+    library = kernels._declared(ctypes.CDLL(path))
+    kernels.library = lambda: library
+    torch.manual_seed(0)
+    if what == "overread":
+        overread()
+        return
+    calls = products()
+    blocks, run = 0, kernels.Blocks.run
+
+    def counted(self, x, cache, places):
+        nonlocal blocks
+        blocks += 1
+        run(self, x, cache, places)
+
+    kernels.Blocks.run = counted
+    for threads, models in ((1, MODELS), (3, MODELS[3:5])):  # a share of 3 is uneven
+        torch.set_num_threads(threads)
+        for changes, kind in itertools.product(models, kernels.FORMATS):
+            shape = {"vocab_size": 257, "context_length": 33, "n_layer": 2} | changes
+            model = prepare_for_inference(make_model(ModelConfig(**shape)), kind)
+            for capacity, dtype in itertools.product(CAPACITIES, (torch.float32, torch.bfloat16)):
+                for rows, step in ((1, 1), (1, 5), (3, 4)):
+                    decoded(model, dtype, capacity, rows, step)
+            decoded(model, torch.float32, 5, 2 * FEW, 1)
+    print(f"{calls:,} products, {blocks:,} runs of blocks", flush=True)
+
+
+def main() -> int:
+    """Each path in a process of its own, into which the sanitizer is loaded first."""
+    command, _ = kernels._command()
+    names = ("libasan.so", "libubsan.so", "libstdc++.so")
+    ask = [[command[0], f"-print-file-name={name}"] for name in names]
+    preload = [subprocess.check_output(words, text=True).strip() for words in ask]
+    is_x86 = "-march=native" in command and "x86" in os.uname().machine
+    failed = 0
+    for march in ["native", "x86-64-v3", "x86-64"] if is_x86 else ["native"]:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "kernels.so"
+            words = [word for word in command if not word.startswith("-march")]
+            words += [f"-march={march}", *SANITIZE, "-o", str(path), str(kernels.SOURCE)]
+            subprocess.run(words, check=True)
+            environment = os.environ | {
+                "LD_PRELOAD": " ".join(preload),
+                "ASAN_OPTIONS": "detect_leaks=0",
+                "UBSAN_OPTIONS": "print_stacktrace=1",
+                "OMP_WAIT_POLICY": "passive",
+            }
+            again = [sys.executable, "-m", "tests.asan", str(path)]
+            seen = subprocess.run(
+                [*again, "overread"], env=environment, stderr=subprocess.PIPE, text=True
+            )
+            found = "heap-buffer-overflow" in seen.stderr
+            print(f"{march}: an overread is {'' if found else 'NOT '}found; ", end="", flush=True)
+            clean = subprocess.run([*again, "all"], env=environment).returncode == 0
+            failed += not (found and clean)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        check(*sys.argv[1:])
+    else:
+        sys.exit(main())

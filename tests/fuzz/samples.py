@@ -1,0 +1,118 @@
+"""The valid things that cases begin with, each a folder or a file: made once, and copied."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from gpt import cli
+from gpt.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    TrainConfig,
+    TrainingConfig,
+    to_toml,
+)
+from gpt.data.tokenizer import GPT2Tokenizer
+from gpt.interop.export import export_huggingface
+from gpt.interop.huggingface import exported
+from gpt.model.gpt import GPT
+
+TEXT = "Speak, speak. You are all resolved rather to die than to famish?\n" * 16
+PACKED = ("int8", "int4", "float32", "bfloat16")
+PROMPTS = ("the", "Speak, ", "", "You are all ", "a" * 40)
+
+
+def train_config(run: str, tokenizer: str) -> TrainConfig:
+    """A run of four steps with two checkpoints, which takes a fraction of a second. Its paths are
+    relative: a case that trains has its own folder as the current one.
+    """
+    return TrainConfig(
+        run_dir=run,
+        model=ModelConfig(vocab_size=0, context_length=16, n_layer=2, n_head=2, n_embd=32),
+        data=DataConfig(source="book.txt", tokenizer=tokenizer),
+        training=TrainingConfig(
+            max_steps=4, batch_tokens=64, micro_batch_size=2, precision="float32", device="cpu"
+        ),
+        evaluation=EvaluationConfig(every=2, windows=4, sample_tokens=4),
+        checkpoint=CheckpointConfig(keep=9),
+    )
+
+
+def make(folder: Path) -> None:
+    """Fill ``folder``."""
+    (folder / "book.txt").write_text(TEXT, encoding="utf-8")
+    os.chdir(folder)
+    for name, tokenizer in (("run", "char"), ("other", "byte"), ("new", "byte")):
+        config = train_config(name, tokenizer)
+        (folder / "start.toml").write_text(to_toml(config), encoding="utf-8")
+        gpt("train", folder / "start.toml")
+    for kind in PACKED:
+        gpt(
+            "export", folder / "run", folder / f"packed-{kind}", "--to", "packed", "--weights", kind
+        )
+    gpt("export", folder / "other", folder / "foreign-bytes")
+    make_foreign(folder)
+    make_lines(folder)
+
+
+def gpt(*words: object) -> None:
+    """A command that has to do well."""
+    assert cli.main([str(word) for word in words]) == 0, words
+
+
+def make_foreign(folder: Path) -> None:
+    """A random GPT-2 with a small vocabulary: whole, in shards, as pickles, with other files for
+    its tokenizer.
+    """
+    torch.manual_seed(0)
+    ranks = [bytes([i]) for i in range(256)] + [b"th", b"the", b" t", b" the"]
+    model = GPT(ModelConfig(vocab_size=261, context_length=16, n_layer=1, n_head=2, n_embd=32))
+    export_huggingface(model, GPT2Tokenizer(ranks), folder / "foreign")
+    state = {name: tensor.clone() for name, tensor in exported(model)}
+    names = sorted(state)
+    for kind, suffix, write in (
+        ("sharded", "safetensors", save_file),
+        ("pickles", "bin", torch.save),
+    ):
+        out = folder / f"foreign-{kind}"
+        shutil.copytree(folder / "foreign", out)
+        (out / "model.safetensors").unlink()
+        stem, places = "model" if suffix == "safetensors" else "pytorch_model", {}
+        for i, part in enumerate((names[::2], names[1::2]), 1):
+            file = f"{stem}-{i:05d}-of-00002.{suffix}"
+            write({name: state[name] for name in part}, out / file)
+            places |= dict.fromkeys(part, file)
+        index = {"metadata": {}, "weight_map": places}
+        (out / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+    shutil.copytree(folder / "foreign", folder / "foreign-pickle")
+    (folder / "foreign-pickle" / "model.safetensors").unlink()
+    torch.save(state, folder / "foreign-pickle" / "pytorch_model.bin")
+    shutil.copytree(folder / "foreign", out := folder / "foreign-vocab")
+    tokenizer = json.loads((out / "tokenizer.json").read_text())
+    (out / "tokenizer.json").unlink()
+    vocab = tokenizer["model"]["vocab"] | {"<|endoftext|>": 260}
+    (out / "vocab.json").write_text(json.dumps(vocab))
+    merges = [" ".join(pair) for pair in tokenizer["model"]["merges"]]
+    (out / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+
+
+def make_lines(folder: Path) -> None:
+    """Prompts, their completions, and a file for each task."""
+    activity = {"activity_label": "S", "ctx_a": "You", "ctx_b": "are", "endings": ["all", "to"]}
+    items = {
+        "prompts.jsonl": [{"prompt": text} for text in PROMPTS[:4]],
+        "lambada.jsonl": [{"text": "You are all resolved"}, {"text": "rather to die"}],
+        "hellaswag.jsonl": [activity | {"label": "1"}],
+        "choices.jsonl": [{"context": "You are", "choices": ["all", "die"], "answer": 0}] * 2,
+    }
+    for name, lines in items.items():
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ("--prompt_file", folder / "prompts.jsonl", "--out", folder / "out.jsonl")
+    gpt("sample", "--model", folder / "run", *words, "--max_new_tokens", "3", "--seed", "0")
+    gpt("evaluate", folder / "run", "--choices", folder / "choices.jsonl")
