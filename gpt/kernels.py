@@ -67,9 +67,8 @@ _POINTER, _LONG, _DOUBLE = ctypes.c_void_p, ctypes.c_long, ctypes.c_double
 def knows(config: ModelConfig) -> bool:
     """Whether :class:`Blocks` have the arithmetic of such a model."""
     values = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
-    return config.resolved().head_dim % 16 == 0 and all(
-        name in KNOWN and KNOWN[name](value) for name, value in values.items()
-    )
+    known = all(name in KNOWN and KNOWN[name](value) for name, value in values.items())
+    return known and config.resolved().head_dim % 16 == 0
 
 
 def library() -> ctypes.CDLL | None:

@@ -108,12 +108,16 @@ class DeviceLengths:
         """How many rows there are."""
         return self.tensor.shape[0]
 
+    def check_room(self, n: int, capacity: int) -> None:
+        """``ValueError`` if ``n`` more tokens do not fit. Reads the lengths."""
+        _check_room(max(self.numbers, default=0), n, capacity)
+
     def next(self, n: int, capacity: int, device: torch.device) -> Slots:
         """Where ``n`` more tokens go. On a CPU, ``ValueError`` if they do not fit; in a compiled
         graph and on a GPU that is the caller's to see to.
         """
         if device.type == "cpu" and not torch.compiler.is_compiling():
-            _check_room(max(self.numbers, default=0), n, capacity)
+            self.check_room(n, capacity)
         at = self.tensor[:, None] + torch.arange(n, device=device)
         return Slots(at, capacity, None, sees_all=False)
 

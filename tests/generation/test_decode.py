@@ -7,7 +7,7 @@ import torch
 from gpt.config import GenerationConfig, ModelConfig, UsageError
 from gpt.generation.ahead import Steps
 from gpt.generation.decode import Decoder, decode
-from gpt.model.cache import KVCache
+from gpt.model.cache import DeviceLengths
 from gpt.model.gpt import GPT
 from tests.conftest import make_model
 from tests.model.test_gpt import with_hugging_face_weights
@@ -172,7 +172,7 @@ def test_steps_ahead_of_a_model_that_gives_no_numbers_are_refused(tiny_model):
 
 @pytest.mark.parametrize("ahead", [1, 4])
 def test_a_step_waits_for_the_device_once(ahead, tiny_model, monkeypatch):
-    monkeypatch.setattr(KVCache, "_check_room", lambda self, n: None)  # a CPU's alone
+    monkeypatch.setattr(DeviceLengths, "check_room", lambda self, *room: None)  # a CPU's alone
     waits = []
     for read in ("tolist", "item", "__bool__", "__int__", "__float__"):
         method = getattr(torch.Tensor, read)

@@ -385,8 +385,8 @@ def test_texts_do_not_depend_on_torchs_defaults(default, kind):
         torch.set_default_dtype(before)
 
 
-def forward_of_its_own(self, x, *, mask, cache):
-    return CausalSelfAttention.forward(self, x, mask=mask, cache=cache) * 3
+def forward_of_its_own(self, x, shared):
+    return CausalSelfAttention.forward(self, x, shared) * 3
 
 
 def a_forward_of_its_own(model):
@@ -473,7 +473,7 @@ def test_a_patched_class_runs_as_it_was_patched(monkeypatch):
     prepared = prepare_for_inference(model_of(), "float32")
     tokens, forward = some_tokens(1, 6), CausalSelfAttention.forward
     monkeypatch.setattr(
-        CausalSelfAttention, "forward", lambda self, x, **options: 2 * forward(self, x, **options)
+        CausalSelfAttention, "forward", lambda self, x, shared: 2 * forward(self, x, shared)
     )
     whole, cache = prepared(tokens), prepared.new_cache()
     cached = torch.cat([prepared(t, cache=cache) for t in tokens.split(1, dim=1)], dim=1)
