@@ -1,0 +1,65 @@
+"""Every setting of a run: dataclasses, their checks, and the one way in from TOML and command line.
+
+``dataclass defaults < TOML < command line``. The TOML is flattened into ``--group.field=value``
+tokens that go before the user's own, so both meet the same parser (tyro), the same types and the
+same "perhaps you meant". Nothing here imports torch: ``--help`` answers at once.
+"""
+
+from gpt.config.checks import FOREIGN, MESSAGE, Bounds, UsageError, foreign, quoted
+from gpt.config.commands import EvaluateConfig, ExportConfig, PrepareConfig, SampleConfig, Weights
+from gpt.config.data import DataConfig, TokenizerKind
+from gpt.config.generation import GenerationConfig, SamplingConfig, token_ids, unescaped
+from gpt.config.model import Activation, Mlp, ModelConfig, Norm, NormPlacement, PositionScheme
+from gpt.config.toml import parse, parse_training, to_toml, toml_tokens
+from gpt.config.training import (
+    CheckpointConfig,
+    Device,
+    EvaluationConfig,
+    LogConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Precision,
+    TrainConfig,
+    TrainingConfig,
+    run_of,
+)
+
+__all__ = [
+    "FOREIGN",
+    "MESSAGE",
+    "Activation",
+    "Bounds",
+    "CheckpointConfig",
+    "DataConfig",
+    "Device",
+    "EvaluateConfig",
+    "EvaluationConfig",
+    "ExportConfig",
+    "GenerationConfig",
+    "LogConfig",
+    "Mlp",
+    "ModelConfig",
+    "Norm",
+    "NormPlacement",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "PositionScheme",
+    "Precision",
+    "PrepareConfig",
+    "SampleConfig",
+    "SamplingConfig",
+    "TokenizerKind",
+    "TrainConfig",
+    "TrainingConfig",
+    "UsageError",
+    "Weights",
+    "foreign",
+    "parse",
+    "parse_training",
+    "quoted",
+    "run_of",
+    "to_toml",
+    "token_ids",
+    "toml_tokens",
+    "unescaped",
+]

@@ -1,0 +1,150 @@
+"""TOML files and the command line through one parser.
+
+``dataclass defaults < TOML < command line``. The TOML is flattened into ``--group.field=value``
+words that stand before the user's own, so both get the same types, checks and suggestions.
+"""
+
+import argparse
+import dataclasses
+import json
+import stat
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from gpt.config.checks import UsageError, foreign
+from gpt.config.data import DataConfig
+from gpt.config.training import TrainConfig, run_of
+
+T = TypeVar("T")
+
+
+def parse(schema: type[T], arguments: Sequence[str], *, prog: str, toml: Path | None = None) -> T:
+    """The configuration that ``toml`` and then the command line make of the defaults of ``schema``.
+
+    ``arguments`` are the words behind the program's name; a leading ``*.toml`` among them takes the
+    place of ``toml``. Wrong words end the process with status 2 and tyro's account of them.
+    """
+    import tyro
+
+    words = list(arguments)
+    if words and words[0].endswith(".toml"):
+        toml = Path(words.pop(0))
+        prog = f"{prog} {toml}"
+    tokens = toml_tokens(toml) if toml else []
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def optional(info: Any) -> Any:
+        """``X | None`` takes any text, "None" too: ``None`` is what stands without the option."""
+        if info.type not in (str | None, Path | None, tuple[str, ...] | None):
+            return None
+        [kind] = (each for each in get_args(info.type) if each is not type(None))
+        names: dict[Any, str] = {str: "STR", Path: "PATH"}
+        one = kind in names
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1 if one else "*",
+            metavar=names.get(kind, "[STR [STR ...]]"),
+            instance_from_str=lambda words: kind(words[0]) if one else tuple(words),
+            is_instance=lambda value: value is None or isinstance(value, kind if one else tuple),
+            str_from_instance=lambda value: [str(value)] if one or value is None else list(value),
+        )
+
+    return tyro.cli(
+        schema,
+        prog=prog,
+        args=[*tokens, *words],
+        use_underscores=True,
+        config=(tyro.conf.PositionalRequiredArgs,),
+        registry=registry,
+    )
+
+
+def parse_training(
+    arguments: Sequence[str], *, prog: str, default: Path, init: Path
+) -> tuple[TrainConfig, Path]:
+    """The configuration of ``train.py``, and the TOML file that it comes from: the one that is
+    named; else, for a run that is resumed, the run's own; else the preset ``init`` for a model that
+    is not new; else ``default``.
+
+    A ``config.toml`` in a run's folder means that folder, wherever it was when it was written.
+    """
+    words = list(arguments)
+    if words and words[0].endswith(".toml"):
+        path = Path(words[0])
+        if path.name == "config.toml" and (path.parent / "tokenizer.json").is_file():
+            words[1:1] = ["--run_dir", str(path.parent)]
+        return parse(TrainConfig, words, prog=prog), path
+    given = _peek(words)
+    run = run_of(given.run_dir, given.source)
+    if given.resume and (run / "config.toml").is_file():
+        path = run / "config.toml"
+        words = ["--run_dir", str(run), *words]
+    else:
+        path = init if given.init else default
+    return parse(TrainConfig, words, prog=prog, toml=path), path
+
+
+def _peek(words: Sequence[str]) -> argparse.Namespace:
+    """What must be known of the command line before the rest of it is understood."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--run_dir", "--run-dir", default="")
+    parser.add_argument("--data.source", dest="source", default=DataConfig().source)
+    parser.add_argument("--init", default="")
+    parser.add_argument("--resume", action="store_true")
+    try:
+        return parser.parse_known_args(list(words))[0]
+    except argparse.ArgumentError:  # a value is missing: `parse` says so
+        return parser.parse_args([])
+
+
+def toml_tokens(path: Path) -> list[str]:
+    """The command-line words that say what the TOML file at ``path`` says."""
+    what = f"the configuration {foreign(path)}"
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UsageError(f"{what} is a folder, a pipe or a device, and must be a file")
+        words = list(_tokens(tomllib.loads(path.read_bytes().decode("utf-8-sig"))))
+        if broken := [word for word in words if "\0" in word]:
+            raise ValueError(f"{foreign(broken[0])} has a NUL in it")
+        return words
+    except UsageError:
+        raise
+    except OSError as error:
+        raise UsageError(f"{what} cannot be read: {error.strerror}") from None
+    except RecursionError:
+        raise UsageError(f"{what} is nested too deeply") from None
+    except ValueError as error:  # also of UTF-8, and of an integer of thousands of digits
+        raise UsageError(f"{what} is not valid TOML: {foreign(error)}") from None
+
+
+def _tokens(table: Mapping[str, Any], group: str = "") -> Iterator[str]:
+    for name, value in table.items():
+        if isinstance(value, dict):
+            yield from _tokens(value, f"{group}{name}.")
+        elif isinstance(value, bool):
+            yield f"--{group}{name}" if value else f"--{group}no_{name}"
+        elif isinstance(value, list):
+            yield f"--{group}{name}"
+            yield from map(str, value)
+        else:
+            yield f"--{group}{name}={value}"
+
+
+def to_toml(config: Any) -> str:
+    """A configuration with every field, as TOML that :func:`parse` reads back to an equal one."""
+    lines, groups = [], []
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            groups.append(f"\n[{item.name}]\n{to_toml(value)}")
+        else:
+            lines.append(f"{item.name} = {_toml_value(value)}\n")
+    return "".join(lines + groups)
+
+
+def _toml_value(value: object) -> str:
+    # JSON's strings, booleans and integers are TOML's, but for DEL, which TOML wants escaped.
+    text = str(value) if isinstance(value, Path) else value
+    return repr(text) if isinstance(text, float) else json.dumps(text).replace("\x7f", "\\u007f")
