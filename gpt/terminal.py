@@ -20,10 +20,11 @@ from gpt import kernels
 from gpt.config import GenerationConfig, SampleConfig, UsageError, foreign, quoted, unescaped
 from gpt.files import as_training_text, check_output, sentence, unwritable, write_atomically
 from gpt.generation.batch import continue_file
+from gpt.generation.continuer import Continuer
 from gpt.generation.explain import as_page, as_text, explain, token_text
 from gpt.generation.inference import InferenceGPT
 from gpt.generation.speculative import Speculator
-from gpt.generation.text import Completion, Continuer, encode_prompt, new_decoder, run
+from gpt.generation.text import Completion, encode_prompt, new_decoder, run
 from gpt.interop.load import Loaded
 
 HELP = """\
@@ -138,7 +139,7 @@ class Session:
         if config.seed is not None:
             config = dataclasses.replace(config, seed=config.seed + self._retries)
         decoder = self.decoder(config)
-        pieces = run(self.model, [prompt], config, decoder=decoder)
+        pieces = run(self.model, [prompt], decoder)
         first = next(pieces)  # a prompt that cannot be continued is not shown
         waiting = [prompt] * config.num_samples
         self._introduce()
@@ -224,8 +225,7 @@ class Session:
                     self.model,
                     self.config.prompt_file,
                     self.config.out,
-                    self.config,
-                    decoder=decoder,
+                    decoder,
                     progress=show,
                 )
             except KeyboardInterrupt:

@@ -9,12 +9,13 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from gpt.config import GenerationConfig, UsageError, foreign
+from gpt.config import UsageError, foreign
 from gpt.data.jsonl import read_jsonl
 from gpt.data.tokenizer import Tokenizer
 from gpt.files import as_training_text, check_output, parse_json, unwritable
 from gpt.generation.checks import check_prompt
-from gpt.generation.text import Completion, Continuer, encode_prompt, run
+from gpt.generation.continuer import Continuer
+from gpt.generation.text import Completion, encode_prompt, run
 from gpt.model.gpt import GPT
 
 if sys.platform != "win32":
@@ -27,9 +28,8 @@ def continue_file(
     model: tuple[GPT, Tokenizer],
     prompts: Path,
     out: Path,
-    config: GenerationConfig,
-    *,
     decoder: Continuer,
+    *,
     progress: Progress = lambda done, prompts, tokens: None,
 ) -> int:
     """Continue each ``prompt`` of a JSONL file, and write its line with ``completions`` to ``out``.
@@ -40,6 +40,7 @@ def continue_file(
     done, all prompts, and the tokens written; the number of prompts that were continued is
     returned.
     """
+    config = decoder.config
     check_output(out, "out")
     items = read_jsonl(prompts, {"prompt": str})
     texts = [as_training_text(item["prompt"]) for item in items]
@@ -56,7 +57,7 @@ def continue_file(
         _lock(file, out)
         first = next_one = _lines_written(file, out, items, config.num_samples)
         progress(first, len(items), 0)
-        for _, completion in run(model, texts[first:], config, decoder=decoder):
+        for _, completion in run(model, texts[first:], decoder):
             if completion.reason is None:
                 continue
             tokens += len(completion.tokens)

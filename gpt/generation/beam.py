@@ -186,7 +186,7 @@ class BeamSearch:
         self._count += 1
         return self._count - 1
 
-    def step(self) -> list[Token]:
+    def advance(self) -> list[Token]:
         """All tokens of all sequences of the next prompt."""
         first = self._count - len(self._waiting) * self.config.num_samples
         beams = beam_search(

@@ -84,7 +84,7 @@ class _Row:
 
 
 class Decoder:
-    """Continues sequences, up to ``batch_size`` at a time: ``add`` prompts, then ``step``.
+    """Continues sequences, up to ``batch_size`` at a time: ``add`` prompts, then ``advance``.
 
     The tokens of a sequence are the same whatever else is in the batch, as far as rounding lets
     them: matrix products of another size round otherwise, which float32 hardly ever shows and
@@ -155,7 +155,7 @@ class Decoder:
         self._waiting = deque(row for row in self._waiting if row.sequence != sequence)
 
     @torch.inference_mode()
-    def step(self) -> list[Token]:
+    def advance(self) -> list[Token]:
         """The next token of each sequence that is running, or the next ones, the earlier ones
         first. The model is in evaluation mode meanwhile.
         """
@@ -364,7 +364,7 @@ def decode(
         for sample in range(config.num_samples):
             decoder.add(prompt, sample=sample)
     while decoder.busy:
-        yield from decoder.step()
+        yield from decoder.advance()
 
 
 @contextmanager

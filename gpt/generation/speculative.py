@@ -142,7 +142,7 @@ class Speculator:
         self._count += 1
         return self._count - 1
 
-    def step(self) -> list[Token]:
+    def advance(self) -> list[Token]:
         """The next token of the first sequence that has not ended."""
         token = next(next(iter(self._waiting.values())))
         if token.ended:

@@ -11,6 +11,7 @@ from gpt.config import GenerationConfig, UsageError, quoted, token_ids
 from gpt.data.tokenizer import Tokenizer, fingerprint
 from gpt.generation.beam import BeamSearch
 from gpt.generation.checks import check_number, check_sequences
+from gpt.generation.continuer import Continuer
 from gpt.generation.decode import Decoder, Reason
 from gpt.generation.score import Scored, score_tokens
 from gpt.generation.speculative import Draft, DraftModel, PromptLookup, Speculator
@@ -18,8 +19,6 @@ from gpt.model.gpt import GPT
 
 Prompt = str | Sequence[int]
 """A text, or token ids."""
-Continuer = Decoder | Speculator | BeamSearch
-"""Whatever turns prompts into tokens, with ``add``, ``step``, ``end`` and ``busy``."""
 
 
 @dataclass
@@ -72,7 +71,7 @@ def generate(
         model, config, batch_size=batch_size, draft=draft, num_draft_tokens=num_draft_tokens
     )
     completions = {}
-    for _, completion in run(model, texts, config, decoder=decoder):
+    for _, completion in run(model, texts, decoder):
         completions[completion.prompt, completion.sample] = completion
         if cancelled():
             break
@@ -94,14 +93,12 @@ def stream(
     if config.num_samples != 1:
         raise UsageError(f"num_samples is {config.num_samples}, and a stream is of 1")
     decoder = new_decoder(model, config, draft=draft, num_draft_tokens=num_draft_tokens)
-    return (piece for piece, _ in run(model, [prompt], config, decoder=decoder) if piece)
+    return (piece for piece, _ in run(model, [prompt], decoder) if piece)
 
 
 def run(
     model: tuple[GPT, Tokenizer],
     prompts: Sequence[Prompt],
-    config: GenerationConfig,
-    *,
     decoder: Continuer,
 ) -> Iterator[tuple[str, Completion]]:
     """Each piece of text as it becomes certain, with the completion that it was added to.
@@ -109,7 +106,7 @@ def run(
     A completion's last piece, which may be empty, comes when its ``reason`` is set. ``decoder`` is
     a new one of :func:`new_decoder`.
     """
-    network, tokenizer = model
+    (network, tokenizer), config = model, decoder.config
     completions: list[Completion] = []
     growing: list[GrowingText] = []
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
@@ -122,7 +119,7 @@ def run(
             growing.append(GrowingText(tokenizer, config.stop))
     scores: dict[int, Scored] = {}
     while decoder.busy:
-        for token in decoder.step():
+        for token in decoder.advance():
             completion, text = completions[token.sequence], growing[token.sequence]
             if completion.reason:  # a search goes on behind a stop text
                 completion.score = token.score

@@ -112,10 +112,10 @@ def test_one_capture_serves_all_numbers_of_rows_up_to_a_power_of_two(model, capt
     for prompt in PROMPTS:
         decoder.add(prompt)
     for sequence in range(4):
-        decoder.step()
+        decoder.advance()
         decoder.end(sequence)
     while decoder.busy:
-        decoder.step()
+        decoder.advance()
     assert captured == [8, 4]
 
 
@@ -162,7 +162,7 @@ def test_decoders_that_take_turns_have_each_a_cache_of_their_own(model, captured
     while any(decoder.busy for decoder in decoders):
         for tokens, decoder in zip(got, decoders, strict=True):
             if decoder.busy:
-                tokens += [token.id for token in decoder.step()]
+                tokens += [token.id for token in decoder.advance()]
     assert got == expected
 
 
@@ -173,7 +173,7 @@ def test_a_decoder_goes_on_after_it_has_left_its_cache(model):
         decoder.add(prompt)
         got.append([])
         while decoder.busy:
-            got[-1] += [token.id for token in decoder.step()]
+            got[-1] += [token.id for token in decoder.advance()]
     assert got == tokens_of(model, PROMPTS[:3])
 
 

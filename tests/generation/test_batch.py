@@ -45,7 +45,7 @@ def prompts(tmp_path):
 def continued(model, prompts, out, config=CONFIG, batch_size=5, progress=None):
     decoder = new_decoder(model, config, batch_size=batch_size)
     options = {} if progress is None else {"progress": progress}
-    return continue_file(model, prompts, out, config, decoder=decoder, **options)
+    return continue_file(model, prompts, out, decoder, **options)
 
 
 def read(path):

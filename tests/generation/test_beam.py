@@ -170,7 +170,7 @@ def test_a_search_that_finds_too_few_says_so():
     for sample in range(4):
         search.add([1], sample=sample)
     with pytest.raises(UsageError, match="num_samples is 4, and no more than 3 continuations"):
-        search.step()
+        search.advance()
 
 
 def test_the_models_mode_is_left_as_it_was_after_an_error_too(both):

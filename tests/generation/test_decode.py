@@ -163,11 +163,11 @@ def test_steps_ahead_do_not_wait_for_each_token(tiny_model, monkeypatch):
 def test_steps_ahead_of_a_model_that_gives_no_numbers_are_refused(tiny_model):
     decoder = Decoder(tiny_model, greedy(20), ahead=4)
     decoder.add([1, 2])
-    decoder.step()
+    decoder.advance()
     with torch.no_grad():
         tiny_model.head.weight.fill_(torch.nan)
     with pytest.raises(UsageError, match="logits are not numbers"):
-        decoder.step()
+        decoder.advance()
 
 
 @pytest.mark.parametrize("ahead", [1, 4])
@@ -182,10 +182,10 @@ def test_a_step_waits_for_the_device_once(ahead, tiny_model, monkeypatch):
     decoder = Decoder(tiny_model, greedy(13, past_context="stop"), ahead=ahead)
     decoder.add(prompt_of(3))
     decoder.add(prompt_of(3, seed=9))
-    decoder.step()  # reads the prompts
+    decoder.advance()  # reads the prompts
     while decoder.busy:
         waits.clear()
-        decoder.step()
+        decoder.advance()
         assert len(waits) == 1
 
 
@@ -283,7 +283,7 @@ def test_a_row_that_ends_makes_room_for_the_next_prompt(tiny_model, reads):
         decoder.add(prompt_of(length))
     ends = {}
     while decoder.busy:
-        for token in decoder.step():
+        for token in decoder.advance():
             if token.ended:
                 ends[token.sequence] = token.ended
     assert reads == [(2, 15), (2, 1), (1, 1), (1, 4), (2, 1), (2, 1), (2, 1), (1, 1), (1, 1)]
@@ -299,7 +299,7 @@ def test_sequences_may_be_added_and_ended_at_any_time(tiny_model):
             rows[decoder.add(prompt_of(step + 7))] = []
         if step == 4:
             decoder.end(ended := 1)
-        for token in decoder.step():
+        for token in decoder.advance():
             assert step < 4 or token.sequence != ended
             rows[token.sequence].append(token.id)
     for sequence, length in enumerate((2, 9, 10, 12)):
@@ -385,7 +385,7 @@ def test_log_probabilities_of_a_padded_vocabulary_are_the_losses(tiny_model):
 def test_no_gradient_is_kept(tiny_model):
     decoder = Decoder(tiny_model, greedy(3))
     decoder.add(prompt_of(3))
-    decoder.step()
+    decoder.advance()
     assert not decoder._cache.keys.requires_grad
 
 

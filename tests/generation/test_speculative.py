@@ -206,7 +206,7 @@ def test_a_seed_gives_a_prompt_the_same_tokens_in_any_company(name):
         speculator = Speculator(model, config, draft[name])
         rows = {speculator.add(prompt): [] for prompt in prompts}
         while speculator.busy:
-            for token in speculator.step():
+            for token in speculator.advance():
                 rows[token.sequence].append(token.id)
         return list(rows.values())
 
