@@ -132,9 +132,9 @@ class Watch:
         if self.limits is not None:  # of the processor's time, and of waiting
             signal.setitimer(signal.ITIMER_PROF, 10 + 5 * self.limits[item.nodeid])
             signal.setitimer(signal.ITIMER_REAL, 60 + 10 * self.limits[item.nodeid])
-        start = time.process_time()
+        start = time.monotonic()
         result = yield
-        self.seconds[item.nodeid] += time.process_time() - start
+        self.seconds[item.nodeid] += time.monotonic() - start
         return result
 
     @pytest.hookimpl(tryfirst=True)
@@ -164,6 +164,9 @@ def forked(action, tree: Path) -> int:
         status = 1
         try:
             os.setsid()
+            for number in (signal.SIGHUP, signal.SIGQUIT):  # which nohup ignores
+                signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             log = os.open(tree / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(log, 1)
             os.dup2(log, 2)
@@ -306,7 +309,7 @@ def main() -> int:
     mutants = mutants[: args.n]
     print(f"{len(mutants)} of {n_all} mutants, seed {args.seed}", flush=True)
 
-    start, survivors = time.monotonic(), []
+    start = time.monotonic()
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     with tempfile.TemporaryDirectory() as scratch:
         trees = [copy(Path(scratch).resolve() / str(i)) for i in range(args.processes)]
@@ -316,9 +319,8 @@ def main() -> int:
                 baselines |= dict.fromkeys(modules, Baseline(folder, modules, trees[0]))
         for mutant, outcome in outcomes(mutants, trees, baselines):
             counts[mutant.module][outcome] += 1
-            if outcome == "survived":
-                survivors.append(mutant)
-                print(f"\n{mutant.diff()}", flush=True)
+            if outcome != "killed":
+                print(f"\n{outcome}: {mutant.diff()}", flush=True)
     columns = ("killed", "timed out", "survived")
     print("\n| module | tried | killed | timed out | survived |\n|---|---|---|---|---|")
     counts["all"] = sum(counts.values(), collections.Counter())
@@ -326,7 +328,7 @@ def main() -> int:
         row = [module, count.total(), *(count[column] for column in columns)]
         print("|", " | ".join(map(str, row)), "|")
     print(f"{time.monotonic() - start:.0f} s")
-    return int(bool(survivors))
+    return int(bool(counts["all"]["survived"]))
 
 
 if __name__ == "__main__":

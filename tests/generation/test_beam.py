@@ -192,3 +192,12 @@ def test_a_search_where_every_candidate_ends_ends():
     search = GenerationConfig(max_new_tokens=4, num_beams=2)
     [beam] = beam_search(model, [0], search, end_of_text=0)
     assert beam.tokens == [0]
+
+
+def test_beams_do_not_depend_on_torchs_default_device(both):
+    config = GenerationConfig(
+        max_new_tokens=9, num_beams=3, num_samples=3, repetition_penalty=1.4, logprobs=2
+    )
+    expected = beam_search(both[0], [3, 1, 2], config, end_of_text=END)
+    with torch.device("meta"):
+        assert beam_search(both[0], [3, 1, 2], config, end_of_text=END) == expected

@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt.config import Activation, ModelConfig
 from gpt.model.dropout import Dropout
-from gpt.model.gpt import GPT
+from gpt.model.gpt import GPT, parameter_count
 from gpt.model.mlp import ACTIVATIONS
 from tests.conftest import make_model
 
@@ -96,6 +96,15 @@ def test_the_parameter_count_counts_a_tied_head_once(tied, tiny_config):
     assert (model.head.weight is model.embed.weight) == tied
 
 
+@pytest.mark.parametrize("n_layer", [1, 2, 5])
+def test_a_shapes_parameters_are_counted_without_building_it(n_layer, tiny_config):
+    config = dataclasses.replace(tiny_config, n_layer=n_layer)
+    assert parameter_count(config) == GPT(config).parameter_count()
+    giant = dataclasses.replace(config, n_layer=10**9)
+    assert parameter_count(giant) > 10**9 * tiny_config.n_embd**2
+    assert parameter_count(dataclasses.replace(config, vocab_size=10**18)) == 2**63
+
+
 def test_nothing_leaks_from_the_future(tiny_model):
     tokens = torch.randint(61, (1, 16), generator=torch.Generator().manual_seed(0))
     logits = tiny_model(tokens)
@@ -142,6 +151,17 @@ def test_initial_weights_are_gpt2s():
         if isinstance(module, nn.LayerNorm):
             assert (module.weight == 1).all()
             assert not module.bias.any()
+
+
+def test_weights_drawn_part_by_part_are_those_drawn_at_once(tiny_config):
+    torch.manual_seed(0)
+    whole, parts = GPT(tiny_config), GPT(dataclasses.replace(tiny_config))
+    torch.manual_seed(0)
+    for name, part in parts.named_children():
+        for child in part if name == "blocks" else [part]:
+            parts.initialise(child)
+    for name, weight in whole.named_parameters():
+        assert torch.equal(weight, parts.get_parameter(name)), name
 
 
 def test_an_untrained_model_knows_nothing():
