@@ -317,10 +317,10 @@ def main() -> int:
         for folder, modules in folders.items():
             if any(m.module in modules for m in mutants):
                 baselines |= dict.fromkeys(modules, Baseline(folder, modules, trees[0]))
-        for mutant, outcome in outcomes(mutants, trees, baselines):
+        for n, (mutant, outcome) in enumerate(outcomes(mutants, trees, baselines), 1):
             counts[mutant.module][outcome] += 1
             if outcome != "killed":
-                print(f"\n{outcome}: {mutant.diff()}", flush=True)
+                print(f"\n{n}: {outcome}: {mutant.diff()}", flush=True)
     columns = ("killed", "timed out", "survived")
     print("\n| module | tried | killed | timed out | survived |\n|---|---|---|---|---|")
     counts["all"] = sum(counts.values(), collections.Counter())
