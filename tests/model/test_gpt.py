@@ -26,6 +26,7 @@ HF_NAMES = {
     "mlp.up": "mlp.c_fc",
     "mlp.down": "mlp.c_proj",
 }
+HF_ACTIVATIONS = {"gelu_tanh": "gelu_new"} | {n: n for n in ("gelu", "relu", "silu", "tanh")}
 
 
 def with_hugging_face_weights(config: ModelConfig, seed: int = 0) -> tuple[GPT, GPT2LMHeadModel]:
@@ -39,6 +40,10 @@ def with_hugging_face_weights(config: ModelConfig, seed: int = 0) -> tuple[GPT, 
             n_layer=config.n_layer,
             n_head=config.n_head,
             layer_norm_epsilon=config.norm_eps,
+            n_inner=config.n_inner or None,
+            activation_function=HF_ACTIVATIONS[config.activation],
+            scale_attn_weights=config.scale_attention,
+            scale_attn_by_inverse_layer_idx=config.scale_attention_by_layer,
             tie_word_embeddings=config.tie_embeddings,
         )
     )
@@ -64,8 +69,22 @@ def with_hugging_face_weights(config: ModelConfig, seed: int = 0) -> tuple[GPT, 
     return ours.eval(), theirs.eval()
 
 
-def test_the_logits_and_gradients_are_those_of_hugging_faces_gpt2():
-    config = ModelConfig(vocab_size=97, context_length=24, n_layer=3, n_head=4, n_embd=48)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"tie_embeddings": False, "norm_eps": 0.1},
+        {"scale_attention": False},
+        {"scale_attention_by_layer": True},
+        {"n_inner": 40, "activation": "gelu"},
+        *({"activation": name} for name in ("relu", "silu", "tanh")),
+    ],
+    ids=lambda settings: " ".join(map(str, settings.values())),
+)
+def test_the_logits_and_gradients_are_those_of_hugging_faces_gpt2(settings):
+    config = ModelConfig(
+        vocab_size=97, context_length=24, n_layer=3, n_head=4, n_embd=48, **settings
+    )
     ours, theirs = with_hugging_face_weights(config)
     ours, theirs = ours.double(), theirs.double()
     tokens = torch.randint(97, (3, 24), generator=torch.Generator().manual_seed(1))
