@@ -5,12 +5,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # A process for each core, each of which takes whole files: their fixtures are made once.
 PARALLEL := -n auto --maxprocesses 8 --dist loadfile
 READY := $(VENV)/.ready
+MUTANTS_READY := $(VENV)/.mutants
 CUDA_VENV := .venv-cuda
 CUDA_READY := $(CUDA_VENV)/.ready
 CUDA_TORCH := torch==2.14.1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-fake-cuda soak fuzz asan lint format clean
+.PHONY: help setup demo test test-all test-fake-cuda soak fuzz asan mutants lint format clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1	/' | expand -t 18
@@ -55,6 +56,14 @@ fuzz: $(READY)  ## minutes of odd words, values and files: each must end well or
 
 asan: $(READY)  ## some minutes of the CPU's kernels under AddressSanitizer, on every path of this processor
 	$(BIN)/python -m tests.asan
+
+# mutmut brings the operators that change the program, and coverage what each test reaches.
+$(MUTANTS_READY): $(READY)
+	$(PIP) -c constraints.txt -e '.[mutants]'
+	@touch $@
+
+mutants: $(MUTANTS_READY)  ## small changes of the program that some test should notice: N=200 of them, drawn by SEED=1; all by default
+	$(BIN)/python -m tests.mutants $(if $(N),--n $(N)) $(if $(SEED),--seed $(SEED))
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .

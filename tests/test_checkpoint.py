@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from gpt import checkpoint as checkpoints
 from gpt import tensors
@@ -176,6 +177,55 @@ def test_pruning_keeps_the_newest_and_the_best(run, tiny_model):
     checkpoints.prune(run, keep=2)
     left = sorted(p.name for p in (run / "checkpoints").iterdir())
     assert left == ["step-00000020", "step-00000040", "step-00000050"]
+
+
+def test_pruning_keeps_the_multiples_that_are_asked_for(run, tiny_model):
+    for step in (40, 45, 50):
+        checkpoints.point(run, "last", save(run, step, tiny_model).name)
+    assert checkpoints.prune(run, keep=1, keep_every=20) == []
+    left = sorted(p.name for p in (run / "checkpoints").iterdir())
+    assert left == ["step-00000020", "step-00000040", "step-00000050"]
+    checkpoints.prune(run, keep=1, keep_every=0)
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"step-00000020", "step-00000050"}
+
+
+@pytest.fixture
+def group():
+    """A process group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_a_sharded_checkpoint_has_what_was_saved(group, tiny_model, tmp_path):
+    weights = dict(tiny_model.named_parameters())
+    training = {"norm.bias/exp_avg": torch.arange(3)}
+    state = State(
+        step=7, model=tiny_model.config, weights=weights, training=training, progress={}, metrics={}
+    )
+    path = checkpoints.save_sharded(tmp_path, state, group)
+    assert path == folder(tmp_path, 7)
+    assert sorted(p.name for p in path.iterdir()) == ["meta.json", "model", "training"]
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    found = checkpoints.verify(path)
+    loaded = checkpoints.load_model(found)
+    assert all(torch.equal(loaded.get_parameter(name), w) for name, w in weights.items())
+    assert torch.equal(tensors.load(path / "training")["norm.bias/exp_avg"], torch.arange(3))
+    shard = next((path / "model").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(UsageError, match="is damaged"):
+        checkpoints.verify(path)
+
+
+def test_a_shard_that_cannot_be_written_is_an_os_error(group, tiny_model, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(tensors, "write_shards", full)
+    state = State(step=7, model=tiny_model.config, weights={}, training={}, progress={}, metrics={})
+    with pytest.raises(OSError, match="no space left"):
+        checkpoints.save_sharded(tmp_path, state, group)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 def test_a_later_format_is_refused(run):

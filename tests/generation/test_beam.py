@@ -192,3 +192,38 @@ def test_a_search_where_every_candidate_ends_ends():
     search = GenerationConfig(max_new_tokens=4, num_beams=2)
     [beam] = beam_search(model, [0], search, end_of_text=0)
     assert beam.tokens == [0]
+
+
+def test_beams_do_not_depend_on_torchs_default_device(both):
+    config = GenerationConfig(
+        max_new_tokens=9, num_beams=3, num_samples=3, repetition_penalty=1.4, logprobs=2
+    )
+    expected = beam_search(both[0], [3, 1, 2], config, end_of_text=END)
+    with torch.device("meta"):
+        assert beam_search(both[0], [3, 1, 2], config, end_of_text=END) == expected
+
+
+def test_searches_are_made_in_order_and_their_tokens_say_how_they_ended(both):
+    config = GenerationConfig(
+        max_new_tokens=6, num_beams=3, num_samples=2, bias={END: 1.2}, logprobs=1
+    )
+    prompts, options = [[1, 2, 3], [4], [6] * 47], {"vocab_size": 20, "end_of_text": END}
+    search, reasons = BeamSearch(both[0], config, **options), []
+    assert not search.busy
+    added = [search.add(prompt, sample=sample) for prompt in prompts for sample in range(2)]
+    assert added == list(range(6))
+    for number, prompt in enumerate(prompts):
+        assert search.busy
+        tokens = search.advance()
+        beams = beam_search(both[0], prompt, config, **options)
+        for sequence, beam in enumerate(beams, 2 * number):
+            *before, last = [token for token in tokens if token.sequence == sequence]
+            assert [token.id for token in (*before, last)] == beam.tokens
+            assert [(token.logprob, token.top) for token in (*before, last)] == beam.details
+            assert {(token.ended, token.score) for token in before} <= {(None, None)}
+            assert last.score == beam.score
+            full = "context" if len(prompt) == 47 else "length"
+            assert last.ended == ("end_of_text" if last.id == END else full)
+            reasons.append(last.ended)
+    assert not search.busy
+    assert set(reasons) == {"end_of_text", "context", "length"}

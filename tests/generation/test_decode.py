@@ -128,6 +128,24 @@ def test_steps_taken_ahead_give_the_same_tokens(settings, batch_size, ahead, pol
         ]
 
 
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_tokens_do_not_depend_on_torchs_default_device(penalty, tiny_model):
+    config = GenerationConfig(
+        temperature=0.9,
+        seed=3,
+        max_new_tokens=20,
+        min_new_tokens=2,
+        bias={4: 2.0},
+        repetition_penalty=penalty,
+        logprobs=2,
+    )
+    prompts = [[*prompt_of(9, 1), token] for token in (3, 4, 5)]
+    options = {"batch_size": 2, "end_of_text": 11}
+    expected = list(decode(tiny_model, prompts, config, **options))
+    with torch.device("meta"):
+        assert list(decode(tiny_model, prompts, config, **options)) == expected
+
+
 @pytest.mark.parametrize("prefill", [1, 5, 12])
 def test_prompts_are_read_in_chunks_without_a_difference(prefill, tiny_model, monkeypatch):
     prompts = [prompt_of(n) for n in (3, 9, 16, 5, 1)]

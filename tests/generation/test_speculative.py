@@ -299,3 +299,21 @@ def test_prompts_and_numbers_that_make_no_sense_are_refused():
     for prompt, message in (([], "no tokens"), ([31], "token id 31"), ([1] * 25, "has 25 tokens")):
         with pytest.raises(UsageError, match=message):
             next(speculator.decode(prompt))
+
+
+@pytest.mark.parametrize("draft", ["look-up", "near"])
+def test_tokens_do_not_depend_on_torchs_default_device(draft):
+    model = model_of(1)
+    config = GenerationConfig(
+        max_new_tokens=30, seed=2, bias={4: 1.0}, repetition_penalty=1.1, logprobs=2
+    )
+
+    smaller = near(model, 0.02)
+
+    def written():
+        guesses = PromptLookup() if draft == "look-up" else DraftModel(smaller, config, seed=2)
+        return list(Speculator(model, config, guesses, end_of_text=7).decode([1, 2, 3, 1, 2]))
+
+    expected = written()
+    with torch.device("meta"):
+        assert written() == expected

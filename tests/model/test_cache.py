@@ -348,3 +348,69 @@ def test_rows_and_copies_that_make_no_sense_are_refused(tiny_model):
         cache.add(tiny_model.new_cache())
     with pytest.raises(ValueError, match="cannot expand a cache by 0"):
         cache.expand(0)
+
+
+def test_what_a_cache_makes_is_on_its_device(tiny_config):
+    cache, other = (KVCache(tiny_config, batch_size=3, device="meta") for _ in range(2))
+    cache.lengths = [3, 1]
+    slots = cache.plan(2)
+    assert {slots.at.device.type, cache.mask(slots).device.type} == {"meta"}
+    k = torch.zeros(2, 4, 2, 8, device="meta")
+    assert {x.device.type for x in cache.append(0, k, k, slots)} == {"meta"}
+    cache.reorder([1, 0])
+    cache.add(other, [2])
+    assert {x.device.type for x in (cache.keys, cache.expand(2).values)} == {"meta"}
+    cache.lengths = [3, 3]
+    slots = cache.plan(2)
+    assert {slots.at.device.type, cache.mask(slots).device.type} == {"meta"}
+
+
+def test_rows_as_a_tensor_are_read_once(waits, tiny_model):
+    cache = tiny_model.new_cache(3)
+    cache.lengths = [1, 2, 3]
+    cache.reorder(torch.tensor([2, 0, 0]))
+    assert len(waits) == 1
+    assert cache.lengths == [3, 1, 1]
+
+
+def test_a_row_that_fills_the_capacity_may_be_added(tiny_config):
+    cache, full = (KVCache(tiny_config, capacity=4) for _ in range(2))
+    cache.reorder([])
+    full.keys += 1
+    full.lengths = [4]
+    cache.add(full)
+    assert cache.lengths == [4]
+    assert (cache.keys == 1).all()
+    cache.reorder([])
+    longer = KVCache(tiny_config, capacity=5)
+    longer.lengths = [5]
+    with pytest.raises(ValueError, match="1 rows of up to 5 tokens do not fit beside 0"):
+        cache.add(longer)
+
+
+def test_square_causal_and_single_queries_need_no_mask(tiny_config):
+    cache = KVCache(tiny_config)
+    assert cache.mask(cache.plan(3)) is None
+    cache.advance(3)
+    assert cache.mask(cache.plan(1)) is None
+    assert cache.mask(cache.plan(2)).shape == (2, 5)
+
+
+@torch.inference_mode()
+def test_a_step_of_padded_rows_moves_these_and_writes_nothing_else_in_use(tiny_model):
+    tokens = some_tokens(2, 6)
+    cache = tiny_model.new_cache(3, on_device=True)
+    cache.reorder([0, 1])
+    tiny_model(tokens[:, :5], cache=cache)
+    padded = cache.padded(3)
+    assert padded.lengths == [5, 5, 0]
+    logits = tiny_model(torch.cat([tokens[:, 5:], tokens[:1, 5:]]), cache=padded)
+    assert cache.lengths == [6, 6]
+    full = tiny_model(tokens)[:, 5:]
+    torch.testing.assert_close(logits[:2], full, rtol=0, atol=1e-5 * float(full.abs().max()))
+    assert cache.padded(2).lengths == [6, 6]
+    for rows in (1, 4):
+        with pytest.raises(
+            ValueError, match=f"2 rows, with memory for 3, cannot be padded to {rows}"
+        ):
+            cache.padded(rows)

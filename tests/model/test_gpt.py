@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt.config import Activation, ModelConfig
 from gpt.model.dropout import Dropout
-from gpt.model.gpt import GPT
+from gpt.model.gpt import GPT, parameter_count
 from gpt.model.mlp import ACTIVATIONS
 from gpt.model.surgery import crop_context, resize_vocabulary, set_dropout
 from tests.conftest import make_model
@@ -27,6 +27,7 @@ HF_NAMES = {
     "mlp.up": "mlp.c_fc",
     "mlp.down": "mlp.c_proj",
 }
+HF_ACTIVATIONS = {"gelu_tanh": "gelu_new"} | {n: n for n in ("gelu", "relu", "silu", "tanh")}
 
 
 def with_hugging_face_weights(config: ModelConfig, seed: int = 0) -> tuple[GPT, GPT2LMHeadModel]:
@@ -40,6 +41,10 @@ def with_hugging_face_weights(config: ModelConfig, seed: int = 0) -> tuple[GPT, 
             n_layer=config.n_layer,
             n_head=config.n_head,
             layer_norm_epsilon=config.norm_eps,
+            n_inner=config.n_inner or None,
+            activation_function=HF_ACTIVATIONS[config.activation],
+            scale_attn_weights=config.scale_attention,
+            scale_attn_by_inverse_layer_idx=config.scale_attention_by_layer,
             tie_word_embeddings=config.tie_embeddings,
         )
     )
@@ -65,8 +70,22 @@ def with_hugging_face_weights(config: ModelConfig, seed: int = 0) -> tuple[GPT, 
     return ours.eval(), theirs.eval()
 
 
-def test_the_logits_and_gradients_are_those_of_hugging_faces_gpt2():
-    config = ModelConfig(vocab_size=97, context_length=24, n_layer=3, n_head=4, n_embd=48)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"tie_embeddings": False, "norm_eps": 0.1},
+        {"scale_attention": False},
+        {"scale_attention_by_layer": True},
+        {"n_inner": 40, "activation": "gelu"},
+        *({"activation": name} for name in ("relu", "silu", "tanh")),
+    ],
+    ids=lambda settings: " ".join(map(str, settings.values())),
+)
+def test_the_logits_and_gradients_are_those_of_hugging_faces_gpt2(settings):
+    config = ModelConfig(
+        vocab_size=97, context_length=24, n_layer=3, n_head=4, n_embd=48, **settings
+    )
     ours, theirs = with_hugging_face_weights(config)
     ours, theirs = ours.double(), theirs.double()
     tokens = torch.randint(97, (3, 24), generator=torch.Generator().manual_seed(1))
@@ -95,6 +114,15 @@ def test_the_parameter_count_counts_a_tied_head_once(tied, tiny_config):
     tables = table * (1 if tied else 2) + positions
     assert model.parameter_count() - model.parameter_count(embeddings=False) == tables
     assert (model.head.weight is model.embed.weight) == tied
+
+
+@pytest.mark.parametrize("n_layer", [1, 2, 5])
+def test_a_shapes_parameters_are_counted_without_building_it(n_layer, tiny_config):
+    config = dataclasses.replace(tiny_config, n_layer=n_layer)
+    assert parameter_count(config) == GPT(config).parameter_count()
+    giant = dataclasses.replace(config, n_layer=10**9)
+    assert parameter_count(giant) > 10**9 * tiny_config.n_embd**2
+    assert parameter_count(dataclasses.replace(config, vocab_size=10**18)) == 2**63
 
 
 def test_nothing_leaks_from_the_future(tiny_model):
@@ -143,6 +171,17 @@ def test_initial_weights_are_gpt2s():
         if isinstance(module, nn.LayerNorm):
             assert (module.weight == 1).all()
             assert not module.bias.any()
+
+
+def test_weights_drawn_part_by_part_are_those_drawn_at_once(tiny_config):
+    torch.manual_seed(0)
+    whole, parts = GPT(tiny_config), GPT(dataclasses.replace(tiny_config))
+    torch.manual_seed(0)
+    for name, part in parts.named_children():
+        for child in part if name == "blocks" else [part]:
+            parts.initialise(child)
+    for name, weight in whole.named_parameters():
+        assert torch.equal(weight, parts.get_parameter(name)), name
 
 
 def test_an_untrained_model_knows_nothing():

@@ -40,6 +40,7 @@ from gpt.training.parallel import World
 from gpt.training.run import train
 from gpt.training.schedule import learning_rate_factor
 from gpt.training.setup import FIXED, FIXED_GROUPS, held, is_fixed, padded, settings
+from gpt.training.stopwatch import Forecast
 
 
 @pytest.fixture
@@ -737,6 +738,15 @@ def test_a_scale_that_is_too_high_for_float16_is_lowered_and_stops_nothing(confi
         trainer.update()
 
 
+@pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
+def test_a_scale_of_one_or_more_may_be_what_a_gradient_suffers_from(scale, config):
+    trainer = trainer_of(change(config, "training", precision="float16"))
+    trainer.scaler.scale(torch.ones(()))
+    trainer.scaler._scale.fill_(scale)
+    assert trainer.was_scaled_too_far() == (scale >= 1)
+    assert not trainer_of(config).was_scaled_too_far()
+
+
 class HalfMasked(Windows):
     def batch(self, windows):
         batch = super().batch(windows)
@@ -839,6 +849,12 @@ def test_what_auto_has_come_to_is_said_where_it_changes(config):
         "changed  processes was 8 and is 1",
         "changed  strategy was ddp and is single",
     ]
+
+
+def test_a_checkpoint_has_what_auto_has_come_to(config):
+    run(config)
+    place = {"device": "cpu", "precision": "float32", "processes": 1, "strategy": "single"}
+    assert checkpoints.find(config.run, "last").progress["place"] == place
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_takes_no_place(config):
@@ -954,6 +970,34 @@ def test_the_groups_of_parameters_are_listed_at_the_start(config):
         r"adamw    2 matrices \([\d,]+ numbers\), learning rate 0.003, decay 0.1", output
     )
     assert "adamw    18 biases and norms (896 numbers), learning rate 0.003, decay 0" in output
+
+
+def test_a_forecast_is_told_of_all_that_is_left(config, monkeypatch):
+    made = []
+
+    class Recorded(Forecast):
+        def __init__(self, **left):
+            super().__init__(**left)
+            made.append({**left, "evaluated": 0, "steps made": 0})
+
+        def add(self, seconds):
+            assert seconds > 0
+            made[-1]["steps made"] += 1
+            return f"step {made[-1]['steps made']} was counted"
+
+        def evaluated(self, seconds):
+            made[-1]["evaluated"] += seconds > 0
+
+    monkeypatch.setattr("gpt.training.loop.Forecast", Recorded)
+    _, output = run(change(config, "training", max_steps=9))
+    assert "step 9 was counted" in output
+    seconds = made[0].pop("evaluation_seconds")
+    assert seconds > 0
+    assert made == [{"steps": 9, "evaluations": 3, "evaluated": 3, "steps made": 9}]
+    shutil.rmtree(config.run / "checkpoints" / "step-00000009")
+    run(dataclasses.replace(change(config, "training", max_steps=12), resume=True))
+    left = {"steps": 4, "evaluations": 1, "evaluation_seconds": None}
+    assert made[1] == left | {"evaluated": 1, "steps made": 4}
 
 
 def test_tf32_is_on_when_it_is_asked_for(config):

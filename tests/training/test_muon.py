@@ -28,6 +28,13 @@ def test_each_singular_value_becomes_about_one(shape, dtype):
     assert values.min() > 0.84
 
 
+def test_the_coefficients_bring_every_value_above_a_hundredth_near_one():
+    x = torch.linspace(0.01, 1, 10_001, dtype=torch.float64) / muon.SAFETY
+    for a, b, c in POLAR_EXPRESS:
+        x = a * x + b * x**3 + c * x**5
+    assert 0.84 < x.min() < x.max() < 1.16
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES[:-1], ids=str)
 def test_the_iteration_is_that_of_its_formula_in_float64(shape, dtype):
