@@ -321,6 +321,8 @@ def _described(path: Path) -> tuple[Checkpoint, dict[str, str]]:
     step, metrics, progress = meta["step"], meta["metrics"], meta.get("progress", {})
     if type(step) is not int or step < 0:
         raise DamagedError(f"{META} has {quoted(step)} as its step")
+    if _NAME.fullmatch(path.name) and _step(path) != step:
+        raise DamagedError(f"{META} is of step {step:,}")
     if not (isinstance(metrics, dict) and isinstance(progress, dict)):
         raise DamagedError(f"{META} has metrics or progress that are no objects")
     model = ModelConfig(**meta["model"])

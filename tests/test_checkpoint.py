@@ -414,7 +414,8 @@ def write_meta(path, **changes):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"step": "30"}, {"step": -1}, {"step": True}, {"metrics": []}, {"progress": 3}, {"model": 1},
+    [{"step": "30"}, {"step": -1}, {"step": 0},
+     {"step": True}, {"metrics": []}, {"progress": 3}, {"model": 1},
      {"model": {"n_layer": 0}}, {"files": ["x"]}, {"files": {"nul\0": "x"}}],
     ids=str,
 )  # fmt: skip

@@ -183,6 +183,7 @@ WRONG = {
     int | None: [1.5, "1", True],
     str | None: [1, b"x"],
     Path | None: [1],
+    tuple[str, ...] | None: [1, "a.html", [1], [[1, 2], [3]]],
 }
 
 

@@ -95,6 +95,10 @@ def check(config: Any, group: str = "") -> None:
             not isinstance(value, wanted[0]) or (isinstance(value, bool) and item.type is not bool)
         ):
             raise UsageError(f"{name} is {quoted(value)}, and must be {wanted[1]}")
+        elif item.type in _TEXTS and value is not None:
+            texts = isinstance(value, tuple | list) and all(isinstance(t, str) for t in value)
+            if not texts:
+                raise UsageError(f"{name} is {quoted(value)}, and must be a tuple of texts")
         if isinstance(value, int | float) and not isinstance(value, bool):
             bounds: Bounds = item.metadata.get("bounds", Bounds())
             if isinstance(value, int) and not -(2**63) <= value < 2**63:
@@ -105,6 +109,7 @@ def check(config: Any, group: str = "") -> None:
             check_text(name, str(value))
 
 
+_TEXTS = (tuple[str, ...], tuple[str, ...] | None)
 _KINDS: dict[Any, tuple[Any, str]] = {
     int: (int, "a whole number"),
     float: ((int, float), "a number"),

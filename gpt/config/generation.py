@@ -4,7 +4,7 @@ import math
 import numbers
 import operator
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -129,16 +129,14 @@ class GenerationConfig(SamplingConfig):
     """Of the draws: the same seed gives a prompt the same text. Without it, a new one each time."""
 
     def __post_init__(self) -> None:
+        stop: Any = self.stop  # one text is taken too
+        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else stop)
         super().__post_init__()
+        object.__setattr__(self, "stop", tuple(self.stop))
         if self.num_beams > 1 and self.num_samples > self.num_beams:
             raise UsageError(
                 f"num_samples is {self.num_samples}, and a search of {self.num_beams} beams gives "
                 "no more than these"
             )
-        stop: Any = self.stop
-        stop = (stop,) if isinstance(stop, str) else stop
-        if not (isinstance(stop, Sequence) and all(isinstance(text, str) for text in stop)):
-            raise UsageError(f"stop is {quoted(stop)}, and must be one or more texts")
-        object.__setattr__(self, "stop", tuple(stop))
         if "" in self.stop:
             raise UsageError("stop has an empty text in it, and each must have a character")

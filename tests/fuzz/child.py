@@ -211,6 +211,7 @@ def problem_of(sentence: str, what: str) -> str:
         return "not printable"
     names_a_field = FIELDS & set(re.findall(r"\w+", sentence))
     names_a_file = set(re.findall(r"[\w.-]+", what)) & set(re.findall(r"[\w.-]+", sentence))
+    names_a_file |= {"file"} & set(sentence.split())  # whatever its odd name is
     if not (names_a_field or names_a_file or "/" in sentence):
         return "names no file and no field"
     return ""
