@@ -6,27 +6,31 @@ from pathlib import Path
 from gpt import tensors
 from gpt.data.tokenizer import Tokenizer
 from gpt.files import new_folder
-from gpt.interop.gpt2 import hugging_face_config
-from gpt.interop.huggingface import exported
+from gpt.interop.families import FAMILIES
 from gpt.interop.vocabulary import hugging_face_files
+from gpt.interop.weights import exported
 from gpt.model.gpt import GPT
 
 
-def export_huggingface(model: GPT, tokenizer: Tokenizer, out: Path) -> None:
+def export_huggingface(
+    model: GPT, tokenizer: Tokenizer, out: Path, *, family: str = "gpt2"
+) -> None:
     """Write ``config.json``, the weights and the tokenizer's files into the new folder ``out``.
 
-    The folder appears whole or not at all. ``UsageError`` if it is there already, if the disk does
-    not take it, or if the model has what GPT-2 cannot express.
+    ``family`` is one of ``FAMILIES``. The folder appears whole or not at all. ``UsageError`` if it
+    is there already, if the disk does not take it, or if the model has what the family cannot
+    express.
     """
     with new_folder(out) as work:
+        table = FAMILIES[family]
         end = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
-        config = hugging_face_config(model.config) | end | {"dtype": _dtype(model)}
+        config = table.exported(model.config) | end | {"dtype": _dtype(model)}
         texts = {"config.json": json.dumps(config, indent=2)}
         texts["generation_config.json"] = json.dumps(end, indent=2)
         texts |= hugging_face_files(tokenizer)
         for name, text in texts.items():
             (work / name).write_text(text + "\n", encoding="utf-8")
-        tensors.write(work / "model", dict(exported(model)), metadata={"format": "pt"})
+        tensors.write(work / "model", dict(exported(model, table)), metadata={"format": "pt"})
 
 
 def _dtype(model: GPT) -> str:

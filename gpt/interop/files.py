@@ -24,6 +24,8 @@ from gpt.interop.pickles import load_tensors
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WHOLE = ("model.safetensors", "pytorch_model.bin")
+PIECE = 1 << 20
+"""Numbers of a tensor that are read at once."""
 
 
 class WeightFiles:
@@ -88,6 +90,25 @@ class Stored(NamedTuple):
         if size > 0:
             madvise = ctypes.CDLL(None).madvise
             madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+
+    def equals(self, other: "Stored") -> bool:
+        """Whether both hold the same numbers; no more than a piece of each stays in memory."""
+        if self.tensor.shape != other.tensor.shape:
+            return False
+        if self.tensor.data_ptr() == other.tensor.data_ptr():
+            return True
+        step = rows_at_once(self.tensor)
+        for one, two in zip(self.tensor.split(step), other.tensor.split(step), strict=True):
+            if not torch.equal(one, two):
+                return False
+            self.forget(one)
+            other.forget(two)
+        return True
+
+
+def rows_at_once(tensor: Tensor) -> int:
+    """How many rows of a tensor are read at once."""
+    return max(1, PIECE // max(1, tensor[0].numel()))
 
 
 def _sharded(folder: Path, index: Path) -> tuple[dict[str, Path], dict[str, list[int]]]:

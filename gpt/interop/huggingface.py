@@ -1,30 +1,21 @@
 """A folder in Hugging Face's layout to a model, without a second copy of its weights."""
 
 import dataclasses
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from gpt.config import UsageError, foreign
+from gpt.config import ModelConfig, UsageError, foreign
 from gpt.device import check_memory
 from gpt.files import read_object
-from gpt.interop.files import Stored, WeightFiles
-from gpt.interop.gpt2 import (
-    bare_name,
-    check_sizes,
-    hugging_face_name,
-    is_buffer,
-    is_transposed,
-    model_config,
-)
+from gpt.interop.families import Family, family_of
+from gpt.interop.files import WeightFiles
+from gpt.interop.weights import Rows, fill, layout, their_shape
 from gpt.model.gpt import GPT
 
-PIECE = 1 << 20
-"""Numbers of a table that are copied at once."""
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module")
+"""What DataParallel, torch.compile and FSDP put into the names of what they wrap."""
 
 
 def load_folder(
@@ -34,28 +25,31 @@ def load_folder(
     dtype: torch.dtype | None = torch.float32,
     say: Callable[[str], None] = lambda text: None,
 ) -> GPT:
-    """The GPT-2 in ``folder``, in evaluation mode; ``UsageError`` if it is not one, or not whole.
+    """The model in ``folder``, in evaluation mode; ``UsageError`` if its family is not known, or it
+    is not whole.
 
     ``dtype`` is the token embedding's in the file if it is ``None``. On a CPU weights that have the
-    ``dtype`` already stay in their file, mapped, the matrices transposed: nothing is read before it
-    is used. The model never changes the file, and the file must not be changed either while the
-    model is there (replacing it by another is no change). ``say`` is told what the model has
-    otherwise than its files.
+    ``dtype`` already stay in their file, mapped, a transposed matrix too in float32: nothing is
+    read before it is used. The model never changes the file, and the file must not be changed
+    either while the model is there (replacing it by another is no change). ``say`` is told how the
+    model differs from its files.
     """
     path = folder / "config.json"
     theirs = read_object(path, "the configuration")
     try:
-        config = model_config(theirs, say=lambda text: say(f"{path}: {text}"))
+        family = family_of(theirs)
+        config = family.config(theirs, say=lambda text: say(f"{path}: {text}"))
     except UsageError as error:
         raise UsageError(f"{foreign(path)}: {error}") from None
     files = WeightFiles(folder)
-    check_sizes(path, config, {bare_name(name): shape for name, shape in files.shapes.items()})
-    if config.tie_embeddings and _has_another_head(files):
+    shapes = {bare_name(family, name): shape for name, shape in files.shapes.items()}
+    _check_sizes(path, family, config, shapes)
+    if config.tie_embeddings and _has_another_head(family, config, files):
         config = dataclasses.replace(config, tie_embeddings=False)
     with torch.device("meta"):
         model = GPT(config)
-    names = _matched(folder, files, model)
-    embedding = next(theirs for theirs, name in names.items() if name == "embed.weight")
+    held = _matched(folder, files, family, model)
+    embedding = next(name for name, rows in held.items() if rows[0].parameter == "embed.weight")
     dtype = dtype or next(files.tensors([embedding])).tensor.dtype
     check_memory(
         f"the weights of {foreign(folder)}",
@@ -63,129 +57,88 @@ def load_folder(
         torch.device(device),
         advice="a smaller model, or its weights in bfloat16, would do",
     )
-    weights: dict[str, Tensor] = {}
-    copies = []
-    used = set()  # two weights may be one tensor in the file
-    for stored in files.tensors(names):
-        name, turned = names[stored.name], is_transposed(names[stored.name])
-        tensor = stored.tensor.T if turned else stored.tensor
-        if stored.tensor.data_ptr() not in used and _usable(tensor, device, dtype):
-            weights[name] = tensor
-            used.add(stored.tensor.data_ptr())
-        else:
-            weights[name] = torch.empty(tensor.shape, dtype=dtype, device=device)
-            step = len(tensor) if turned else max(1, PIECE // max(1, tensor[0].numel()))
-            pairs = zip(tensor.split(step), weights[name].split(step), strict=True)
-            copies += [(stored, source, place) for source, place in pairs]
-    _copy(copies)
-    model.load_state_dict(weights, strict=False, assign=True)
-    model.tie_weights()
+    fill(model, files, held, device=device, dtype=dtype)
     return model.requires_grad_(True).eval()
 
 
-def _has_another_head(files: WeightFiles) -> bool:
+def bare_name(family: Family, theirs: str) -> str:
+    """Their name of a tensor, without the family's prefix and the names of wrappers."""
+    parts = [part for part in theirs.split(".") if part not in _WRAPPERS]
+    return ".".join(parts).removeprefix(family.prefix)
+
+
+def _check_sizes(
+    path: Path, family: Family, config: ModelConfig, shapes: Mapping[str, Sequence[int]]
+) -> None:
+    """``UsageError`` names a size in the ``config.json`` at ``path`` that weights of these
+    ``shapes``, by their bare names, do not have.
+
+    Call it before a model is made, so that the model is no larger than the files.
+    """
+    where = foreign(path)
+    layers = {match[1] for name in shapes if (match := family.layer.match(name))}
+    if config.n_layer > len(layers):
+        raise UsageError(
+            f"{where}: n_layer is {config.n_layer:,}, and the weights beside it have "
+            f"{len(layers):,} layers"
+        )
+    for name, fields, wanted in family.sizes(config):
+        if name not in shapes:
+            raise UsageError(f"the weights in {foreign(path.parent)} lack {name}")
+        if list(shapes[name]) != wanted:
+            raise UsageError(
+                f"{where}: {fields} ask for {name} of the shape {wanted}, and the weights beside "
+                f"it have the shape {list(shapes[name])}"
+            )
+
+
+def _head(family: Family, config: ModelConfig) -> str:
+    """The bare name of the head's matrix."""
+    return bare_name(family, family.parts("head.weight", config)[0].theirs)
+
+
+def _has_another_head(family: Family, config: ModelConfig, files: WeightFiles) -> bool:
     """Whether the files hold a head that is not the embedding, whatever the configuration says:
     transformers keeps it then.
     """
-    found = {bare_name(name): name for name in files.shapes}
-    if not {"lm_head.weight", "wte.weight"} <= found.keys():
+    found = {bare_name(family, name): name for name in files.shapes}
+    table = bare_name(family, family.parts("embed.weight", config)[0].theirs)
+    if not {_head(family, config), table} <= found.keys():
         return False
-    head, embedding = files.tensors([found["lm_head.weight"], found["wte.weight"]])
-    if head.tensor.shape != embedding.tensor.shape:
-        return True
-    if head.tensor.data_ptr() == embedding.tensor.data_ptr():
-        return False
-    step = max(1, PIECE // max(1, head.tensor.shape[-1]))
-    for one, two in zip(head.tensor.split(step), embedding.tensor.split(step), strict=True):
-        if not torch.equal(one, two):
-            return True
-        head.forget(one)
-        embedding.forget(two)
-    return False
+    head, embedding = files.tensors([found[_head(family, config)], found[table]])
+    return not head.equals(embedding)
 
 
-def _usable(tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> bool:
-    """Whether the tensor can be a weight as it lies in the file.
-
-    Where a matrix is turned, a CPU reads it faster for one token in float32, and slower in
-    bfloat16. The first safetensors files were not aligned.
+def _matched(folder: Path, files: WeightFiles, family: Family, model: GPT) -> dict[str, list[Rows]]:
+    """What each tensor in the files holds; ``UsageError`` for one that is not known, and for one
+    that is not there.
     """
-    here = torch.device(device).type == "cpu" and tensor.dtype == dtype
-    aligned = tensor.data_ptr() % tensor.element_size() == 0
-    return here and aligned and (tensor.is_contiguous() or dtype == torch.float32)
-
-
-def _copy(copies: list[tuple[Stored, Tensor, Tensor]]) -> None:
-    """Copy parts of stored tensors to their places, one thread a core: half of it is the system's
-    work on new pages.
-    """
-    own = threading.local()
-
-    def copy(part: tuple[Stored, Tensor, Tensor]) -> None:
-        stored, source, place = part
-        if source.is_contiguous():
-            place.copy_(source)
-            stored.forget(source)
-        else:  # converted first, to turn half the bytes, and always in the same memory
-            if not hasattr(own, "memory"):
-                largest = max(s.numel() for _, s, _ in copies if not s.is_contiguous())
-                own.memory = torch.empty(largest, dtype=place.dtype, device=place.device)
-            converted = own.memory[: source.numel()].view(source.T.shape)
-            place.copy_(converted.copy_(source.T).T)
-            stored.forget(source.T)
-
-    threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            list(pool.map(copy, copies))
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _matched(folder: Path, files: WeightFiles, model: GPT) -> dict[str, str]:
-    """Their name of each tensor that is needed, to this project's; every tensor has to be known."""
-    parameters = dict(model.named_parameters())
-    ours = {hugging_face_name(name): name for name in parameters}
+    wanted = {bare_name(family, name): held for name, held in layout(family, model).items()}
     names: dict[str, str] = {}
     where = foreign(folder)
     for theirs, shape in files.shapes.items():
-        bare = bare_name(theirs)
-        if bare in ours:
-            if ours[bare] in names.values():
+        bare = bare_name(family, theirs)
+        if bare in wanted:
+            if bare in names.values():
                 raise UsageError(f"the weights in {where} have {bare} twice, under two names")
-            names[theirs] = ours[bare]
-            wanted = list(parameters[ours[bare]].shape)
-            wanted = wanted[::-1] if is_transposed(ours[bare]) else wanted
-            if shape != wanted:
+            names[theirs] = bare
+            right = their_shape(wanted[bare], model)
+            if shape != right:
                 raise UsageError(
                     f"the tensor {foreign(theirs)} in {where} has the shape {shape}, and its "
-                    f"config.json makes it {wanted}"
+                    f"config.json makes it {right}"
                 )
-        elif not is_buffer(bare) and not (model.config.tie_embeddings and bare == "lm_head.weight"):
+        elif not family.buffers.fullmatch(bare) and bare != _head(family, model.config):
             raise UsageError(
-                f"the weights in {where} have {foreign(theirs)}, which GPT-2 does not have"
+                f"the weights in {where} have {foreign(theirs)}, which {family.name} does not have"
             )
-    missing = sorted(set(parameters) - set(names.values()))
+    found = set(names.values())
+    missing = sorted(
+        (held[0].parameter, name) for name, held in wanted.items() if name not in found
+    )
     if missing:
         raise UsageError(
-            f"the weights in {where} lack {hugging_face_name(missing[0])}"
+            f"the weights in {where} lack {missing[0][1]}"
             + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
         )
-    return names
-
-
-def exported(model: GPT) -> Iterator[tuple[str, Tensor]]:
-    """The model's tensors as Hugging Face's ``GPT2LMHeadModel`` names and stores them, with zeros
-    for the biases that it lacks.
-    """
-    own = dict(model.named_parameters())
-    with torch.device("meta"):
-        whole = GPT(dataclasses.replace(model.config, bias=True))
-    for name, wanted in whole.named_parameters():
-        theirs = hugging_face_name(name)
-        prefix = "" if theirs.startswith("lm_head.") else "transformer."
-        if name in own:
-            tensor = own[name].detach()
-        else:
-            tensor = torch.zeros(wanted.shape, dtype=model.embed.weight.dtype, device="cpu")
-        yield prefix + theirs, (tensor.T if is_transposed(name) else tensor).contiguous()
+    return {theirs: wanted[bare] for theirs, bare in names.items()}

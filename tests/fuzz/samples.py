@@ -20,7 +20,8 @@ from gpt.config import (
 )
 from gpt.data.tokenizer import GPT2Tokenizer
 from gpt.interop.export import export_huggingface
-from gpt.interop.huggingface import exported
+from gpt.interop.families import FAMILIES
+from gpt.interop.weights import exported
 from gpt.model.gpt import GPT
 
 TEXT = "Speak, speak. You are all resolved rather to die than to famish?\n" * 16
@@ -74,7 +75,7 @@ def make_foreign(folder: Path) -> None:
     ranks = [bytes([i]) for i in range(256)] + [b"th", b"the", b" t", b" the"]
     model = GPT(ModelConfig(vocab_size=261, context_length=16, n_layer=1, n_head=2, n_embd=32))
     export_huggingface(model, GPT2Tokenizer(ranks), folder / "foreign")
-    state = {name: tensor.clone() for name, tensor in exported(model)}
+    state = {name: tensor.clone() for name, tensor in exported(model, FAMILIES["gpt2"])}
     names = sorted(state)
     for kind, suffix, write in (
         ("sharded", "safetensors", save_file),

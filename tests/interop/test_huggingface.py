@@ -18,8 +18,9 @@ from gpt.config import GenerationConfig, ModelConfig, UsageError
 from gpt.data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer
 from gpt.generation.decode import decode
 from gpt.interop.export import export_huggingface
-from gpt.interop.gpt2 import hugging_face_name, is_transposed
-from gpt.interop.huggingface import exported, load_folder
+from gpt.interop.families import FAMILIES
+from gpt.interop.huggingface import load_folder
+from gpt.interop.weights import exported
 from tests.conftest import make_model
 
 SHAPES = {  # the families of GPT-2's sizes and distilgpt2, made small: (layers, heads, width)
@@ -139,10 +140,10 @@ def test_a_loaded_model_may_change_and_its_file_stays_as_it_is(kind, tmp_path):
 def test_weights_of_any_dtype_are_converted_to_the_one_that_is_asked_for(
     stored, dtype, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("gpt.interop.huggingface.PIECE", 1_000)
+    monkeypatch.setattr("gpt.interop.files.PIECE", 1_000)
     theirs = random_gpt2()
     saved(theirs.to(stored), tmp_path)
-    ours = dict(exported(load_folder(tmp_path, dtype=dtype)))
+    ours = dict(exported(load_folder(tmp_path, dtype=dtype), FAMILIES["gpt2"]))
     for name, tensor in theirs.state_dict().items():
         if name != "lm_head.weight":
             assert torch.equal(ours[name], tensor.to(dtype)), name
@@ -190,7 +191,9 @@ def test_a_head_and_an_embedding_in_one_storage_are_one_weight_or_two(new, tied,
         assert torch.equal(ours.head.weight, ours.embed.weight) == tied
         for name, tensor in theirs.state_dict().items():
             if "wte" not in name and "lm_head" not in name:
-                assert torch.equal(dict(exported(ours))[name], tensor.to(dtype)), name
+                assert torch.equal(
+                    dict(exported(ours, FAMILIES["gpt2"]))[name], tensor.to(dtype)
+                ), name
 
 
 def test_a_pickle_whose_tensors_are_views_is_loaded_and_nothing_else_is_touched(tmp_path):
@@ -331,8 +334,9 @@ def test_at_full_size_logits_losses_gradients_and_greedy_texts_are_equal(tmp_pat
 def assert_equal_gradients(ours, theirs):
     gradients = {k: p.grad for k, p in theirs.named_parameters()}
     for name, parameter in ours.named_parameters():
-        their = gradients["transformer." + hugging_face_name(name)]
-        mine = parameter.grad.T if is_transposed(name) else parameter.grad
+        [part] = FAMILIES["gpt2"].parts(name, ours.config)
+        their = gradients[part.theirs]
+        mine = parameter.grad.T if part.turn else parameter.grad
         torch.testing.assert_close(
             mine, their, rtol=1e-3, atol=1e-5 * float(their.abs().max()) + 1e-7
         )
@@ -353,7 +357,7 @@ def with_buffers(state):
 @pytest.mark.parametrize("change", [bare_names, with_buffers, dict], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("kind", ["safetensors", "bin", "bin sharded", "safetensors sharded"])
 def test_every_kind_of_file_holds_the_same_model(kind, change, tmp_path, monkeypatch):
-    monkeypatch.setattr("gpt.interop.huggingface.PIECE", 1_000)  # so that a table is cut
+    monkeypatch.setattr("gpt.interop.files.PIECE", 1_000)  # so that a table is cut
     theirs = random_gpt2()
     saved(theirs, tmp_path)
     state = {k: v.clone() for k, v in theirs.state_dict().items() if k != "lm_head.weight"}

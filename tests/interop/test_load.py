@@ -26,7 +26,9 @@ from gpt.config import ModelConfig, UsageError
 from gpt.data import tokenizer as tokenizers
 from gpt.data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer
 from gpt.interop.export import export_huggingface
-from gpt.interop.huggingface import exported, load_folder
+from gpt.interop.families import FAMILIES
+from gpt.interop.huggingface import load_folder
+from gpt.interop.weights import exported
 from tests.conftest import make_model
 
 CONFIG = ModelConfig(vocab_size=257, context_length=16, n_layer=2, n_head=2, n_embd=8)
@@ -76,7 +78,8 @@ def test_a_model_that_its_files_hold_and_the_machine_does_not_is_refused(folder,
 
 
 def test_a_view_that_repeats_one_number_is_bounded_by_the_machine(folder):
-    state = {name.removeprefix("transformer."): t for name, t in exported(make_model(CONFIG))}
+    tensors = exported(make_model(CONFIG), FAMILIES["gpt2"])
+    state = {name.removeprefix("transformer."): tensor for name, tensor in tensors}
     (folder / "model.safetensors").unlink()
     torch.save(
         state | {"wte.weight": torch.zeros(1, 1).expand(10**12, 8)}, folder / "pytorch_model.bin"
@@ -123,7 +126,7 @@ def test_dropouts_that_differ_are_told_and_that_of_the_residuals_is_taken(folder
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, None])
 def test_tensors_of_a_pickle_work_or_are_named(kind, dtype, folder):
     model = make_model(CONFIG)
-    state = dict(exported(model))
+    state = dict(exported(model, FAMILIES["gpt2"]))
     name = "transformer.wte.weight"
     (folder / "model.safetensors").unlink()
     match kind:
@@ -255,7 +258,11 @@ def test_a_token_beyond_the_models_rows_does_no_harm_until_it_is_used(folder, tm
 
 def test_a_vocabulary_larger_than_the_model_is_refused(folder):
     model = make_model(dataclasses.replace(CONFIG, vocab_size=200))
-    save_file(dict(exported(model)), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        dict(exported(model, FAMILIES["gpt2"])),
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     edit(folder / "config.json", vocab_size=200)
     with pytest.raises(UsageError, match="no token for the end of a text .* the model's 200 rows"):
         gpt.load(folder)
