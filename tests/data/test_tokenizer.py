@@ -139,6 +139,16 @@ def test_without_the_data_wheel_tiktokens_own_download_is_tried(monkeypatch):
         GPT2Tokenizer.released()
 
 
+def test_the_pattern_splits_a_text_and_is_saved(gpt2, tmp_path, monkeypatch):
+    monkeypatch.setitem(tokenizers.PATTERNS, "characters", r"(?s:.)")
+    other = GPT2Tokenizer(gpt2.ranks, pattern="characters")
+    assert len(other.encode("the end")) == 7 > len(gpt2.encode("the end"))
+    (tmp_path / "tokenizer.json").write_text(tokenizers.to_json(other))
+    back = tokenizers.load(tmp_path / "tokenizer.json")
+    assert back.encode("the end").tolist() == other.encode("the end").tolist()
+    assert tokenizers.fingerprint(other) != tokenizers.fingerprint(gpt2)
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"kind": "other"}', '{"kind": "char"}', None])
 def test_a_broken_tokenizer_file_is_named(content, tmp_path):
     path = tmp_path / "tokenizer.json"
@@ -193,6 +203,8 @@ def test_a_byte_pair_tokenizer_with_tokens_around_its_ranks_is_loaded(tmp_path):
         (small_gpt2(added={"<more>": 2**70}), "gaps"),
         (small_gpt2(end_of_text=1), "end_of_text is 1, and must be a special token's id"),
         (small_gpt2(end_of_text=False), "end_of_text is False"),
+        (small_gpt2(pattern="words"), "pattern is 'words', and must be one of gpt2"),
+        (small_gpt2(pattern=["gpt2"]), "pattern is .'gpt2'."),
     ],
 )
 def test_a_tokenizer_that_could_not_be_one_of_ours_is_told_why(state, said, tmp_path):

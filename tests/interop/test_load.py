@@ -207,6 +207,20 @@ def test_a_name_that_no_folder_has_is_told(name):
 # tokenizers
 
 
+@pytest.mark.parametrize("ends", [[257, 256], 257, ["a", 257], [1, 257]], ids=str)
+def test_a_configuration_may_name_several_ends_of_a_text(ends, tmp_path):
+    model = make_model(dataclasses.replace(CONFIG, vocab_size=258))
+    export_huggingface(model, ByteTokenizer(), tmp_path / "out")
+    path = tmp_path / "out" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["added_tokens"].append(content["added_tokens"][0] | {"id": 257, "content": "<|end|>"})
+    path.write_text(json.dumps(content))
+    edit(tmp_path / "out" / "config.json", eos_token_id=ends)
+    tokenizer = gpt.load(tmp_path / "out").tokenizer
+    assert tokenizer.end_of_text == 257
+    assert tokenizer.decode_bytes([256, 257]) == b""
+
+
 def own_tokenizers():
     return {
         "byte": ByteTokenizer(),

@@ -8,7 +8,7 @@ from tokenizers import AddedToken, ByteLevelBPETokenizer, Tokenizer
 
 from gpt.config import UsageError
 from gpt.data import tokenizer as tokenizers
-from gpt.data.tokenizer import GPT2Tokenizer, decode
+from gpt.data.tokenizer import PATTERNS, GPT2Tokenizer, decode
 from gpt.interop.vocabulary import hugging_face_files, load_tokenizer
 from tests.data.test_tokenizer import HARD_TEXT
 
@@ -87,11 +87,27 @@ def test_a_folder_without_a_tokenizer_has_the_released_one(released, tmp_path):
 
 
 def test_the_models_own_end_of_text_counts(folder):
-    assert load_tokenizer(folder, end_of_text=50256).end_of_text == 50256
+    assert load_tokenizer(folder, end_of_text=[50256]).end_of_text == 50256
     theirs = Tokenizer.from_file(str(folder / "tokenizer.json"))
     theirs.add_special_tokens(["<|end|>"])
     theirs.save(str(folder / "tokenizer.json"))
-    assert load_tokenizer(folder, end_of_text=50257).end_of_text == 50257
+    assert load_tokenizer(folder, end_of_text=[50257]).end_of_text == 50257
+
+
+def test_of_several_ends_of_a_text_the_first_special_one_counts_and_all_stay_special(folder):
+    theirs = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    theirs.add_special_tokens(["<|end|>"])
+    theirs.add_tokens(["<chat>"])
+    theirs.save(str(folder / "tokenizer.json"))
+    for ids, end in (
+        ([50257, 50256], 50257),
+        ([50258, 50257], 50257),
+        ([9, 8], 50256),
+        ([], 50256),
+    ):
+        tokenizer = load_tokenizer(folder, end_of_text=ids)
+        assert tokenizer.end_of_text == end
+        assert tokenizer.special == {"<|endoftext|>": 50256, "<|end|>": 50257}
 
 
 def changed(content, how):
@@ -200,3 +216,12 @@ def test_settings_that_change_ids_are_refused(setting, folder):
     (folder / "tokenizer_config.json").write_text(json.dumps({setting: True}))
     with pytest.raises(UsageError, match=f"{setting} true, and GPT-2's tokenizer has false"):
         load_tokenizer(folder)
+
+
+def test_a_tokenizer_with_another_pattern_than_gpt2s_is_not_exported_as_gpt2s(
+    released, monkeypatch
+):
+    monkeypatch.setitem(PATTERNS, "letters", r"\p{L}|\P{L}")
+    other = GPT2Tokenizer(released.ranks, pattern="letters")
+    with pytest.raises(UsageError, match="the pattern letters has no form that"):
+        hugging_face_files(other)
