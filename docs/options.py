@@ -23,9 +23,10 @@ SCHEMAS = {
 }
 OPENING = """# Options
 
-`python docs/options.py` writes this page from the fields in `gpt/config`; `gpt COMMAND --help` prints the same.
-`train.py` is `gpt train`, and `sample.py` is `gpt sample`. The defaults are those without a TOML file.
-`no_` before its name turns a switch off: `--model.no_bias`.
+`python docs/options.py` writes this page from the fields in `gpt/config`.
+`gpt COMMAND --help` prints the same. `train.py` is `gpt train`, and `sample.py` is `gpt sample`.
+The defaults are those without a TOML file. `no_` before its name turns a switch off:
+`--model.no_bias`.
 """
 TABLE = "| option | default | meaning |\n|---|---|---|"
 

@@ -1,4 +1,6 @@
-"""What the README shows can be typed."""
+"""What the README and the pages of docs/ show can be typed. In their blocks, `sh` marks commands
+that run here as printed, and `bash` commands that need a hub, GPUs or time: these are understood.
+"""
 
 import os
 import re
@@ -17,19 +19,32 @@ from gpt.interop.export import export_huggingface
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+NAMES = ["training", "generation", "models", "evaluation", "performance", "architecture"]
+PAGES = {"README": README} | {
+    name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in NAMES
+}
 FAST = {
     "train.py": "--model.n_layer 1 --training.max_steps 2 --evaluation.windows 2",
     "sample.py": "--max_new_tokens 5",
 }
+SCHEMAS = {
+    "python sample.py": SampleConfig,
+    "python train.py": TrainConfig,
+    "gpt export": ExportConfig,
+    "gpt evaluate": EvaluateConfig,
+}
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language, page=None):
+    """The fenced blocks of a language, on one page or on all."""
+    text = "\n".join(PAGES.values()) if page is None else PAGES[page]
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-def commands():
-    lines = [line for block in blocks("sh") for line in block.splitlines()]
-    return [line for line in lines if not line.startswith("make")]
+def lines_of(language):
+    """The commands of all pages, each once, those that are wrapped on one line."""
+    text = "\n".join(blocks(language)).replace("\\\n", " ")
+    return list(dict.fromkeys(line.strip() for line in text.splitlines()))
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +56,9 @@ def place(tmp_path_factory):
     (folder / "my_book.txt").write_text(
         "Once upon a time, JULIET: ROMEO: To be, or not to be.\n" * 2000
     )
+    # `make demo` stands first in the README, and has made runs/shakespeare
     (folder / "runs").mkdir()
+    (folder / "runs" / "shakespeare").symlink_to(ROOT / "tests" / "checkpoints" / "format-1")
     return folder
 
 
@@ -68,11 +85,9 @@ def shortened(line):
     return line
 
 
-def test_the_readmes_commands_run_in_their_order(place):
-    # `make demo` stands first in the README, and has made runs/shakespeare
-    (place / "runs" / "shakespeare").symlink_to(ROOT / "tests" / "checkpoints" / "format-1")
-    lines = commands()
-    assert len(lines) >= 7
+def test_the_commands_run_in_their_order(place):
+    lines = [line for line in lines_of("sh") if not line.startswith("make")]
+    assert len(lines) >= 8
     for line in lines:
         if "--resume" in line:
             continue  # of the demo's run, which is not here
@@ -87,7 +102,7 @@ def test_gpt2_and_back_runs_as_printed(place):
     torch.manual_seed(0)
     config = ModelConfig(vocab_size=257, context_length=64, n_layer=2, n_head=2, n_embd=32)
     export_huggingface(GPT(config), ByteTokenizer(), place / "gpt2")
-    [block] = [block for block in blocks("bash") if "--init" in block]
+    [block] = [block for block in blocks("bash", "README") if "--init" in block]
     assert block.count("\n") == 4
     for line in block.splitlines():
         words = "--training.max_steps 2 --evaluation.windows 2" if "train.py" in line else ""
@@ -97,71 +112,88 @@ def test_gpt2_and_back_runs_as_printed(place):
     assert "gpt2" in done.stdout  # the comparison of both
 
 
-def test_the_commands_that_need_the_hub_are_understood():
-    schemas = {
-        "python sample.py": SampleConfig,
-        "python train.py": TrainConfig,
-        "gpt export": ExportConfig,
-        "gpt evaluate": EvaluateConfig,
-    }
-    lines = [line for block in blocks("bash") for line in block.splitlines()]
-    lines += re.findall(r"`(gpt evaluate [^`]*)`", README.replace("\n", " "))
-    assert len(lines) >= 12
-    for line in lines:
-        command = next(name for name in schemas if line.startswith(name))
-        words = shlex.split(line.removeprefix(command))
-        assert isinstance(parse(schemas[command], words, prog=command), schemas[command])
-
-
-def test_the_commands_of_the_docs_are_understood():
+def understand(line):
+    """Parse a command as the program would, without running it."""
     from torch.distributed.run import get_args_parser
 
-    pages = [page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md")]
-    scripts = [b for page in pages for b in re.findall(r"```(?:ba)?sh\n(.*?)```", page, re.DOTALL)]
-    lines = "\n".join(scripts).replace("\\\n", " ").splitlines()
-    lines = [line.removeprefix("srun ") for line in lines if "train.py" in line]
-    assert len(lines) >= 6
+    line = line.removeprefix("srun ")
+    if line.startswith("torchrun "):
+        words = [re.sub(r"\$SLURM_\w+", "2", word) for word in shlex.split(line)[1:]]
+        parsed = get_args_parser().parse_args(words)
+        line = shlex.join(["python", parsed.training_script, *parsed.training_script_args])
+    command = next(name for name in SCHEMAS if line.startswith(name))
+    words = shlex.split(line.removeprefix(command))
+    words = [str(ROOT / word) if word.endswith(".toml") else word for word in words]
+    assert isinstance(parse(SCHEMAS[command], words, prog=command), SCHEMAS[command])
+
+
+def test_the_commands_that_do_not_run_here_are_understood():
+    starts = (*SCHEMAS, "torchrun", "srun")
+    lines = [line for line in lines_of("bash") if line.startswith(starts)]
+    assert sum("train.py" in line for line in lines) >= 6
+    said = re.findall(r"`((?:gpt|python|torchrun) [^`]*)`", " ".join(PAGES.values()))
+    said = [" ".join(line.split()) for line in said]
+    lines += [line for line in said if line.startswith(starts) and " --" in line]
+    assert len(lines) >= 25
     for line in lines:
-        words = shlex.split(line)
-        if words[0] == "torchrun":
-            words = [re.sub(r"\$SLURM_\w+", "2", word) for word in words[1:]]
-            parsed = get_args_parser().parse_args(words)
-            script, words = parsed.training_script, parsed.training_script_args
-        else:
-            script, words = words[1], words[2:]
-        assert script == "train.py"
-        words = [str(ROOT / word) if word.endswith(".toml") else word for word in words]
-        assert isinstance(parse(TrainConfig, words, prog="train.py"), TrainConfig)
+        if "--help" not in line and "COMMAND" not in line:
+            understand(line)
 
 
 def test_the_docs_name_the_fields_and_targets_that_there_are():
-    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    for group, name in re.findall(r"`(?:--)?(\w+)\.(\w+)(?: [^`]*)?`", page):
-        if group in ("metrics", "sample", "trace", "torch"):
-            continue
-        assert hasattr(getattr(TrainConfig(), group), name), (group, name)
-    assert "`make soak`" in page
-    assert "soak:" in (ROOT / "Makefile").read_text()
+    config, makefile = TrainConfig(), (ROOT / "Makefile").read_text()
+    for name, page in PAGES.items():
+        for group, field in re.findall(r"`(?:--)?(\w+)\.(\w+)(?: [^`]*)?`", page):
+            if hasattr(config, group) and field not in ("py", "toml", "json", "jsonl"):
+                assert hasattr(getattr(config, group), field), (name, group, field)
+        for target in re.findall(r"`make ([\w-]+)`", page):
+            assert f"\n{target}:" in makefile, (name, target)
+    assert "`make soak`" in PAGES["training"]
 
 
-def test_the_readmes_python_runs(place, monkeypatch, capsys):
-    if not (place / "runs" / "shakespeare").exists():
-        (place / "runs" / "shakespeare").symlink_to(ROOT / "tests" / "checkpoints" / "format-1")
+def test_the_python_runs(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
-    first, second = blocks("python")
-    scope = {}
-    exec(first, scope)
-    assert capsys.readouterr().out.count(" length ") == 6
-    exec(second, scope)
+    for page, n in (("README", 1), ("generation", 1), ("models", 1)):
+        scope = {}
+        assert len(blocks("python", page)) == n
+        for block in blocks("python", page):
+            exec(block, scope)
+        said = capsys.readouterr().out
+        if page == "README":
+            assert said
+        elif page == "generation":
+            assert said.count(" length ") == 6
     difference = (scope["last"] - scope["logits"][:, 19:]).abs().max()
     assert difference < 1e-5
+    assert sum(len(blocks("python", page)) for page in PAGES) == 3
 
 
-def test_the_readme_names_every_file_of_the_house():
-    house = README[README.index("## The house") :]
-    for path in (ROOT / "gpt").iterdir():
-        if not path.name.startswith("__"):
-            assert f"  {path.name}" in house, path.name
+def test_the_readme_is_short_and_leads_to_every_page():
+    assert README.count("\n") <= 150
+    for page in (ROOT / "docs").iterdir():
+        if page.suffix in (".md", ".ipynb", ".svg"):
+            assert f"(docs/{page.name})" in README, page.name
+
+
+def test_the_links_lead_somewhere():
+    for name, page in PAGES.items():
+        folder = ROOT if name == "README" else ROOT / "docs"
+        for target, anchor in re.findall(r"\]\(([\w./-]+)(?:#([\w-]+))?\)", page):
+            path = folder / target
+            assert path.exists(), (name, target)
+            if anchor:
+                heads = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+                anchors = [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads]
+                assert anchor in anchors, (name, target, anchor)
+
+
+def test_the_list_of_files_names_every_file():
+    page = PAGES["architecture"]
+    house = page[page.index("## The files") : page.index("## What there is")]
+    packages = [path for path in (ROOT / "gpt").iterdir() if path.is_dir()]
+    for path in [*(ROOT / "gpt").iterdir(), *(file for p in packages for file in p.iterdir())]:
+        if not path.name.startswith("__") and path.suffix != ".pyc":
+            assert re.search(rf"(?<![\w.]){re.escape(path.name)}", house), path
 
 
 def test_what_make_offers_is_there():

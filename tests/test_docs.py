@@ -1,0 +1,93 @@
+"""What the pages of docs/ say of the code, and what draws them, agree with the code."""
+
+import ast
+import importlib.util
+import json
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PICTURES = re.compile(r"\bmatplotlib\b")
+
+
+def script(name):
+    """A program of docs/, imported."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def tour():
+    """The code cells of the notebook, by number."""
+    cells = json.loads((DOCS / "tour.ipynb").read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert len(sources) >= 8
+    return dict(enumerate(sources, 1))
+
+
+def walk(cells, capsys):
+    scope = {"__name__": "tour"}
+    for number, source in cells.items():
+        exec(compile(source, f"cell {number} of tour.ipynb", "exec"), scope)
+    said = capsys.readouterr().out
+    assert "the kernel gives the same numbers" in said
+    assert scope["losses"][-1] < 1 < 3 < scope["losses"][0]
+    assert scope["difference"] < 1e-4
+
+
+def test_the_tour_runs_without_its_pictures(capsys):
+    walk({n: source for n, source in tour().items() if not PICTURES.search(source)}, capsys)
+
+
+def test_the_tour_runs_with_its_pictures(capsys, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    pyplot = pytest.importorskip(
+        "matplotlib.pyplot", reason="the tour's pictures need the extra docs", exc_type=ImportError
+    )
+    walk(tour(), capsys)
+    assert len(pyplot.get_fignums()) == sum(bool(PICTURES.search(s)) for s in tour().values()) >= 3
+    for number in pyplot.get_fignums():
+        pyplot.figure(number).canvas.draw()
+    pyplot.close("all")
+
+
+def test_the_hops_of_both_walks_are_functions_that_there_are():
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    hops = re.findall(r"`(gpt/[\w/]+\.py)`(?: \|)? `([\w.]+)`", page)
+    assert len(hops) >= 20
+    for path, function in hops:
+        found = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+        for name in function.split("."):
+            kinds = (ast.FunctionDef, ast.ClassDef)
+            inside = {node.name: node for node in found.body if isinstance(node, kinds)}
+            assert name in inside, (path, function)
+            found = inside[name]
+
+
+def test_the_page_of_options_is_what_the_program_writes():
+    written = script("options").page()
+    shown = (DOCS / "options.md").read_text(encoding="utf-8")
+    assert shown == written, "run `python docs/options.py`"
+    for option in ("`--optimizer.muon_learning_rate`", "`--top_k`", "`--stride`", "`models`"):
+        assert option in shown
+
+
+def test_the_pictures_are_drawn_from_a_run_and_need_no_other_file(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    for path in (ROOT / "tests" / "checkpoints" / "format-1").iterdir():
+        (run / path.name).symlink_to(path)
+    records = [{"step": n, "loss": 4.0 - n / 100} for n in range(10, 60, 10)]
+    records += [{"step": 50, "validation_loss": 3.6}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+    script("pictures").draw(run, tmp_path)
+    for folder in (tmp_path, DOCS):
+        for name, words in (("training", "step"), ("explained", "nats")):
+            picture = (folder / f"{name}.svg").read_text(encoding="utf-8")
+            assert words in "".join(ElementTree.fromstring(picture).itertext())
+            assert "http" not in picture.replace("http://www.w3.org/2000/svg", "")
