@@ -262,6 +262,18 @@ def test_each_token_goes_through_the_model_once(tiny_model, reads):
     assert reads == [(1, 6), (1, 1), (1, 1), (1, 1), (1, 1)]
 
 
+def test_a_cache_is_no_longer_than_the_tokens_to_come(tiny_model, monkeypatch):
+    capacities, new_cache = [], tiny_model.new_cache
+
+    def recorded(*args, capacity, **kwargs):
+        capacities.append(capacity)
+        return new_cache(*args, capacity=capacity, **kwargs)
+
+    monkeypatch.setattr(tiny_model, "new_cache", recorded)
+    continued(tiny_model, [prompt_of(4), prompt_of(2)], greedy(3))
+    assert max(capacities) == 7
+
+
 def test_the_samples_of_a_prompt_share_its_prefill(tiny_model, reads):
     continued(tiny_model, [prompt_of(6)], greedy(3, num_samples=4))
     assert reads == [(1, 6), (4, 1), (4, 1)]

@@ -415,3 +415,12 @@ def test_a_step_of_padded_rows_moves_these_and_writes_nothing_else_in_use(tiny_m
             ValueError, match=f"2 rows, with memory for 3, cannot be padded to {rows}"
         ):
             cache.padded(rows)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_rows_may_be_added_and_expanded(kind, tiny_config):
+    cache, empty = (kind(tiny_config, batch_size=2) for _ in range(2))
+    empty.reorder([])
+    cache.add(empty)
+    assert cache.lengths == [0, 0]
+    assert empty.expand(3).lengths == []

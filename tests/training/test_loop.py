@@ -998,6 +998,32 @@ def test_a_forecast_is_told_of_all_that_is_left(config, monkeypatch):
     assert made[1] == left | {"evaluated": 1, "steps made": 4}
 
 
+def test_a_batch_is_read_once(config, monkeypatch):
+    read = []
+
+    class Counted(Windows):
+        def batch(self, windows):
+            read.append(windows.tolist())
+            return super().batch(windows)
+
+    monkeypatch.setattr("gpt.training.loop.Windows", Counted)
+    trainer = trainer_of(config)
+    for _ in range(3):
+        trainer.update()
+    assert read == [trainer.order.step(step).tolist() for step in range(4)]
+
+
+def test_a_resumed_run_that_cannot_save_names_what_it_began_with(config, monkeypatch):
+    run(change(config, "training", max_steps=4))
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "save", full)
+    with pytest.raises(UsageError, match="those up to step-00000004 are whole"):
+        run(dataclasses.replace(config, resume=True))
+
+
 def test_tf32_is_on_when_it_is_asked_for(config):
     before = torch.get_float32_matmul_precision()
     trainer_of(change(config, "training", tf32=True))
