@@ -296,6 +296,12 @@ def test_what_the_next_prompts_begin_with_is_kept_for_them(batch_size, tiny_mode
     assert sum(rows * n for rows, n in reads) <= 11 + 6
 
 
+def test_a_prompt_further_behind_does_not_keep_the_next_ones_from_sharing(tiny_model, reads):
+    prompts = [[*prompt_of(10), 1], [*prompt_of(10), 2], prompt_of(12)]
+    continued(tiny_model, prompts, greedy(1), batch_size=1)
+    assert sum(rows * n for rows, n in reads) == 10 + 2 + 12
+
+
 def test_without_a_seed_each_text_is_new_also_of_equal_prompts(tiny_model):
     config = GenerationConfig(temperature=50.0, max_new_tokens=8)
     assert len(set(map(tuple, continued(tiny_model, [[1, 2]] * 5, config)))) == 5

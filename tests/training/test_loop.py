@@ -35,6 +35,7 @@ from gpt.interop.load import load
 from gpt.training import setup
 from gpt.training.compilation import compile_blocks
 from gpt.training.loop import Trainer
+from gpt.training.metrics import Silent
 from gpt.training.parallel import World
 from gpt.training.run import train
 from gpt.training.schedule import learning_rate_factor
@@ -996,6 +997,19 @@ def test_a_forecast_is_told_of_all_that_is_left(config, monkeypatch):
     run(dataclasses.replace(change(config, "training", max_steps=12), resume=True))
     left = {"steps": 4, "evaluations": 1, "evaluation_seconds": None}
     assert made[1] == left | {"evaluated": 1, "steps made": 4}
+
+
+def test_an_evaluation_without_a_sample_shows_none(config):
+    trainer, shown = trainer_of(config), []
+
+    class Kept(Silent):
+        def evaluation(self, record, *, best, sample):
+            shown.append((record["step"], best, sample))
+
+    trainer.reporter = Kept()
+    trainer.evaluate(None)
+    trainer.evaluate(lambda model, tokenizer: "Once")
+    assert shown == [(0, False, ""), (0, False, "Once")]
 
 
 def test_a_batch_is_read_once(config, monkeypatch):
