@@ -5,7 +5,7 @@ Mutants are drawn by a seed from all that the operators make of ``MODULES``. Eac
 copy of the project, and a fork of this process, which has imported torch already, runs the tests of
 the module's own folder there until one fails. A first run of those tests notes how long each takes
 and which lines it reaches, so that only those that reach a mutant's line are run, the fastest
-first.
+first; and at last those that start other processes.
 
 Not mutated: annotations, decorators, docstrings, and strings with a space, which are prose.
 """
@@ -120,6 +120,8 @@ class Watch:
     def __init__(self, limits: dict[str, float] | None, tracer: coverage.Coverage | None) -> None:
         self.limits, self.tracer = limits, tracer
         self.seconds: dict[str, float] = collections.defaultdict(float)
+        self.starters: set[str] = set()
+        """Files of tests that start other processes."""
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         if self.limits is not None:
@@ -132,9 +134,11 @@ class Watch:
         if self.limits is not None:  # of the processor's time, and of waiting
             signal.setitimer(signal.ITIMER_PROF, 10 + 5 * self.limits[item.nodeid])
             signal.setitimer(signal.ITIMER_REAL, 60 + 10 * self.limits[item.nodeid])
-        start = time.monotonic()
+        start, children = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
         result = yield
         self.seconds[item.nodeid] += time.monotonic() - start
+        if resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime > children:
+            self.starters.add(item.nodeid.split("::")[0])
         return result
 
     @pytest.hookimpl(tryfirst=True)
@@ -207,7 +211,7 @@ class Baseline:
             pid = forked(lambda: self._measure(folder, modules, tree, kept), tree)
             if os.waitpid(pid, 0)[1]:
                 sys.exit((tree / "log").read_text() + f"\n{folder} fails without a mutant")
-        self.seconds, self.reached = json.loads(kept.read_text())
+        self.seconds, self.reached, self.starters = json.loads(kept.read_text())
 
     @staticmethod
     def _measure(folder: str, modules: list[str], tree: Path, kept: Path) -> int:
@@ -220,27 +224,30 @@ class Baseline:
         data = tracer.get_data()
         reached = {m: data.contexts_by_lineno(str(tree / m)) for m in modules}
         if status == 0:
-            kept.write_text(json.dumps([watch.seconds, reached]))
+            kept.write_text(json.dumps([watch.seconds, reached, sorted(watch.starters)]))
         return status
 
     def tests(self, mutant: Mutant) -> dict[str, float]:
-        """Those that reach the mutant, in the order to run them, with their seconds.
+        """Those that reach the mutant, in the order to run them, with their seconds; then those
+        that start other processes, where nothing is traced.
 
-        For what runs at import: all that reach the module. For what none reaches in its own
-        process: those that reach nothing, since they start others.
+        For what runs at import, all that reach the module.
         """
         reached = self.reached[mutant.module]
         lines = statement(ROOT / mutant.module, mutant.changed())
         contexts = {c for line in lines for c in reached.get(str(line), [])}
         if contexts == {""}:
             contexts = {c for line in reached.values() for c in line}
-        if contexts:
-            chosen = [t for t in self.seconds if t in contexts or t.split("::")[0] in contexts]
-        else:
-            every = {c for m in self.reached.values() for line in m.values() for c in line}
-            chosen = [t for t in self.seconds if t not in every]
         own = f"test_{Path(mutant.module).stem}.py"
-        chosen.sort(key=lambda t: (self.seconds[t] > 1, own not in t, self.seconds[t]))
+
+        def order(test: str) -> tuple[bool, bool, bool, float]:
+            return untraced(test), self.seconds[test] > 1, own not in test, self.seconds[test]
+
+        def untraced(test: str) -> bool:
+            return not {test, test.split("::")[0]} & contexts
+
+        chosen = [t for t in self.seconds if not untraced(t) or t.split("::")[0] in self.starters]
+        chosen.sort(key=order)
         return {test: self.seconds[test] for test in chosen}
 
 

@@ -157,6 +157,11 @@ def test_a_temporary_folder_that_a_kill_left_is_no_checkpoint(run):
     assert checkpoints.find(run, "last").step == 30
 
 
+def test_a_checkpoint_makes_the_runs_folder(tmp_path, tiny_model):
+    path = save(tmp_path / "a" / "run", 3, tiny_model)
+    assert checkpoints.find(tmp_path / "a" / "run").path == path
+
+
 def test_saving_a_step_again_replaces_it(run, tiny_config):
     other = make_model(tiny_config, seed=9)
     save(run, 30, other)
@@ -374,7 +379,9 @@ def test_what_cannot_be_read_and_may_be_whole_is_not_passed_over(run, monkeypatc
         raise OSError(errno.ESTALE, "Stale file handle", str(path))
 
     monkeypatch.setattr(checkpoints, "_sha256", stale)
-    with pytest.raises(UsageError, match="cannot be read: Stale file handle"):
+    with pytest.raises(
+        UsageError, match=r"step-00000030 cannot be read: Stale file handle \(.*30/"
+    ):
         checkpoints.find(run, "last")
 
 

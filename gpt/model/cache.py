@@ -84,7 +84,7 @@ class DeviceLengths:
     def set(self, lengths: Sequence[int]) -> None:
         """Other lengths, perhaps of another number of rows."""
         self.tensor = self.memory[: len(lengths)]
-        self.tensor.copy_(torch.tensor(lengths, dtype=torch.int64))
+        self.tensor.copy_(torch.tensor(lengths, dtype=torch.int64, device="cpu"))
 
     def padded(self, rows: int) -> Self:
         """These lengths and zeros behind them, ``rows`` in all, in the same memory."""

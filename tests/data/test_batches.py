@@ -94,6 +94,8 @@ def test_a_batch_goes_to_cuda_as_one_contiguous_pinned_tensor(masked, tmp_path, 
     assert torch.equal(there.targets, part.targets)
 
 
-@pytest.mark.parametrize(("n", "chosen"), [(0, range(10)), (4, [0, 2, 5, 7]), (99, range(10))])
+@pytest.mark.parametrize(
+    ("n", "chosen"), [(0, range(10)), (1, [0]), (4, [0, 2, 5, 7]), (9, range(9)), (99, range(10))]
+)
 def test_validation_windows_are_spread_evenly(n, chosen, tmp_path):
     assert windows_of(tmp_path, 101, 10).spread(n).tolist() == list(chosen)

@@ -70,7 +70,7 @@ def test_every_prompt_has_its_completions_in_order(
         )
         expected = [{"text": c.text, "reason": c.reason} for c in alone]
         assert line == {**item, "completions": expected}
-    assert told[0][:2] == (0, 23)
+    assert told[0] == (0, 23, 0)
     assert told[-1][:2] == (23, 23)
     assert 23 * num_samples <= told[-1][2] <= 23 * 12 * num_samples
 

@@ -262,6 +262,18 @@ def test_each_token_goes_through_the_model_once(tiny_model, reads):
     assert reads == [(1, 6), (1, 1), (1, 1), (1, 1), (1, 1)]
 
 
+def test_a_cache_is_no_longer_than_the_tokens_to_come(tiny_model, monkeypatch):
+    capacities, new_cache = [], tiny_model.new_cache
+
+    def recorded(*args, capacity, **kwargs):
+        capacities.append(capacity)
+        return new_cache(*args, capacity=capacity, **kwargs)
+
+    monkeypatch.setattr(tiny_model, "new_cache", recorded)
+    continued(tiny_model, [prompt_of(4), prompt_of(2)], greedy(3))
+    assert max(capacities) == 7
+
+
 def test_the_samples_of_a_prompt_share_its_prefill(tiny_model, reads):
     continued(tiny_model, [prompt_of(6)], greedy(3, num_samples=4))
     assert reads == [(1, 6), (4, 1), (4, 1)]
@@ -282,6 +294,12 @@ def test_what_the_next_prompts_begin_with_is_kept_for_them(batch_size, tiny_mode
     reads.clear()
     continued(tiny_model, [prompt_of(12)], greedy(1, num_samples=6), batch_size=batch_size)
     assert sum(rows * n for rows, n in reads) <= 11 + 6
+
+
+def test_a_prompt_further_behind_does_not_keep_the_next_ones_from_sharing(tiny_model, reads):
+    prompts = [[*prompt_of(10), 1], [*prompt_of(10), 2], prompt_of(12)]
+    continued(tiny_model, prompts, greedy(1), batch_size=1)
+    assert sum(rows * n for rows, n in reads) == 10 + 2 + 12
 
 
 def test_without_a_seed_each_text_is_new_also_of_equal_prompts(tiny_model):

@@ -414,3 +414,28 @@ def test_a_step_of_padded_rows_moves_these_and_writes_nothing_else_in_use(tiny_m
             ValueError, match=f"2 rows, with memory for 3, cannot be padded to {rows}"
         ):
             cache.padded(rows)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_rows_may_be_added_and_expanded(kind, tiny_config):
+    cache, empty = (KVCache(tiny_config, batch_size=2, on_device=kind) for _ in range(2))
+    empty.reorder([])
+    cache.add(empty)
+    assert cache.lengths == [0, 0]
+    assert empty.expand(3).lengths == []
+
+
+def test_a_cache_works_under_another_default_device(tiny_config):
+    cache, other = (KVCache(tiny_config, batch_size=3) for _ in range(2))
+    k = torch.arange(1.0, 4).view(3, 1, 1, 1).expand(3, 4, 2, 8)
+    with torch.device("meta"):
+        for lengths in ([3, 1, 2], [3, 3, 3]):
+            cache.lengths = lengths
+            slots = cache.plan(2)
+            assert cache.mask(slots).device.type == "cpu"
+            cache.append(0, k, k, slots)
+            cache.advance(2)
+        cache.reorder([1, 0])
+        cache.add(other, [2])
+        assert cache.expand(2).lengths == [5, 5, 5, 5, 0, 0]
+    assert cache.keys[0, :2, 0, 4, 0].tolist() == [2, 1]

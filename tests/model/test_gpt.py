@@ -184,6 +184,14 @@ def test_weights_drawn_part_by_part_are_those_drawn_at_once(tiny_config):
         assert torch.equal(weight, parts.get_parameter(name)), name
 
 
+@pytest.mark.parametrize("field", ["vocab_size", "context_length"])
+def test_one_token_and_one_position_are_the_least(field, tiny_config):
+    model = GPT(dataclasses.replace(tiny_config, **{field: 1}))
+    assert model(torch.zeros(2, 1, dtype=torch.int64)).shape == (2, 1, model.config.vocab_size)
+    with pytest.raises(ValueError, match=f"model.{field} is 0, and a model needs at least 1"):
+        GPT(dataclasses.replace(tiny_config, **{field: 0}))
+
+
 def test_an_untrained_model_knows_nothing():
     torch.manual_seed(0)
     model = GPT(ModelConfig(vocab_size=500, context_length=32, n_layer=2, n_head=2, n_embd=64))

@@ -36,6 +36,7 @@ from gpt.interop.load import load
 from gpt.training import setup
 from gpt.training.compilation import compile_blocks
 from gpt.training.loop import Gradients, Trainer
+from gpt.training.metrics import Silent
 from gpt.training.parallel import World
 from gpt.training.run import train
 from gpt.training.schedule import learning_rate_factor
@@ -998,6 +999,45 @@ def test_a_forecast_is_told_of_all_that_is_left(config, monkeypatch):
     run(dataclasses.replace(change(config, "training", max_steps=12), resume=True))
     left = {"steps": 4, "evaluations": 1, "evaluation_seconds": None}
     assert made[1] == left | {"evaluated": 1, "steps made": 4}
+
+
+def test_an_evaluation_without_a_sample_shows_none(config):
+    trainer, shown = trainer_of(config), []
+
+    class Kept(Silent):
+        def evaluation(self, record, *, best, sample):
+            shown.append((record["step"], best, sample))
+
+    trainer.reporter = Kept()
+    trainer.evaluate(None)
+    trainer.evaluate(lambda model, tokenizer: "Once")
+    assert shown == [(0, False, ""), (0, False, "Once")]
+
+
+def test_a_batch_is_read_once(config, monkeypatch):
+    read = []
+
+    class Counted(Windows):
+        def batch(self, windows):
+            read.append(windows.tolist())
+            return super().batch(windows)
+
+    monkeypatch.setattr("gpt.training.loop.Windows", Counted)
+    trainer = trainer_of(config)
+    for _ in range(3):
+        trainer.update()
+    assert read == [trainer.source.order.step(step).tolist() for step in range(4)]
+
+
+def test_a_resumed_run_that_cannot_save_names_what_it_began_with(config, monkeypatch):
+    run(change(config, "training", max_steps=4))
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "save", full)
+    with pytest.raises(UsageError, match="those up to step-00000004 are whole"):
+        run(dataclasses.replace(config, resume=True))
 
 
 def test_tf32_is_on_when_it_is_asked_for(config):

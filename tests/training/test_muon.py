@@ -54,17 +54,18 @@ def test_a_gradient_of_zeros_moves_nothing(shape, dtype):
 
 
 class Products(TorchDispatchMode):
-    """Counts matrix products."""
+    """Counts matrix products, and the numbers of the largest result."""
 
     def __init__(self):
         super().__init__()
-        self.counts = Counter()
+        self.counts, self.largest = Counter(), 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
+        name, made = func.overloadpacket.__name__, func(*args, **kwargs or {})
         if name in ("mm", "addmm", "bmm", "baddbmm"):
             self.counts[name, args[0].dtype] += 1
-        return func(*args, **kwargs or {})
+            self.largest = max(self.largest, made.numel())
+        return made
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -78,6 +79,16 @@ def test_matrices_of_one_shape_share_their_products(dtype):
         return counted.counts
 
     assert products(1) == products(7) == {("bmm", dtype): 5, ("baddbmm", dtype): 10}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(96, 24), (24, 96)])
+def test_products_are_of_the_shorter_side(shape, dtype):
+    parameter = torch.nn.Parameter(torch.randn(shape))
+    parameter.grad = torch.randn(shape)
+    with Products() as counted:
+        Muon([parameter], lr=0.1, dtype=dtype).step()
+    assert counted.largest == 96 * 24
 
 
 def test_float16_is_refused():
