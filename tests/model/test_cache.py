@@ -178,6 +178,12 @@ def test_truncate_refuses_a_length_that_the_cache_does_not_have(length, tiny_mod
         cache.truncate(length)
 
 
+def test_truncate_wants_a_length_for_each_row(tiny_model):
+    cache = tiny_model.new_cache(3)
+    with pytest.raises(ValueError, match="shorter"):
+        cache.truncate([0, 0])
+
+
 @pytest.mark.parametrize("rows", [[0, 1, 2], [2, 0, 1], [1, 1, 0], [2, 2, 2]], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()

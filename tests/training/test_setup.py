@@ -236,6 +236,15 @@ def started(*, stdout):
     )  # fmt: skip
 
 
+@pytest.fixture
+def hangups():
+    """SIGHUP is not ignored, as it would be under nohup, also in processes that are started."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangups")
 def test_a_closed_terminal_saves_and_stops(place):
     with started(stdout=subprocess.PIPE) as process:
         for line in process.stdout:
