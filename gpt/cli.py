@@ -85,7 +85,7 @@ def _run(command: str, words: Sequence[str], prog: str) -> int:
         return 0
     if command not in COMMANDS:
         known = ", ".join(COMMANDS)
-        raise UsageError(f"{foreign(repr(command))} is no command; there are: {known}")
+        raise UsageError(f"unknown command {foreign(repr(command))}; choose from {known}")
     return COMMANDS[command](words, f"{prog} {command}" if prog == "gpt" else prog)
 
 

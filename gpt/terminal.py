@@ -128,7 +128,7 @@ class Session:
             self.config = _set(self.config, name, words)
         else:
             known = ", ".join(["help", "retry", "explain", "settings", *_SETTABLE])
-            raise UsageError(f"/{foreign(name)} is no command; there are: {known}")
+            raise UsageError(f"unknown command /{foreign(name)}; choose from {known}")
 
     def write(self, prompt: str) -> None:
         """Each sample with its prompt, in turn: the first as it is made, the others once it is

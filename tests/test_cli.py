@@ -190,7 +190,7 @@ def test_impossible_words_are_refused_with_status_2(words, said, capsys):
 def test_an_unknown_command_is_refused(capsys):
     assert main(["trian"]) == 2
     assert (
-        "'trian' is no command; there are: train, sample, prepare, export, evaluate"
+        "unknown command 'trian'; choose from train, sample, prepare, export, evaluate"
         in capsys.readouterr().err
     )
 

@@ -242,7 +242,7 @@ def test_the_package_runs_as_a_module(tmp_path):
         cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert run.returncode == 2
-    assert run.stderr.startswith("gpt: 'nothing' is no command; there are: train,")
+    assert run.stderr.startswith("gpt: unknown command 'nothing'; choose from train,")
 
 
 def test_a_wheel_runs_outside_the_checkout(tmp_path):

@@ -138,9 +138,9 @@ def test_explain_shows_nothing_of_a_stop_text(monkeypatch, capsys, model):
         ("/past_context never", "must be one of slide, stop"),
         ("/retry", "there is nothing to retry yet"),
         ("/explain", "there is nothing to explain yet"),
-        ("/temprature 1", "/temprature is no command; there are: help, retry"),
+        ("/temprature 1", "unknown command /temprature; choose from help, retry"),
         ("/help", "Ctrl-D ends"),
-        ("/", "/ is no command"),
+        ("/", "unknown command /"),
         ('/stop "a', "has a quote that is not closed"),
     ],
 )
