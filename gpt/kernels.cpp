@@ -1,5 +1,5 @@
-// Decoding on a CPU: products of a few rows with a matrix that is read once, and whole GPT-2 blocks
-// for a few tokens. gpt/kernels.py compiles this file and is its interface.
+// Decoding on a CPU: products of a few rows with a matrix that is read once, and whole blocks for a few
+// tokens. What a block is made of is data (Layer). gpt/kernels.py compiles this file and is its interface.
 //
 // Vectors are those of GCC and Clang, as wide as the processor's registers, so every processor runs
 // this file. Some functions have a version for an instruction set, between #if and #endif.
@@ -35,31 +35,58 @@ struct Matrix {
   const float* bias;
 };
 
+// Kinds: 0 no norm, 1 LayerNorm, 2 RMSNorm. Weight and bias may be null.
 struct Norm {
+  long kind;
   const float *weight, *bias;
   double epsilon;
 };
 
-struct Layer {
-  Norm attn_norm, mlp_norm;
-  Matrix qkv, out, up, down;
-  double scale;  // of the attention scores
+// down(activation(up x)), or with a gate down(activation(gate x) * up x).
+struct FeedForward {
+  Matrix up, gate, down;  // a gate without weights is none
 };
 
-struct Shape {
-  long n_layer, n_head, kv_heads, head_dim, activation;
-};
-
-// Keys and values [L, B, Hkv, S, D], float32 or bfloat16 (halves); strides are in numbers.
-struct Cache {
-  long halves;
+// Keys and values [B, Hkv, slots, D] of one layer, float32 or bfloat16 (halves); strides are in
+// numbers. With a window, tokens behind the first `sinks` are in a ring of the other slots.
+struct Store {
   void *keys, *values;
-  long layer_stride, row_stride, head_stride;
+  long row_stride, head_stride, slots, window, sinks;
 };
 
-// The slot of a token in the cache.
+// The angles by which queries and keys are rotated: position times turns[i], for `pairs` pairs of a
+// head's numbers; cosines and sines are multiplied by `factor`. xPos: queries are multiplied by
+// decay[i] ** (position / 512), and keys divided.
+struct Rotary {
+  long pairs;
+  const float *turns, *decay;
+  double factor;
+};
+
+struct Layer {
+  Norm attn_norm, mlp_norm;          // before the branches
+  Norm attn_out_norm, mlp_out_norm;  // after them
+  Norm q_norm, k_norm;               // of each head
+  Matrix qkv, out;
+  const FeedForward* experts;  // n_expert of them and then n_shared, or one without a router
+  Matrix router;               // [n_expert, C]
+  const float* preference;     // added to the router's scores for the choice alone, or null
+  long n_expert, n_active, n_shared, by_sigmoid, renormalise;
+  double scale, softcap;       // of the attention scores
+  const float *slopes, *sinks;  // of each head: ALiBi's, and learned scores of no key; or null
+  long rotary;                 // the number of its Rotary, or -1
+  Store store;
+};
+
+// parallel: both branches read the same stream.
+struct Shape {
+  long n_layer, n_head, kv_heads, head_dim, activation, parallel, halves, n_rotary;
+  const Rotary* rotaries;
+};
+
+// A token's row of the cache, and its position in it.
 struct Token {
-  long row, place;
+  long row, at;
 };
 
 namespace {
@@ -604,13 +631,27 @@ float add_up(const float* x, long n, Function f) {
   return total;
 }
 
-// Each row of x [M, C], made to have the mean 0 and the variance 1 (LayerNorm).
+// Each row of x [M, C], made to have the mean 0 and the variance 1 (LayerNorm), or the mean square 1
+// (RMSNorm).
 void normalise(const Norm& norm, const float* __restrict x, long M, long C, float* __restrict out) {
   for (long m = 0; m < M; m++, x += C, out += C) {
+    if (norm.kind == 2) {
+      float square = add_up(x, C, [](auto v) { return v * v; }) / float(C);
+      float scale = 1 / std::sqrt(square + float(norm.epsilon));
+      for (long c = 0; c < C; c++) out[c] = x[c] * scale;
+      if (norm.weight)
+        for (long c = 0; c < C; c++) out[c] *= norm.weight[c];
+      if (norm.bias)
+        for (long c = 0; c < C; c++) out[c] += norm.bias[c];
+      continue;
+    }
     float mean = add_up(x, C, [](auto v) { return v; }) / float(C);
     float variance = add_up(x, C, [=](auto v) { return (v - mean) * (v - mean); }) / float(C);
     float scale = 1 / std::sqrt(variance + float(norm.epsilon));
-    for (long c = 0; c < C; c++) out[c] = (x[c] - mean) * scale * norm.weight[c];
+    if (norm.weight)
+      for (long c = 0; c < C; c++) out[c] = (x[c] - mean) * scale * norm.weight[c];
+    else
+      for (long c = 0; c < C; c++) out[c] = (x[c] - mean) * scale;
     if (norm.bias)
       for (long c = 0; c < C; c++) out[c] += norm.bias[c];
   }
@@ -649,8 +690,10 @@ void activate(long kind, float* x, long n) {
     each(x, n, [](Floats v) { return v < 0 ? Floats{} : v; });
   else if (kind == 3)  // SiLU
     each(x, n, [=](Floats v) { return v * sigmoid(v); });
-  else  // tanh
+  else if (kind == 4)  // tanh
     for (long i = 0; i < n; i++) x[i] = tanhf(x[i]);
+  else  // ReLU squared
+    each(x, n, [](Floats v) { return v < 0 ? Floats{} : v * v; });
 }
 
 // N sums of D / LANES products each: a query times N keys.
@@ -662,59 +705,202 @@ inline void scores(const float* q, const Number* keys, long D, float* out) {
   sums<N>(products, out);
 }
 
-// N vectors of the output, of which each is a sum over S values times their weights.
+// To N vectors of the output, values times their weights are added.
 template <int N, class Number>
-inline void weigh(const float* weights, const Number* values, long S, long D, float total,
-                  float* out) {
-  Floats sums[N] = {};
+inline void weigh(const float* weights, const Number* values, long S, long D, float* out) {
+  Floats sums[N];
+  for (int n = 0; n < N; n++) sums[n] = floats(out + n * LANES);
   for (long s = 0; s < S; s++)
     for (int n = 0; n < N; n++) sums[n] += weights[s] * floats(values + s * D + n * LANES);
-  for (int n = 0; n < N; n++) put(out + n * LANES, sums[n] / total);
+  for (int n = 0; n < N; n++) put(out + n * LANES, sums[n]);
 }
 
-// One query's attention over S keys [S, D] and values.
+// Keys of consecutive positions in consecutive slots.
+struct Stretch {
+  long slot, n, at;  // the position of the first
+};
+
+// What a query at a position sees: its window, which may wrap in the ring, and the sinks.
+inline int stretches(const Store& store, long at, Stretch (&out)[3]) {
+  if (!store.window) {
+    out[0] = {0, at + 1, 0};
+    return 1;
+  }
+  int count = 0;
+  long ring = store.slots - store.sinks, sinks = store.sinks;
+  long from = std::max(sinks, at - store.window + 1);
+  if (sinks) out[count++] = {0, std::min(sinks, at + 1), 0};
+  while (from <= at) {
+    long offset = (from - sinks) % ring, n = std::min(at + 1 - from, ring - offset);
+    out[count++] = {sinks + offset, n, from};
+    from += n;
+  }
+  return count;
+}
+
+// One query's attention over the stretches of keys and values [slots, D] that it sees.
 template <class Number>
-void attend(const float* q, const Number* keys, const Number* values, long S, long D, float scale,
-            float* out) {
+void attend(const Layer& layer, long head, const float* q, const Number* keys, const Number* values,
+            long at, long D, float* out) {
   static thread_local std::vector<float> weights;
+  Stretch seen[3];
+  int count = stretches(layer.store, at, seen);
+  long S = 0;
+  for (int i = 0; i < count; i++) S += seen[i].n;
   weights.resize(S);
-  long s = 0, d = 0;
-  for (; s + 4 <= S; s += 4) scores<4>(q, keys + s * D, D, &weights[s]);
-  for (; s < S; s++) scores<1>(q, keys + s * D, D, &weights[s]);
-  float largest = -INFINITY;
-  for (s = 0; s < S; s++) {
+  float scale = float(layer.scale), softcap = float(layer.softcap);
+  float* to = weights.data();
+  for (int i = 0; i < count; i++) {
+    const Number* from = keys + seen[i].slot * D;
+    long s = 0, n = seen[i].n;
+    for (; s + 4 <= n; s += 4) scores<4>(q, from + s * D, D, to + s);
+    for (; s < n; s++) scores<1>(q, from + s * D, D, to + s);
+    to += n;
+  }
+  if (softcap || layer.slopes) {
+    to = weights.data();
+    float slope = layer.slopes ? layer.slopes[head] : 0;
+    for (int i = 0; i < count; to += seen[i].n, i++)
+      for (long s = 0; s < seen[i].n; s++) {
+        to[s] *= scale;
+        if (softcap) to[s] = softcap * tanhf(to[s] / softcap);
+        to[s] += slope * float(seen[i].at + s - at);
+      }
+    scale = 1;
+  }
+  float largest = layer.sinks ? layer.sinks[head] : -INFINITY;
+  for (long s = 0; s < S; s++) {
     weights[s] *= scale;
     largest = weights[s] > largest ? weights[s] : largest;
   }
   each(weights.data(), S, [=](Floats v) { return exponential(v - largest); });
   float total = add_up(weights.data(), S, [](auto v) { return v; });
-  for (; d + 4 * LANES <= D; d += 4 * LANES) weigh<4>(weights.data(), values + d, S, D, total, out + d);
-  for (; d < D; d += LANES) weigh<1>(weights.data(), values + d, S, D, total, out + d);
+  if (layer.sinks) total += std::exp(layer.sinks[head] - largest);
+  std::fill_n(out, D, 0.0f);
+  const float* from = weights.data();
+  for (int i = 0; i < count; from += seen[i].n, i++) {
+    const Number* its = values + seen[i].slot * D;
+    long d = 0, n = seen[i].n;
+    for (; d + 4 * LANES <= D; d += 4 * LANES) weigh<4>(from, its + d, n, D, out + d);
+    for (; d < D; d += LANES) weigh<1>(from, its + d, n, D, out + d);
+  }
+  for (long d = 0; d < D; d += LANES) put(out + d, floats(out + d) / total);
 }
 
-// This thread's part of the attention of M new tokens, qkv [M, H + 2 Hkv, D], to out [M, H, D].
-// Each token's keys and values are put at its place in its row of the cache, and it sees those up to
-// there.
+// The cosines and sines of a token for one Rotary: those of queries, and then those of keys.
+struct Turned {
+  std::vector<float> numbers;  // [4, pairs]
+
+  Turned(const Rotary& rotary, long at) : numbers(4 * rotary.pairs) {
+    long n = rotary.pairs;
+    for (long i = 0; i < n; i++) {
+      float angle = float(at) * rotary.turns[i], factor = float(rotary.factor);
+      float decay = rotary.decay ? std::pow(rotary.decay[i], float(at) / 512) : 1;
+      float cosine = factor * std::cos(angle), sine = factor * std::sin(angle);
+      numbers[i] = cosine * decay, numbers[n + i] = sine * decay;
+      numbers[2 * n + i] = cosine / decay, numbers[3 * n + i] = sine / decay;
+    }
+  }
+};
+
+// A head's query or key as attention takes it: normalised and rotated.
+inline void prepare(const Norm& norm, const float* from, long D, const float* turned, long pairs,
+                    float* out) {
+  if (norm.kind) normalise(norm, from, 1, D, out);
+  else std::copy_n(from, D, out);
+  for (long i = 0; i < pairs; i++) {
+    float first = out[i], second = out[pairs + i], cosine = turned[i], sine = turned[pairs + i];
+    out[i] = first * cosine - second * sine;
+    out[pairs + i] = second * cosine + first * sine;
+  }
+}
+
+// This thread's part of the attention of M new tokens, qkv [M, H + 2 Hkv, D], to out [M, H, D]. Each
+// token's keys and values are put at its slot in its row of the cache.
 template <class Number>
-void attention(const Shape& shape, double scale, Number* keys, Number* values, const Cache& cache,
-               const Token* tokens, long M, const float* qkv, float* out) {
+void attention(const Shape& shape, const Layer& layer, const Token* tokens, long M,
+               const std::vector<Turned>& turned, const float* qkv, float* out) {
   long H = shape.n_head, G = shape.kv_heads, D = shape.head_dim;
+  const Store& store = layer.store;
+  auto keys = static_cast<Number*>(store.keys), values = static_cast<Number*>(store.values);
+  bool rotates = layer.rotary >= 0;
+  long pairs = rotates ? shape.rotaries[layer.rotary].pairs : 0;
+  auto angles = [&](long m) {
+    return rotates ? turned[layer.rotary * M + m].numbers.data() : nullptr;
+  };
+  static thread_local std::vector<float> head;
+  head.resize(D);
   Share appending(M * G), own(M * H);
   for (long i = appending.begin; i < appending.end; i++) {
-    long m = i / G, g = i % G;
-    long at = tokens[m].row * cache.row_stride + g * cache.head_stride + tokens[m].place * D;
+    long m = i / G, g = i % G, slot = tokens[m].at;
+    if (store.window && slot >= store.sinks)
+      slot = store.sinks + (slot - store.sinks) % (store.slots - store.sinks);
+    long at = tokens[m].row * store.row_stride + g * store.head_stride + slot * D;
     const float *k = qkv + (m * (H + 2 * G) + H + g) * D, *v = k + G * D;
+    prepare(layer.k_norm, k, D, rotates ? angles(m) + 2 * pairs : nullptr, pairs, head.data());
     for (long d = 0; d < D; d += LANES) {
-      put(keys + at + d, floats(k + d));
+      put(keys + at + d, floats(&head[d]));
       put(values + at + d, floats(v + d));
     }
   }
 #pragma omp barrier
   for (long i = own.begin; i < own.end; i++) {
     long m = i / H, h = i % H;
-    long at = tokens[m].row * cache.row_stride + h / (H / G) * cache.head_stride;
-    const float* q = qkv + (m * (H + 2 * G) + h) * D;
-    attend(q, keys + at, values + at, tokens[m].place + 1, D, float(scale), out + i * D);
+    long at = tokens[m].row * store.row_stride + h / (H / G) * store.head_stride;
+    prepare(layer.q_norm, qkv + (m * (H + 2 * G) + h) * D, D, angles(m), pairs, head.data());
+    attend(layer, h, head.data(), keys + at, values + at, tokens[m].at, D, out + i * D);
+  }
+}
+
+// Which tokens an expert takes, and the weight of each.
+struct Load {
+  std::vector<long> tokens;
+  std::vector<float> weights;
+};
+
+// The experts of each of M tokens by the router's logits [M, E]; the shared ones take all.
+std::vector<Load> route(const Layer& layer, const float* logits, long M) {
+  long E = layer.n_expert;
+  std::vector<Load> loads(E + layer.n_shared);
+  std::vector<float> scores(E);
+  std::vector<long> order(E);
+  for (long m = 0; m < M; m++, logits += E) {
+    float largest = *std::max_element(logits, logits + E), total = 0;
+    for (long e = 0; e < E; e++) {
+      scores[e] = layer.by_sigmoid ? 1 / (1 + std::exp(-logits[e])) : std::exp(logits[e] - largest);
+      total += scores[e], order[e] = e;
+    }
+    if (!layer.by_sigmoid)
+      for (float& score : scores) score /= total;
+    auto value = [&](long e) { return scores[e] + (layer.preference ? layer.preference[e] : 0); };
+    std::partial_sort(order.begin(), order.begin() + layer.n_active, order.end(),
+                      [&](long a, long b) {
+                        return value(a) != value(b) ? value(a) > value(b) : a < b;
+                      });
+    total = 0;
+    for (long i = 0; i < layer.n_active; i++) total += scores[order[i]];
+    for (long i = 0; i < layer.n_active; i++) {
+      float weight = scores[order[i]] / (layer.renormalise ? total : 1);
+      loads[order[i]].tokens.push_back(m), loads[order[i]].weights.push_back(weight);
+    }
+    for (long e = E; e < E + layer.n_shared; e++)
+      loads[e].tokens.push_back(m), loads[e].weights.push_back(1);
+  }
+  return loads;
+}
+
+// This thread's part of what is inside of a feed-forward layer: hidden [M, inner] of x [M, C].
+void inside(const FeedForward& mlp, long activation, long M, const float* x, float* hidden,
+            float* gates) {
+  long inner = mlp.up.N;
+  multiply(mlp.up, M, x, hidden);
+  if (mlp.gate.weights) multiply(mlp.gate, M, x, gates);
+  Share own(inner);
+  for (long m = 0; m < M; m++) {
+    float *up = hidden + m * inner, *gate = mlp.gate.weights ? gates + m * inner : up;
+    activate(activation, gate + own.begin, own.end - own.begin);
+    if (gate != up)
+      for (long i = own.begin; i < own.end; i++) up[i] *= gate[i];
   }
 }
 
@@ -734,39 +920,87 @@ void gpt_dense(const Matrix* matrix, long halves, void* out) {
   else dense(*matrix, static_cast<float*>(out));
 }
 
-// GPT-2's blocks (pre-norm, as gpt/model/block.py has them) for M new tokens, each of some row of the
-// cache, which takes them: x [M, C] becomes what comes out.
-void gpt_blocks(const Layer* layers, const Shape* shape, const Cache* cache, const Token* tokens,
-                long M, float* x) {
-  long C = layers->out.N, inner = layers->up.N;
-  std::vector<float> qkv(M * layers->qkv.N), heads(M * C), hidden(M * inner);
+// The blocks for M new tokens, each of some row of the cache, which takes them: x [M, C] becomes what
+// comes out.
+void gpt_blocks(const Layer* layers, const Shape* shape, const Token* tokens, long M, float* x) {
+  long C = layers->out.N, widest = 0, most = 1, experts = 1;
+  for (long l = 0; l < shape->n_layer; l++) {
+    widest = std::max(widest, layers[l].experts->up.N);
+    most = std::max(most, layers[l].n_active + layers[l].n_shared);
+    experts = std::max(experts, layers[l].n_expert);
+  }
+  std::vector<Turned> turned;
+  for (long r = 0; r < shape->n_rotary; r++)
+    for (long m = 0; m < M; m++) turned.emplace_back(shape->rotaries[r], tokens[m].at);
+  std::vector<float> qkv(M * layers->qkv.N), heads(M * shape->n_head * shape->head_dim);
+  std::vector<float> hidden(M * most * widest), gates(hidden.size()), added(M * C);
+  std::vector<float> logits(M * experts);
 #pragma omp parallel if (C * C > SMALL)
   {
-    std::vector<float> normal(M * C);
+    std::vector<float> normal(M * C), other(M * C), gathered(M * C), result(M * C);
+    Share columns(C);
+    // A branch's output, in `added` after a barrier, is normalised and goes into the stream.
+    auto add_normalised = [&](const Norm& norm) {
+      normalise(norm, added.data(), M, C, gathered.data());
+      for (long m = 0; m < M; m++)
+        for (long c = columns.begin; c < columns.end; c++) x[m * C + c] += gathered[m * C + c];
+    };
     for (long l = 0; l < shape->n_layer; l++) {
       const Layer& layer = layers[l];
       normalise(layer.attn_norm, x, M, C, normal.data());
+      if (shape->parallel && layer.mlp_norm.kind) normalise(layer.mlp_norm, x, M, C, other.data());
       multiply(layer.qkv, M, normal.data(), qkv.data());
 #pragma omp barrier
-      auto attended = [&](auto* keys, auto* values) {
-        attention(*shape, layer.scale, keys + l * cache->layer_stride,
-                  values + l * cache->layer_stride, *cache, tokens, M, qkv.data(), heads.data());
-      };
-      if (cache->halves)
-        attended(static_cast<uint16_t*>(cache->keys), static_cast<uint16_t*>(cache->values));
+      if (shape->halves)
+        attention<uint16_t>(*shape, layer, tokens, M, turned, qkv.data(), heads.data());
       else
-        attended(static_cast<float*>(cache->keys), static_cast<float*>(cache->values));
+        attention<float>(*shape, layer, tokens, M, turned, qkv.data(), heads.data());
 #pragma omp barrier
-      multiply(layer.out, M, heads.data(), x, true);
+      bool attn_norm = layer.attn_out_norm.kind, mlp_norm = layer.mlp_out_norm.kind;
+      multiply(layer.out, M, heads.data(), attn_norm ? added.data() : x, !attn_norm);
 #pragma omp barrier
-      normalise(layer.mlp_norm, x, M, C, normal.data());
-      multiply(layer.up, M, normal.data(), hidden.data());
-      Share own(inner);
-      for (long m = 0; m < M; m++)
-        activate(shape->activation, &hidden[m * inner + own.begin], own.end - own.begin);
+      if (attn_norm) {
+        add_normalised(layer.attn_out_norm);
 #pragma omp barrier
-      multiply(layer.down, M, hidden.data(), x, true);
+      }
+      if (!shape->parallel) normalise(layer.mlp_norm, x, M, C, normal.data());
+      else if (layer.mlp_norm.kind) normal.swap(other);
+      float* to = mlp_norm ? added.data() : x;
+      if (!layer.n_expert) {
+        inside(*layer.experts, shape->activation, M, normal.data(), hidden.data(), gates.data());
 #pragma omp barrier
+        multiply(layer.experts->down, M, hidden.data(), to, !mlp_norm);
+      } else {
+        multiply(layer.router, M, normal.data(), logits.data());
+#pragma omp barrier
+        std::vector<Load> loads = route(layer, logits.data(), M);
+        auto each_expert = [&](auto function) {  // with the place of its numbers
+          long before = 0;
+          for (size_t e = 0; e < loads.size(); before += loads[e].tokens.size(), e++)
+            if (!loads[e].tokens.empty()) function(layer.experts[e], loads[e], before * widest);
+        };
+        each_expert([&](const FeedForward& mlp, const Load& load, long place) {
+          for (size_t i = 0; i < load.tokens.size(); i++)
+            std::copy_n(&normal[load.tokens[i] * C], C, &gathered[i * C]);
+          inside(mlp, shape->activation, load.tokens.size(), gathered.data(), &hidden[place],
+                 &gates[place]);
+        });
+        if (mlp_norm)
+          for (long m = 0; m < M; m++)
+            std::fill(&added[m * C] + columns.begin, &added[m * C] + columns.end, 0.0f);
+#pragma omp barrier
+        each_expert([&](const FeedForward& mlp, const Load& load, long place) {
+          multiply(mlp.down, load.tokens.size(), &hidden[place], result.data());
+          for (size_t i = 0; i < load.tokens.size(); i++)
+            for (long c = columns.begin; c < columns.end; c++)
+              to[load.tokens[i] * C + c] += load.weights[i] * result[i * C + c];
+        });
+      }
+#pragma omp barrier
+      if (mlp_norm) {
+        add_normalised(layer.mlp_out_norm);
+#pragma omp barrier
+      }
     }
   }
 }

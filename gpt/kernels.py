@@ -1,5 +1,5 @@
 """What decoding on a CPU spends its time on, in C++: products of a few rows with a matrix that is
-read once, and GPT-2's blocks for a few tokens.
+read once, and whole blocks for a few tokens.
 
 ``kernels.cpp`` is compiled for this machine at its first use, in two seconds, with the C++ compiler
 that is there (``CXX``, or c++), and kept in the user's cache folder, where nobody else may write.
@@ -21,12 +21,13 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from gpt.config import Activation, ModelConfig, UsageError, foreign
+from gpt.config import Norm as NormName
 from gpt.device import cpu_limit
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -42,20 +43,40 @@ OTHERS = stat.S_IWGRP | stat.S_IWOTH
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
 """Of a matrix: the number that ``kernels.cpp`` knows each by."""
 
-ACTIVATIONS: dict[Activation, int] = {"gelu_tanh": 0, "gelu": 1, "relu": 2, "silu": 3, "tanh": 4}
+
+def _any(value: Any) -> bool:
+    return True
+
+
+ACTIVATIONS: dict[Activation, int] = {
+    "gelu_tanh": 0, "gelu": 1, "relu": 2, "silu": 3, "tanh": 4, "relu_squared": 5,
+}  # fmt: skip
 
 KNOWN: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("vocab_size", "context_length", "tie_embeddings"), lambda value: True),
-    **dict.fromkeys(("n_layer", "n_head", "n_kv_head", "n_embd", "n_inner"), lambda value: True),
-    **dict.fromkeys(("bias", "norm_eps", "scale_attention"), lambda value: True),
-    "scale_attention_by_layer": lambda value: True,
-    "dropout": lambda value: True,  # models that are made to run have none
+    **dict.fromkeys(("vocab_size", "context_length", "n_layer", "n_embd", "n_inner"), _any),
+    **dict.fromkeys(("n_head", "n_kv_head", "head_dim", "bias", "qkv_bias", "qk_norm"), _any),
+    **dict.fromkeys(("scale_attention", "scale_attention_by_layer", "attention_softcap"), _any),
+    **dict.fromkeys(("window", "sinks", "learned_sinks"), _any),
+    **dict.fromkeys(("rotary_base", "rotary_base_local", "rotary_fraction"), _any),
+    **dict.fromkeys(("rotary_scaling_factor", "rotary_trained_length"), _any),
+    **dict.fromkeys(("rotary_low_frequency", "rotary_high_frequency", "rotary_temperature"), _any),
+    **dict.fromkeys(("norm_weight", "norm_bias", "norm_eps"), _any),
+    **dict.fromkeys(("n_expert", "n_expert_active", "moe_shared", "moe_renormalise"), _any),
+    # outside of the blocks, in training, or in sparse layers alone
+    **dict.fromkeys(("tie_embeddings", "scale_embeddings", "embedding_norm"), _any),
+    **dict.fromkeys(("logit_softcap", "dropout", "initial"), _any),
+    **dict.fromkeys(("moe_capacity", "moe_balance", "moe_balance_weight", "moe_z_weight"), _any),
+    **dict.fromkeys(("sparse_block", "sparse_local", "sparse_global", "sparse_random"), _any),
     "activation": ACTIVATIONS.__contains__,
-    "head_dim": lambda value: True,
-    "position": lambda value: value == "learned",
-    "norm": lambda value: value == "layer",
-    "norm_placement": lambda value: value == "pre",
-    "mlp": lambda value: value == "plain",
+    "position": ("learned", "sinusoidal", "rotary", "xpos", "alibi", "none").__contains__,
+    "rotary_scaling": ("none", "linear", "ntk", "yarn", "llama3").__contains__,
+    "norm": ("layernorm", "rmsnorm").__contains__,
+    "norm_placement": ("pre", "sandwich", "parallel", "parallel_shared").__contains__,
+    "mlp": ("plain", "gated").__contains__,
+    "moe_score": ("softmax", "sigmoid").__contains__,
+    "window_pattern": lambda pattern: not set(pattern) - {"G", "L"},
+    "attention_top_k": lambda k: k == 0,
+    "copy": lambda kind: kind == "none",
 }
 """Each field of a model's configuration that the kernels of whole blocks handle, and which values
 of it. A model with a field that is not here runs matrix by matrix.
@@ -115,10 +136,10 @@ def load() -> ctypes.CDLL:
 
 
 def _declared(lib: ctypes.CDLL) -> ctypes.CDLL:
-    lib.gpt_linear.argtypes = [ctypes.POINTER(Matrix), _LONG, _POINTER, _POINTER]
-    lib.gpt_dense.argtypes = [ctypes.POINTER(Matrix), _LONG, _POINTER]
-    structures = [ctypes.POINTER(kind) for kind in (_Layer, _Shape, Cache)]
-    lib.gpt_blocks.argtypes = [*structures, ctypes.POINTER(_LONG), _LONG, _POINTER]
+    lib.gpt_linear.argtypes = [ctypes.POINTER(RawMatrix), _LONG, _POINTER, _POINTER]
+    lib.gpt_dense.argtypes = [ctypes.POINTER(RawMatrix), _LONG, _POINTER]
+    structures = [ctypes.POINTER(kind) for kind in (Layer, _Shape, _LONG)]
+    lib.gpt_blocks.argtypes = [*structures, _LONG, _POINTER]
     for function in (lib.gpt_linear, lib.gpt_dense, lib.gpt_blocks):
         function.restype = None
     return lib
@@ -138,8 +159,8 @@ def _address(tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> int:
     return tensor.data_ptr()
 
 
-class Matrix(ctypes.Structure):
-    """A matrix ``[N, K]`` as ``kernels.cpp`` sees it. It keeps its tensors alive.
+class RawMatrix(ctypes.Structure):
+    """A matrix ``[N, K]`` as ``kernels.cpp`` reads it. It keeps its tensors alive.
 
     ``kind`` is one of :data:`FORMATS`; :mod:`gpt.generation.quantisation` says how each lies in
     memory. ``ValueError`` for tensors that lie otherwise, or not in the CPU's memory.
@@ -174,7 +195,7 @@ class Matrix(ctypes.Structure):
         self.tensors = weights, scales, lows, bias
 
 
-def linear(x: Tensor, matrix: Matrix) -> Tensor:
+def linear(x: Tensor, matrix: RawMatrix) -> Tensor:
     """``x`` ``[..., K]`` of float32 times the matrix, plus its bias: ``[..., N]``. The matrix is
     read from memory once.
     """
@@ -191,7 +212,7 @@ def linear(x: Tensor, matrix: Matrix) -> Tensor:
     return y
 
 
-def dense(matrix: Matrix, dtype: torch.dtype) -> Tensor:
+def dense(matrix: RawMatrix, dtype: torch.dtype) -> Tensor:
     """A matrix of int8 or int4 as ``[N, K]`` of float32 or bfloat16."""
     lib = library()
     assert lib is not None
@@ -203,103 +224,180 @@ def dense(matrix: Matrix, dtype: torch.dtype) -> Tensor:
     return out
 
 
+def _numbers(tensor: Tensor | None, *shape: int) -> int | None:
+    """Where a tensor of float32 is, or nothing."""
+    return None if tensor is None else _address(tensor, torch.float32, *shape)
+
+
 class Norm(ctypes.Structure):
-    """A LayerNorm's weight ``[C]`` and bias, float32. It keeps them alive."""
+    """A norm's weight ``[width]`` and bias, float32, each or both ``None``. It keeps them alive."""
 
-    _fields_ = (("weight", _POINTER), ("bias", _POINTER), ("epsilon", _DOUBLE))
+    KINDS: ClassVar[dict[NormName, int]] = {"layernorm": 1, "rmsnorm": 2}
+    _fields_ = (
+        ("kind", _LONG), ("weight", _POINTER), ("bias", _POINTER), ("epsilon", _DOUBLE),
+    )  # fmt: skip
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, epsilon: float) -> None:
-        self.width = weight.numel()
-        places = (
-            None if tensor is None else _address(tensor, torch.float32, self.width)
-            for tensor in (weight, bias)
-        )
-        super().__init__(*places, epsilon)
+    def __init__(
+        self, kind: NormName, width: int, weight: Tensor | None, bias: Tensor | None, epsilon: float
+    ) -> None:
+        places = _numbers(weight, width), _numbers(bias, width)
+        super().__init__(self.KINDS[kind], *places, epsilon)
         self.tensors = weight, bias
 
 
-class Layer(NamedTuple):
-    """One block; ``scale`` multiplies its attention scores."""
+class FeedForward(ctypes.Structure):
+    """A feed-forward layer of the width ``C``, with or without a gate."""
 
-    attn_norm: Norm
-    mlp_norm: Norm
-    qkv: Matrix
-    out: Matrix
-    up: Matrix
-    down: Matrix
-    scale: float
+    _fields_ = tuple((name, RawMatrix) for name in ("up", "gate", "down"))
 
-
-class _Layer(ctypes.Structure):
-    _fields_ = (
-        *((name, Norm) for name in ("attn_norm", "mlp_norm")),
-        *((name, Matrix) for name in ("qkv", "out", "up", "down")),
-        ("scale", _DOUBLE),
-    )
+    def __init__(
+        self, width: int, up: RawMatrix, down: RawMatrix, gate: RawMatrix | None = None
+    ) -> None:
+        shapes = [(up.N, up.K), (down.K, down.N)] + ([] if gate is None else [(gate.N, gate.K)])
+        if set(shapes) != {(up.N, width)}:
+            raise ValueError(f"the matrices of a feed-forward layer do not fit a width of {width}")
+        super().__init__(up=up, down=down, **({} if gate is None else {"gate": gate}))
+        self.parts = up, gate, down
 
 
-class _Shape(ctypes.Structure):
-    _fields_ = tuple(
-        (name, _LONG) for name in ("n_layer", "n_head", "kv_heads", "head_dim", "activation")
-    )
-
-
-class Cache(ctypes.Structure):
-    """The memory of a KV cache, ``[L, B, Hkv, S, D]``. It keeps it alive."""
+class Rotary(ctypes.Structure):
+    """By what queries and keys are rotated: ``turns`` ``[n]`` in radians a position, the factor of
+    cosines and sines, and xPos's ``decay`` ``[n]``.
+    """
 
     _fields_ = (
-        ("halves", _LONG),
+        ("pairs", _LONG), ("turns", _POINTER), ("decay", _POINTER), ("factor", _DOUBLE),
+    )  # fmt: skip
+
+    def __init__(self, turns: Tensor, factor: float, decay: Tensor | None) -> None:
+        n = len(turns)
+        super().__init__(n, _numbers(turns, n), _numbers(decay, n), factor)
+        self.tensors = turns, decay
+
+
+class Store(ctypes.Structure):
+    """The keys and values of one layer, ``[B, Hkv, S, D]``, float32 or bfloat16; with a ``window``
+    a ring behind the first ``sinks``. It keeps them alive.
+    """
+
+    _fields_ = (
         *((name, _POINTER) for name in ("keys", "values")),
-        *((name, _LONG) for name in ("layer_stride", "row_stride", "head_stride")),
+        *((n, _LONG) for n in ("row_stride", "head_stride", "slots", "window", "sinks")),
     )
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        halves = keys.dtype == torch.bfloat16
-        dtype = torch.bfloat16 if halves else torch.float32
+    def __init__(self, keys: Tensor, values: Tensor, window: int = 0, sinks: int = 0) -> None:
+        self.halves = keys.dtype == torch.bfloat16
+        dtype = torch.bfloat16 if self.halves else torch.float32
         places = (_address(tensor, dtype, *keys.shape) for tensor in (keys, values))
-        super().__init__(halves, *places, *keys.stride()[:3])
+        super().__init__(*places, *keys.stride()[:2], keys.shape[2], window, sinks)
         self.tensors = keys, values
 
 
+class Layer(ctypes.Structure):
+    """One block and its part of the cache. What is not given, the block does not have: a norm
+    passes its input, attention sees all earlier tokens, and there is one expert and no router.
+    """
+
+    NORMS = ("attn_norm", "mlp_norm", "attn_out_norm", "mlp_out_norm", "q_norm", "k_norm")
+    _fields_ = (
+        *((name, Norm) for name in NORMS),
+        *((name, RawMatrix) for name in ("qkv", "out")),
+        ("experts", ctypes.POINTER(FeedForward)),
+        ("router", RawMatrix),
+        ("preference", _POINTER),
+        *((name, _LONG) for name in ("n_expert", "n_active", "n_shared")),
+        *((name, _LONG) for name in ("by_sigmoid", "renormalise")),
+        *((name, _DOUBLE) for name in ("scale", "softcap")),
+        *((name, _POINTER) for name in ("slopes", "sinks")),
+        ("rotary", _LONG),
+        ("store", Store),
+    )
+
+    def __init__(
+        self,
+        *,
+        experts: Sequence[FeedForward],
+        n_head: int,
+        slopes: Tensor | None = None,
+        sinks: Tensor | None = None,
+        preference: Tensor | None = None,
+        rotary: int = -1,
+        **given: Any,
+    ) -> None:
+        """The other fields by name, parts that the block does not have as ``None``."""
+        given = {name: part for name, part in given.items() if part is not None}
+        array = (FeedForward * len(experts))(*experts)
+        super().__init__(
+            experts=array,
+            slopes=_numbers(slopes, n_head),
+            sinks=_numbers(sinks, n_head),
+            preference=_numbers(preference, given.get("n_expert", 0)),
+            rotary=rotary,
+            **given,
+        )
+        self.kept = given, array, list(experts), slopes, sinks, preference
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = (
+        *((n, _LONG) for n in ("n_layer", "n_head", "kv_heads", "head_dim", "activation")),
+        *((n, _LONG) for n in ("parallel", "halves", "n_rotary")),
+        ("rotaries", ctypes.POINTER(Rotary)),
+    )
+
+
 class Blocks:
-    """GPT-2's blocks as ``kernels.cpp`` takes them. ``ValueError`` if their widths do not fit each
-    other. They keep their tensors alive.
+    """Blocks and their cache as ``kernels.cpp`` takes them. ``ValueError`` if their widths do not
+    fit each other. They keep their tensors alive.
     """
 
     def __init__(
         self,
         layers: Sequence[Layer],
         *,
+        width: int,
         n_head: int,
         kv_heads: int,
         head_dim: int,
         activation: Activation,
+        parallel: bool = False,
+        rotaries: Sequence[Rotary] = (),
     ) -> None:
-        self.layers, self.width = layers, n_head * head_dim
-        inner = layers[0].up.N if layers else 0
-        C, qkv = self.width, (n_head + 2 * kv_heads) * head_dim
+        self.layers, self.width = layers, width
+        heads, qkv = n_head * head_dim, (n_head + 2 * kv_heads) * head_dim
         for layer in layers:
-            matrices = ((m.N, m.K) for m in (layer.qkv, layer.out, layer.up, layer.down))
-            norms = layer.attn_norm.width, layer.mlp_norm.width
-            if norms != (C, C) or [*matrices] != [(qkv, C), (C, C), (inner, C), (C, inner)]:
-                raise ValueError(f"the blocks' matrices do not fit a width of {C}")
+            shapes = [(m.N, m.K) for m in (layer.qkv, layer.out)]
+            if shapes != [(qkv, width), (width, heads)]:
+                raise ValueError(f"the blocks' matrices do not fit a width of {width}")
+            router = layer.router.N, layer.router.K
+            if layer.n_expert and router != (layer.n_expert, width):
+                raise ValueError(f"a router does not fit {layer.n_expert} experts")
         if not layers or head_dim % 16 or n_head % kv_heads:
             raise ValueError("the kernels take blocks whose heads have 16, 32, 48, ... numbers")
-        heads = n_head, kv_heads, head_dim
-        self._array = (_Layer * len(layers))(*(_Layer(*layer) for layer in layers))
-        self._shape = _Shape(len(layers), *heads, ACTIVATIONS[activation])
+        if any(2 * rotary.pairs > head_dim for rotary in rotaries):
+            raise ValueError(f"more than the {head_dim} numbers of a head are rotated")
+        halves = {bool(layer.kept[0]["store"].halves) for layer in layers}
+        if len(halves) > 1:
+            raise ValueError("the layers' caches have unlike dtypes")
+        self._array = (Layer * len(layers))(*layers)
+        self._rotaries = (Rotary * len(rotaries))(*rotaries)
+        self._shape = _Shape(
+            len(layers), n_head, kv_heads, head_dim, ACTIVATIONS[activation],
+            parallel, halves.pop(), len(rotaries), self._rotaries,
+        )  # fmt: skip
+        self._kept = list(rotaries)
 
-    def run(self, x: Tensor, cache: Cache, places: Sequence[tuple[int, int]]) -> None:
-        """The blocks for a few new tokens, in place: ``x`` ``[M, C]`` of float32. ``places`` has
+    def run(self, x: Tensor, tokens: Sequence[tuple[int, int]]) -> None:
+        """The blocks for a few new tokens, in place: ``x`` ``[M, C]`` of float32. ``tokens`` has
         each token's row of the cache and its position in it; the cache takes them, and must have
-        these rows, positions, and layers.
+        these rows and positions.
         """
         lib = library()
         assert lib is not None
-        numbers = [number for place in places for number in place]
-        tokens = (_LONG * len(numbers))(*numbers)
-        address = _address(x, torch.float32, len(places), self.width)
-        lib.gpt_blocks(self._array, self._shape, cache, tokens, len(places), address)
+        numbers = [number for token in tokens for number in token]
+        array = (_LONG * len(numbers))(*numbers)
+        address = _address(x, torch.float32, len(tokens), self.width)
+        lib.gpt_blocks(self._array, self._shape, array, len(tokens), address)
 
 
 def _command() -> tuple[list[str], str]:

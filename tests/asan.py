@@ -43,7 +43,7 @@ def products() -> int:
         matrix = Matrix(kind, torch.randn(rows, columns))
         tensors = matrix.data, matrix.scales, matrix.lows
         for bias in (None, torch.randn(rows)):
-            raw = kernels.Matrix(kind, columns, *tensors, bias)
+            raw = kernels.RawMatrix(kind, columns, *tensors, bias)
             for x in (torch.randn(n, columns) for n in ROWS):
                 kernels.linear(x, raw)
                 count += 1
@@ -62,7 +62,8 @@ def decoded(model: InferenceGPT, dtype: torch.dtype, capacity: int, rows: int, s
     rows.
     """
     cache = model.new_cache(rows, capacity=capacity)
-    cache.keys, cache.values = cache.keys.to(dtype), cache.values.to(dtype)
+    for store in cache.stores.values():
+        store.keys, store.values = store.keys.to(dtype), store.values.to(dtype)
     tokens = torch.randint(model.config.vocab_size, (rows, capacity))
     for chunk in tokens.split(step, dim=1):
         model(chunk, cache=cache)
@@ -72,7 +73,7 @@ def decoded(model: InferenceGPT, dtype: torch.dtype, capacity: int, rows: int, s
 
 def overread() -> None:
     """One row more than there is."""
-    matrix = kernels.Matrix("float32", 64, torch.ones(3, 64), None, None)
+    matrix = kernels.RawMatrix("float32", 64, torch.ones(3, 64), None, None)
     matrix.N += 1
     kernels.linear(torch.ones(1, 64), matrix)
 
@@ -89,10 +90,10 @@ def check(path: str, what: str) -> None:
     calls = products()
     blocks, run = 0, kernels.Blocks.run
 
-    def counted(self, x, cache, places):
+    def counted(self, x, tokens):
         nonlocal blocks
         blocks += 1
-        run(self, x, cache, places)
+        run(self, x, tokens)
 
     kernels.Blocks.run = counted
     for threads, models in ((1, MODELS), (3, MODELS[3:5])):  # a share of 3 is uneven

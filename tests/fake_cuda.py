@@ -134,7 +134,7 @@ def test_a_cache_of_either_kind(variant, weights):
     whole = model(some_tokens(3, 20))
     assert whole.shape == (3, 20, 61)
     cache = model.new_cache(3, capacity=40)
-    assert cache.keys.device.type == "cuda"
+    assert cache.device.type == "cuda"
     for chunk in (7, 1, 5):
         assert model(some_tokens(3, chunk), cache=cache).shape == (3, chunk, 61)
     cache.truncate([13, 4, 9])

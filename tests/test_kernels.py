@@ -285,7 +285,7 @@ def test_every_field_of_the_models_configuration_is_decided():
 
 def test_a_configuration_with_an_unknown_field_value_or_width_is_not_known():
     later = dataclasses.make_dataclass(
-        "Later", [("rotary", bool, False)], bases=(ModelConfig,), frozen=True, kw_only=True
+        "Later", [("later", bool, False)], bases=(ModelConfig,), frozen=True, kw_only=True
     )
     assert kernels.knows(ModelConfig())
     assert not kernels.knows(later())
@@ -322,7 +322,7 @@ MATRIX = {
 @pytest.mark.parametrize("kind", kernels.FORMATS)
 def test_a_matrix_that_lies_otherwise_is_refused_before_it_is_read(kind, spoil):
     good = MATRIX[kind]
-    kernels.Matrix(kind, 200, *good, torch.ones(5))
+    kernels.RawMatrix(kind, 200, *good, torch.ones(5))
     for i, tensor in enumerate(good):
         if tensor is None or (i == 0 and spoil(tensor) is None):
             continue
@@ -330,59 +330,79 @@ def test_a_matrix_that_lies_otherwise_is_refused_before_it_is_read(kind, spoil):
         if i == 0 and bad[0].shape[0] < 5 and kind in ("float32", "bfloat16"):
             continue  # a matrix of fewer rows
         with pytest.raises(ValueError, match="the kernels take"):
-            kernels.Matrix(kind, 200, *bad)
+            kernels.RawMatrix(kind, 200, *bad)
     with pytest.raises(ValueError, match="the kernels take torch.float32 \\[5\\] on the CPU"):
-        kernels.Matrix(kind, 200, *good, torch.ones(4))
+        kernels.RawMatrix(kind, 200, *good, torch.ones(4))
 
 
-def layer(width=32, inner=48, **changes):
-    def matrix(rows, columns):
-        return kernels.Matrix("float32", columns, torch.ones(rows, columns), None, None)
+def matrix(rows, columns):
+    return kernels.RawMatrix("float32", columns, torch.ones(rows, columns), None, None)
 
-    norm = kernels.Norm(torch.ones(width), None, 1e-5)
+
+def norm(width):
+    return kernels.Norm("layernorm", width, torch.ones(width), None, 1e-5)
+
+
+def layer(width=32, inner=48, *, dtype=torch.float32, **changes):
+    keys = torch.zeros(1, 2, 4, 16, dtype=dtype)
     parts = {
-        "attn_norm": norm, "mlp_norm": norm, "qkv": matrix(3 * width, width),
-        "out": matrix(width, width), "up": matrix(inner, width), "down": matrix(width, inner),
-        "scale": 1.0,
+        "attn_norm": norm(width), "mlp_norm": norm(width), "qkv": matrix(3 * width, width),
+        "out": matrix(width, width), "n_head": 2, "scale": 1.0,
+        "experts": [kernels.FeedForward(width, matrix(inner, width), matrix(width, inner))],
+        "store": kernels.Store(keys, keys.clone()),
     }  # fmt: skip
     return kernels.Layer(**parts | changes)
 
 
-def test_blocks_whose_widths_do_not_fit_are_refused_before_they_are_read():
-    shape = {"n_head": 2, "kv_heads": 2, "head_dim": 16, "activation": "gelu"}
-    kernels.Blocks([layer(), layer()], **shape)
-    wide = layer(64)
-    for changes in [
-        {"layers": []},
-        {"layers": [layer(), layer(inner=64)]},
-        *({"layers": [layer(**{name: getattr(wide, name)})]} for name in wide._fields[:-1]),
-        {"n_head": 4},
-        {"kv_heads": 1},
-        {"head_dim": 32},
-        {"head_dim": 8, "n_head": 4, "kv_heads": 4},
-    ]:
-        with pytest.raises(ValueError, match="the blocks' matrices do not fit|the kernels take"):
-            kernels.Blocks(**{"layers": [layer()], **shape, **changes})
+SHAPE = {"width": 32, "n_head": 2, "kv_heads": 2, "head_dim": 16, "activation": "gelu"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        lambda: {"layers": []},
+        lambda: {"layers": [layer(qkv=matrix(3 * 64, 64))]},
+        lambda: {"layers": [layer(out=matrix(32, 64))]},
+        lambda: {"layers": [layer(), layer(dtype=torch.bfloat16)]},
+        lambda: {"layers": [layer(n_expert=2, router=matrix(3, 32))]},
+        lambda: {"rotaries": [kernels.Rotary(torch.ones(9), 1.0, None)]},
+        lambda: {"n_head": 4},
+        lambda: {"kv_heads": 1},
+        lambda: {"head_dim": 32},
+        lambda: {"width": 64},
+        lambda: {"head_dim": 8, "n_head": 4, "kv_heads": 4},
+        lambda: kernels.FeedForward(32, matrix(48, 32), matrix(48, 32)),
+        lambda: kernels.FeedForward(32, matrix(48, 32), matrix(32, 48), matrix(40, 32)),
+        lambda: kernels.FeedForward(64, matrix(48, 32), matrix(32, 48)),
+        lambda: kernels.Norm("rmsnorm", 32, torch.ones(31), None, 1e-5),
+        lambda: kernels.Rotary(torch.ones(8), 1.0, torch.ones(7)),
+        lambda: layer(slopes=torch.ones(3)),
+        lambda: layer(sinks=torch.ones(1)),
+    ],
+)
+def test_blocks_whose_widths_do_not_fit_are_refused_before_they_are_read(changes):
+    kernels.Blocks([layer(), layer()], **SHAPE)
+    with pytest.raises((ValueError, TypeError)):
+        kernels.Blocks(**{"layers": [layer()], **SHAPE, **changes()})
 
 
 @NEEDS_A_COMPILER
 def test_tokens_that_do_not_fit_the_blocks_are_refused_before_they_are_read():
-    blocks = kernels.Blocks([layer()], n_head=2, kv_heads=2, head_dim=16, activation="gelu")
-    keys = torch.zeros(1, 1, 2, 4, 16)
-    cache = kernels.Cache(keys, keys.clone())
-    blocks.run(torch.ones(1, 32), cache, [(0, 0)])
+    blocks = kernels.Blocks([layer()], **SHAPE)
+    blocks.run(torch.ones(1, 32), [(0, 0)])
     for x in (torch.ones(1, 16), torch.ones(2, 32), torch.ones(1, 32).double()):
         with pytest.raises(ValueError, match="the kernels take"):
-            blocks.run(x, cache, [(0, 0)])
+            blocks.run(x, [(0, 0)])
+    keys = torch.zeros(1, 2, 4, 16)
     for values in (keys[..., :8], keys.double(), keys.to("meta"), keys.bfloat16()):
         with pytest.raises(ValueError, match="the kernels take"):
-            kernels.Cache(keys, values)
+            kernels.Store(keys, values)
 
 
 @NEEDS_A_COMPILER
 def test_only_packed_numbers_are_unpacked():
     for kind in kernels.FORMATS:
-        matrix = kernels.Matrix(kind, 200, *MATRIX[kind])
+        matrix = kernels.RawMatrix(kind, 200, *MATRIX[kind])
         packed = kind in ("int8", "int4")
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             if packed and dtype != torch.float16:

@@ -9,7 +9,18 @@ from gpt.config.checks import FOREIGN, MESSAGE, Bounds, UsageError, foreign, quo
 from gpt.config.commands import EvaluateConfig, ExportConfig, PrepareConfig, SampleConfig, Weights
 from gpt.config.data import DataConfig, TokenizerKind
 from gpt.config.generation import GenerationConfig, SamplingConfig, token_ids, unescaped
-from gpt.config.model import Activation, Mlp, ModelConfig, Norm, NormPlacement, PositionScheme
+from gpt.config.model import (
+    Activation,
+    Balance,
+    Initial,
+    Mlp,
+    ModelConfig,
+    Norm,
+    NormPlacement,
+    PositionScheme,
+    RotaryScaling,
+    RouterScore,
+)
 from gpt.config.toml import parse, parse_training, to_toml, toml_tokens
 from gpt.config.training import (
     CheckpointConfig,
@@ -28,6 +39,7 @@ __all__ = [
     "FOREIGN",
     "MESSAGE",
     "Activation",
+    "Balance",
     "Bounds",
     "CheckpointConfig",
     "DataConfig",
@@ -36,6 +48,7 @@ __all__ = [
     "EvaluationConfig",
     "ExportConfig",
     "GenerationConfig",
+    "Initial",
     "LogConfig",
     "Mlp",
     "ModelConfig",
@@ -46,6 +59,8 @@ __all__ = [
     "PositionScheme",
     "Precision",
     "PrepareConfig",
+    "RotaryScaling",
+    "RouterScore",
     "SampleConfig",
     "SamplingConfig",
     "TokenizerKind",

@@ -77,7 +77,7 @@ def likelihoods(
             n = len(requests[i].continuation)
             end = len(rows[i]) - 1
             targets = ids[j, end - n + 1 : end + 1]
-            logits = model.head(features[j, end - n : end]).float()
+            logits = model.logits(features[j, end - n : end]).float()
             own = logits.gather(-1, targets[:, None]).squeeze(-1)
             total = (own - logits.logsumexp(dim=-1)).double().sum().item()
             is_greedy = bool((logits.argmax(dim=-1) == targets).all())

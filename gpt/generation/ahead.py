@@ -40,7 +40,7 @@ class Steps:
     def __init__(self, cache: KVCache, config: SamplingConfig, *, vocab_size: int) -> None:
         self.cache, self.config, self.vocab_size = cache, config, vocab_size
         self.settings = _settings(config)
-        B, device = cache.max_batch_size, cache.keys.device
+        B, device = cache.max_batch_size, cache.device
         self._tokens = torch.zeros(B, 1, dtype=torch.int64, device=device)
         self._numbers = torch.zeros(MOST, B, dtype=torch.float64, device=device)
         self._chosen = torch.zeros(MOST, B, dtype=torch.int64, device=device)
@@ -92,7 +92,7 @@ class Steps:
 
     def _once(self, model: GPT, cache: KVCache, *, expected: int) -> Callable[[], object]:
         """What takes one step of all rows of ``cache``."""
-        rows, device = cache.batch_size, cache.keys.device
+        rows, device = cache.batch_size, cache.device
         if rows not in self._graphs:
             worth = self._taken[rows] + expected >= WORTH_CAPTURING
             if not (worth and can_capture(device)):
@@ -170,7 +170,7 @@ def keep(model: GPT, steps: Steps) -> None:
     """Keep ``steps``, which nobody uses any more, for the model's next texts and as long as it
     lives. Not of a model in training, nor a cache that takes more memory than the weights.
     """
-    size = 2 * steps.cache.keys.nbytes
+    size = steps.cache.nbytes
     if not model.training and size <= sum(tensor.nbytes for tensor in _tensors(model)):
         _kept[model] = steps
 
@@ -183,8 +183,8 @@ def _fits(steps: Steps, model: GPT, rows: int, length: int) -> bool:
     return (
         rows <= cache.max_batch_size
         and length <= cache.capacity <= 2 * length
-        and cache.keys.dtype == (model.cache_dtype or model.dtype)
-        and cache.keys.device == model.device
+        and cache.dtype == (model.cache_dtype or model.dtype)
+        and cache.device == model.device
         and (not steps.places or steps.places == places(model))
     )
 

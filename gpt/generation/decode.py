@@ -164,7 +164,7 @@ class Decoder:
                 tokens = self._go_ahead(n)
             else:
                 features = self._read()
-                tokens = self._write(self.model.head(features)) if self._rows else []
+                tokens = self._write(self.model.logits(features)) if self._rows else []
         self._keep_steps()
         return tokens
 

@@ -5,9 +5,11 @@ these are in :mod:`gpt.model`. A block of another class, with another forward, a
 widths runs matrix by matrix.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import cast
+import functools
+from collections.abc import Sequence
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from gpt import kernels
@@ -15,100 +17,184 @@ from gpt.config import ModelConfig
 from gpt.generation.packed_layers import PackedLinear
 from gpt.generation.quantisation import Matrix
 from gpt.model.attention import CausalSelfAttention
-from gpt.model.block import Block, pre_norm
+from gpt.model.block import RESIDUALS, Block
 from gpt.model.cache import KVCache
 from gpt.model.dropout import Dropout
-from gpt.model.mlp import ACTIVATIONS, MLP
-from gpt.model.norm import LayerNorm
+from gpt.model.gpt import GPT
+from gpt.model.mlp import ACTIVATIONS, MLP, GatedMLP
+from gpt.model.moe import MoE
+from gpt.model.norm import LayerNorm, RMSNorm
+from gpt.model.position import POSITIONS, RotaryPosition, alibi_slopes
+from gpt.model.rotary import frequencies
+from gpt.model.store import Ring
 
-BUILT: dict[str, type[nn.Module]] = {
-    "": Block,
-    "attn_norm": LayerNorm,
-    "attn": CausalSelfAttention,
-    "attn.qkv": PackedLinear,
-    "attn.qkv.matrix": Matrix,
-    "attn.out": PackedLinear,
-    "attn.out.matrix": Matrix,
-    "mlp_norm": LayerNorm,
-    "mlp": MLP,
-    "mlp.up": PackedLinear,
-    "mlp.up.matrix": Matrix,
-    "mlp.down": PackedLinear,
-    "mlp.down.matrix": Matrix,
-    "dropout": Dropout,
-}
+FORWARDS = {
+    kind: kind.forward
+    for kind in (
+        Block, CausalSelfAttention, LayerNorm, RMSNorm, MLP, GatedMLP, MoE, Dropout, PackedLinear,
+        Matrix, nn.ModuleList,
+    )
+}  # fmt: skip
 """The modules of a block whose arithmetic the kernels have."""
-FORWARDS = {kind: kind.forward for kind in BUILT.values()}
+KNOWN_RESIDUALS, KNOWN_POSITIONS = dict(RESIDUALS), dict(POSITIONS)
 
 
 class Fused:
-    """Blocks and a cache as they are now, for the kernels. Where these do not know them, it
-    :attr:`is_known` not.
+    """The blocks of a model and a cache as they are now, for the kernels. Where these do not know
+    them, it :attr:`is_known` not.
     """
 
-    def __init__(self, blocks: Iterable[nn.Module], config: ModelConfig, cache: KVCache) -> None:
-        config = config.resolved()
-        self.keys, self.values, self.rows = cache.keys, cache.values, cache.max_batch_size
-        fits = (*cache.keys.shape[2::2], cache.values.shape) == (
-            config.n_kv_head, config.head_dim, cache.keys.shape,
-        )  # fmt: skip
+    def __init__(self, model: GPT, cache: KVCache) -> None:
+        self.rows = cache.max_batch_size
+        self._memory = _memory(cache)
         self._blocks: kernels.Blocks | None = None
-        if not cache.on_device and fits and kernels.knows(config):
+        if not cache.on_device and kernels.knows(model.config):
             try:
-                self._blocks = _gathered(list(blocks), config)
-                self._memory = kernels.Cache(cache.keys, cache.values)
+                self._blocks = _gathered(model, cache)
             except ValueError:  # other widths or dtypes, or not in the CPU's memory
                 self._blocks = None
-        self.is_known = self._blocks is not None and len(self._blocks.layers) <= len(cache.keys)
+        self.is_known = self._blocks is not None
 
     def is_of(self, cache: KVCache) -> bool:
         """Whether the cache still has the memory that it had."""
-        return cache.keys is self.keys and cache.values is self.values
+        return _memory(cache) == self._memory
 
-    def run(self, x: Tensor, places: Sequence[tuple[int, int]]) -> None:
+    def run(self, x: Tensor, tokens: Sequence[tuple[int, int]]) -> None:
         """As :meth:`gpt.kernels.Blocks.run`."""
         assert self._blocks is not None
-        self._blocks.run(x, self._memory, places)
+        self._blocks.run(x, tokens)
 
 
-def _gathered(blocks: list[nn.Module], config: ModelConfig) -> kernels.Blocks | None:
+def _memory(cache: KVCache) -> list[tuple[int, torch.Size]]:
+    stores = cache.stores.values()
+    return [(t.data_ptr(), t.shape) for store in stores for t in (store.keys, store.values)]
+
+
+def _gathered(model: GPT, cache: KVCache) -> kernels.Blocks | None:
+    config, blocks = model.config.resolved(), cast("list[Block]", list(model.blocks))
     if not all(_is_as_built(block, config, layer) for layer, block in enumerate(blocks)):
         return None
+    if len(blocks) != config.n_layer or cache.n_layer < config.n_layer:
+        return None
+    if type(model.position) is not KNOWN_POSITIONS[config.position]:
+        return None
+    rotaries = {}
+    if isinstance(model.position, RotaryPosition):
+        for kind in model.kinds:
+            turns, factor = frequencies(config, kind.rotary_base)
+            rotaries[kind] = kernels.Rotary(turns, factor, model.position.zeta())
+    slopes = torch.tensor(alibi_slopes(config.n_head)) if config.position == "alibi" else None
+    layers = []
+    for layer, block in enumerate(blocks):
+        store, number = cache.layer(layer)
+        if store.keys.shape[2::2] != (config.n_kv_head, config.head_dim):
+            return None
+        ring = (store.window, store.sinks) if isinstance(store, Ring) else ()
+        memory = kernels.Store(store.keys[number], store.values[number], *ring)
+        rotary = list(rotaries).index(block.attn.kind) if rotaries else -1
+        layers.append(_layer(block, config, memory, slopes, rotary))
     return kernels.Blocks(
-        [_layer(cast(Block, block)) for block in blocks],
+        layers,
+        width=config.n_embd,
         n_head=config.n_head,
         kv_heads=config.n_kv_head,
         head_dim=config.head_dim,
         activation=config.activation,
+        parallel=config.norm_placement.startswith("parallel"),
+        rotaries=list(rotaries.values()),
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _built(config: ModelConfig, layer: int) -> dict[str, type[nn.Module]]:
+    """The modules of a packed block, by name."""
+    with torch.device("meta"):
+        block = Block(config, layer)
+    packed: dict[str, type[nn.Module]] = {}
+    for name, module in block.named_modules():
+        packed[name] = PackedLinear if isinstance(module, nn.Linear) else type(module)
+        if isinstance(module, nn.Linear):
+            packed[f"{name}.matrix"] = Matrix
+    return packed
 
 
 def _is_as_built(block: nn.Module, config: ModelConfig, layer: int) -> bool:
     """Whether nobody changed the block: its modules, their forwards, hooks, and numbers."""
     modules = dict(block.named_modules())
-    if {name: type(module) for name, module in modules.items()} != BUILT:
+    if {name: type(module) for name, module in modules.items()} != _built(config, layer):
         return False
-    for kind, module in zip(BUILT.values(), modules.values(), strict=True):
-        if kind.forward is not FORWARDS[kind] or "forward" in vars(module):
+    for module in modules.values():
+        kind = type(module)
+        if FORWARDS.get(kind) is not kind.forward or "forward" in vars(module):
             return False
         if module._forward_hooks or module._forward_pre_hooks:
             return False
-    attn, mlp = cast(CausalSelfAttention, block.attn), cast(MLP, block.mlp)
+    assert isinstance(block, Block)
+    attn, residual = block.attn, KNOWN_RESIDUALS[config.norm_placement]
     heads = attn.n_head, attn.n_kv_head, attn.head_dim
+    mlps = [module for module in modules.values() if isinstance(module, MLP)]
     return (
         (attn.layer, *heads) == (layer, config.n_head, config.n_kv_head, config.head_dim)
-        and vars(block)["residual"] is pre_norm
-        and mlp.activation == ACTIVATIONS[config.activation]
-    )  # fmt: skip
+        and block.residual == residual
+        and all(mlp.activation == ACTIVATIONS[config.activation] for mlp in mlps)
+    )
 
 
-def _layer(block: Block) -> kernels.Layer:
+def _layer(
+    block: Block,
+    config: ModelConfig,
+    memory: kernels.Store,
+    slopes: Tensor | None,
+    rotary: int,
+) -> kernels.Layer:
     attn, mlp = block.attn, block.mlp
-    norms = _norm(cast(LayerNorm, block.attn_norm)), _norm(cast(LayerNorm, block.mlp_norm))
-    linears = [cast(PackedLinear, part) for part in (attn.qkv, attn.out, mlp.up, mlp.down)]
-    qkv, out, up, down = (linear.described() for linear in linears)
-    return kernels.Layer(*norms, qkv, out, up, down, attn.scale)
+    norms: dict[str, Any] = {
+        name: _norm(getattr(block, name, None)) for name in kernels.Layer.NORMS[:4]
+    }
+    experts: dict[str, Any] = {}
+    if not isinstance(mlp, MoE):
+        experts = {"experts": [_feed_forward(mlp, config)]}
+    else:
+        every = [*mlp.experts, *mlp.shared]
+        experts = {
+            "experts": [_feed_forward(expert, config) for expert in every],
+            "router": _matrix(mlp.router),
+            "preference": mlp.preference,
+            "n_expert": config.n_expert,
+            "n_active": config.n_expert_active,
+            "n_shared": config.moe_shared,
+            "by_sigmoid": config.moe_score == "sigmoid",
+            "renormalise": config.moe_renormalise,
+        }
+    return kernels.Layer(
+        **norms,
+        q_norm=_norm(attn.q_norm),
+        k_norm=_norm(attn.k_norm),
+        qkv=_matrix(attn.qkv),
+        out=_matrix(attn.out),
+        **experts,
+        n_head=config.n_head,
+        scale=attn.scale,
+        softcap=attn.softcap,
+        slopes=slopes,
+        sinks=attn.sinks,
+        rotary=rotary,
+        store=memory,
+    )
 
 
-def _norm(norm: LayerNorm) -> kernels.Norm:
-    return kernels.Norm(norm.weight, norm.bias, norm.eps)
+def _feed_forward(mlp: nn.Module, config: ModelConfig) -> kernels.FeedForward:
+    gate = _matrix(mlp.gate) if isinstance(mlp, GatedMLP) else None
+    return kernels.FeedForward(config.n_embd, _matrix(mlp.up), _matrix(mlp.down), gate)
+
+
+def _matrix(linear: nn.Module | Tensor) -> kernels.RawMatrix:
+    return cast(PackedLinear, linear).described()
+
+
+def _norm(norm: nn.Module | None) -> kernels.Norm | None:
+    if norm is None:
+        return None
+    assert isinstance(norm, LayerNorm | RMSNorm)
+    kind: Any = "layernorm" if isinstance(norm, LayerNorm) else "rmsnorm"
+    return kernels.Norm(kind, norm.width, norm.weight, norm.bias, norm.eps)

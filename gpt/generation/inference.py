@@ -11,7 +11,7 @@ it. On a GPU int8 and int4 have kernels in :mod:`gpt.triton_kernels`.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, cast, get_args
 from weakref import WeakKeyDictionary
 
@@ -38,17 +38,45 @@ class InferenceGPT(GPT):
     few: int
     _found: WeakKeyDictionary[KVCache, Fused] | None
 
-    def features(self, tokens: Tensor, *, cache: KVCache | None = None) -> Tensor:
+    def __init__(self, model: GPT, weights: Weights, *, wide: torch.dtype, few: int) -> None:
+        """Of ``model``, with its matrices as ``weights``. Up to ``few`` tokens go through the
+        kernels, more through products of the dtype ``wide``.
+        """
+        nn.Module.__init__(self)
+        self.config, self.kinds, self.weights, self._found = (
+            model.config,
+            model.kinds,
+            weights,
+            None,
+        )
+        self.few = few if kernels.knows(model.config) else 0
+        self.cache_dtype = torch.float32 if weights == "float32" else wide
+        packing = _Packing(model, weights, wide, few)
+        for name, child in model.named_children():
+            setattr(self, name, packing.of(child, f"model.{name}"))
+        self.eval()
+
+    def features(
+        self,
+        tokens: Tensor,
+        *,
+        cache: KVCache | None = None,
+        valid: Sequence[int] | None = None,
+    ) -> Tensor:
         """As :meth:`GPT.features`."""
         B, T = tokens.shape
         few = 2 * self.few if T == 1 else self.few  # a prompt goes well through matrix products
-        if tokens.numel() > few or cache is None or (fused := self._fused(cache, B)) is None:
-            return super().features(tokens, cache=cache)
-        x = self.embed_tokens(tokens, cache.plan(T).at).float()
+        padded = valid is not None and set(valid) != {T}
+        fused = None
+        if cache is not None and tokens.numel() <= few and not padded:
+            fused = self._fused(cache, B)
+        if cache is None or fused is None:
+            return super().features(tokens, cache=cache, valid=valid)
+        plan, starts = cache.plan(T), cache.lengths
+        x = self.embed_tokens(tokens, plan.at).float()
         x = x.flatten(0, 1).contiguous()
-        places = [(b, start + t) for b, start in enumerate(cache.lengths) for t in range(T)]
-        fused.run(x, places)
-        cache.advance(T)
+        fused.run(x, [(b, start + t) for b, start in enumerate(starts) for t in range(T)])
+        cache.advance(plan)
         out: Tensor = self.norm(x.view(B, T, -1))
         return out
 
@@ -62,7 +90,7 @@ class InferenceGPT(GPT):
             self._found = WeakKeyDictionary()
         found = self._found.get(cache)
         if found is None or not found.is_of(cache):
-            found = self._found[cache] = Fused(self.blocks, self.config, cache)
+            found = self._found[cache] = Fused(self, cache)
         return found if found.is_known and cache.batch_size == rows <= found.rows else None
 
     def parameter_count(self, *, embeddings: bool = True) -> int:
@@ -150,13 +178,7 @@ def prepare_for_inference(
     wide = fast if kind in ("int8", "int4") else getattr(torch, kind)
     if here and wide not in (torch.float32, fast):
         wide = torch.float32  # the processor only emulates products of the format's dtype
-    new = _Packing(model, kind, wide, few).of(model)
-    new.__class__ = InferenceGPT
-    assert isinstance(new, InferenceGPT)
-    new._found, new.weights = None, kind
-    new.few = few if kernels.knows(new.config) else 0
-    new.cache_dtype = torch.float32 if kind == "float32" else wide
-    return new.eval()
+    return InferenceGPT(model, kind, wide=wide, few=few)
 
 
 def choose_weights(weights: Weights, device: torch.device) -> Weights:
@@ -199,7 +221,7 @@ class _Packing:
         self.tables = {id(model.embed.weight)}
         self.matrices: dict[int, Matrix] = {}
 
-    def of(self, module: nn.Module, name: str = "model") -> nn.Module:
+    def of(self, module: nn.Module, name: str) -> nn.Module:
         """The module, made to run; the one that was given stays as it is."""
         if isinstance(module, nn.Linear):
             _check_plain(module, nn.Linear, name)

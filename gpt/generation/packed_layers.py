@@ -29,7 +29,7 @@ class PackedLinear(nn.Module):
         self.matrix, self.wide, self.few = matrix, wide, few
         kept = torch.float32 if few else wide  # the kernels', or the matrix product's
         self.register_buffer("bias", None if bias is None else bias.detach().to(kept))
-        self._raw: kernels.Matrix | None = None
+        self._raw: kernels.RawMatrix | None = None
         self._product: TorchProduct | None = None
         self._dense: Tensor | None = None
 
@@ -46,16 +46,16 @@ class PackedLinear(nn.Module):
         return dense
 
     @property
-    def raw(self) -> kernels.Matrix:
+    def raw(self) -> kernels.RawMatrix:
         """As the kernels see it."""
         if self._raw is None:
             self._raw = self.described()
         return self._raw
 
-    def described(self) -> kernels.Matrix:
+    def described(self) -> kernels.RawMatrix:
         """As the kernels see it, from where its tensors are now."""
         m = self.matrix
-        return kernels.Matrix(m.kind, m.width, m.data, m.scales, m.lows, self.bias)
+        return kernels.RawMatrix(m.kind, m.width, m.data, m.scales, m.lows, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K]`` to ``[..., N]``, of few rows on a CPU in float32."""

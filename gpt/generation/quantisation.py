@@ -88,7 +88,9 @@ class Matrix(nn.Module):
             return data.to(dtype)
         known = dtype in (torch.float32, torch.bfloat16)
         if known and data.device.type == "cpu" and kernels.library() is not None:
-            return kernels.dense(kernels.Matrix(self.kind, self.width, data, scales, lows), dtype)
+            return kernels.dense(
+                kernels.RawMatrix(self.kind, self.width, data, scales, lows), dtype
+            )
         if data.is_cuda:
             from gpt import triton_kernels
 

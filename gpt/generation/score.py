@@ -58,7 +58,7 @@ def score_tokens(model: GPT, ids: list[int], *, top: int, vocab_size: int) -> Sc
     for x, target in zip(
         features.split(POSITIONS_AT_ONCE), tokens[0, 1:].split(POSITIONS_AT_ONCE), strict=True
     ):
-        logits = model.head(x).float()
+        logits = model.logits(x).float()
         for logprob, likeliest in describe(logits, target, top, vocab_size):
             scored.logprobs.append(logprob or 0.0)
             scored.top.append(likeliest)

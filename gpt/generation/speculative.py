@@ -302,5 +302,5 @@ class _Reader:
         unread = torch.tensor([tokens[kept:]], device=self.model.device)
         with evaluation_mode(self.model):
             features = self.model.features(unread, cache=self._cache)[0, -n:]
-        logits: Tensor = self.model.head(features)
+        logits: Tensor = self.model.logits(features)
         return logits

@@ -63,6 +63,11 @@ def attend(
     dropout: float = 0.0,
     scale: float | None = None,
     training: bool = False,
+    block: int | None = None,
+    sinks: int = 0,
+    softcap: float = 0.0,
+    top_k: int = 0,
+    learned_sinks: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of ``q`` ``[B, H, Tq, D]`` over ``k`` and ``v`` ``[B, Hkv, Tk, D]``.
 
@@ -70,15 +75,36 @@ def attend(
     ``mask``, broadcast over heads, is True where a query may look, or a number that is added to the
     score. ``Hkv`` divides ``H``. ``scale`` multiplies the scores; it is ``1 / sqrt(D)`` unless
     given. Kernels that are for ``training`` alone are taken there alone. Returns ``[B, H, Tq, D]``.
+
+    With ``block`` each block of so many queries sees the first ``sinks`` keys, the block before it
+    and its own, under its own ``mask`` ``[T / block, 1 or H, block, sinks + 2 block]``.
+
+    ``softcap`` bounds the scores, ``top_k`` leaves the best keys alone, and ``learned_sinks``
+    ``[H]`` are scores of keys that have no value: the plain formula has these.
     """
+    if block is not None:
+        assert mask is not None
+        q, k, v, mask, shape = _by_blocks(q, k, v, mask, block, sinks)
+        y = attend(
+            q, k, v, mask=mask, dropout=dropout, scale=scale, training=training,
+            softcap=softcap, top_k=top_k, learned_sinks=learned_sinks,
+        )  # fmt: skip
+        y = y.view(shape[0], -1, *y.shape[1:]).transpose(1, 2).flatten(2, 3)
+        return y[:, :, : shape[2]]
     shape, n_query, n_key = q.shape, q.shape[-2], k.shape[-2]
     assert mask is not None or n_query in (1, n_key), "fewer queries than keys need a mask"
+    if mask is not None and mask.dtype not in (torch.bool, q.dtype):
+        mask = mask.to(q.dtype)
+    if softcap or top_k or learned_sinks is not None:
+        return _plain(q, k, v, mask, dropout, scale, softcap, top_k, learned_sinks)
     if mask is None and n_query > 1 and _trains_faster_plainly(q, dropout):
-        return _plain(q, k, v, dropout, scale)
+        return _plain(q, k, v, None, dropout, scale)
     if n_query == 1 and q.shape[1] != k.shape[1]:
         # The queries of a group see the same keys: as rows of one head, they are what every kernel
         # takes. With a mask only some take fewer heads of keys.
         q = q.reshape(shape[0], k.shape[1], -1, shape[3])  # B, Hkv, H / Hkv, D
+        if mask is not None and mask.ndim > 2 and mask.shape[-3] > 1:  # a mask for each head
+            mask = mask.squeeze(-2).unflatten(-2, (k.shape[1], -1))
     with _kernels(q, training):
         y = F.scaled_dot_product_attention(
             q,
@@ -111,12 +137,70 @@ def _trains_faster_plainly(q: Tensor, dropout: float) -> bool:
     return dropout > 0 or (q.dtype == torch.bfloat16 and q.shape[-2] <= PLAIN_UP_TO)
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, dropout: float, scale: float | None) -> Tensor:
-    """Square causal attention, operation by operation."""
-    T, group = q.shape[-2], q.shape[1] // k.shape[1]
+def _plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scale: float | None,
+    softcap: float = 0.0,
+    top_k: int = 0,
+    learned_sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention operation by operation."""
+    T, S, group = q.shape[-2], k.shape[-2], q.shape[1] // k.shape[1]
     if group > 1:
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    future = torch.full((T, T), -torch.inf, dtype=q.dtype).triu_(1)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = (q * scale) @ k.transpose(-2, -1) + future
-    return drop(scores.softmax(dim=-1), dropout) @ v
+    scores = (q * scale) @ k.transpose(-2, -1)
+    if softcap:
+        scores = softcap * (scores / softcap).tanh()
+    if mask is not None:
+        scores = scores + mask
+    elif T > 1:
+        scores = scores + torch.full((T, T), -torch.inf, dtype=q.dtype, device=q.device).triu_(1)
+    if learned_sinks is not None:
+        sinks = learned_sinks.to(scores.dtype)[None, :, None, None]
+        scores = torch.cat([scores, sinks.expand(*scores.shape[:3], 1)], dim=-1)
+    weights = scores.softmax(dim=-1)
+    if top_k:
+        weights = _best(scores, weights, min(top_k, scores.shape[-1]))
+    out: Tensor = drop(weights, dropout)[..., :S] @ v
+    return out
+
+
+def _best(scores: Tensor, weights: Tensor, k: int) -> Tensor:
+    """The softmax over the ``k`` largest scores. For ``k`` of 1, where it would be constant, the
+    gradient is that of the softmax over all (straight-through, arXiv:1308.3432).
+    """
+    chosen = torch.zeros_like(scores, dtype=torch.bool)
+    chosen.scatter_(-1, scores.topk(k, dim=-1).indices, True)
+    kept = scores.masked_fill(~chosen, -torch.inf).softmax(dim=-1)
+    if k > 1:
+        return kept
+    straight: Tensor = weights + (kept - weights).detach()
+    return straight
+
+
+def _by_blocks(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, block: int, sinks: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, torch.Size]:
+    """Queries ``[B * N, H, block, D]``, keys and values ``[B * N, Hkv, sinks + 2 block, D]``, and
+    their masks, for ``N`` blocks; and the shape of ``q``.
+    """
+    B, T = q.shape[0], q.shape[2]
+    pad = -T % block
+
+    def blocks(x: Tensor) -> Tensor:  # B, N, heads, block, D
+        padded = F.pad(x, (0, 0, 0, pad))
+        return padded.view(*x.shape[:2], -1, block, x.shape[3]).transpose(1, 2)
+
+    def beside(x: Tensor) -> Tensor:
+        own = blocks(x)
+        before = F.pad(own[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))
+        first = x[:, None, :, :sinks].expand(-1, own.shape[1], -1, -1, -1)
+        return torch.cat([first, before, own], dim=3).flatten(0, 1)
+
+    masks = mask.repeat(B, 1, 1, 1)
+    return blocks(q).flatten(0, 1), beside(k), beside(v), masks, q.shape

@@ -2,14 +2,16 @@
 the cache around :func:`gpt.model.attend.attend`.
 """
 
-import math
+import functools
 
 import torch
 from torch import Tensor, nn
 
 from gpt.config import ModelConfig
 from gpt.model.attend import attend
-from gpt.model.initial import STD, normal
+from gpt.model.initial import Role, draw, normal, std_of
+from gpt.model.kinds import layer_kinds
+from gpt.model.norm import RMSNorm
 from gpt.model.shared import Shared
 
 
@@ -20,7 +22,9 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         config = config.resolved()
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
-        self.head_dim, self.layer = config.head_dim, layer
+        self.head_dim, self.layer, self.config = config.head_dim, layer, config
+        self.kind = layer_kinds(config)[layer]
+        self.softcap, self.top_k = config.attention_softcap, config.attention_top_k
         self.dropout = config.dropout
         self.scale = config.head_dim**-0.5 if config.scale_attention else 1.0
         self.scale_tensor: Tensor | None = None
@@ -29,16 +33,33 @@ class CausalSelfAttention(nn.Module):
             # Of no device, as a number is, and of the exact type.
             self.scale_tensor = torch.tensor(self.scale, dtype=torch.float64, device="cpu")
         heads = config.n_head + 2 * config.n_kv_head
-        self.qkv = nn.Linear(config.n_embd, heads * config.head_dim, bias=config.bias)
+        has_bias = config.qkv_bias == "yes"
+        self.qkv = nn.Linear(config.n_embd, heads * config.head_dim, bias=has_bias)
         self.out = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
-        self.residual_std = STD / math.sqrt(2 * config.n_layer)
+        self.q_norm = RMSNorm(config, config.head_dim) if config.qk_norm else None
+        self.k_norm = RMSNorm(config, config.head_dim) if config.qk_norm else None
+        self.sinks = nn.Parameter(torch.empty(config.n_head)) if config.learned_sinks else None
 
+    @torch.no_grad()
     def reset(self) -> None:
-        """N(0, 0.02). What is added to the residual stream is scaled by ``1 / sqrt(2 n_layer)``, so
-        that the stream's variance does not grow with the number of branches (GPT-2).
-        """
-        normal(self.qkv)
-        normal(self.out, self.residual_std)
+        """As ``config.initial`` says (:mod:`gpt.model.initial`); norms are 1, and sinks 0."""
+        widths = [n * self.head_dim for n in (self.n_head, self.n_kv_head, self.n_kv_head)]
+        parts = self.qkv.weight.split(widths)
+        roles: tuple[Role, ...] = ("scores", "scores", "value")
+        stds = [
+            std_of(part, role, self.config, self.layer)
+            for part, role in zip(parts, roles, strict=True)
+        ]
+        normal(self.qkv, stds[0])
+        if len(set(stds)) > 1:
+            for part, std in zip(parts, stds, strict=True):
+                nn.init.normal_(part, std=std)
+        draw(self.out, "out", self.config, self.layer)
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                norm.reset()
+        if self.sinks is not None:
+            self.sinks.zero_()
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
         """``[B, T, C]`` to ``[B, T, C]``; with a cache, over the keys that it holds for this layer
@@ -47,25 +68,33 @@ class CausalSelfAttention(nn.Module):
         B, T, _ = x.shape
         heads = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # B, H + 2 Hkv, T, D
         q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
-        if shared.rotation is not None:
-            q, k = shared.rotation.turn(q), shared.rotation.turn(k)
+        view = shared.views[self.kind]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if view.rotation is not None:
+            q, k = view.rotation.query(q), view.rotation.key(k)
         if shared.cache is not None:
-            assert shared.slots is not None
-            k, v = shared.cache.append(self.layer, k, v, shared.slots)
+            assert shared.plan is not None
+            k, v = shared.cache.append(self.layer, k, v, shared.plan)
         if self.scale_tensor is not None and torch.compiler.is_compiling():
             # A number of its own would make each block a graph of its own.
             q, scale = q * self.scale_tensor, 1.0
         else:
             scale = self.scale
         dropout = self.dropout if self.training else 0.0
-        y = attend(
-            q.to(k.dtype),
-            k,
-            v,
-            mask=shared.mask,
+        attended = functools.partial(
+            attend,
             dropout=dropout,
             scale=scale,
+            softcap=self.softcap,
+            top_k=self.top_k,
+            learned_sinks=self.sinks,
             training=self.training,
         )
+        q = q.to(k.dtype)
+        if view.dynamic is not None:
+            y = view.dynamic(q, k, v, view.mask, attended)
+        else:
+            y = attended(q, k, v, mask=view.mask, block=view.block, sinks=self.kind.sinks)
         out: Tensor = self.out(y.transpose(1, 2).reshape(B, T, -1).to(x.dtype))
         return out

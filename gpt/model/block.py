@@ -1,6 +1,7 @@
 """One block: attention and a feed-forward layer, each added to the residual stream."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -8,7 +9,8 @@ from gpt.config import ModelConfig, NormPlacement
 from gpt.model.attention import CausalSelfAttention
 from gpt.model.dropout import Dropout
 from gpt.model.mlp import MLPS
-from gpt.model.norm import NORMS
+from gpt.model.moe import MoE
+from gpt.model.norm import make_norm
 from gpt.model.shared import Shared
 
 
@@ -17,27 +19,82 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.attn_norm = NORMS[config.norm](config)
+        self.residual = RESIDUALS[config.norm_placement]
+        self.alpha = (2 * config.n_layer) ** 0.25
+        self.attn_norm = make_norm(config)
         self.attn = CausalSelfAttention(config, layer)
-        self.mlp_norm = NORMS[config.norm](config)
-        self.mlp = MLPS[config.mlp](config)
+        if "mlp_norm" in self.residual.norms:
+            self.mlp_norm = make_norm(config)
+        make_mlp = MoE if config.n_expert else MLPS[config.mlp]
+        self.mlp = make_mlp(config, layer)
         self.dropout = Dropout(config.dropout)
-        self.residual: Residual = RESIDUALS[config.norm_placement]
+        if "attn_out_norm" in self.residual.norms:
+            self.attn_out_norm = make_norm(config)
+            self.mlp_out_norm = make_norm(config)
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
         """``[B, T, C]`` to ``[B, T, C]``."""
-        return self.residual(self, x, shared)
+        return self.residual.forward(self, x, shared)
 
 
-Residual = Callable[[Block, Tensor, Shared], Tensor]
+class Residual(NamedTuple):
+    """How a block adds up its branches."""
+
+    forward: Callable[[Block, Tensor, Shared], Tensor]
+    norms: tuple[str, ...] = ("mlp_norm",)
+    """Of the block, beside ``attn_norm``."""
+    final_norm: bool = True
+    """Whether the model has a norm between the last block and the head."""
 
 
-def pre_norm(block: Block, x: Tensor, shared: Shared) -> Tensor:
+def _pre(block: Block, x: Tensor, shared: Shared) -> Tensor:
     """The norm comes before each branch, and the stream itself is never normalised (GPT-2)."""
     x = x + block.dropout(block.attn(block.attn_norm(x), shared))
     out: Tensor = x + block.dropout(block.mlp(block.mlp_norm(x)))
     return out
 
 
-RESIDUALS: dict[NormPlacement, Residual] = {"pre": pre_norm}
+def _post(block: Block, x: Tensor, shared: Shared) -> Tensor:
+    """The stream is normalised after each sum (Vaswani et al., 2017)."""
+    x = block.attn_norm(x + block.dropout(block.attn(x, shared)))
+    out: Tensor = block.mlp_norm(x + block.dropout(block.mlp(x)))
+    return out
+
+
+def _deepnorm(block: Block, x: Tensor, shared: Shared) -> Tensor:
+    """As ``post``, with the stream times ``alpha = (2 n_layer) ** 1/4`` (arXiv:2203.00555)."""
+    x = block.attn_norm(block.alpha * x + block.dropout(block.attn(x, shared)))
+    out: Tensor = block.mlp_norm(block.alpha * x + block.dropout(block.mlp(x)))
+    return out
+
+
+def _sandwich(block: Block, x: Tensor, shared: Shared) -> Tensor:
+    """Norms before and after each branch (arXiv:2105.13290, as in Gemma 2)."""
+    x = x + block.dropout(block.attn_out_norm(block.attn(block.attn_norm(x), shared)))
+    out: Tensor = x + block.dropout(block.mlp_out_norm(block.mlp(block.mlp_norm(x))))
+    return out
+
+
+def _parallel(block: Block, x: Tensor, shared: Shared) -> Tensor:
+    """Both branches read the same stream, each through its own norm (GPT-NeoX)."""
+    attended = block.dropout(block.attn(block.attn_norm(x), shared))
+    out: Tensor = x + attended + block.dropout(block.mlp(block.mlp_norm(x)))
+    return out
+
+
+def _parallel_shared(block: Block, x: Tensor, shared: Shared) -> Tensor:
+    """Both branches read the same stream through one norm (GPT-J)."""
+    normal = block.attn_norm(x)
+    out: Tensor = x + block.dropout(block.attn(normal, shared)) + block.dropout(block.mlp(normal))
+    return out
+
+
+RESIDUALS: dict[NormPlacement, Residual] = {
+    "pre": Residual(_pre),
+    "post": Residual(_post, final_norm=False),
+    "deepnorm": Residual(_deepnorm, final_norm=False),
+    "sandwich": Residual(_sandwich, norms=("mlp_norm", "attn_out_norm", "mlp_out_norm")),
+    "parallel": Residual(_parallel),
+    "parallel_shared": Residual(_parallel_shared, norms=()),
+}
 """The configuration's ``norm_placement`` to how a block adds up its branches."""

@@ -6,19 +6,25 @@ passes no cache and pays nothing for its existence.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from gpt.config import ModelConfig
-from gpt.model.block import Block
+from gpt.model.block import RESIDUALS, Block
 from gpt.model.cache import KVCache
 from gpt.model.dropout import Dropout
 from gpt.model.initial import reset, table
-from gpt.model.masks import causal, dense
-from gpt.model.norm import NORMS
+from gpt.model.kinds import Kind, layer_kinds
+from gpt.model.masks import causal, dense, in_blocks
+from gpt.model.norm import make_norm
 from gpt.model.position import POSITIONS
-from gpt.model.shared import Shared
+from gpt.model.shared import Shared, View
+from gpt.model.store import Slots
+
+BLOCK = 128
+"""Tokens: the least block of attention that is computed by blocks."""
 
 
 class GPT(nn.Module):
@@ -30,6 +36,7 @@ class GPT(nn.Module):
             if getattr(config, name) < 1:
                 raise ValueError(f"model.{name} is 0, and a model needs at least 1")
         self.config = config
+        self.kinds = list(dict.fromkeys(layer_kinds(config)))
         self.cache_dtype: torch.dtype | None = None
         """Of keys and values; ``None``: the weights'."""
         # Discard the random numbers that modules draw for themselves, so that initialise() depends
@@ -37,63 +44,111 @@ class GPT(nn.Module):
         with torch.random.fork_rng(devices=[]):
             self.embed = table(torch.empty(config.vocab_size, config.n_embd))
             self.position = POSITIONS[config.position](config)
+            self.embed_norm = make_norm(config) if config.embedding_norm else nn.Identity()
             self.dropout = Dropout(config.dropout)
             self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-            self.norm = NORMS[config.norm](config)
+            has_norm = RESIDUALS[config.norm_placement].final_norm
+            self.norm = make_norm(config) if has_norm else nn.Identity()
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie_weights()
         if not self.embed.weight.is_meta:
             self.initialise()
 
     def forward(
-        self, tokens: Tensor, *, cache: KVCache | None = None, last_only: bool = False
+        self,
+        tokens: Tensor,
+        *,
+        cache: KVCache | None = None,
+        valid: Sequence[int] | None = None,
+        last_only: bool = False,
     ) -> Tensor:
         """The logits of the token after each of ``tokens``: ``[B, T]`` of int64 to ``[B, T, V]``.
 
-        With a ``cache``, ``tokens`` continue the ones that it holds, and are added to it.
-        ``last_only`` gives the logits of the last position, ``[B, 1, V]``. Raises ``ValueError``
-        past ``context_length``, or past the cache's capacity.
+        With a ``cache``, ``tokens`` continue the ones that it holds, and are added to it; of each
+        row the first ``valid`` ones, where the rest are padding. ``last_only`` gives the logits of
+        the last position, ``[B, 1, V]``. Raises ``ValueError`` past ``context_length`` where
+        positions are learned, or past the cache's capacity.
         """
-        x = self.features(tokens, cache=cache)
-        logits: Tensor = self.head(x[:, -1:] if last_only else x)
-        return logits
+        x = self.features(tokens, cache=cache, valid=valid)
+        return self.logits(x[:, -1:] if last_only else x)
 
-    def features(self, tokens: Tensor, *, cache: KVCache | None = None) -> Tensor:
+    def features(
+        self,
+        tokens: Tensor,
+        *,
+        cache: KVCache | None = None,
+        valid: Sequence[int] | None = None,
+    ) -> Tensor:
         """The head's input, ``[B, T, C]``, for callers that need the logits of a few positions.
 
-        ``forward`` is ``head(features(tokens))``, and takes the same arguments.
+        ``forward`` is ``logits(features(tokens))``, and takes the same arguments.
         """
-        shared = self.share(tokens, cache)
+        shared = self.share(tokens, cache, valid)
         x = self.dropout(self.embed_tokens(tokens, shared.at))
         for block in self.blocks:
             x = block(x, shared)
         if cache is not None:
-            cache.advance(tokens.shape[1])
+            assert shared.plan is not None
+            cache.advance(shared.plan)
         out: Tensor = self.norm(x)
         return out
 
-    def share(self, tokens: Tensor, cache: KVCache | None) -> Shared:
+    def logits(self, features: Tensor) -> Tensor:
+        """``[..., C]`` to ``[..., V]``."""
+        logits: Tensor = self.head(features)
+        cap = self.config.logit_softcap
+        return cap * (logits / cap).tanh() if cap else logits
+
+    def share(
+        self, tokens: Tensor, cache: KVCache | None, valid: Sequence[int] | None = None
+    ) -> Shared:
         """What all layers need to know of the forward of ``tokens`` ``[B, T]``."""
-        T = tokens.shape[1]
-        slots = mask = None
+        T, most = tokens.shape[1], self.config.most_positions()
         if cache is not None:
-            slots = cache.plan(T)
-            at, n_key, mask = slots.at, slots.n_key, cache.mask(slots)
-        elif self.config.context_length < T:
-            raise ValueError(
-                f"{T} tokens are longer than the model's context_length "
-                f"({self.config.context_length})"
-            )
-        else:
-            at, n_key = torch.arange(T, device=tokens.device), T
-        bias = self.position.bias(at, n_key)
-        if bias is not None:
-            mask = bias + (dense(causal, at, n_key, bias.dtype) if mask is None else mask)
-        return Shared(at, self.position.rotation(at), mask, cache, slots)
+            plan = cache.plan(T, valid)
+            views = {kind: self._view(kind, plan.at, plan.slots[kind]) for kind in self.kinds}
+            return Shared(plan.at, views, cache, plan)
+        if most is not None and most < T:
+            raise ValueError(f"{T} tokens are longer than the model's context_length ({most})")
+        at = torch.arange(T, device=tokens.device)
+        slots = Slots(at, is_square=True, sees_all=False, to=slice(0, T))
+        return Shared(at, {kind: self._view(kind, at, slots) for kind in self.kinds})
+
+    def _view(self, kind: Kind, at: Tensor, slots: Slots) -> View:
+        """What the layers of a kind share, for queries at the positions ``at`` ``[..., T]``."""
+        T, keys = at.shape[-1], slots.keys
+        rotation, block = self.position.rotation(at, kind), None
+        dynamic = self.position.dynamic(at, keys, kind)
+        is_whole = dynamic is None or dynamic.is_one
+        sees_all = kind.rule is causal and (slots.is_square or slots.sees_all)
+        if kind.window is not None and slots.is_square:
+            sees_all = kind.window >= T
+            least = max(kind.window, BLOCK)
+            if 2 * least < T and dynamic is None:
+                block = least
+                at, keys = in_blocks(T, block, kind.sinks, at.device)
+        bias = self.position.bias(at, keys)
+        if sees_all and bias is None and is_whole:
+            return View(None, rotation, dynamic)
+        mask = dense(kind.rule, at, keys, self._score_dtype())
+        return View(
+            mask if bias is None else (mask + bias).to(mask.dtype), rotation, dynamic, block
+        )
+
+    def _score_dtype(self) -> torch.dtype:
+        """What attention computes its scores in, most of the time."""
+        kind = self.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+        return self.cache_dtype or self.dtype
 
     def embed_tokens(self, tokens: Tensor, at: Tensor) -> Tensor:
         """The first block's input, ``[B, T, C]``, of ``tokens`` at the positions ``at``."""
-        return self.position.embed(self.embed(tokens), at)
+        x = self.embed(tokens)
+        if self.config.scale_embeddings:
+            x = x * self.config.n_embd**0.5
+        out: Tensor = self.embed_norm(self.position.embed(x, at))
+        return out
 
     def initialise(self, part: nn.Module | None = None) -> None:
         """Draw initial weights, of a child of the model or of all (:mod:`gpt.model.initial`).
@@ -125,12 +180,19 @@ class GPT(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.norm.get_parameter("weight").device
+        return self._weight().device
 
     @property
     def dtype(self) -> torch.dtype:
         """The weights' dtype."""
-        return self.norm.get_parameter("weight").dtype
+        return self._weight().dtype
+
+    def _weight(self) -> Tensor:
+        """The last norm's, or where it has none, the first that there is."""
+        own = getattr(self.norm, "weight", None)
+        if isinstance(own, Tensor):
+            return own
+        return next(t for t in (*self.parameters(), *self.buffers()) if t.is_floating_point())
 
     def parameter_count(self, *, embeddings: bool = True) -> int:
         """Parameters, a tied head counted once; without ``embeddings``, what the blocks and norms

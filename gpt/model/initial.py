@@ -1,9 +1,21 @@
-"""Initial weights: each module with parameters of its own has a ``reset``."""
+"""Initial weights: each module with parameters of its own has a ``reset``, which asks the
+configuration's scheme how large they are.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from gpt.config import Initial, ModelConfig
+
 STD = 0.02
+Role = Literal["scores", "value", "inner", "out"]
+"""Of a matrix: queries and keys, values, the feed-forward layer's inner ones, and what is added to
+the residual stream.
+"""
 
 
 @torch.no_grad()
@@ -38,3 +50,47 @@ def table(rows: Tensor) -> nn.Embedding:
     """
     made: nn.Embedding = nn.Embedding.from_pretrained(rows, freeze=False)
     return made
+
+
+def std_of(weight: Tensor, role: Role, config: ModelConfig, layer: int) -> float:
+    """The standard deviation of a matrix in layer number ``layer``."""
+    return INITIALS[config.resolved().initial](role, config, layer, sum(weight.shape))
+
+
+def draw(module: nn.Linear, role: Role, config: ModelConfig, layer: int) -> None:
+    """Initial weights of a linear layer, biases of zero."""
+    normal(module, std_of(module.weight, role, config, layer))
+
+
+def _gpt2(role: Role, config: ModelConfig, layer: int, fans: int) -> float:
+    """0.02. What is added to the residual stream is scaled by ``1 / sqrt(2 n_layer)``, so that the
+    stream's variance does not grow with the number of branches (GPT-2).
+    """
+    return STD / math.sqrt(2 * config.n_layer) if role == "out" else STD
+
+
+def _depth(role: Role, config: ModelConfig, layer: int, fans: int) -> float:
+    """0.02, and each layer's outputs by ``1 / sqrt(2 (layer + 1))``: by its own depth."""
+    return STD / math.sqrt(2 * (layer + 1)) if role == "out" else STD
+
+
+def _zero(role: Role, config: ModelConfig, layer: int, fans: int) -> float:
+    """0.02, and outputs of 0: each block begins as the identity (arXiv:2003.04887)."""
+    return 0.0 if role == "out" else STD
+
+
+def _deepnorm(role: Role, config: ModelConfig, layer: int, fans: int) -> float:
+    """Xavier's, times ``(8 n_layer) ** -1/4`` but for queries and keys (arXiv:2203.00555)."""
+    gain = 1.0 if role == "scores" else (8 * config.n_layer) ** -0.25
+    return gain * math.sqrt(2 / fans)
+
+
+INITIALS: dict[Initial, Callable[[Role, ModelConfig, int, int], float]] = {
+    "gpt2": _gpt2,
+    "depth": _depth,
+    "zero": _zero,
+    "deepnorm": _deepnorm,
+}
+"""The configuration's ``initial`` to a matrix's standard deviation, given its role, its layer, and
+the sum of its two widths.
+"""

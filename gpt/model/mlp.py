@@ -1,6 +1,5 @@
-"""The feed-forward half of a block: up to four times the width, an activation, and down again."""
+"""The feed-forward half of a block: up to an inner width, an activation, and down again."""
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -8,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt.config import Activation, Mlp, ModelConfig
-from gpt.model.initial import STD, normal
+from gpt.model.initial import draw
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -16,10 +15,16 @@ def _gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def _relu_squared(x: Tensor) -> Tensor:
+    """The square of ReLU (Primer, arXiv:2109.08668)."""
+    return F.relu(x).square()
+
+
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": _gelu_tanh,
     "gelu": F.gelu,
     "relu": F.relu,
+    "relu_squared": _relu_squared,
     "silu": F.silu,
     "tanh": torch.tanh,
 }
@@ -28,18 +33,18 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 class MLP(nn.Module):
     """GPT-2's feed-forward layer, applied to every position alone."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         width = config.resolved().n_inner
+        self.config, self.layer = config, layer
         self.activation = ACTIVATIONS[config.activation]
         self.up = nn.Linear(config.n_embd, width, bias=config.bias)
         self.down = nn.Linear(width, config.n_embd, bias=config.bias)
-        self.residual_std = STD / math.sqrt(2 * config.n_layer)
 
     def reset(self) -> None:
-        """As :meth:`gpt.model.attention.CausalSelfAttention.reset`."""
-        normal(self.up)
-        normal(self.down, self.residual_std)
+        """As ``config.initial`` says (:mod:`gpt.model.initial`)."""
+        draw(self.up, "inner", self.config, self.layer)
+        draw(self.down, "out", self.config, self.layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, T, C]`` to ``[B, T, C]``."""
@@ -47,5 +52,25 @@ class MLP(nn.Module):
         return out
 
 
-MLPS: dict[Mlp, Callable[[ModelConfig], nn.Module]] = {"plain": MLP}
-"""The configuration's ``mlp`` to what makes one."""
+class GatedMLP(MLP):
+    """A feed-forward layer whose inner numbers are multiplied by gates (Shazeer, 2020,
+    arXiv:2002.05202): SwiGLU with ``silu``, GeGLU with ``gelu``, ReGLU with ``relu``.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.gate = nn.Linear(config.n_embd, self.up.out_features, bias=config.bias)
+
+    def reset(self) -> None:
+        """As :meth:`MLP.reset`."""
+        super().reset()
+        draw(self.gate, "inner", self.config, self.layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, T, C]`` to ``[B, T, C]``."""
+        out: Tensor = self.down(self.activation(self.gate(x)) * self.up(x))
+        return out
+
+
+MLPS: dict[Mlp, Callable[[ModelConfig, int], nn.Module]] = {"plain": MLP, "gated": GatedMLP}
+"""The configuration's ``mlp`` to what makes one for a layer."""

@@ -1,8 +1,10 @@
-"""Normalisation of the residual stream. A norm is a module with ``weight`` and ``reset``."""
+"""Normalisation. A norm is a module with ``weight`` and ``bias`` (or ``None``), and ``reset``."""
 
 from collections.abc import Callable
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from gpt.config import ModelConfig, Norm
 
@@ -10,13 +12,50 @@ from gpt.config import ModelConfig, Norm
 class LayerNorm(nn.LayerNorm):
     """Layer normalisation (arXiv:1607.06450), as in GPT-2."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config.n_embd, eps=config.norm_eps, bias=config.bias)
+    def __init__(self, config: ModelConfig, width: int) -> None:
+        has_bias = config.resolved().norm_bias == "yes"
+        self.width = width
+        super().__init__(
+            width, eps=config.norm_eps, elementwise_affine=config.norm_weight, bias=has_bias
+        )
 
     def reset(self) -> None:
         """Weights of one, biases of zero."""
         self.reset_parameters()
 
 
-NORMS: dict[Norm, Callable[[ModelConfig], nn.Module]] = {"layer": LayerNorm}
-"""The configuration's ``norm`` to what makes one."""
+class RMSNorm(nn.Module):
+    """Root mean square normalisation (arXiv:1910.07467): no mean is subtracted."""
+
+    def __init__(self, config: ModelConfig, width: int) -> None:
+        super().__init__()
+        self.width, self.eps = width, config.norm_eps
+        has_bias = config.resolved().norm_bias == "yes"
+        self.weight = nn.Parameter(torch.ones(width)) if config.norm_weight else None
+        self.bias = nn.Parameter(torch.zeros(width)) if has_bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., width]`` to the same."""
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        out = F.rms_norm(x, (self.width,), weight, self.eps)
+        return out if self.bias is None else out + self.bias
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Weights of one, biases of zero."""
+        if self.weight is not None:
+            self.weight.fill_(1)
+        if self.bias is not None:
+            self.bias.zero_()
+
+
+NORMS: dict[Norm, Callable[[ModelConfig, int], nn.Module]] = {
+    "layernorm": LayerNorm,
+    "rmsnorm": RMSNorm,
+}
+"""The configuration's ``norm`` to what makes one of a given width."""
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    """A norm of the residual stream."""
+    return NORMS[config.norm](config, config.n_embd)

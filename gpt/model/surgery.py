@@ -22,7 +22,11 @@ def crop_context(model: GPT, context_length: int) -> None:
             f"context_length is {context_length}, and must be from 1 to the model's "
             f"({model.config.context_length})"
         )
-    model.config = dataclasses.replace(model.config, context_length=context_length)
+    config = dataclasses.replace(model.config, context_length=context_length)
+    if config.rotary_scaling != "none":  # the frequencies stay
+        trained = model.config.resolved().rotary_trained_length
+        config = dataclasses.replace(config, rotary_trained_length=trained)
+    model.config = config
     model.position.crop(context_length)
 
 

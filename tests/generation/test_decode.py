@@ -422,7 +422,7 @@ def test_no_gradient_is_kept(tiny_model):
     decoder = Decoder(tiny_model, greedy(3))
     decoder.add(prompt_of(3))
     decoder.advance()
-    assert not decoder._cache.keys.requires_grad
+    assert not decoder._cache.layer(0)[0].keys.requires_grad
 
 
 def test_dropout_is_off_while_decoding_and_the_models_mode_is_left_as_it_was(tiny_config):

@@ -87,7 +87,15 @@ def test_the_sizes_of_a_configuration_are_those_of_the_exported_tensors(family, 
     assert not [name for name in shapes if table.buffers.fullmatch(name)]
 
 
-OTHERS = {"activation": "silu", "dropout": 0.25, "norm_eps": 1e-3, "n_kv_head": 1, "n_head": 4}
+OTHERS = {
+    "activation": "silu",
+    "rotary_base": 500.0,
+    "qkv_bias": "no",
+    "dropout": 0.25,
+    "norm_eps": 1e-3,
+    "n_kv_head": 1,
+    "n_head": 4,
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -119,7 +119,7 @@ def test_the_law_holds_in_bfloat16_to_its_rounding(variant, chunks):
     exact = model_of(variant)(some_tokens(2, sum(chunks)))
     tokens = some_tokens(2, sum(chunks))
     cache = model.new_cache(2)
-    assert cache.keys.dtype == torch.bfloat16
+    assert cache.dtype == torch.bfloat16
     cached = torch.cat([model(c, cache=cache) for c in tokens.split(chunks, dim=1)], 1)
     # bfloat16 keeps 8 bits: the cached logits are as near to float32's as the full forward's are
     full_error = (model(tokens).float() - exact).abs().max()
@@ -173,7 +173,7 @@ def test_after_truncate_the_cache_is_one_of_the_kept_tokens_alone(kind, kept):
 @pytest.mark.parametrize("length", [-1, 4])
 def test_truncate_refuses_a_length_that_the_cache_does_not_have(length, tiny_model):
     cache = tiny_model.new_cache()
-    cache.advance(3)
+    cache.advance(cache.plan(3))
     with pytest.raises(ValueError, match=f"3 tokens to {length}"):
         cache.truncate(length)
 
@@ -270,7 +270,7 @@ def test_a_mask_becomes_a_bias_of_the_keys_dtype_once_a_forward(kind, dtype, mon
     assert len(masks) == 3  # one a layer
     assert len({mask.data_ptr() for mask in masks}) == 1
     bias = masks[0]
-    assert bias.dtype == cache.keys.dtype
+    assert bias.dtype == cache.dtype
     assert all(stride % 16 == 0 for stride in bias.stride()[:-1])
     looks = [[True] * 6 + [False], [True] * 7], [[True] * 4 + [False] * 3, [True] * 5 + [False] * 2]
     assert (bias[:, 0, :, :7] == 0).tolist() == list(looks)
@@ -306,7 +306,7 @@ def test_an_operation_of_a_static_cache_reads_its_lengths_once_at_most(
 ):
     cache = tiny_model.new_cache(4, on_device=True)
     cache.reorder([0, 1, 2])
-    cache.advance(5)
+    cache.advance(cache.plan(5))
     waits.clear()
     operation(cache)
     assert len(waits) == reads
@@ -332,16 +332,17 @@ def test_a_step_over_a_static_cache_on_a_device_reads_nothing(tiny_model):
 @torch.inference_mode()
 def test_the_cache_takes_its_memory_once(tiny_model):
     cache = tiny_model.new_cache(2)
-    before = cache.keys.data_ptr(), cache.values.data_ptr()
+    [store] = cache.stores.values()
+    before = store.keys.data_ptr(), store.values.data_ptr()
     for _ in range(16):
         tiny_model(some_tokens(2, 1), cache=cache)
-    assert (cache.keys.data_ptr(), cache.values.data_ptr()) == before
+    assert (store.keys.data_ptr(), store.values.data_ptr()) == before
 
 
 def test_grouped_query_attention_makes_the_cache_smaller():
     config = ModelConfig(n_layer=1, n_head=12, n_kv_head=3)
-    assert KVCache(config, capacity=2).keys.numel() * 4 == (
-        KVCache(dataclasses.replace(config, n_kv_head=0), capacity=2).keys.numel()
+    assert KVCache(config, capacity=2).nbytes * 4 == (
+        KVCache(dataclasses.replace(config, n_kv_head=0), capacity=2).nbytes
     )
 
 
@@ -359,16 +360,16 @@ def test_rows_and_copies_that_make_no_sense_are_refused(tiny_model):
 def test_what_a_cache_makes_is_on_its_device(tiny_config):
     cache, other = (KVCache(tiny_config, batch_size=3, device="meta") for _ in range(2))
     cache.lengths = [3, 1]
-    slots = cache.plan(2)
-    assert {slots.at.device.type, cache.mask(slots).device.type} == {"meta"}
+    plan = cache.plan(2)
+    [slots] = plan.slots.values()
+    assert {plan.at.device.type, slots.keys.device.type} == {"meta"}
     k = torch.zeros(2, 4, 2, 8, device="meta")
-    assert {x.device.type for x in cache.append(0, k, k, slots)} == {"meta"}
+    assert {x.device.type for x in cache.append(0, k, k, plan)} == {"meta"}
     cache.reorder([1, 0])
     cache.add(other, [2])
-    assert {x.device.type for x in (cache.keys, cache.expand(2).values)} == {"meta"}
+    assert {cache.device.type, cache.expand(2).device.type} == {"meta"}
     cache.lengths = [3, 3]
-    slots = cache.plan(2)
-    assert {slots.at.device.type, cache.mask(slots).device.type} == {"meta"}
+    assert cache.plan(2).at.device.type == "meta"
 
 
 def test_rows_as_a_tensor_are_read_once(waits, tiny_model):
@@ -382,11 +383,11 @@ def test_rows_as_a_tensor_are_read_once(waits, tiny_model):
 def test_a_row_that_fills_the_capacity_may_be_added(tiny_config):
     cache, full = (KVCache(tiny_config, capacity=4) for _ in range(2))
     cache.reorder([])
-    full.keys += 1
+    full.layer(0)[0].keys += 1
     full.lengths = [4]
     cache.add(full)
     assert cache.lengths == [4]
-    assert (cache.keys == 1).all()
+    assert (cache.layer(0)[0].keys == 1).all()
     cache.reorder([])
     longer = KVCache(tiny_config, capacity=5)
     longer.lengths = [5]
@@ -394,12 +395,17 @@ def test_a_row_that_fills_the_capacity_may_be_added(tiny_config):
         cache.add(longer)
 
 
-def test_square_causal_and_single_queries_need_no_mask(tiny_config):
-    cache = KVCache(tiny_config)
-    assert cache.mask(cache.plan(3)) is None
-    cache.advance(3)
-    assert cache.mask(cache.plan(1)) is None
-    assert cache.mask(cache.plan(2)).shape == (2, 5)
+def test_square_causal_and_single_queries_need_no_mask(tiny_model):
+    cache = tiny_model.new_cache()
+
+    def mask(n):
+        [view] = tiny_model.share(some_tokens(1, n), cache).views.values()
+        return view.mask
+
+    assert mask(3) is None
+    cache.advance(cache.plan(3))
+    assert mask(1) is None
+    assert mask(2).shape == (2, 5)
 
 
 @torch.inference_mode()
@@ -437,11 +443,11 @@ def test_a_cache_works_under_another_default_device(tiny_config):
     with torch.device("meta"):
         for lengths in ([3, 1, 2], [3, 3, 3]):
             cache.lengths = lengths
-            slots = cache.plan(2)
-            assert cache.mask(slots).device.type == "cpu"
-            cache.append(0, k, k, slots)
-            cache.advance(2)
+            plan = cache.plan(2)
+            assert plan.at.device.type == "cpu"
+            cache.append(0, k, k, plan)
+            cache.advance(plan)
         cache.reorder([1, 0])
         cache.add(other, [2])
         assert cache.expand(2).lengths == [5, 5, 5, 5, 0, 0]
-    assert cache.keys[0, :2, 0, 4, 0].tolist() == [2, 1]
+    assert cache.layer(0)[0].keys[0, :2, 0, 4, 0].tolist() == [2, 1]

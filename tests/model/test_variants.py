@@ -106,9 +106,9 @@ def test_a_model_has_no_buffers(tiny_model):
 class HalfNorm(nn.Module):
     """A toy: every number is divided by the mean size of its vector, and half of it is kept."""
 
-    def __init__(self, config):
+    def __init__(self, config, width):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.n_embd))
+        self.weight, self.bias = nn.Parameter(torch.empty(width)), None
 
     def forward(self, x):
         return x / (x.abs().mean(dim=-1, keepdim=True) + 1e-5) * self.weight / 2
@@ -121,22 +121,21 @@ class Everything(Position):
     """A toy: waves are added, queries and keys are rotated, and far keys count less."""
 
     def __init__(self, config):
-        super().__init__()
+        super().__init__(config)
         self.waves = nn.Linear(1, config.n_embd)
         self.n_head, self.half = config.n_head, config.resolved().head_dim // 2
 
     def embed(self, x, at):
         return x + self.waves(at[..., None].to(x.dtype) / 8).sin()
 
-    def rotation(self, at):
+    def rotation(self, at, kind):
         angles = at[..., None] * 0.3 ** torch.arange(self.half)
         angles = angles if at.ndim == 1 else angles[:, None]
         return Rotation(angles.cos(), angles.sin())
 
-    def bias(self, at, n_key):
-        distance = (torch.arange(n_key) - at[..., None]).clamp(max=0)
-        distance = distance[None] if at.ndim == 1 else distance[:, None]
-        return distance * 0.5 ** torch.arange(self.n_head)[:, None, None]
+    def bias(self, at, keys):
+        distance = (keys[..., None, :] - at[..., :, None]).clamp(max=0)
+        return distance[..., None, :, :] * 0.5 ** torch.arange(self.n_head)[:, None, None]
 
     def reset(self):
         normal(self.waves)

@@ -14,6 +14,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
     "gelu_python": "gelu",
     "relu": "relu",
+    "relu2": "relu_squared",
     "silu": "silu",
     "swish": "silu",
     "tanh": "tanh",
@@ -23,6 +24,7 @@ ACTIVATION_NAMES: dict[Activation, str] = {
     "gelu_tanh": "gelu_new",
     "gelu": "gelu",
     "relu": "relu",
+    "relu_squared": "relu2",
     "silu": "silu",
     "tanh": "tanh",
 }

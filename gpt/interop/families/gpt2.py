@@ -31,8 +31,11 @@ _MODULES = {
 }
 _MATRICES = ("attn.qkv", "attn.out", "mlp.up", "mlp.down")
 _DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
-_VARIANTS = ("position", "norm", "norm_placement", "mlp")
-"""Fields with the name of a variant, of which GPT-2 has the default."""
+_EXPRESSED = {
+    *("vocab_size", "context_length", "n_layer", "n_head", "n_embd", "n_inner", "dropout", "bias"),
+    *("tie_embeddings", "norm_eps", "activation", "scale_attention", "scale_attention_by_layer"),
+}
+"""Of all others GPT-2 has the defaults. ``initial`` does not matter to a finished model."""
 
 
 class GPT2:
@@ -106,12 +109,12 @@ class GPT2:
         usual = {
             field.name: field.default
             for field in dataclasses.fields(ModelConfig)
-            if field.name in _VARIANTS
+            if field.name not in _EXPRESSED | {"initial"}
         }
         usual |= {"n_kv_head": config.n_head, "head_dim": config.n_embd // config.n_head}
         for name, value in usual.items():
             own = getattr(config, name)
-            if own not in (0, value):
+            if own != value and not (name in ("n_kv_head", "head_dim") and own == 0):
                 raise UsageError(f"GPT-2 in Hugging Face's form cannot express model.{name} {own}")
         return dict.fromkeys(_DROPOUTS, config.dropout) | {
             "architectures": ["GPT2LMHeadModel"],
@@ -132,4 +135,4 @@ class GPT2:
 
     def stored(self, config: ModelConfig) -> ModelConfig:
         """With biases."""
-        return dataclasses.replace(config, bias=True)
+        return dataclasses.replace(config, bias=True, initial="auto")
