@@ -6,6 +6,7 @@ import torch
 
 from gpt.config import GenerationConfig, UsageError, quoted, token_ids
 from gpt.device import check_memory
+from gpt.model.cache import KVCache
 from gpt.model.gpt import GPT
 
 SEQUENCE_BYTES = 3000
@@ -73,12 +74,11 @@ def check_cache(model: GPT, rows: int, length: int) -> None:
     """``UsageError`` if the model's device has no memory for the keys, values and logits of
     ``rows`` sequences of ``length`` tokens.
     """
-    config = model.config.resolved()
     dtype = model.cache_dtype or model.dtype
-    token = 2 * config.n_layer * config.n_kv_head * config.head_dim * dtype.itemsize
+    cache = KVCache(model.config, batch_size=rows, capacity=length, dtype=dtype, device="meta")
     check_memory(
         f"the keys, values and logits of {rows:,} sequences of up to {length:,} tokens",
-        rows * (token * length + COPIES_OF_LOGITS * 4 * config.vocab_size),
+        cache.nbytes + rows * COPIES_OF_LOGITS * 4 * model.config.vocab_size,
         model.device,
         advice="a smaller batch_size, num_beams or max_new_tokens needs less",
     )

@@ -20,7 +20,10 @@ from torch import Tensor
 from gpt.config import ModelConfig
 from gpt.model.kinds import Kind, layer_kinds
 from gpt.model.lengths import DeviceLengths, HostLengths, Next
-from gpt.model.store import Slots, Store, make_store
+from gpt.model.store import Copied, Slots, Store, make_store
+
+COPIED = Kind("copied")
+"""Not a layer: what :class:`gpt.model.pointer.Pointer` reads."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,9 @@ class KVCache:
             for kind in dict.fromkeys(kinds)
         }
         """The memory of each kind of layer."""
+        if config.copy == "pointer":
+            shape = (1, batch_size, 1, capacity, config.n_embd)
+            self.stores[COPIED] = Copied(shape, dtype, device)
         self.max_batch_size = batch_size
         """Rows that there is memory for."""
         self._lengths = self._new_lengths([0] * batch_size, on_device=on_device)

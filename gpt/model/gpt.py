@@ -19,6 +19,7 @@ from gpt.model.initial import reset, table
 from gpt.model.kinds import Kind, layer_kinds
 from gpt.model.masks import causal, dense, in_blocks
 from gpt.model.norm import make_norm
+from gpt.model.pointer import Pointer
 from gpt.model.position import POSITIONS
 from gpt.model.shared import Shared, View
 from gpt.model.store import Slots
@@ -50,6 +51,7 @@ class GPT(nn.Module):
             has_norm = RESIDUALS[config.norm_placement].final_norm
             self.norm = make_norm(config) if has_norm else nn.Identity()
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            self.pointer = Pointer(config) if config.copy == "pointer" else None
         self.tie_weights()
         if not self.embed.weight.is_meta:
             self.initialise()
@@ -79,7 +81,8 @@ class GPT(nn.Module):
         cache: KVCache | None = None,
         valid: Sequence[int] | None = None,
     ) -> Tensor:
-        """The head's input, ``[B, T, C]``, for callers that need the logits of a few positions.
+        """The input of :meth:`logits`, ``[B, T, C]``, for callers that need those of a few
+        positions; with ``copy`` ``[B, T, C + 1 + V]``.
 
         ``forward`` is ``logits(features(tokens))``, and takes the same arguments.
         """
@@ -87,17 +90,23 @@ class GPT(nn.Module):
         x = self.dropout(self.embed_tokens(tokens, shared.at))
         for block in self.blocks:
             x = block(x, shared)
+        out: Tensor = self.norm(x)
+        if self.pointer is not None:
+            out = self.pointer(out, tokens, shared)
         if cache is not None:
             assert shared.plan is not None
             cache.advance(shared.plan)
-        out: Tensor = self.norm(x)
         return out
 
     def logits(self, features: Tensor) -> Tensor:
-        """``[..., C]`` to ``[..., V]``."""
-        logits: Tensor = self.head(features)
-        cap = self.config.logit_softcap
-        return cap * (logits / cap).tanh() if cap else logits
+        """Features, ``[..., C]``, to logits ``[..., V]``; with ``copy`` to log-probabilities."""
+        width, cap = self.config.n_embd, self.config.logit_softcap
+        logits: Tensor = self.head(features if self.pointer is None else features[..., :width])
+        if cap:
+            logits = cap * (logits / cap).tanh()
+        if self.pointer is not None:
+            logits = self.pointer.mix(logits, features[..., width:])
+        return logits
 
     def share(
         self, tokens: Tensor, cache: KVCache | None, valid: Sequence[int] | None = None

@@ -41,7 +41,10 @@ class Store:
     ) -> None:
         # Zeros: masked values must still be numbers, since 0 * nan is nan.
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros_like(self.keys)
+        self.values = self._new_values()
+
+    def _new_values(self) -> Tensor:
+        return torch.zeros_like(self.keys)
 
     @property
     def size(self) -> int:
@@ -51,12 +54,12 @@ class Store:
     @property
     def nbytes(self) -> int:
         """Of keys and values together."""
-        return 2 * self.keys.nbytes
+        return self.keys.nbytes + self.values.nbytes
 
     def like(self, rows: int, capacity: int) -> "Store":
         """An empty store of the same layers for other numbers of rows and tokens."""
         L, _, H, _, D = self.keys.shape
-        return Store((L, rows, H, capacity, D), self.keys.dtype, self.keys.device)
+        return type(self)((L, rows, H, capacity, D), self.keys.dtype, self.keys.device)
 
     def slots(self, new: Next, valid: Sequence[int] | None) -> Slots:
         """Where the tokens go. Padding goes behind a row's end, where nothing looks."""
@@ -76,7 +79,7 @@ class Store:
         else:
             rows = torch.arange(B, device=k.device)[:, None]
             keys[rows, :, slots.to] = k.transpose(1, 2).to(keys.dtype)
-            values[rows, :, slots.to] = v.transpose(1, 2).to(keys.dtype)
+            values[rows, :, slots.to] = v.transpose(1, 2).to(values.dtype)
         return keys, values
 
     def can_forget(self, length: int, peak: int) -> bool:
@@ -95,6 +98,15 @@ class Store:
         for mine, its in ((self.keys, other.keys), (self.values, other.values)):
             used = its[:, list(rows), :, :longest]
             mine[:, start : start + len(rows), :, : used.shape[3]] = used
+
+
+class Copied(Store):
+    """What a pointer reads: features as keys, ``[1, B, 1, S, C]``, and as values the tokens'
+    numbers, ``[1, B, 1, S, 1]``.
+    """
+
+    def _new_values(self) -> Tensor:
+        return torch.zeros_like(self.keys[..., :1], dtype=torch.int64)
 
 
 class Ring(Store):

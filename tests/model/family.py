@@ -87,6 +87,7 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
         "untied": {"tie_embeddings": False, "initial": "depth"},
         "scaled": {"scale_embeddings": True, "initial": "zero"},
         "embedding norm": {"embedding_norm": True, "bias": False},
+        "pointer": {"copy": "pointer"},
     },
 }  # fmt: skip
 
