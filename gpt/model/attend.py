@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpt.model.dropout import dropout as drop
+from gpt.model.masks import Blocks
 
 PLAIN_UP_TO = 1024
 """Keys. Above, the plain formula's T * T numbers are too many to keep for the backward pass."""
@@ -63,8 +64,7 @@ def attend(
     dropout: float = 0.0,
     scale: float | None = None,
     training: bool = False,
-    block: int | None = None,
-    sinks: int = 0,
+    blocks: Blocks | None = None,
     softcap: float = 0.0,
     top_k: int = 0,
     learned_sinks: Tensor | None = None,
@@ -76,15 +76,16 @@ def attend(
     score. ``Hkv`` divides ``H``. ``scale`` multiplies the scores; it is ``1 / sqrt(D)`` unless
     given. Kernels that are for ``training`` alone are taken there alone. Returns ``[B, H, Tq, D]``.
 
-    With ``block`` each block of so many queries sees the first ``sinks`` keys, the block before it
-    and its own, under its own ``mask`` ``[T / block, 1 or H, block, sinks + 2 block]``.
+    With ``blocks`` each block of queries reads a few blocks of keys, under its own ``mask``
+    ``[N, 1 or H, size, S]``.
 
     ``softcap`` bounds the scores, ``top_k`` leaves the best keys alone, and ``learned_sinks``
     ``[H]`` are scores of keys that have no value: the plain formula has these.
     """
-    if block is not None:
+    if blocks is not None:
         assert mask is not None
-        q, k, v, mask, shape = _by_blocks(q, k, v, mask, block, sinks)
+        shape = q.shape
+        q, k, v, mask = _by_blocks(q, k, v, mask, blocks)
         y = attend(
             q, k, v, mask=mask, dropout=dropout, scale=scale, training=training,
             softcap=softcap, top_k=top_k, learned_sinks=learned_sinks,
@@ -184,23 +185,17 @@ def _best(scores: Tensor, weights: Tensor, k: int) -> Tensor:
 
 
 def _by_blocks(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, block: int, sinks: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, torch.Size]:
-    """Queries ``[B * N, H, block, D]``, keys and values ``[B * N, Hkv, sinks + 2 block, D]``, and
-    their masks, for ``N`` blocks; and the shape of ``q``.
-    """
-    B, T = q.shape[0], q.shape[2]
-    pad = -T % block
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, blocks: Blocks
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries ``[B * N, H, size, D]``, and the keys, values and masks that they read."""
 
-    def blocks(x: Tensor) -> Tensor:  # B, N, heads, block, D
-        padded = F.pad(x, (0, 0, 0, pad))
-        return padded.view(*x.shape[:2], -1, block, x.shape[3]).transpose(1, 2)
+    def split(x: Tensor) -> Tensor:  # B, N, heads, size, D
+        padded = F.pad(x, (0, 0, 0, -x.shape[2] % blocks.size))
+        return padded.view(*x.shape[:2], -1, blocks.size, x.shape[3]).transpose(1, 2)
 
-    def beside(x: Tensor) -> Tensor:
-        own = blocks(x)
-        before = F.pad(own[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))
-        first = x[:, None, :, :sinks].expand(-1, own.shape[1], -1, -1, -1)
-        return torch.cat([first, before, own], dim=3).flatten(0, 1)
+    def read(x: Tensor) -> Tensor:  # B * N, heads, sinks + K size, D
+        near = split(x)[:, blocks.numbers.clamp(min=0)].transpose(2, 3).flatten(3, 4)
+        first = x[:, None, :, : blocks.sinks].expand(-1, near.shape[1], -1, -1, -1)
+        return torch.cat([first, near], dim=3).flatten(0, 1)
 
-    masks = mask.repeat(B, 1, 1, 1)
-    return blocks(q).flatten(0, 1), beside(k), beside(v), masks, q.shape
+    return split(q).flatten(0, 1), read(k), read(v), mask.repeat(q.shape[0], 1, 1, 1)

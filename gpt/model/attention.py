@@ -95,6 +95,6 @@ class CausalSelfAttention(nn.Module):
         if view.dynamic is not None:
             y = view.dynamic(q, k, v, view.mask, attended)
         else:
-            y = attended(q, k, v, mask=view.mask, block=view.block, sinks=self.kind.sinks)
+            y = attended(q, k, v, mask=view.mask, blocks=view.blocks)
         out: Tensor = self.out(y.transpose(1, 2).reshape(B, T, -1).to(x.dtype))
         return out

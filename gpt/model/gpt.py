@@ -24,9 +24,6 @@ from gpt.model.position import POSITIONS
 from gpt.model.shared import Shared, View
 from gpt.model.store import Slots
 
-BLOCK = 128
-"""Tokens: the least block of attention that is computed by blocks."""
-
 
 class GPT(nn.Module):
     """A GPT of the shape that ``config`` gives, initialised as GPT-2 was."""
@@ -126,23 +123,21 @@ class GPT(nn.Module):
     def _view(self, kind: Kind, at: Tensor, slots: Slots) -> View:
         """What the layers of a kind share, for queries at the positions ``at`` ``[..., T]``."""
         T, keys = at.shape[-1], slots.keys
-        rotation, block = self.position.rotation(at, kind), None
+        rotation, blocks = self.position.rotation(at, kind), None
         dynamic = self.position.dynamic(at, keys, kind)
         is_whole = dynamic is None or dynamic.is_one
         sees_all = kind.rule is causal and (slots.is_square or slots.sees_all)
-        if kind.window is not None and slots.is_square:
-            sees_all = kind.window >= T
-            least = max(kind.window, BLOCK)
-            if 2 * least < T and dynamic is None:
-                block = least
-                at, keys = in_blocks(T, block, kind.sinks, at.device)
+        if slots.is_square:
+            sees_all = sees_all or (kind.window is not None and kind.window >= T)
+            blocks = in_blocks(kind.rule, T, at.device) if dynamic is None else None
+            if blocks is not None:
+                at, keys = blocks.at, blocks.positions
         bias = self.position.bias(at, keys)
         if sees_all and bias is None and is_whole:
             return View(None, rotation, dynamic)
         mask = dense(kind.rule, at, keys, self._score_dtype())
-        return View(
-            mask if bias is None else (mask + bias).to(mask.dtype), rotation, dynamic, block
-        )
+        mask = mask if bias is None else (mask + bias).to(mask.dtype)
+        return View(mask, rotation, dynamic, blocks)
 
     def _score_dtype(self) -> torch.dtype:
         """What attention computes its scores in, most of the time."""

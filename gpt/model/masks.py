@@ -6,6 +6,7 @@ may look. The same rule serves dense masks, masks by blocks, and ``flex_attentio
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,8 @@ from torch import Tensor
 
 MaskRule = Callable[[Tensor, Tensor], Tensor]
 """``(query positions, key positions)`` to True where a query may look."""
+BLOCK = 128
+"""Tokens: the least block of a window, for products of a good size."""
 ALIGNED = 16
 """The rows of a bias begin at multiples of this many numbers."""
 
@@ -35,6 +38,10 @@ class window:  # noqa: N801 - a rule is called like a function
         near = key > query - self.size
         return (key <= query) & (near | (key < self.sinks) if self.sinks else near)
 
+    def read(self, block: Tensor) -> list[Tensor]:
+        """The blocks of keys that blocks of queries read, of any size from the window's on."""
+        return [block - 1, block]
+
 
 @dataclass(frozen=True)
 class blocks:  # noqa: N801
@@ -55,6 +62,12 @@ class blocks:  # noqa: N801
             seen = seen | (its == self._drawn(mine, number))
         return (key <= query) & seen
 
+    def read(self, block: Tensor) -> list[Tensor]:
+        """The blocks of keys that blocks of queries read."""
+        first = [torch.where(block >= n, n, -1) for n in range(self.first)]
+        drawn = [self._drawn(block, number) for number in range(self.random)]
+        return [*(block - n for n in range(self.local)), *first, *drawn]
+
     def _drawn(self, block: Tensor, number: int) -> Tensor:
         """Of each block, the earlier block of this number, by a hash of both: any device and any
         chunking draws the same.
@@ -64,16 +77,47 @@ class blocks:  # noqa: N801
         return (mixed ^ (mixed >> 13)) % (block + 1)
 
 
-def in_blocks(n_token: int, block: int, sinks: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The positions of the queries in blocks, ``[N, block]``, and of the keys beside each block:
-    the first ``sinks``, the block before and its own, ``[N, sinks + 2 block]``; negative where a
-    key does not count.
+class Blocks(NamedTuple):
+    """Attention by blocks of ``size`` queries, each of which reads a few blocks of keys."""
+
+    size: int
+    numbers: Tensor
+    """The blocks of keys that each block of queries reads, ``[N, K]``; negative: none."""
+    sinks: int
+    """First keys that every block reads as well."""
+
+    @property
+    def at(self) -> Tensor:
+        """The queries' positions, ``[N, size]``."""
+        n = len(self.numbers)
+        return torch.arange(n * self.size, device=self.numbers.device).view(n, self.size)
+
+    @property
+    def positions(self) -> Tensor:
+        """The keys' positions, ``[N, sinks + K size]``; negative where a key does not count."""
+        n, device = len(self.numbers), self.numbers.device
+        inside = torch.arange(self.size, device=device)
+        near = torch.where(self.numbers >= 0, self.numbers * self.size, -self.size)
+        first = torch.arange(self.sinks, device=device).expand(n, -1)
+        read = (first // self.size)[..., None] == self.numbers[:, None]
+        first = torch.where(read.any(dim=-1), -1, first)  # a block that is read has them
+        return torch.cat([first, (near[..., None] + inside).flatten(1)], dim=1)
+
+
+def in_blocks(rule: MaskRule, n_token: int, device: torch.device) -> Blocks | None:
+    """How a rule that sees a small part of ``n_token`` tokens is computed by blocks; ``None`` where
+    a mask of all by all is as good.
     """
-    starts = torch.arange(0, n_token, block, device=device)[:, None]
-    near = starts + torch.arange(-block, block, device=device)
-    first = torch.arange(sinks, device=device).expand(len(starts), -1)
-    first = torch.where(first < starts - block, first, -1)  # the others are near
-    return near[:, block:], torch.cat([first, near], dim=1)
+    if not isinstance(rule, window | blocks):
+        return None
+    size = rule.size if isinstance(rule, blocks) else max(rule.size, BLOCK)
+    mine = torch.arange(-(-n_token // size), device=device)
+    index = torch.stack(rule.read(mine), dim=1)
+    if n_token <= index.shape[1] * size:
+        return None
+    again = (index[:, :, None] == index[:, None]).tril(-1).any(dim=-1)
+    index = torch.where(again, -1, index)
+    return Blocks(size, index, rule.sinks if isinstance(rule, window) else 0)
 
 
 def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gpt.model.cache import KVCache, Plan
 from gpt.model.kinds import Kind
+from gpt.model.masks import Blocks
 
 if TYPE_CHECKING:
     from gpt.model.rotary import DynamicRotation
@@ -48,15 +49,15 @@ class View(NamedTuple):
 
     mask: Tensor | None
     """The number that is added to the scores, broadcastable to ``[B, H, T, S]``; ``None`` where
-    attention is square causal, or has one query for each row that sees every key. With ``block``
-    the mask of each block, ``[T / block, 1 or H, block, S]``.
+    attention is square causal, or has one query for each row that sees every key. With ``blocks``
+    the mask of each block, ``[N, 1 or H, size, S]``.
     """
     rotation: Rotation | None
     """By what queries and keys are rotated; ``None`` where they are not."""
     dynamic: "DynamicRotation | None" = None
     """By what queries and keys are rotated when they meet."""
-    block: int | None = None
-    """Tokens of the blocks in which attention with a window is computed, of tokens alone."""
+    blocks: Blocks | None = None
+    """How attention that sees little of a long context is computed, without a cache."""
 
 
 @dataclass
