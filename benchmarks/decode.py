@@ -1,14 +1,16 @@
 """Decoding GPT-2 124M with random weights, batch 1, greedy, prefill included: every format of the
-weights beside its peers.
+weights beside its peers, or beside models of other shapes.
 
-``python benchmarks/decode.py [--peers hf,ctranslate2,llama.cpp] [--weights float32,int8]``. The
-peers come with the extra ``peers``; llama.cpp's files are made by its own converter, which lies in
-its source: ``--llama_cpp SOURCE``. Each contender is a process of its own, and they run in turns,
-so that the machine's drift meets them all; figures are medians. The last column of each peer's is
-this project's tokens/s over the peer's.
+``python benchmarks/decode.py [--peers hf,ctranslate2,llama.cpp] [--weights float32,int8]
+[--model_shape gpt2,llama,mixtral]``. The shapes read about as many bytes a token. The peers come
+with the extra ``peers``; llama.cpp's files are made by its own converter, which lies in its source:
+``--llama_cpp SOURCE``. Each contender is a process of its own, and they run in turns, so that the
+machine's drift meets them all; figures are medians. The last column of each peer's is this
+project's tokens/s over the peer's.
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import random
@@ -40,6 +42,17 @@ PEERS = {
     "ctranslate2": {"float32": "float32", "int8": "int8"},
     "llama.cpp": {"float32": "f32", "bfloat16": "bf16", "int8": "q8_0", "int4": "q4_0"},
 }
+LLAMA = ModelConfig(
+    position="rotary", norm="rmsnorm", mlp="gated", activation="silu", bias=False, n_kv_head=4,
+    n_inner=2048,
+)  # fmt: skip
+SHAPES = {
+    "gpt2": ModelConfig(),
+    "llama": LLAMA,
+    "mixtral": dataclasses.replace(
+        LLAMA, n_expert=8, n_expert_active=2, moe_renormalise=True, n_inner=1024
+    ),
+}
 MODULES = {"hf": "transformers", "ctranslate2": "ctranslate2", "llama.cpp": "llama_cpp"}
 
 
@@ -51,6 +64,15 @@ def ours(folder: Path, kind: str, prompt: list[int], n: int) -> Callable[[], obj
     keep_freed_memory()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load(folder / "hf", weights=kind, device=device).model
+    config = GenerationConfig(temperature=0, max_new_tokens=n)
+    return lambda: list(decode(model, [prompt], config))
+
+
+def shaped(folder: Path, kind: str, prompt: list[int], n: int) -> Callable[[], object]:
+    keep_freed_memory()
+    shape, kind = kind.split()
+    torch.manual_seed(0)
+    model = prepare_for_inference(GPT(SHAPES[shape]).eval(), kind)
     config = GenerationConfig(temperature=0, max_new_tokens=n)
     return lambda: list(decode(model, [prompt], config))
 
@@ -101,7 +123,13 @@ def llama_cpp(folder: Path, kind: str, prompt: list[int], n: int) -> Callable[[]
     return run
 
 
-RUNNERS = {"ours": ours, "hf": hf, "ctranslate2": ctranslate2, "llama.cpp": llama_cpp}
+RUNNERS = {
+    "ours": ours,
+    "shaped": shaped,
+    "hf": hf,
+    "ctranslate2": ctranslate2,
+    "llama.cpp": llama_cpp,
+}
 
 
 def make_files(folder: Path, peers: list[str], source: Path | None) -> None:
@@ -175,12 +203,13 @@ def contend(folder: str, who: str, kind: str, prompt: int, new: int) -> None:
         print(f"@{time.perf_counter() - start}", flush=True)
 
 
-def weight_bytes(kind: str) -> int:
-    """Bytes that a token reads: all matrices, the head's once."""
+def weight_bytes(kind: str, config: ModelConfig) -> float:
+    """Bytes that a token reads: all matrices, the head's once, and the active experts alone."""
     with torch.device("meta"):
-        model = prepare_for_inference(GPT(ModelConfig()), kind, device=torch.device("cpu"))
-    names = {id(t): t for name, t in model.own_tensors().items() if "position" not in name}
-    return sum(tensor.nbytes for tensor in names.values())
+        model = prepare_for_inference(GPT(config), kind, device=torch.device("cpu"))
+    names = {id(t): (name, t) for name, t in model.own_tensors().items() if "position" not in name}
+    active = config.n_expert_active / max(1, config.n_expert)
+    return sum(t.nbytes * (active if ".experts." in name else 1) for name, t in names.values())
 
 
 def main() -> None:
@@ -188,6 +217,7 @@ def main() -> None:
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     parser.add_argument("--peers", default="hf")
     parser.add_argument("--weights", default=",".join(FORMATS))
+    parser.add_argument("--model_shape", default="gpt2", help="gpt2, llama, mixtral")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--prompt_tokens", type=int, default=64)
     parser.add_argument("--new_tokens", type=int, default=128)
@@ -211,7 +241,8 @@ def main() -> None:
         f"this machine streams {speed / 1e9:.0f} GB/s"
     )
     table = Table("weights", "tokens/s", "GB/s", "of the stream", title=title)
-    for peer in peers:
+    shapes = [shape for shape in arguments.model_shape.split(",") if shape != "gpt2"]
+    for peer in [*peers, *shapes]:
         table.add_column(peer, justify="right")
         table.add_column("ratio", justify="right")
     with TemporaryDirectory() as name:
@@ -221,6 +252,8 @@ def main() -> None:
         for kind in arguments.weights.split(","):
             who = {"ours": kind} | {p: PEERS[p][kind] for p in peers if kind in PEERS[p]}
             running = {name: Contender(folder, name, form, *sizes) for name, form in who.items()}
+            for shape in shapes:
+                running[shape] = Contender(folder, "shaped", f"{shape} {kind}", *sizes)
             for _ in range(arguments.runs):
                 for contender in running.values():
                     contender.run()
@@ -228,7 +261,7 @@ def main() -> None:
             tokens = arguments.new_tokens if arguments.new_tokens > 1 else arguments.prompt_tokens
             seconds = {name: contender.end() for name, contender in running.items()}
             rate = {name: tokens / each for name, each in seconds.items()}
-            read = arguments.new_tokens / seconds["ours"] * weight_bytes(kind)
+            read = arguments.new_tokens / seconds["ours"] * weight_bytes(kind, SHAPES["gpt2"])
             row = [kind, f"{rate['ours']:.1f}", f"{read / 1e9:.1f}", f"{read / speed:.0%}"]
             for peer in peers:
                 has = peer in rate
@@ -238,6 +271,9 @@ def main() -> None:
                     else "",
                     f"{rate['ours'] / rate[peer]:.2f} x" if has else "",
                 ]
+            for shape in shapes:
+                reads = weight_bytes(kind, SHAPES[shape]) * rate[shape]
+                row += [f"{rate[shape]:.1f}", f"{reads / 1e9:.1f} GB/s"]
             table.add_row(*row)
     console.print(describe(), highlight=False, soft_wrap=True)
     console.print(table)
