@@ -15,7 +15,8 @@ from torch import Tensor
 from gpt.config import GenerationConfig, UsageError
 from gpt.device import check_memory
 from gpt.generation.checks import check_cache, check_prompt, check_settings
-from gpt.generation.decode import Reason, Token, evaluation_mode
+from gpt.generation.context import Context
+from gpt.generation.decode import Token, evaluation_mode
 from gpt.generation.sampling import Details, History, describe, finite, penalise
 from gpt.model.gpt import GPT
 
@@ -50,11 +51,11 @@ def beam_search(
     full.
     """
     vocab_size = vocab_size or model.config.vocab_size
-    context, width = model.config.context_length, config.num_beams
+    context, width = _context(model, config, end_of_text), config.num_beams
     prompt = check(model, prompt, config, vocab_size)
-    limit = min(config.max_new_tokens, context - len(prompt) + 1)
+    limit = min(config.max_new_tokens, context.room(prompt))
     device = model.device
-    cache = model.new_cache(width, capacity=min(context, len(prompt) + limit))
+    cache = model.new_cache(width, capacity=min(context.length, len(prompt) + limit))
     cache.reorder([0])
     history = None
     if config.has_penalties:
@@ -119,26 +120,29 @@ def _details(
 def check(
     model: GPT, prompt: Sequence[int], config: GenerationConfig, vocab_size: int
 ) -> list[int]:
-    """The prompt's ids; ``UsageError`` for what cannot be searched. A beam cannot slide: its tokens
-    would no longer have been predicted from one text.
-    """
-    context = model.config.context_length
-    if len(prompt) > context:
+    """The prompt's ids; ``UsageError`` if the search is impossible or needs too much memory."""
+    context = _context(model, config)
+    if len(prompt) > context.length:
         raise UsageError(
             f"the prompt has {len(prompt):,} tokens, and a beam search, which cannot slide, takes "
-            f"up to the model's context_length ({context:,})"
+            f"up to the model's context_length ({context.length:,})"
         )
     prompt = check_prompt(model, prompt, config, vocab_size)
     check_settings(model, config, vocab_size)
-    width, limit = config.num_beams, min(config.max_new_tokens, context - len(prompt) + 1)
+    width, limit = config.num_beams, min(config.max_new_tokens, context.room(prompt))
     check_memory(
         f"{width:,} beams of up to {limit:,} tokens",
         4 * width * (CANDIDATE_BYTES + 16 * limit),  # two candidates a beam, and what is finished
         torch.device("cpu"),
         advice="a smaller num_beams or max_new_tokens needs less",
     )
-    check_cache(model, width, min(context, len(prompt) + limit))
+    check_cache(model, width, min(context.length, len(prompt) + limit))
     return prompt
+
+
+def _context(model: GPT, config: GenerationConfig, end_of_text: int | None = None) -> Context:
+    """A beam's context, which never slides."""
+    return Context(model, dataclasses.replace(config, past_context="stop"), end_of_text)
 
 
 def _is_over(
@@ -189,9 +193,11 @@ class BeamSearch:
     def advance(self) -> list[Token]:
         """All tokens of all sequences of the next prompt."""
         first = self._count - len(self._waiting) * self.config.num_samples
+        prompt = self._waiting.pop(0)
+        context = _context(self.model, self.config, self.end_of_text)
         beams = beam_search(
             self.model,
-            self._waiting.pop(0),
+            prompt,
             self.config,
             vocab_size=self.vocab_size,
             end_of_text=self.end_of_text,
@@ -203,13 +209,11 @@ class BeamSearch:
             )
         tokens = []
         for sequence, beam in enumerate(beams, first):
-            last = beam.tokens[-1]
-            full = len(beam.tokens) < self.config.max_new_tokens
-            reason: Reason = "context" if full else "length"
-            reason = "end_of_text" if last == self.end_of_text else reason
-            for token, details in zip(beam.tokens[:-1], beam.details, strict=False):
+            *before, last = beam.tokens
+            for token, details in zip(before, beam.details, strict=False):
                 tokens.append(Token(sequence, token, None, *details))
-            tokens.append(Token(sequence, last, reason, *beam.details[-1], score=beam.score))
+            ended = context.ended(prompt + beam.tokens, len(beam.tokens))
+            tokens.append(Token(sequence, last, ended, *beam.details[-1], score=beam.score))
         return tokens
 
     def end(self, sequence: int) -> None:

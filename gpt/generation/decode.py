@@ -4,16 +4,6 @@ Each prompt goes through the model once, and each new token once. Sequences of a
 through together, each row of the batch at positions of its own with nothing but its own tokens in
 its context; a row that ends makes room for the next prompt that waits. Equal prompts are read once,
 and so is what the prompts of a batch begin with in common.
-
-When the context of a sequence is full, one of two policies holds:
-
-``stop``
-    ends it. Every token was predicted from all that stood before it.
-``slide``
-    keeps the newer half of the context, reads it again from position 0, and goes on. Positions are
-    absolute, so cached keys cannot be moved; the price is one prefill of ``context_length / 2``
-    tokens for each ``context_length / 2`` new ones, and that right after a slide the model sees
-    only that half.
 """
 
 import itertools
@@ -21,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +26,7 @@ from gpt.generation.checks import (
     check_sequences,
     check_settings,
 )
+from gpt.generation.context import Context, Reason
 from gpt.generation.sampling import (
     NO_NUMBERS,
     History,
@@ -48,8 +39,6 @@ from gpt.generation.sampling import (
 )
 from gpt.model.cache import KVCache
 from gpt.model.gpt import GPT
-
-Reason = Literal["end_of_text", "length", "context", "stop"]
 
 PREFILL = 4096
 """Tokens of prompts that go through the model at once; of more, each row's next ones follow."""
@@ -111,6 +100,7 @@ class Decoder:
         self.end_of_text = end_of_text
         check_number("batch_size", batch_size, 1)
         check_settings(model, config, self.vocab_size)
+        self._context = Context(model, config, end_of_text)
         self._waiting: deque[_Row] = deque()
         self._rows: list[_Row] = []  # as in the cache
         self._cache: KVCache | None = None
@@ -139,9 +129,8 @@ class Decoder:
         and so is an empty one, or an id that is out of the vocabulary.
         """
         prompt = check_prompt(self.model, prompt, self.config, self.vocab_size)
-        context = self.model.config.context_length
         draws = new_draws(self.config.seed, prompt, sample)
-        self._waiting.append(_Row(self._count, prompt[-context:], draws))
+        self._waiting.append(_Row(self._count, self._context.fit(prompt), draws))
         self._count += 1
         return self._count - 1
 
@@ -170,10 +159,9 @@ class Decoder:
 
     def _read(self) -> Tensor:
         """Read what has not been read: features of the next tokens, ``[B, C]``."""
-        context = self.model.config.context_length
         running = [i for i, row in enumerate(self._rows) if row.ended is None]
-        order = _compacted([i for i in running if len(self._rows[i].tokens) <= context])
-        full = [i for i in running if len(self._rows[i].tokens) > context]
+        order = _compacted([i for i in running if self._context.room(self._rows[i].tokens)])
+        full = [i for i in running if not self._context.room(self._rows[i].tokens)]
         sliding = [self._rows[i] for i in full]
         if self._history is not None:
             self._history.keep(order + full)
@@ -183,7 +171,7 @@ class Decoder:
             last = torch.tensor([row.tokens[-1:] for row in self._rows], device=self.model.device)
             features.append(self.model.features(last, cache=self._cache)[:, -1])
         for row in sliding:
-            row.tokens = row.tokens[-max(1, context // 2) :]
+            row.tokens = self._context.slide(row.tokens)
         arriving = sliding
         while self._waiting and len(self._rows) + len(arriving) < self.batch_size:
             arriving.append(self._waiting.popleft())
@@ -217,8 +205,8 @@ class Decoder:
             return 0
         if any(row.written < self.config.min_new_tokens for row in running):
             return 0
-        context, most = self.model.config.context_length, self.config.max_new_tokens
-        room = (min(most - r.written, context + 1 - len(r.tokens)) for r in running)
+        most = self.config.max_new_tokens
+        room = (min(most - row.written, self._context.room(row.tokens)) for row in running)
         return min(self._ahead, *room)
 
     def _go_ahead(self, n: int) -> list[Token]:
@@ -317,7 +305,7 @@ class Decoder:
     def _longest(self, rows: list[_Row]) -> int:
         """Tokens that the longest of ``rows`` may come to."""
         most = max(len(row.tokens) - row.written for row in rows) + self.config.max_new_tokens
-        return min(self.model.config.context_length, most)
+        return min(self._context.length, most)
 
     def _write(self, logits: Tensor) -> list[Token]:
         """Choose the next token of each row, from logits ``[B, V]`` of all the model's rows."""
@@ -340,13 +328,7 @@ class Decoder:
         """The row's next token, counted."""
         row.tokens.append(token)
         row.written += 1
-        full = len(row.tokens) > self.model.config.context_length
-        if token == self.end_of_text:
-            row.ended = "end_of_text"
-        elif row.written == self.config.max_new_tokens:
-            row.ended = "length"
-        elif full and self.config.past_context == "stop":
-            row.ended = "context"
+        row.ended = self._context.ended(row.tokens, row.written)
         return Token(row.sequence, token, row.ended, *details)
 
 

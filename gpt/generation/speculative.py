@@ -16,7 +16,8 @@ from torch import Tensor
 
 from gpt.config import GenerationConfig, SamplingConfig, UsageError
 from gpt.generation.checks import check_number, check_prompt, check_settings
-from gpt.generation.decode import Reason, Token, common, evaluation_mode
+from gpt.generation.context import Context, newest
+from gpt.generation.decode import Token, common, evaluation_mode
 from gpt.generation.sampling import (
     NO_NUMBERS,
     UNKNOWN,
@@ -160,19 +161,18 @@ class Speculator:
         """The new tokens of ``prompt``; refuses what :class:`gpt.generation.decode.Decoder`
         refuses.
         """
-        config, context = self.config, self.model.config.context_length
+        config, context = self.config, Context(self.model, self.config, self.end_of_text)
         prompt = check_prompt(self.model, prompt, config, self.vocab_size)
         draws = _Draws(new_draws(config.seed, prompt, sample))
         self.draft.start(prompt, sample)
-        reader, tokens, written = _Reader(self.model), prompt[-context:], 0
+        reader, tokens, written = _Reader(self.model), context.fit(prompt), 0
         history = None
         if config.has_penalties:
             history = History(self.vocab_size, self.model.device)
             history.add(tokens)
         while True:
-            if len(tokens) > context:
-                tokens = tokens[-max(1, context // 2) :]
-            room = min(context - len(tokens), config.max_new_tokens - written - 1)
+            tokens = context.slide(tokens)
+            room = min(context.room(tokens), config.max_new_tokens - written) - 1
             guesses, q = self.draft.propose(tokens, min(room, self.num_draft_tokens))
             numbers = draws.next(len(guesses) + 1)
             # What goes to the device goes before it has work, for which the copies would wait.
@@ -206,7 +206,7 @@ class Speculator:
                 self.written += 1
                 written += 1
                 tokens.append(token)
-                ended = self._end(token, written, len(tokens))
+                ended = context.ended(tokens, written)
                 yield Token(sequence, token, ended, *details[i])
                 if ended:
                     return
@@ -221,14 +221,6 @@ class Speculator:
             return [(None, ())] * (kept + 1)
         tokens = torch.cat([guesses[:kept], drawn[kept : kept + 1].clamp_min(0)])
         return describe(logits[: kept + 1], tokens, self.config.logprobs, self.vocab_size)
-
-    def _end(self, token: int, written: int, length: int) -> Reason | None:
-        if token == self.end_of_text:
-            return "end_of_text"
-        if written == self.config.max_new_tokens:
-            return "length"
-        full = length > self.model.config.context_length
-        return "context" if full and self.config.past_context == "stop" else None
 
 
 class _Draws:
@@ -287,15 +279,10 @@ class _Reader:
         self._tokens: list[int] = []
 
     def logits(self, tokens: list[int], n: int) -> Tensor:
-        """Logits of what follows each of the last ``n`` tokens, ``[n, V]``.
-
-        Of a text that is longer than the context, the newer half of the context is read, and then
-        up to another half.
+        """The logits after each of the last ``n`` tokens, ``[n, V]``. Reads only the
+        :func:`newest` ones of a text that is longer than the context.
         """
-        context = self.model.config.context_length
-        if len(tokens) > context:
-            half = max(1, context // 2)
-            tokens = tokens[(len(tokens) - context + half - 1) // half * half :]
+        tokens = newest(tokens, self.model.config.context_length)
         kept = min(len(common(self._tokens, tokens)), len(tokens) - n)
         self._cache.truncate(kept)
         self._tokens = list(tokens)

@@ -11,8 +11,9 @@ from gpt.config import GenerationConfig, UsageError, quoted, token_ids
 from gpt.data.tokenizer import Tokenizer, fingerprint
 from gpt.generation.beam import BeamSearch
 from gpt.generation.checks import check_number, check_sequences
+from gpt.generation.context import Reason
 from gpt.generation.continuer import Continuer
-from gpt.generation.decode import Decoder, Reason
+from gpt.generation.decode import Decoder
 from gpt.generation.score import Scored, score_tokens
 from gpt.generation.speculative import Draft, DraftModel, PromptLookup, Speculator
 from gpt.model.gpt import GPT
