@@ -27,6 +27,7 @@ from gpt.generation.checks import (
     check_settings,
 )
 from gpt.generation.context import Context, Reason
+from gpt.generation.prefix import Prefix
 from gpt.generation.sampling import (
     NO_NUMBERS,
     History,
@@ -42,8 +43,6 @@ from gpt.model.gpt import GPT
 
 PREFILL = 4096
 """Tokens of prompts that go through the model at once; of more, each row's next ones follow."""
-WORTH_SHARING = 8
-"""Tokens: a shorter common beginning is not read apart."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +111,7 @@ class Decoder:
         if config.has_penalties or config.logprobs is not None:
             self._ahead = 1  # what was chosen changes what is wanted next, or more of it is wanted
         self._steps: Steps | None = None
-        self._prefix: list[int] = []
-        self._prefix_cache: KVCache | None = None
+        self._prefix = Prefix(model)
         self._count = 0
 
     @property
@@ -184,7 +182,8 @@ class Decoder:
                 self._history.keep([*range(n), *(n + i for i in order)])
             arriving = [arriving[i] for i in order]
             self._make_room(arriving)
-            self._look_for_prefix([row.tokens for row in arriving])
+            upcoming = [row.tokens for row in itertools.islice(self._waiting, 1)]
+            self._prefix.share([row.tokens for row in arriving], upcoming)
         features += [self._prefill(rows) for rows in _of_like_lengths(arriving)]
         return torch.cat(features) if features else torch.empty(0)
 
@@ -233,7 +232,7 @@ class Decoder:
             if row.tokens not in prompts:
                 prompts.append(row.tokens)
             places.append(prompts.index(row.tokens))
-        cache = self._new_cache(prompts)
+        cache = self._prefix.new_cache(prompts)
         start = cache.length
         ends = [len(prompt) - start for prompt in prompts]
         padded = [
@@ -247,32 +246,6 @@ class Decoder:
         self._cache.add(cache, places)
         self._rows += arriving
         return features[places, [ends[place] - 1 for place in places]]
-
-    def _look_for_prefix(self, prompts: list[list[int]]) -> None:
-        """Read what ``prompts`` begin with in common, if it is more than what is known."""
-        # What the first and the last in order have in common, all between them have. The next one
-        # counts too: it may begin with the same.
-        different = [list(prompt) for prompt in dict.fromkeys(map(tuple, prompts))]
-        seen = different + [row.tokens for row in itertools.islice(self._waiting, 1)]
-        if len(seen) == 1:
-            return
-        shared = common(min(seen)[:-1], max(seen)[:-1])
-        if len(shared) - len(common(shared, self._prefix)) >= WORTH_SHARING:
-            self._prefix = shared
-            self._prefix_cache = self.model.new_cache(1, capacity=len(shared))
-            ids = torch.tensor([shared], device=self.model.device)
-            self.model.features(ids, cache=self._prefix_cache)
-
-    def _new_cache(self, prompts: list[list[int]]) -> KVCache:
-        """A cache of a row a prompt, with what is known of their beginnings in it."""
-        known = min(len(common(prompt[:-1], self._prefix)) for prompt in prompts)
-        longest = max(map(len, prompts))
-        if self._prefix_cache is None or known < WORTH_SHARING:
-            return self.model.new_cache(len(prompts), capacity=longest)
-        capacity = max(longest, self._prefix_cache.length)
-        cache = self._prefix_cache.expand(len(prompts), capacity=capacity)
-        cache.truncate(known)
-        return cache
 
     def _make_room(self, arriving: list[_Row]) -> None:
         """A cache that takes the ``arriving`` rows as well, and those that wait."""
@@ -360,12 +333,6 @@ def evaluation_mode(model: GPT) -> Iterator[None]:
     finally:
         if training:
             model.train()
-
-
-def common(one: list[int], two: list[int]) -> list[int]:
-    """What both begin with."""
-    n = min(len(one), len(two))
-    return one[: next((i for i in range(n) if one[i] != two[i]), n)]
 
 
 def _of_like_lengths(rows: list[_Row]) -> Iterator[list[_Row]]:

@@ -17,7 +17,8 @@ from torch import Tensor
 from gpt.config import GenerationConfig, SamplingConfig, UsageError
 from gpt.generation.checks import check_number, check_prompt, check_settings
 from gpt.generation.context import Context, newest
-from gpt.generation.decode import Token, common, evaluation_mode
+from gpt.generation.decode import Token, evaluation_mode
+from gpt.generation.prefix import common
 from gpt.generation.sampling import (
     NO_NUMBERS,
     UNKNOWN,
