@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from gpt.config import GenerationConfig, ModelConfig, UsageError
-from gpt.generation.ahead import Steps
+from gpt.generation.ahead import TokenLoop
 from gpt.generation.decode import Decoder, decode
 from gpt.model.cache import DeviceLengths
 from gpt.model.gpt import GPT
@@ -113,7 +113,7 @@ def test_beginnings_of_any_lengths_are_shared_without_a_difference(seed, batch_s
     ],
     ids=["greedy", "drawn", "biased", "penalised"],
 )
-def test_steps_taken_ahead_give_the_same_tokens(settings, batch_size, ahead, policy, tiny_model):
+def test_tokens_chosen_ahead_are_the_same(settings, batch_size, ahead, policy, tiny_model):
     config = GenerationConfig(
         **{"temperature": 0, "max_new_tokens": 23, "past_context": policy} | settings
     )
@@ -128,19 +128,19 @@ def test_steps_taken_ahead_give_the_same_tokens(settings, batch_size, ahead, pol
         ]
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.5])
-def test_tokens_do_not_depend_on_torchs_default_device(penalty, tiny_model):
+@pytest.mark.parametrize("ahead", [1, 4])
+@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.5, "logprobs": 2}], ids=str)
+def test_tokens_do_not_depend_on_torchs_default_device(settings, ahead, tiny_model):
     config = GenerationConfig(
         temperature=0.9,
         seed=3,
         max_new_tokens=20,
         min_new_tokens=2,
         bias={4: 2.0},
-        repetition_penalty=penalty,
-        logprobs=2,
+        **settings,
     )
     prompts = [[*prompt_of(9, 1), token] for token in (3, 4, 5)]
-    options = {"batch_size": 2, "end_of_text": 11}
+    options = {"batch_size": 2, "end_of_text": 11, "ahead": ahead}
     expected = list(decode(tiny_model, prompts, config, **options))
     with torch.device("meta"):
         assert list(decode(tiny_model, prompts, config, **options)) == expected
@@ -163,22 +163,22 @@ def test_prompts_are_read_in_chunks_without_a_difference(prefill, tiny_model, mo
     assert max(read) <= max(prefill, 3)
 
 
-def test_steps_ahead_do_not_wait_for_each_token(tiny_model, monkeypatch):
-    taken = []
-    take = Steps.take
+def test_tokens_chosen_ahead_come_several_at_a_time(tiny_model, monkeypatch):
+    counts = []
+    run = TokenLoop.run
 
-    def counted(self, model, tokens, numbers, **options):
-        taken.append(len(numbers))
-        return take(self, model, tokens, numbers, **options)
+    def counted(self, model, last, numbers, **options):
+        counts.append(len(numbers))
+        return run(self, model, last, numbers, **options)
 
-    monkeypatch.setattr(Steps, "take", counted)
+    monkeypatch.setattr(TokenLoop, "run", counted)
     config = GenerationConfig(temperature=0, max_new_tokens=12, past_context="stop")
     got = list(decode(tiny_model, [prompt_of(3)], config, ahead=4))
     assert len(got) == 12
-    assert taken == [4, 4, 3]  # the first token is the prompt's
+    assert counts == [4, 4, 3]  # the prompt's prefill gives the first token
 
 
-def test_steps_ahead_of_a_model_that_gives_no_numbers_are_refused(tiny_model):
+def test_tokens_ahead_from_logits_that_are_not_numbers_are_refused(tiny_model):
     decoder = Decoder(tiny_model, greedy(20), ahead=4)
     decoder.add([1, 2])
     decoder.advance()
@@ -189,7 +189,7 @@ def test_steps_ahead_of_a_model_that_gives_no_numbers_are_refused(tiny_model):
 
 
 @pytest.mark.parametrize("ahead", [1, 4])
-def test_a_step_waits_for_the_device_once(ahead, tiny_model, monkeypatch):
+def test_an_advance_waits_for_the_device_once(ahead, tiny_model, monkeypatch):
     monkeypatch.setattr(DeviceLengths, "check_room", lambda self, *room: None)  # a CPU's alone
     waits = []
     for read in ("tolist", "item", "__bool__", "__int__", "__float__"):
