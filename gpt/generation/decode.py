@@ -108,7 +108,7 @@ class Decoder:
         on_gpu = model.device.type == "cuda"
         self._ahead = min(MOST, ahead or (MOST if on_gpu else 1))
         if config.has_penalties or config.logprobs is not None:
-            self._ahead = 1  # the loop knows neither of them
+            self._ahead = 1  # the loop computes neither
         self._loop: TokenLoop | None = None
         self._prefix = Prefix(model)
         self._count = 0
@@ -142,7 +142,7 @@ class Decoder:
 
     @torch.inference_mode()
     def advance(self) -> list[Token]:
-        """The next token of each running sequence. Ahead of the host, several tokens of each one,
+        """The next token of each running sequence, or several of each if the device chooses ahead,
         in the order of their positions. The model is in evaluation mode meanwhile.
         """
         with evaluation_mode(self.model):
@@ -166,8 +166,8 @@ class Decoder:
         return features + [self._prefill(rows) for rows in _of_like_lengths(arriving)]
 
     def _next_rows(self) -> tuple[list[int], list[_Row]]:
-        """The rows that continue in the cache, and those to prefill, the shortest first: sequences
-        that slide, and waiting ones where others have ended. The history follows both.
+        """Slide the full rows, and admit waiting ones where others have ended. Returns the rows
+        that continue in the cache, and those to prefill, the shortest first.
         """
         running = [i for i, row in enumerate(self._rows) if row.ended is None]
         going_on = _compacted([i for i in running if self._context.room(self._rows[i].tokens)])
@@ -179,7 +179,7 @@ class Decoder:
         rows = self._rows + admitted
         arriving = [*sliding, *range(len(self._rows), len(rows))]
         arriving.sort(key=lambda i: len(rows[i].tokens))
-        if self._history is not None:
+        if self._history is not None:  # it has the rows that continue, and then the others
             for row in admitted:
                 self._history.add(row.tokens)
             self._history.keep(going_on + arriving)
