@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt.config import GenerationConfig, ModelConfig, OptimizerConfig
 from gpt.data.batches import IGNORED
-from gpt.generation.ahead import Steps
+from gpt.generation.ahead import TokenLoop
 from gpt.generation.inference import prepare_for_inference
 from gpt.generation.sampling import History, choose, penalise
 from gpt.generation.score import score_targets
@@ -31,7 +31,7 @@ UNREACHED = """
 What this dry run cannot reach, since it has no GPU:
   numbers: no result of any kernel is compared with anything
   the fused attention kernels, and the choice between them (fake tensors take the plain formula)
-  the capture of a CUDA graph and its replay (the operations of the captured step are run)
+  the capture of a CUDA graph and its replay (the captured operations run one by one)
   Triton and torch.compile on CUDA
   pinned memory, streams, and copies that nobody waits for
   NCCL, and sharing between GPUs
@@ -174,17 +174,17 @@ class Alone(TorchDispatchMode):
 )
 @pytest.mark.parametrize("kv_heads", [0, 1])
 @torch.no_grad()
-def test_the_operations_of_the_captured_step(kv_heads, settings, weights):
+def test_the_operations_of_a_captured_token(kv_heads, settings, weights):
     model = model_of(n_kv_head=kv_heads).eval()
     if weights is not None:
         model = prepare_for_inference(model, weights, device=CUDA)
     cache = model.new_cache(4, on_device=True)
-    steps = Steps(cache, GenerationConfig(**settings), vocab_size=60)
+    loop = TokenLoop(cache, GenerationConfig(**settings), vocab_size=60)
     padded = cache.padded(4)
     with Alone():
         for _ in range(2):
-            steps._take(model, padded)
-    assert steps._chosen.device.type == "cuda"
+            loop._choose_next(model, padded)
+    assert loop._chosen.device.type == "cuda"
 
 
 @torch.no_grad()

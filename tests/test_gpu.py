@@ -84,7 +84,7 @@ def test_training_learns_on_a_gpu_and_resumes(precision, compile_mode, text_file
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_captured_steps_give_the_tokens_of_plain_ones(weights, temperature):
+def test_captured_tokens_are_those_of_plain_decoding(weights, temperature):
     model = gpt.prepare_for_inference(make_model(CONFIG).cuda(), weights)
     config = GenerationConfig(
         temperature=temperature, seed=1, max_new_tokens=40, past_context="stop", bias={3: 1.0}
@@ -152,9 +152,9 @@ def test_a_token_in_a_packed_format_makes_no_dense_matrix(weights, monkeypatch):
 def test_the_next_texts_use_the_graphs_of_the_last_ones_on_a_gpu(monkeypatch):
     graphs = []
 
-    def counted(step, device, pool):
+    def counted(call, device, pool):
         graphs.append(device)
-        return capture(step, device, pool)
+        return capture(call, device, pool)
 
     monkeypatch.setattr(ahead, "capture", counted)
     device = torch.device("cuda", torch.cuda.device_count() - 1)  # the current one, if it is alone

@@ -1,4 +1,4 @@
-"""A file of prompts to a file of completions: many at once, in order, and resumable."""
+"""A file of prompts to a file of completions: many at a time, in order, and resumable."""
 
 import contextlib
 import json
@@ -34,11 +34,11 @@ def continue_file(
 ) -> int:
     """Continue each ``prompt`` of a JSONL file, and write its line with ``completions`` to ``out``.
 
-    Lines are written in order, each whole. Those that ``out`` has already are kept, and the rest is
-    added; a last line that is not whole is written again. ``UsageError`` if ``out`` has the lines
-    of other prompts, is no file, or cannot be written. ``progress`` is told the prompts that are
-    done, all prompts, and the tokens written; the number of prompts that were continued is
-    returned.
+    Lines are written in order, and each one whole. Existing lines of ``out`` are kept, an
+    incomplete last line is written again, and the rest is added. ``UsageError`` if ``out`` has the
+    completions of other prompts, is not a file, or cannot be written. ``progress`` receives the
+    number of finished prompts, of all prompts, and of new tokens. Returns the number of prompts
+    that were continued.
     """
     config = decoder.config
     check_output(out, "out")
@@ -78,7 +78,7 @@ def _opened(out: Path) -> FileIO:
 
 
 def _append(file: FileIO, out: Path, line: bytes) -> None:
-    """Write a whole line, or nothing of it."""
+    """Write the whole ``line``, or nothing."""
     end = os.fstat(file.fileno()).st_size
     try:
         while line:
@@ -97,7 +97,7 @@ def _flush(file: FileIO, out: Path) -> None:
 
 
 def _lock(file: FileIO, out: Path) -> None:
-    """Keep other processes from writing to ``out`` as long as this one does."""
+    """Lock ``out`` against other processes that continue prompts, until ``file`` is closed."""
     if sys.platform == "win32":
         return
     try:
@@ -130,8 +130,8 @@ def _as_json(completion: Completion) -> dict[str, Any]:
 
 
 def _lines_written(file: FileIO, out: Path, items: list[dict[str, Any]], num_samples: int) -> int:
-    """How many lines ``out`` has. A last one that is whole but for its line end gets it; one that
-    is not whole is cut off.
+    """The number of complete lines in ``out``. A last line that lacks only its line end gets it; an
+    incomplete one is removed.
     """
     *whole, rest = out.read_bytes().split(b"\n")
     name = foreign(out)
@@ -143,30 +143,30 @@ def _lines_written(file: FileIO, out: Path, items: list[dict[str, Any]], num_sam
         completions = _completions(line, items[number - 1]) if number <= len(items) else None
         if completions is None:
             raise UsageError(
-                f"{name} line {number} is not of prompt {number}: it was made from other prompts, "
-                "and another out keeps both"
+                f"{name} line {number} does not belong to prompt {number}: it was made from other "
+                "prompts; choose another out"
             )
         if len(completions) != num_samples:
             raise UsageError(
                 f"{name} line {number} has {len(completions)} completions, and num_samples is "
-                f"{num_samples}: another out keeps both"
+                f"{num_samples}; choose another out"
             )
-    if rest and len(whole) < len(items):  # what is cut off has to be the beginning of a line
+    if rest and len(whole) < len(items):  # remove only the beginning of the next line
         line = json.dumps(_bare(items[len(whole)]) | {"completions": []})[:-2].encode()
         if not (rest.startswith(line) or line.startswith(rest)):
             raise UsageError(
-                f"{name} ends with what is no completion of prompt {len(whole) + 1}: it was made "
-                "from other prompts, and another out keeps both"
+                f"the end of {name} does not belong to prompt {len(whole) + 1}: it was made from "
+                "other prompts; choose another out"
             )
     elif rest:
-        raise UsageError(f"{name} has more in it than the completions of these prompts")
+        raise UsageError(f"{name} has text after its last completion; choose another out")
     if rest:
         os.truncate(file.fileno(), os.fstat(file.fileno()).st_size - len(rest))
     return len(whole)
 
 
 def _completions(line: bytes, item: dict[str, Any]) -> list[Any] | None:
-    """The completions in a line of ``out``, if it is whole and of the prompt of ``item``."""
+    """The completions in a line of ``out``, if it is complete and has the prompt of ``item``."""
     try:
         written = parse_json(line.decode(), "a line")
         same = written["prompt"] == item["prompt"]

@@ -1,7 +1,7 @@
-"""Beam search: the continuations whose summed log-probability is the highest that is found.
+"""Beam search: the continuations with the highest summed log-probability that the search finds.
 
-The cache is reordered to follow the beams, and nothing is read twice. Candidates, scores and the
-end of the search are those of Hugging Face's ``generate``.
+The search reorders the cache to follow the beams, so that the model reads each token once. It has
+the candidates, scores and end of Hugging Face's ``generate``.
 """
 
 import dataclasses
@@ -15,23 +15,24 @@ from torch import Tensor
 from gpt.config import GenerationConfig, UsageError
 from gpt.device import check_memory
 from gpt.generation.checks import check_cache, check_prompt, check_settings
-from gpt.generation.decode import Reason, Token, evaluation_mode
+from gpt.generation.context import Context
+from gpt.generation.decode import Token, evaluation_mode
 from gpt.generation.sampling import Details, History, describe, finite, penalise
 from gpt.model.gpt import GPT
 
 CANDIDATE_BYTES = 500
-"""Host memory of a candidate, without its tokens."""
+"""Host memory of one candidate, without its tokens."""
 
 
 @dataclass(frozen=True)
 class Beam:
-    """One continuation, ``end_of_text`` included where it has one."""
+    """One continuation, with its ``end_of_text`` if it has one."""
 
     tokens: list[int]
     score: float
     """Summed log-probability in nats over ``len(tokens) ** length_penalty``."""
     details: list[Details]
-    """What :func:`gpt.generation.sampling.describe` says of each token."""
+    """The details of each token, from :func:`gpt.generation.sampling.describe`."""
 
 
 @torch.inference_mode()
@@ -43,18 +44,17 @@ def beam_search(
     vocab_size: int | None = None,
     end_of_text: int | None = None,
 ) -> list[Beam]:
-    """The ``config.num_samples`` best of ``config.num_beams`` continuations, the best first.
+    """The best ``config.num_samples`` of ``config.num_beams`` continuations, the best first.
 
-    Bias and penalties count, as numbers added to log-probabilities; temperature and what filters do
-    not. A continuation ends at ``end_of_text``, after ``max_new_tokens``, or where the context is
-    full.
+    Bias and penalties apply to the log-probabilities. Temperature and filters do not apply. A
+    continuation ends at ``end_of_text``, after ``max_new_tokens``, or when the context is full.
     """
     vocab_size = vocab_size or model.config.vocab_size
-    context, width = model.config.context_length, config.num_beams
+    context, width = _context(model, config, end_of_text), config.num_beams
     prompt = check(model, prompt, config, vocab_size)
-    limit = min(config.max_new_tokens, context - len(prompt) + 1)
+    limit = min(config.max_new_tokens, context.room(prompt))
     device = model.device
-    cache = model.new_cache(width, capacity=min(context, len(prompt) + limit))
+    cache = model.new_cache(width, capacity=min(context.length, len(prompt) + limit))
     cache.reorder([0])
     history = None
     if config.has_penalties:
@@ -100,7 +100,7 @@ def beam_search(
 
 
 def _best(scores: Tensor, n: int) -> list[tuple[float, int, int]]:
-    """The ``n`` highest of ``[B, V]``, each with its row and its token."""
+    """The ``n`` highest of ``scores`` ``[B, V]``, each with its row and its token."""
     best = scores.flatten().topk(min(n, scores.numel()))
     pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
     return [(x, *divmod(i, scores.shape[1])) for x, i in pairs if x > -math.inf]
@@ -109,7 +109,7 @@ def _best(scores: Tensor, n: int) -> list[tuple[float, int, int]]:
 def _details(
     logits: Tensor, best: list[tuple[float, int, int]], top: int | None, vocab_size: int
 ) -> list[Details]:
-    """What :func:`describe` says of all candidates, whose parents' ``logits`` are ``[B, V]``."""
+    """The details of all candidates in ``best``; their parents' ``logits`` are ``[B, V]``."""
     if top is None:
         return [(None, ())] * len(best)
     rows = torch.tensor([[parent, token] for _, parent, token in best], device=logits.device)
@@ -119,32 +119,35 @@ def _details(
 def check(
     model: GPT, prompt: Sequence[int], config: GenerationConfig, vocab_size: int
 ) -> list[int]:
-    """The prompt's ids; ``UsageError`` for what cannot be searched. A beam cannot slide: its tokens
-    would no longer have been predicted from one text.
-    """
-    context = model.config.context_length
-    if len(prompt) > context:
+    """The prompt's ids; ``UsageError`` if the search is impossible or needs too much memory."""
+    context = _context(model, config)
+    if len(prompt) > context.length:
         raise UsageError(
-            f"the prompt has {len(prompt):,} tokens, and a beam search, which cannot slide, takes "
-            f"up to the model's context_length ({context:,})"
+            f"the prompt has {len(prompt):,} tokens, and the model's context_length is "
+            f"{context.length:,}; shorten the prompt, since a beam search cannot slide"
         )
     prompt = check_prompt(model, prompt, config, vocab_size)
     check_settings(model, config, vocab_size)
-    width, limit = config.num_beams, min(config.max_new_tokens, context - len(prompt) + 1)
+    width, limit = config.num_beams, min(config.max_new_tokens, context.room(prompt))
     check_memory(
         f"{width:,} beams of up to {limit:,} tokens",
-        4 * width * (CANDIDATE_BYTES + 16 * limit),  # two candidates a beam, and what is finished
+        4 * width * (CANDIDATE_BYTES + 16 * limit),  # two candidates a beam, and finished beams
         torch.device("cpu"),
-        advice="a smaller num_beams or max_new_tokens needs less",
+        advice="use a smaller num_beams or max_new_tokens",
     )
-    check_cache(model, width, min(context, len(prompt) + limit))
+    check_cache(model, width, min(context.length, len(prompt) + limit))
     return prompt
+
+
+def _context(model: GPT, config: GenerationConfig, end_of_text: int | None = None) -> Context:
+    """A beam's context, which never slides."""
+    return Context(model, dataclasses.replace(config, past_context="stop"), end_of_text)
 
 
 def _is_over(
     finished: list[Beam], best: float, length: int, limit: int, config: GenerationConfig
 ) -> bool:
-    """Whether no beam that goes on is expected to become one of the best."""
+    """Whether no beam that continues is expected to become one of the best."""
     if len(finished) < config.num_beams:
         return False
     if config.early_stopping == "first":
@@ -155,7 +158,7 @@ def _is_over(
 
 
 class BeamSearch:
-    """Searches of one prompt after the other, with the methods of
+    """Searches for one prompt after the other, with the methods of
     :class:`gpt.generation.decode.Decoder`.
     """
 
@@ -175,11 +178,13 @@ class BeamSearch:
 
     @property
     def busy(self) -> bool:
-        """Whether there is anything left to do."""
+        """Whether a prompt is waiting."""
         return bool(self._waiting)
 
     def add(self, prompt: Sequence[int], *, sample: int = 0) -> int:
-        """Queue a prompt; its sequence ``sample`` will be the search's result of that rank."""
+        """Queue a sequence, and return its number. Sample ``n`` of a prompt is the ``n``-th best
+        result of its search, and all samples of a prompt are added one after the other.
+        """
         if sample == 0:
             prompt = check(self.model, prompt, self.config, self.vocab_size)
             self._waiting.append(prompt)
@@ -187,30 +192,30 @@ class BeamSearch:
         return self._count - 1
 
     def advance(self) -> list[Token]:
-        """All tokens of all sequences of the next prompt."""
+        """All tokens of all sequences of the next prompt, one sequence after the other."""
         first = self._count - len(self._waiting) * self.config.num_samples
+        prompt = self._waiting.pop(0)
+        context = _context(self.model, self.config, self.end_of_text)
         beams = beam_search(
             self.model,
-            self._waiting.pop(0),
+            prompt,
             self.config,
             vocab_size=self.vocab_size,
             end_of_text=self.end_of_text,
         )
         if len(beams) < self.config.num_samples:
             raise UsageError(
-                f"num_samples is {self.config.num_samples}, and no more than {len(beams)} "
-                "continuations were found"
+                f"num_samples is {self.config.num_samples}, and the search found only "
+                f"{len(beams)} continuations"
             )
         tokens = []
         for sequence, beam in enumerate(beams, first):
-            last = beam.tokens[-1]
-            full = len(beam.tokens) < self.config.max_new_tokens
-            reason: Reason = "context" if full else "length"
-            reason = "end_of_text" if last == self.end_of_text else reason
-            for token, details in zip(beam.tokens[:-1], beam.details, strict=False):
+            *before, last = beam.tokens
+            for token, details in zip(before, beam.details, strict=False):
                 tokens.append(Token(sequence, token, None, *details))
-            tokens.append(Token(sequence, last, reason, *beam.details[-1], score=beam.score))
+            ended = context.ended(prompt + beam.tokens, len(beam.tokens))
+            tokens.append(Token(sequence, last, ended, *beam.details[-1], score=beam.score))
         return tokens
 
     def end(self, sequence: int) -> None:
-        """Nothing: a search's sequences are whole."""
+        """No-op: :meth:`advance` returns whole sequences."""

@@ -1,4 +1,4 @@
-"""What cannot be decoded, told in a sentence before anything is."""
+"""Checks before decoding: settings, prompts and memory."""
 
 from collections.abc import Iterable, Sequence
 
@@ -10,14 +10,14 @@ from gpt.model.cache import KVCache
 from gpt.model.gpt import GPT
 
 SEQUENCE_BYTES = 3000
-"""Host memory of a sequence that waits or runs, without its tokens."""
+"""Host memory of one sequence, without its tokens."""
 COPIES_OF_LOGITS = 6
-"""In float32, while filters sort them."""
+"""Copies of the logits in float32 while the filters sort them."""
 
 
 def check_settings(model: GPT, config: GenerationConfig, vocab_size: int) -> None:
-    """``UsageError`` for a bias or a ban of what is no token, and for more tokens than the model
-    has.
+    """``UsageError`` if a bias or a ban names an id outside of the vocabulary, or if the tokenizer
+    has more tokens than the model.
     """
     if vocab_size > model.config.vocab_size:
         raise UsageError(
@@ -30,21 +30,21 @@ def check_settings(model: GPT, config: GenerationConfig, vocab_size: int) -> Non
 def check_prompt(
     model: GPT, prompt: Sequence[int], config: GenerationConfig, vocab_size: int
 ) -> list[int]:
-    """The prompt's ids as Python's integers; ``UsageError`` if it cannot be continued."""
+    """The prompt's ids as Python integers; ``UsageError`` if the model cannot continue it."""
     context, prompt = model.config.context_length, token_ids("the prompt", prompt)
     if not len(prompt):
-        raise UsageError("the prompt has no tokens, and there must be one to continue")
+        raise UsageError("the prompt has no tokens, and must have at least one")
     if config.past_context == "stop" and len(prompt) > context:
         raise UsageError(
             f"the prompt has {len(prompt):,} tokens, and the model's context_length is "
-            f"{context:,}; shorten it, or let past_context be 'slide'"
+            f"{context:,}; shorten the prompt, or set past_context to 'slide'"
         )
     check_ids("the prompt", prompt, vocab_size)
     return prompt
 
 
 def check_ids(what: str, ids: Iterable[int], vocab_size: int) -> None:
-    """``UsageError`` for an id that no token has."""
+    """``UsageError`` for an id outside of the vocabulary."""
     for i in ids:
         if not 0 <= i < vocab_size:
             raise UsageError(
@@ -53,7 +53,7 @@ def check_ids(what: str, ids: Iterable[int], vocab_size: int) -> None:
 
 
 def check_number(name: str, value: int, at_least: int) -> None:
-    """``UsageError`` unless ``value`` is a whole number in its bounds."""
+    """``UsageError`` unless ``value`` is a whole number and is ``at_least`` or more."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise UsageError(f"{name} is {quoted(value)}, and must be a whole number")
     if value < at_least:
@@ -61,18 +61,18 @@ def check_number(name: str, value: int, at_least: int) -> None:
 
 
 def check_sequences(n: int, tokens: int) -> None:
-    """``UsageError`` if the host has no memory for ``n`` sequences of so many ``tokens`` in all."""
+    """``UsageError`` if the host has no memory for ``n`` sequences with ``tokens`` in total."""
     check_memory(
         f"{n:,} sequences",
         n * SEQUENCE_BYTES + 8 * tokens,
         torch.device("cpu"),
-        advice="num_samples or the number of prompts must be smaller",
+        advice="use fewer prompts or a smaller num_samples",
     )
 
 
 def check_cache(model: GPT, rows: int, length: int) -> None:
     """``UsageError`` if the model's device has no memory for the keys, values and logits of
-    ``rows`` sequences of ``length`` tokens.
+    ``rows`` sequences of up to ``length`` tokens.
     """
     dtype = model.cache_dtype or model.dtype
     cache = KVCache(model.config, batch_size=rows, capacity=length, dtype=dtype, device="meta")
@@ -80,5 +80,5 @@ def check_cache(model: GPT, rows: int, length: int) -> None:
         f"the keys, values and logits of {rows:,} sequences of up to {length:,} tokens",
         cache.nbytes + rows * COPIES_OF_LOGITS * 4 * model.config.vocab_size,
         model.device,
-        advice="a smaller batch_size, num_beams or max_new_tokens needs less",
+        advice="use a smaller batch_size, num_beams or max_new_tokens",
     )

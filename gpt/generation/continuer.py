@@ -1,4 +1,4 @@
-"""What every decoder does: prompts in, tokens out."""
+"""The interface of every decoder: prompts in, tokens out."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -8,21 +8,21 @@ from gpt.generation.decode import Token
 
 
 class Continuer(Protocol):
-    """Continues prompts as its ``config`` says."""
+    """Continues prompts with the settings of its ``config``."""
 
     config: GenerationConfig
 
     @property
     def busy(self) -> bool:
-        """Whether there are tokens to come."""
+        """Whether a sequence is waiting or running."""
 
     def add(self, prompt: Sequence[int], *, sample: int = 0) -> int:
-        """Take a prompt, to be continued as the ``sample``-th of its samples; returns the number of
-        the sequence. ``UsageError`` if it cannot be continued.
+        """Queue sample number ``sample`` of a prompt, and return the number of the sequence.
+        ``UsageError`` if the model cannot continue the prompt.
         """
 
     def advance(self) -> list[Token]:
-        """The next tokens of some sequences."""
+        """The next tokens of one or more sequences."""
 
     def end(self, sequence: int) -> None:
-        """Write no more of the sequence."""
+        """Stop a sequence; it gets no more tokens."""

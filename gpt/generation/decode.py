@@ -1,19 +1,9 @@
 """Prefill and decode over a cache: token ids to more token ids, for many sequences at once.
 
-Each prompt goes through the model once, and each new token once. Sequences of any lengths go
-through together, each row of the batch at positions of its own with nothing but its own tokens in
-its context; a row that ends makes room for the next prompt that waits. Equal prompts are read once,
-and so is what the prompts of a batch begin with in common.
-
-When the context of a sequence is full, one of two policies holds:
-
-``stop``
-    ends it. Every token was predicted from all that stood before it.
-``slide``
-    keeps the newer half of the context, reads it again from position 0, and goes on. Positions are
-    absolute, so cached keys cannot be moved; the price is one prefill of ``context_length / 2``
-    tokens for each ``context_length / 2`` new ones, and that right after a slide the model sees
-    only that half.
+The model reads each prompt once, and then each new token once. Sequences of any lengths go through
+together. Each row of the batch has its own positions, and its context holds only its own tokens.
+When a sequence ends, the next waiting one takes its row. Equal prompts are read once, and so is
+the beginning that the prompts of a batch share.
 """
 
 import itertools
@@ -21,14 +11,14 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gpt.config import GenerationConfig, UsageError
-from gpt.generation.ahead import MOST, Steps, keep, steps_for
+from gpt.generation.ahead import MOST, TokenLoop, keep, loop_for
 from gpt.generation.checks import (
     check_cache,
     check_number,
@@ -36,6 +26,8 @@ from gpt.generation.checks import (
     check_sequences,
     check_settings,
 )
+from gpt.generation.context import Context, Reason
+from gpt.generation.prefix import Prefix
 from gpt.generation.sampling import (
     NO_NUMBERS,
     History,
@@ -49,12 +41,8 @@ from gpt.generation.sampling import (
 from gpt.model.cache import KVCache
 from gpt.model.gpt import GPT
 
-Reason = Literal["end_of_text", "length", "context", "stop"]
-
 PREFILL = 4096
-"""Tokens of prompts that go through the model at once; of more, each row's next ones follow."""
-WORTH_SHARING = 8
-"""Tokens: a shorter common beginning is not read apart."""
+"""Tokens of prompts in one forward pass. Longer prompts go through in several chunks."""
 
 
 @dataclass(frozen=True)
@@ -65,19 +53,19 @@ class Token:
     """The number that :meth:`Decoder.add` gave."""
     id: int
     ended: Reason | None
-    """Why it is the sequence's last one, if it is."""
+    """Why the sequence ends with this token, if it does."""
     logprob: float | None = None
-    """Its log-probability in nats, as the model has it: before bias, penalties and temperature."""
+    """The model's log-probability in nats, before bias, penalties and temperature."""
     top: tuple[tuple[int, float], ...] = ()
-    """The likeliest tokens and their log-probabilities, the likeliest first."""
+    """The likeliest ids with their log-probabilities, the likeliest first."""
     score: float | None = None
-    """Of a beam, with its last token."""
+    """The beam's score, on its last token."""
 
 
 @dataclass(eq=False)
 class _Row:
     sequence: int
-    tokens: list[int]  # what the model sees, the last one not read yet
+    tokens: list[int]  # the ones in the context, and a last one that the model has not read
     draws: np.random.Generator
     written: int = 0
     ended: Reason | None = None
@@ -86,9 +74,9 @@ class _Row:
 class Decoder:
     """Continues sequences, up to ``batch_size`` at a time: ``add`` prompts, then ``advance``.
 
-    The tokens of a sequence are the same whatever else is in the batch, as far as rounding lets
-    them: matrix products of another size round otherwise, which float32 hardly ever shows and
-    bfloat16 sometimes does where two tokens are about equally likely.
+    The tokens of a sequence do not depend on the rest of the batch, except for rounding. Matrix
+    products of another size round differently, which can change a token where two are about equally
+    likely: almost never in float32, sometimes in bfloat16.
     """
 
     def __init__(
@@ -101,16 +89,16 @@ class Decoder:
         end_of_text: int | None = None,
         ahead: int | None = None,
     ) -> None:
-        """``vocab_size`` is the tokenizer's: a model may have rows that no token has. Sequences end
-        at ``end_of_text``, if it is given. Up to ``ahead`` tokens of a sequence come from one step,
-        where nothing needs the host between them: by default 1, and on a GPU some, which it makes
-        without waiting for the host.
+        """``vocab_size`` is the tokenizer's; the model may have more rows than that. Sequences end
+        at ``end_of_text``, if it is given. The device chooses up to ``ahead`` tokens of a sequence
+        before the host looks at them (:mod:`gpt.generation.ahead`): by default 1, on a GPU several.
         """
         self.model, self.config, self.batch_size = model, config, batch_size
         self.vocab_size = vocab_size or model.config.vocab_size
         self.end_of_text = end_of_text
         check_number("batch_size", batch_size, 1)
         check_settings(model, config, self.vocab_size)
+        self._context = Context(model, config, end_of_text)
         self._waiting: deque[_Row] = deque()
         self._rows: list[_Row] = []  # as in the cache
         self._cache: KVCache | None = None
@@ -120,85 +108,82 @@ class Decoder:
         on_gpu = model.device.type == "cuda"
         self._ahead = min(MOST, ahead or (MOST if on_gpu else 1))
         if config.has_penalties or config.logprobs is not None:
-            self._ahead = 1  # what was chosen changes what is wanted next, or more of it is wanted
-        self._steps: Steps | None = None
-        self._prefix: list[int] = []
-        self._prefix_cache: KVCache | None = None
+            self._ahead = 1  # the loop computes neither
+        self._loop: TokenLoop | None = None
+        self._prefix = Prefix(model)
         self._count = 0
 
     @property
     def busy(self) -> bool:
-        """Whether there is anything left to do."""
+        """Whether a sequence is waiting or running."""
         return bool(self._waiting) or any(row.ended is None for row in self._rows)
 
     def add(self, prompt: Sequence[int], *, sample: int = 0) -> int:
         """Queue a sequence that begins with ``prompt``, and return its number.
 
-        Sequences of one prompt and one seed differ by their ``sample``. Under ``slide`` the last
-        ``context_length`` tokens of a longer prompt count; under ``stop`` that is a ``UsageError``,
-        and so is an empty one, or an id that is out of the vocabulary.
+        With one seed, the sequences of a prompt differ by their ``sample``. Raises ``UsageError``
+        for an empty prompt, and for an id outside of the vocabulary. If the prompt is longer than
+        the context, ``slide`` reads its last ``context_length`` tokens, and ``stop`` raises.
         """
         prompt = check_prompt(self.model, prompt, self.config, self.vocab_size)
-        context = self.model.config.context_length
         draws = new_draws(self.config.seed, prompt, sample)
-        self._waiting.append(_Row(self._count, prompt[-context:], draws))
+        self._waiting.append(_Row(self._count, self._context.fit(prompt), draws))
         self._count += 1
         return self._count - 1
 
     def end(self, sequence: int) -> None:
-        """Write no more of a sequence."""
+        """Stop a sequence; it gets no more tokens."""
         for row in self._rows:
             if row.sequence == sequence:
                 row.ended = "stop"
-                self._keep_steps()
+                self._leave_cache()
                 return
         self._waiting = deque(row for row in self._waiting if row.sequence != sequence)
 
     @torch.inference_mode()
     def advance(self) -> list[Token]:
-        """The next token of each sequence that is running, or the next ones, the earlier ones
-        first. The model is in evaluation mode meanwhile.
+        """The next token of each running sequence, or several of each if the device chooses ahead,
+        in the order of their positions. The model is in evaluation mode meanwhile.
         """
         with evaluation_mode(self.model):
             if (n := self._room_ahead()) > 1:
-                tokens = self._go_ahead(n)
+                tokens = self._write_ahead(n)
             else:
                 features = self._read()
-                tokens = self._write(self.model.logits(features)) if self._rows else []
-        self._keep_steps()
+                tokens = self._write(self.model.logits(torch.cat(features))) if features else []
+        self._leave_cache()
         return tokens
 
-    def _read(self) -> Tensor:
-        """Read what has not been read: features of the next tokens, ``[B, C]``."""
-        context = self.model.config.context_length
-        running = [i for i, row in enumerate(self._rows) if row.ended is None]
-        order = _compacted([i for i in running if len(self._rows[i].tokens) <= context])
-        full = [i for i in running if len(self._rows[i].tokens) > context]
-        sliding = [self._rows[i] for i in full]
-        if self._history is not None:
-            self._history.keep(order + full)
-        self._keep(order)
-        features = []
-        if self._rows:
-            last = torch.tensor([row.tokens[-1:] for row in self._rows], device=self.model.device)
-            features.append(self.model.features(last, cache=self._cache)[:, -1])
-        for row in sliding:
-            row.tokens = row.tokens[-max(1, context // 2) :]
-        arriving = sliding
-        while self._waiting and len(self._rows) + len(arriving) < self.batch_size:
-            arriving.append(self._waiting.popleft())
-            if self._history is not None:
-                self._history.add(arriving[-1].tokens)
+    def _read(self) -> list[Tensor]:
+        """Read the tokens that the model has not read: the features after each row, ``[B, C]``."""
+        going_on, arriving = self._next_rows()
+        self._keep(going_on)
+        features = [self._read_last_tokens()] if self._rows else []
         if arriving:
-            order = sorted(range(len(arriving)), key=lambda i: len(arriving[i].tokens))
-            if self._history is not None:
-                n = len(self._rows)
-                self._history.keep([*range(n), *(n + i for i in order)])
-            arriving = [arriving[i] for i in order]
             self._make_room(arriving)
-            self._look_for_prefix([row.tokens for row in arriving])
-        features += [self._prefill(rows) for rows in _of_like_lengths(arriving)]
-        return torch.cat(features) if features else torch.empty(0)
+            upcoming = [row.tokens for row in itertools.islice(self._waiting, 1)]
+            self._prefix.share([row.tokens for row in arriving], upcoming)
+        return features + [self._prefill(rows) for rows in _of_like_lengths(arriving)]
+
+    def _next_rows(self) -> tuple[list[int], list[_Row]]:
+        """Slide the full rows, and admit waiting ones where others have ended. Returns the rows
+        that continue in the cache, and those to prefill, the shortest first.
+        """
+        running = [i for i, row in enumerate(self._rows) if row.ended is None]
+        going_on = _compacted([i for i in running if self._context.room(self._rows[i].tokens)])
+        sliding = [i for i in running if not self._context.room(self._rows[i].tokens)]
+        for i in sliding:
+            self._rows[i].tokens = self._context.slide(self._rows[i].tokens)
+        free = self.batch_size - len(running)
+        admitted = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+        rows = self._rows + admitted
+        arriving = [*sliding, *range(len(self._rows), len(rows))]
+        arriving.sort(key=lambda i: len(rows[i].tokens))
+        if self._history is not None:  # it has the rows that continue, and then the others
+            for row in admitted:
+                self._history.add(row.tokens)
+            self._history.keep(going_on + arriving)
+        return going_on, [rows[i] for i in arriving]
 
     def _keep(self, order: list[int]) -> None:
         """Row ``i`` becomes what row ``order[i]`` was."""
@@ -206,9 +191,13 @@ class Decoder:
             self._cache.reorder(order)
         self._rows = [self._rows[i] for i in order]
 
+    def _read_last_tokens(self) -> Tensor:
+        last = torch.tensor([row.tokens[-1:] for row in self._rows], device=self.model.device)
+        return self.model.features(last, cache=self._cache)[:, -1]
+
     def _room_ahead(self) -> int:
-        """Steps for which no row needs the host: none ends for its length, slides, or makes
-        room.
+        """How many tokens every running row can get without the host: none of them reaches its
+        length, slides, or makes room for another.
         """
         running = [row for row in self._rows if row.ended is None]
         if self._ahead == 1 or not running:
@@ -217,35 +206,35 @@ class Decoder:
             return 0
         if any(row.written < self.config.min_new_tokens for row in running):
             return 0
-        context, most = self.model.config.context_length, self.config.max_new_tokens
-        room = (min(most - r.written, context + 1 - len(r.tokens)) for r in running)
+        most = self.config.max_new_tokens
+        room = (min(most - row.written, self._context.room(row.tokens)) for row in running)
         return min(self._ahead, *room)
 
-    def _go_ahead(self, n: int) -> list[Token]:
-        """The next ``n`` tokens of each row that does not end before."""
+    def _write_ahead(self, n: int) -> list[Token]:
+        """The next ``n`` tokens of each row, or fewer where the row ends."""
         self._keep(_compacted([i for i, row in enumerate(self._rows) if row.ended is None]))
         rows = list(self._rows)
         drawn = bool(self.config.temperature)
         numbers = [[row.draws.random() if drawn else 0.0 for row in rows] for _ in range(n)]
         expected = max(self.config.max_new_tokens - row.written for row in rows)
-        assert self._steps is not None, "rows are read before"
-        chosen = self._steps.take(
+        assert self._loop is not None, "rows are read before"
+        chosen = self._loop.run(
             self.model, [row.tokens[-1] for row in rows], numbers, expected=expected
         )
         if chosen is None:
             raise UsageError(NO_NUMBERS)
-        pairs = (pair for step in chosen for pair in zip(rows, step, strict=True))
+        pairs = (pair for tokens in chosen for pair in zip(rows, tokens, strict=True))
         return [self._written(row, token) for row, token in pairs if row.ended is None]
 
     def _prefill(self, arriving: list[_Row]) -> Tensor:
-        """Read whole prompts, each different one once, and put them into the cache."""
+        """Read whole prompts into the cache, equal ones once: their last features, ``[B, C]``."""
         prompts: list[list[int]] = []
-        places = []
+        own = []  # the index of each row's prompt
         for row in arriving:
             if row.tokens not in prompts:
                 prompts.append(row.tokens)
-            places.append(prompts.index(row.tokens))
-        cache = self._new_cache(prompts)
+            own.append(prompts.index(row.tokens))
+        cache = self._prefix.new_cache(prompts)
         start = cache.length
         ends = [len(prompt) - start for prompt in prompts]
         padded = [
@@ -256,38 +245,14 @@ class Decoder:
         features = torch.cat([self.model.features(chunk, cache=cache) for chunk in chunks], dim=1)
         cache.truncate([len(prompt) for prompt in prompts])
         assert self._cache is not None
-        self._cache.add(cache, places)
+        self._cache.add(cache, own)
         self._rows += arriving
-        return features[places, [ends[place] - 1 for place in places]]
-
-    def _look_for_prefix(self, prompts: list[list[int]]) -> None:
-        """Read what ``prompts`` begin with in common, if it is more than what is known."""
-        # What the first and the last in order have in common, all between them have. The next one
-        # counts too: it may begin with the same.
-        different = [list(prompt) for prompt in dict.fromkeys(map(tuple, prompts))]
-        seen = different + [row.tokens for row in itertools.islice(self._waiting, 1)]
-        if len(seen) == 1:
-            return
-        shared = common(min(seen)[:-1], max(seen)[:-1])
-        if len(shared) - len(common(shared, self._prefix)) >= WORTH_SHARING:
-            self._prefix = shared
-            self._prefix_cache = self.model.new_cache(1, capacity=len(shared))
-            ids = torch.tensor([shared], device=self.model.device)
-            self.model.features(ids, cache=self._prefix_cache)
-
-    def _new_cache(self, prompts: list[list[int]]) -> KVCache:
-        """A cache of a row a prompt, with what is known of their beginnings in it."""
-        known = min(len(common(prompt[:-1], self._prefix)) for prompt in prompts)
-        longest = max(map(len, prompts))
-        if self._prefix_cache is None or known < WORTH_SHARING:
-            return self.model.new_cache(len(prompts), capacity=longest)
-        capacity = max(longest, self._prefix_cache.length)
-        cache = self._prefix_cache.expand(len(prompts), capacity=capacity)
-        cache.truncate(known)
-        return cache
+        return features[own, [ends[i] - 1 for i in own]]
 
     def _make_room(self, arriving: list[_Row]) -> None:
-        """A cache that takes the ``arriving`` rows as well, and those that wait."""
+        """Replace the cache if the ``arriving`` rows do not fit, by one that also fits the waiting
+        ones.
+        """
         old, rows = self._cache, len(self._rows) + len(arriving)
         length = self._longest(arriving)
         if old is not None and rows <= old.max_batch_size and length <= old.capacity:
@@ -298,29 +263,31 @@ class Decoder:
             rows, length = max(rows, old.max_batch_size), max(length, old.capacity)
         check_cache(self.model, rows, length)
         if self._ahead > 1:
-            self._steps = steps_for(
+            self._loop = loop_for(
                 self.model, self.config, rows=rows, length=length, vocab_size=self.vocab_size
             )
-            self._cache = self._steps.cache
+            self._cache = self._loop.cache
         else:
             self._cache = self.model.new_cache(rows, capacity=length)
             self._cache.reorder([])
         if old is not None:
             self._cache.add(old)
 
-    def _keep_steps(self) -> None:
-        """Once all is done, leave the cache and its graphs to the model's next texts."""
-        if self._steps is not None and not self.busy:
-            keep(self.model, self._steps)
-            self._steps = self._cache = None
+    def _leave_cache(self) -> None:
+        """When nothing is left to do, leave the cache and its graphs to the model's next texts."""
+        if self._loop is not None and not self.busy:
+            keep(self.model, self._loop)
+            self._loop = self._cache = None
 
     def _longest(self, rows: list[_Row]) -> int:
-        """Tokens that the longest of ``rows`` may come to."""
+        """How many tokens the longest of ``rows`` can have in the cache."""
         most = max(len(row.tokens) - row.written for row in rows) + self.config.max_new_tokens
-        return min(self.model.config.context_length, most)
+        return min(self._context.length, most)
 
     def _write(self, logits: Tensor) -> list[Token]:
-        """Choose the next token of each row, from logits ``[B, V]`` of all the model's rows."""
+        """Choose the next token of each row. ``logits`` ``[B, V]`` may have more columns than the
+        tokenizer has tokens.
+        """
         config, rows, every = self.config, self._rows, logits
         logits = logits[:, : self.vocab_size]
         early = [i for i, row in enumerate(rows) if row.written < config.min_new_tokens]
@@ -337,25 +304,19 @@ class Decoder:
         return [self._written(row, token, *detail) for row, token, detail in tokens]
 
     def _written(self, row: _Row, token: int, *details: Any) -> Token:
-        """The row's next token, counted."""
+        """Append ``token`` to the row."""
         row.tokens.append(token)
         row.written += 1
-        full = len(row.tokens) > self.model.config.context_length
-        if token == self.end_of_text:
-            row.ended = "end_of_text"
-        elif row.written == self.config.max_new_tokens:
-            row.ended = "length"
-        elif full and self.config.past_context == "stop":
-            row.ended = "context"
+        row.ended = self._context.ended(row.tokens, row.written)
         return Token(row.sequence, token, row.ended, *details)
 
 
 def decode(
     model: GPT, prompts: Sequence[Sequence[int]], config: GenerationConfig, **options: Any
 ) -> Iterator[Token]:
-    """The new tokens of every prompt, ``config.num_samples`` sequences each, as they are made.
+    """Yield the new tokens of ``config.num_samples`` sequences for each prompt, as they are made.
 
-    Sequence ``i`` continues prompt ``i // num_samples``; ``options`` are :class:`Decoder`'s.
+    Sequence ``i`` continues prompt ``i // num_samples``. ``options`` are :class:`Decoder`'s.
     """
     decoder = Decoder(model, config, **options)
     n = config.num_samples
@@ -369,7 +330,7 @@ def decode(
 
 @contextmanager
 def evaluation_mode(model: GPT) -> Iterator[None]:
-    """The model in evaluation mode, and then in the mode that it was in."""
+    """Put the model into evaluation mode, and afterwards back into its former mode."""
     training = model.training
     if training:
         model.eval()
@@ -380,14 +341,8 @@ def evaluation_mode(model: GPT) -> Iterator[None]:
             model.train()
 
 
-def common(one: list[int], two: list[int]) -> list[int]:
-    """What both begin with."""
-    n = min(len(one), len(two))
-    return one[: next((i for i in range(n) if one[i] != two[i]), n)]
-
-
 def _of_like_lengths(rows: list[_Row]) -> Iterator[list[_Row]]:
-    """Groups of ``rows``, ordered by length, none of which pads a row by much."""
+    """Groups of ``rows``, which are sorted by length, in which no row needs much padding."""
     group: list[_Row] = []
     for row in rows:
         if group and len(row.tokens) > 16 + 1.25 * len(group[0].tokens):
@@ -399,7 +354,7 @@ def _of_like_lengths(rows: list[_Row]) -> Iterator[list[_Row]]:
 
 
 def _compacted(rows: list[int]) -> list[int]:
-    """``rows``, ascending, in an order that moves the fewest: what is behind fills the gaps."""
+    """Ascending ``rows`` in the order that moves the fewest: the last ones fill the gaps."""
     n, held = len(rows), set(rows)
     behind = iter(row for row in rows if row >= n)
     return [i if i in held else next(behind) for i in range(n)]

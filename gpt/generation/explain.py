@@ -1,6 +1,4 @@
-"""What a model thought at each token: probabilities, surprisals and alternatives, on a terminal or
-as a page.
-"""
+"""Probability, surprisal and alternatives at each token of a text, on a terminal or as a page."""
 
 import codecs
 import html
@@ -19,16 +17,16 @@ ALTERNATIVES = 10
 
 @dataclass(frozen=True)
 class ExplainedToken:
-    """A token of a text, and what the model made of its place."""
+    """A token of a text, and the model's distribution at its position."""
 
     text: str
-    """The characters that it completes: none, where it is the beginning of one."""
+    """The characters that it completes; empty if it only begins one."""
     name: str
-    """The token alone, :func:`token_text`."""
+    """The token by itself, from :func:`token_text`."""
     logprob: float
-    """In nats, given all before it."""
+    """In nats, given all tokens before it."""
     entropy: float
-    """Of the distribution that it was one of, in nats."""
+    """The entropy of the distribution, in nats."""
     alternatives: tuple[tuple[str, float], ...]
     """The likeliest tokens and their probabilities, the likeliest first."""
     is_prompt: bool
@@ -42,10 +40,10 @@ class ExplainedToken:
 def explain(
     model: tuple[GPT, Tokenizer], prompt: list[int], continuation: list[int]
 ) -> list[ExplainedToken]:
-    """Each token of ``prompt`` from the second, and each of ``continuation``.
+    """Explain each token of ``prompt`` from the second on, and each one of ``continuation``.
 
-    The surprisals sum to the text's loss: a text that is longer than the context is read in windows
-    of it, as the evaluation does it, each beginning half a context after the one before.
+    The surprisals sum to the text's loss. Like the evaluation, the model reads a text that is
+    longer than the context in windows, and each window begins half a context after the one before.
     """
     network, tokenizer = model
     ids, context = prompt + continuation, network.config.context_length
@@ -78,7 +76,7 @@ def explain(
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """A token alone: its text, its bytes where these are no whole characters, or its id."""
+    """A token by itself: its text, its bytes if they are not whole characters, or its id."""
     content = tokenizer.decode_bytes([token])
     if not content:
         return "<end of text>" if token == tokenizer.end_of_text else f"<{token}>"
@@ -95,10 +93,11 @@ def as_text(
     alternatives: int = 3,
     ascii_only: bool = False,
 ) -> Text:
-    """For a terminal: the text behind its ``opening`` (the first token, which nothing predicts),
-    each token on a ground from red (unlikely) to green, and below it
-    the tokens that were least expected with what was expected instead. ``ascii_only`` takes the
-    signs for white space from ASCII.
+    """The text for a terminal, after its ``opening`` (the first token, which nothing predicts).
+
+    The background of each token goes from red (unlikely) to green. Below the text are the least
+    likely tokens, each with the likeliest ``alternatives``. ``ascii_only`` shows white space with
+    ASCII characters.
     """
 
     def visibly(name: str) -> str:
@@ -125,7 +124,7 @@ def as_text(
 
 
 def as_page(tokens: list[ExplainedToken], *, title: str, opening: str = "") -> str:
-    """The same as one HTML page that needs no other file: hovering over a token, or going to it
+    """The same as one HTML page that needs no other file. Hovering over a token, or moving to it
     with Tab, shows its ten likeliest alternatives, its surprisal and the entropy.
     """
     highest = max([-token.logprob for token in tokens] + [1.0])
@@ -139,7 +138,7 @@ def as_page(tokens: list[ExplainedToken], *, title: str, opening: str = "") -> s
 
 
 def visible(text: str) -> str:
-    """``text`` on one line, with signs for its white space and control characters."""
+    """``text`` on one line, with visible white space and control characters."""
     signs = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
     return "".join(signs.get(c, c if c.isprintable() else f"\\x{ord(c):02x}") for c in text)
 
@@ -161,7 +160,7 @@ def _summary(tokens: list[ExplainedToken]) -> str:
 
 
 def _colour(probability: float) -> str:
-    share = 1 - min(1.0, -math.log(max(probability, 1e-9)) / 7)  # 0.1 % and less is red
+    share = 1 - min(1.0, -math.log(max(probability, 1e-9)) / 7)  # 0.1 % and below is red
     return f"rgb({round(235 - 115 * share)},{round(110 + 110 * share)},90)"
 
 

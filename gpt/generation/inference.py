@@ -52,6 +52,7 @@ class InferenceGPT(GPT):
         self.few = few if kernels.knows(model.config) else 0
         self.cache_dtype = torch.float32 if weights == "float32" else wide
         packing = _Packing(model, weights, wide, few)
+        self.pointer = None
         for name, child in model.named_children():
             setattr(self, name, packing.of(child, f"model.{name}"))
         self.eval()

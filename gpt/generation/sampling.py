@@ -1,8 +1,8 @@
-"""From logits to the next token: pure functions on logits ``[B, V]``, in one order.
+"""From logits to the next token: pure functions on logits ``[B, V]``.
 
-bias and bans, repetition, presence and frequency penalties, minimum length; then, unless the
-temperature is 0: temperature, top-k, top-p, min-p, draw. This is the order of Hugging Face's
-processors. What a filter drops has a logit of minus infinity.
+They apply in the order of Hugging Face's processors: bias and bans, repetition, presence and
+frequency penalties, minimum length; then, unless the temperature is 0, temperature, top-k, top-p,
+min-p, draw. A filter sets the logits of the tokens that it drops to minus infinity.
 """
 
 import copy
@@ -21,18 +21,18 @@ NO_NUMBERS = (
     "(float32 has the widest range), or every token is banned"
 )
 UNKNOWN = -1
-"""In the place of a token that cannot be told from its logits."""
+"""Stands for a token whose logits are not numbers."""
 Details = tuple[float | None, tuple[tuple[int, float], ...]]
-"""A token's log-probability, and the likeliest ids with theirs."""
+"""A token's log-probability, and the likeliest ids with their log-probabilities."""
 
 
 def new_draws(
     seed: int | None, prompt: Sequence[int], sample: int, *, guesses: bool = False
 ) -> np.random.Generator:
-    """The random numbers of one sequence: of its seed, its prompt and which sample of it it is.
+    """The random numbers of one sequence, from its seed, its prompt and the sample's number.
 
-    So they are the same whatever else is in the batch. What guesses has others than what decides.
-    Without a seed they are new each time.
+    They do not depend on the rest of the batch. A draft's ``guesses`` get other numbers than the
+    model's draws. Without a seed, the numbers differ at every call.
     """
     if seed is None:
         return np.random.default_rng()
@@ -41,29 +41,29 @@ def new_draws(
 
 
 def add_bias(logits: Tensor, bias: Mapping[int, float]) -> Tensor:
-    """Add a number to some tokens' logits; minus infinity bans one."""
+    """Add numbers to the logits of some tokens; minus infinity bans a token."""
     ids = torch.tensor(list(bias), device=logits.device)
     numbers = torch.tensor(list(bias.values()), dtype=logits.dtype, device=logits.device)
     return logits.index_add(-1, ids, numbers.expand(*logits.shape[:-1], -1))
 
 
 def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Divide positive logits of the tokens in ``seen`` ``[B, V]`` by ``penalty``, and multiply
-    negative ones (CTRL, arXiv:1909.05858).
+    """For the tokens in ``seen`` ``[B, V]``, divide positive logits by ``penalty`` and multiply
+    negative ones by it (CTRL, arXiv:1909.05858).
     """
     punished = torch.where(logits > 0, logits / penalty, logits * penalty)
     return torch.where(seen, punished, logits)
 
 
 def penalise_counts(logits: Tensor, counts: Tensor, *, presence: float, frequency: float) -> Tensor:
-    """Take ``presence`` from the tokens with a count, and ``frequency`` times the count, ``[B,
-    V]`` (OpenAI's API).
+    """Subtract ``presence`` from the logits of tokens with a count in ``counts`` ``[B, V]``, and
+    ``frequency`` times the count (OpenAI's API).
     """
     return logits - presence * (counts > 0) - frequency * counts
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Keep the ``k`` likeliest tokens (and what ties with the last of them); 0 keeps all."""
+    """Keep the ``k`` likeliest tokens, and those that tie with the last of them; 0 keeps all."""
     if k == 0 or k >= logits.shape[-1]:
         return logits
     least = logits.topk(k, dim=-1).values[..., -1:]
@@ -71,14 +71,14 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the fewest likeliest tokens whose probabilities reach ``p``: the nucleus
-    (arXiv:1904.09751).
+    """Keep the smallest set of likeliest tokens whose probabilities sum to at least ``p``: the
+    nucleus (arXiv:1904.09751).
 
-    There is always at least one; of tokens that tie, the lower ids come first.
+    It has at least one token. Among tokens that tie, lower ids come first.
     """
     if p >= 1:
         return logits
-    # From the least likely up, as Hugging Face sums them; flipped, so that ties end as promised.
+    # Sum from the least likely up, like Hugging Face; flipped, so that lower ids win ties.
     ordered, ids = logits.flip(-1).sort(dim=-1, stable=True)
     tail = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
     tail[..., -1].fill_(False)
@@ -87,7 +87,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the tokens that are at least ``p`` times as likely as the likeliest
+    """Keep the tokens that are at least ``p`` times as likely as the likeliest one
     (arXiv:2407.01082).
     """
     if p == 0:
@@ -98,8 +98,8 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
 
 
 def next_token_probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:
-    """The distribution that the next token is drawn from, ``[B, V]`` in float32: at temperature 0
-    the likeliest token alone.
+    """The distribution that the next token is drawn from, ``[B, V]`` in float32. At temperature 0,
+    only the likeliest token has a probability.
     """
     logits = logits.float()
     if config.temperature == 0:
@@ -109,26 +109,25 @@ def next_token_probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
-    """Of the numbers that decide."""
+    """The dtype in which draws are decided: float64 where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def draw(probabilities: Tensor, numbers: Sequence[float] | Tensor) -> Tensor:
-    """One token a row, ``[B, V]`` to ``[B]``: the first whose cumulated probability is above the
-    row's number, from 0 to 1.
+    """Draw one token for each row, ``[B, V]`` to ``[B]``: the first token whose cumulative
+    probability is above the row's number in [0, 1).
     """
     exact = exact_dtype(probabilities.device)
-    cumulated = probabilities.to(exact).cumsum(dim=-1)
+    cumulative = probabilities.to(exact).cumsum(dim=-1)
     wanted = torch.as_tensor(numbers, dtype=exact, device=probabilities.device)[:, None]
-    # Below the sum, which may not be 1 to the last bit.
-    return (
-        (cumulated <= wanted * cumulated[:, -1:]).sum(dim=-1).clamp_max_(len(probabilities[0]) - 1)
-    )
+    # Relative to the sum, which may differ from 1 by rounding.
+    below = (cumulative <= wanted * cumulative[:, -1:]).sum(dim=-1)
+    return below.clamp_max_(len(probabilities[0]) - 1)
 
 
 def choose(logits: Tensor, config: SamplingConfig, numbers: Sequence[float] | Tensor) -> Tensor:
-    """One token a row, ``[B, V]`` to ``[B]``: the likeliest at temperature 0, else drawn with the
-    row's number. The logits are :func:`finite`.
+    """Choose one token for each row, ``[B, V]`` to ``[B]``: the likeliest at temperature 0, else a
+    draw with the row's number.
     """
     if config.temperature == 0:
         return logits.argmax(dim=-1)
@@ -136,19 +135,19 @@ def choose(logits: Tensor, config: SamplingConfig, numbers: Sequence[float] | Te
 
 
 def finite(logits: Tensor) -> Tensor:
-    """``logits`` as they are; ``UsageError`` if in one row no token can be told from them."""
+    """``logits``, unchanged; ``UsageError`` if the highest of a row is not a finite number."""
     if not logits.amax(dim=-1).isfinite().all():
         raise UsageError(NO_NUMBERS)
     return logits
 
 
 def marked(tokens: Tensor, logits: Tensor) -> Tensor:
-    """``tokens`` ``[B]``, ``UNKNOWN`` where no token can be told from the row's logits."""
+    """``tokens`` ``[B]``, with ``UNKNOWN`` where the row's highest logit is not a finite number."""
     return tokens.where(logits.amax(dim=-1).isfinite(), UNKNOWN)
 
 
 def on_host(tokens: Tensor) -> list[int]:
-    """:func:`marked` tokens in one transfer; ``UsageError`` if one is ``UNKNOWN``."""
+    """Copy :func:`marked` tokens to the host; ``UsageError`` if one is ``UNKNOWN``."""
     ids: list[int] = tokens.tolist()
     if UNKNOWN in ids:
         raise UsageError(NO_NUMBERS)
@@ -156,9 +155,9 @@ def on_host(tokens: Tensor) -> list[int]:
 
 
 def describe(logits: Tensor, tokens: Tensor, top: int | None, vocab_size: int) -> list[Details]:
-    """Of each token ``[B]`` its log-probability under ``logits`` ``[B, V]``, all rows of the model
-    counted as the loss counts them, and the ``top`` likeliest ids below ``vocab_size`` with theirs;
-    nothing if ``top`` is ``None``.
+    """The log-probability of each token ``[B]`` under the model's ``logits`` ``[B, V]``, and the
+    ``top`` likeliest ids below ``vocab_size`` with their log-probabilities. The softmax covers all
+    rows of the model, like the loss. Details are empty if ``top`` is ``None``.
     """
     if top is None:
         return [(None, ())] * len(tokens)
@@ -171,16 +170,16 @@ def describe(logits: Tensor, tokens: Tensor, top: int | None, vocab_size: int) -
 
 
 class History:
-    """Which tokens some rows hold already, as the penalties want them."""
+    """The tokens that each row already has, for the penalties."""
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self.seen = torch.zeros(0, vocab_size, dtype=torch.bool, device=device)
-        """In the prompt or written since, ``[B, V]``."""
+        """Whether a token is in the prompt or was written, ``[B, V]``."""
         self.counts = torch.zeros(0, vocab_size, device=device)
-        """Times written since, ``[B, V]``."""
+        """How often a token was written, ``[B, V]``."""
 
     def add(self, prompt: Sequence[int]) -> None:
-        """A further row, which begins with ``prompt``."""
+        """Add a row that begins with ``prompt``."""
         row = self.seen.new_zeros(1, self.seen.shape[1])
         row[0, torch.tensor(prompt, device=row.device)] = True
         self.seen = torch.cat([self.seen, row])
@@ -192,7 +191,7 @@ class History:
         self.seen, self.counts = self.seen[wanted], self.counts[wanted]
 
     def after_each(self, tokens: Tensor) -> "History":
-        """The one row there is, as it is and after each of ``tokens`` ``[n]``: ``n + 1`` rows."""
+        """The history of ``n + 1`` rows: the only row, now and after each of ``tokens`` ``[n]``."""
         other = copy.copy(self)
         written = F.one_hot(tokens, self.seen.shape[1]).cumsum(dim=0)
         written = F.pad(written, (0, 0, 1, 0))
@@ -200,7 +199,7 @@ class History:
         return other
 
     def append(self, tokens: Tensor) -> None:
-        """The next token of each row, ``[B]``."""
+        """Count the next token of each row, ``[B]``."""
         self.seen.scatter_(1, tokens[:, None], True)
         self.counts.scatter_add_(1, tokens[:, None], torch.ones_like(self.counts[:, :1]))
 
@@ -213,9 +212,9 @@ def penalise(
     early: Sequence[int] = (),
     end_of_text: int | None = None,
 ) -> Tensor:
-    """Bias, bans, penalties and minimum length, in the module's order.
+    """Apply bias, bans, penalties and minimum length, in the order of the module.
 
-    Without a ``history`` there are no penalties; ``early`` are the rows that may not end yet.
+    Without a ``history``, no penalties apply. The rows in ``early`` may not end yet.
     """
     if bias := config.bias | dict.fromkeys(config.ban, -math.inf):
         logits = add_bias(logits, bias)

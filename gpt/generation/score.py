@@ -1,4 +1,4 @@
-"""How likely given tokens are: the log-probabilities of a text's own tokens."""
+"""The log-probabilities that the model gives to the tokens of a text."""
 
 from dataclasses import dataclass
 
@@ -10,25 +10,25 @@ from gpt.generation.sampling import describe
 from gpt.model.gpt import GPT
 
 POSITIONS_AT_ONCE = 512
-"""Positions whose logits are held together: 100 MB for GPT-2's vocabulary."""
+"""Positions with logits in memory at the same time: 100 MB for GPT-2's vocabulary."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Log-probabilities in nats of a text's tokens from the second."""
+    """Log-probabilities in nats of a text's tokens, from the second on."""
 
     logprobs: list[float]
     top: list[tuple[tuple[int, float], ...]]
-    """At each the likeliest ids with their log-probabilities, the likeliest first."""
+    """The likeliest ids at each token, with their log-probabilities, the likeliest first."""
     entropies: list[float]
-    """Of the distribution that each token was one of, in nats."""
+    """The entropy of each token's distribution, in nats."""
 
 
 def score_targets(model: GPT, features: Tensor, targets: Tensor) -> Tensor:
-    """Of each target ``[N]`` its log-probability in nats, ``[N]`` in float32.
+    """The log-probability of each target ``[N]`` in nats, ``[N]`` in float32.
 
-    ``features`` ``[N, C]`` are the model's where the targets are predicted. The head runs over some
-    positions at a time, so that the logits of a long text are never all there.
+    ``features`` ``[N, C]`` are the model's at the positions that predict the targets. The head runs
+    over some positions at a time, so that a long text does not need all its logits in memory.
     """
     scores = []
     weight = model.head.weight
@@ -36,17 +36,17 @@ def score_targets(model: GPT, features: Tensor, targets: Tensor) -> Tensor:
     for x, target in zip(
         features.split(POSITIONS_AT_ONCE), targets.split(POSITIONS_AT_ONCE), strict=True
     ):
-        logits = (weight @ x.T).float()  # V, N: on a CPU faster than N, V
+        logits = (weight @ x.T).float()  # V, N: faster on a CPU than N, V
         scores.append(logits.gather(0, target[None]).squeeze(0) - logits.logsumexp(dim=0))
     return torch.cat(scores)
 
 
 @torch.inference_mode()
 def score_tokens(model: GPT, ids: list[int], *, top: int, vocab_size: int) -> Scored:
-    """The log-probability of each id but the first, given all before it, with the ``top``
-    likeliest at each place.
+    """The log-probability of each id after the first, given all ids before it, and the ``top``
+    likeliest ids at each position.
 
-    Of a text that is longer, the last ``context_length + 1`` tokens count.
+    Of a longer text, only the last ``context_length + 1`` tokens count.
     """
     ids = ids[-(model.config.context_length + 1) :]
     tokens = torch.tensor([ids], device=model.device)

@@ -1,10 +1,10 @@
-"""Speculative decoding: several tokens are guessed cheaply, and read by the model at once.
+"""Speculative decoding: a draft guesses several tokens cheaply, and the model reads them at once.
 
-What comes out has exactly the model's distribution (Leviathan et al., 2023, arXiv:2211.17192; Chen
-et al., 2023, arXiv:2302.01318): a guess ``x`` that was drawn from ``q`` is kept with probability
-``min(1, p(x) / q(x))``, and the first one that is not is replaced by a draw from what ``p`` has
-more than ``q``. At temperature 0 these are the tokens of plain decoding. Guesses come from a
-smaller model with the same tokenizer, or from what followed the same tokens earlier in the text.
+The output has exactly the model's distribution (Leviathan et al., 2023, arXiv:2211.17192; Chen et
+al., 2023, arXiv:2302.01318). A guess ``x`` that was drawn from ``q`` is kept with probability
+``min(1, p(x) / q(x))``. The first rejected guess is replaced by a draw from ``max(0, p - q)``,
+normalised. At temperature 0, the tokens are those of plain decoding. Guesses come from a smaller
+model with the same tokenizer, or from an earlier occurrence of the last tokens in the text.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from gpt.config import GenerationConfig, SamplingConfig, UsageError
 from gpt.generation.checks import check_number, check_prompt, check_settings
-from gpt.generation.decode import Reason, Token, common, evaluation_mode
+from gpt.generation.context import Context, newest
+from gpt.generation.decode import Token, evaluation_mode
+from gpt.generation.prefix import common
 from gpt.generation.sampling import (
     NO_NUMBERS,
     UNKNOWN,
@@ -35,31 +37,31 @@ from gpt.model.gpt import GPT
 
 
 class Draft(Protocol):
-    """Whatever guesses."""
+    """Guesses tokens."""
 
     def start(self, prompt: Sequence[int], sample: int) -> None:
-        """A new sequence begins."""
+        """Begin a new sequence."""
 
     def propose(self, tokens: list[int], n: int) -> tuple[list[int], Tensor | None]:
-        """Up to ``n`` guesses of what follows ``tokens``, and the distributions that they were
-        drawn from, ``[guesses, V]``; ``None`` if they were certain.
+        """Up to ``n`` guesses of the tokens after ``tokens``, and the distributions that they were
+        drawn from, ``[guesses, V]``; ``None`` if they were not drawn.
         """
 
 
 class PromptLookup:
-    """Guesses what followed the last tokens where they stood before, without a model: text that
-    repeats itself, or its prompt (Saxena, 2023, "prompt lookup decoding").
+    """Guesses without a model: the tokens after an earlier occurrence of the last tokens, for text
+    that repeats itself or its prompt (Saxena, 2023, "prompt lookup decoding").
     """
 
     def __init__(self, longest: int = 3) -> None:
-        """Looks for the last ``longest`` tokens, then for fewer, down to one."""
+        """``propose`` looks for the last ``longest`` tokens, then for fewer, down to one."""
         self.longest = longest
 
     def start(self, prompt: Sequence[int], sample: int) -> None:
-        """Nothing to forget."""
+        """No-op: there is no state."""
 
     def propose(self, tokens: list[int], n: int) -> tuple[list[int], None]:
-        """What followed the latest earlier occurrence."""
+        """The tokens after the latest earlier occurrence of the longest match."""
         for length in range(min(self.longest, len(tokens) - 1), 0, -1):
             end = tokens[-length:]
             for start in range(len(tokens) - length - 1, -1, -1):
@@ -85,7 +87,7 @@ class DraftModel:
         self._draws = new_draws(seed, [], 0, guesses=True)
 
     def start(self, prompt: Sequence[int], sample: int) -> None:
-        """The guesses of a sequence depend on no other one."""
+        """Begin a new sequence, with random numbers that depend on no other one."""
         self._draws = new_draws(self._seed, prompt, sample, guesses=True)
 
     def propose(self, tokens: list[int], n: int) -> tuple[list[int], Tensor | None]:
@@ -103,9 +105,7 @@ class DraftModel:
 
 
 class Speculator:
-    """Decodes one sequence at a time with a :class:`Draft`, and counts what its guesses were
-    worth.
-    """
+    """Decodes one sequence at a time with a :class:`Draft`, and counts its accepted guesses."""
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class Speculator:
         self.vocab_size = vocab_size or model.config.vocab_size
         check_settings(model, config, self.vocab_size)
         self.rounds = 0
-        """Times that the model read something."""
+        """Forward passes of the model."""
         self.guesses = 0
         self.accepted = 0
         self.written = 0
@@ -132,7 +132,7 @@ class Speculator:
 
     @property
     def busy(self) -> bool:
-        """Whether there is anything left to do."""
+        """Whether a sequence is waiting or running."""
         return bool(self._waiting)
 
     def add(self, prompt: Sequence[int], *, sample: int = 0) -> int:
@@ -150,35 +150,34 @@ class Speculator:
         return [token]
 
     def end(self, sequence: int) -> None:
-        """Write no more of a sequence."""
+        """Stop a sequence; it gets no more tokens."""
         self._waiting.pop(sequence, None)
 
     @torch.inference_mode()
     def decode(
         self, prompt: Sequence[int], *, sample: int = 0, sequence: int = 0
     ) -> Iterator[Token]:
-        """The new tokens of ``prompt``; refuses what :class:`gpt.generation.decode.Decoder`
-        refuses.
+        """Yield the new tokens of ``prompt``. Raises ``UsageError`` for the same prompts as
+        :class:`gpt.generation.decode.Decoder`.
         """
-        config, context = self.config, self.model.config.context_length
+        config, context = self.config, Context(self.model, self.config, self.end_of_text)
         prompt = check_prompt(self.model, prompt, config, self.vocab_size)
         draws = _Draws(new_draws(config.seed, prompt, sample))
         self.draft.start(prompt, sample)
-        reader, tokens, written = _Reader(self.model), prompt[-context:], 0
+        reader, tokens, written = _Reader(self.model), context.fit(prompt), 0
         history = None
         if config.has_penalties:
             history = History(self.vocab_size, self.model.device)
             history.add(tokens)
         while True:
-            if len(tokens) > context:
-                tokens = tokens[-max(1, context // 2) :]
-            room = min(context - len(tokens), config.max_new_tokens - written - 1)
+            tokens = context.slide(tokens)
+            room = min(context.room(tokens), config.max_new_tokens - written) - 1
             guesses, q = self.draft.propose(tokens, min(room, self.num_draft_tokens))
             numbers = draws.next(len(guesses) + 1)
-            # What goes to the device goes before it has work, for which the copies would wait.
+            # Copy to the device before it gets work: the copies would wait for that.
             ids = torch.tensor(guesses, dtype=torch.int64, device=self.model.device)
             others = torch.tensor(
-                [*numbers[1:], numbers[-1]],  # a guess's own number has decided already
+                [*numbers[1:], numbers[-1]],  # a guess's own number decides whether it is kept
                 dtype=exact_dtype(self.model.device),
                 device=self.model.device,
             )
@@ -206,7 +205,7 @@ class Speculator:
                 self.written += 1
                 written += 1
                 tokens.append(token)
-                ended = self._end(token, written, len(tokens))
+                ended = context.ended(tokens, written)
                 yield Token(sequence, token, ended, *details[i])
                 if ended:
                     return
@@ -216,23 +215,15 @@ class Speculator:
                 history = histories
 
     def _details(self, logits: Tensor, guesses: Tensor, drawn: Tensor, kept: int) -> list[Details]:
-        """What :func:`describe` says of the guesses that are kept, and of what follows them."""
+        """The details of the guesses that are kept, and of the token after them."""
         if self.config.logprobs is None:
             return [(None, ())] * (kept + 1)
         tokens = torch.cat([guesses[:kept], drawn[kept : kept + 1].clamp_min(0)])
         return describe(logits[: kept + 1], tokens, self.config.logprobs, self.vocab_size)
 
-    def _end(self, token: int, written: int, length: int) -> Reason | None:
-        if token == self.end_of_text:
-            return "end_of_text"
-        if written == self.config.max_new_tokens:
-            return "length"
-        full = length > self.model.config.context_length
-        return "context" if full and self.config.past_context == "stop" else None
-
 
 class _Draws:
-    """Random numbers that may be looked at before they are used."""
+    """Random numbers that can be looked at before they are used up."""
 
     def __init__(self, draws: np.random.Generator) -> None:
         self._draws = draws
@@ -244,26 +235,26 @@ class _Draws:
         return self._numbers[:n]
 
     def drop(self, n: int) -> None:
-        """The next ``n`` numbers are used."""
+        """Use up the next ``n`` numbers."""
         del self._numbers[:n]
 
 
 def _instead(p: Tensor, guesses: Tensor, q: Tensor | None) -> Tensor:
-    """What a token is drawn from where its guess is not kept, ``[n + 1, V]``: what ``p`` has more
-    than ``q`` ``[n, V]`` (all of it on the guess, without a ``q``); behind the last guess ``p``.
+    """The weights ``[n + 1, V]`` of the draw that replaces each rejected guess: ``max(0, p - q)``,
+    and ``p`` after the last guess. Without ``q`` ``[n, V]``, each guess has ``q = 1``.
     """
     n = len(guesses)
     more = p[:n].scatter(1, guesses[:, None], 0.0) if q is None else (p[:n] - q).clamp_min(0)
     rest = torch.cat([more, p[n:]])
-    return rest.where(rest.any(dim=-1, keepdim=True), p)  # p and q may be one, but for rounding
+    return rest.where(rest.any(dim=-1, keepdim=True), p)  # p and q may differ only by rounding
 
 
 def _verified(
     p: Tensor, guesses: Tensor, q: Tensor | None, drawn: Tensor, numbers: Sequence[float]
 ) -> tuple[int, int]:
-    """How many of the ``n`` guesses are kept, and the token behind them, of ``drawn`` ``[n + 1]``:
-    the host waits for the device once. Each guess was drawn from its row of ``q`` (certain without
-    one) and is kept by its number.
+    """How many of the ``n`` guesses are kept, and the token after them, from ``drawn`` ``[n + 1]``.
+    The host waits for the device once. Each guess was drawn from its row of ``q`` (with probability
+    1 without ``q``), and its random number decides whether it is kept.
     """
     n = len(guesses)
     mine = p[:n].gather(1, guesses[:, None])[:, 0]
@@ -279,7 +270,7 @@ def _verified(
 
 
 class _Reader:
-    """A model that reads a text again and again, and each time only what is new of it."""
+    """A model that reads a growing text, each time only the new tokens."""
 
     def __init__(self, model: GPT) -> None:
         self.model = model
@@ -287,15 +278,10 @@ class _Reader:
         self._tokens: list[int] = []
 
     def logits(self, tokens: list[int], n: int) -> Tensor:
-        """Logits of what follows each of the last ``n`` tokens, ``[n, V]``.
-
-        Of a text that is longer than the context, the newer half of the context is read, and then
-        up to another half.
+        """The logits after each of the last ``n`` tokens, ``[n, V]``. Reads only the
+        :func:`newest` ones of a text that is longer than the context.
         """
-        context = self.model.config.context_length
-        if len(tokens) > context:
-            half = max(1, context // 2)
-            tokens = tokens[(len(tokens) - context + half - 1) // half * half :]
+        tokens = newest(tokens, self.model.config.context_length)
         kept = min(len(common(self._tokens, tokens)), len(tokens) - n)
         self._cache.truncate(kept)
         self._tokens = list(tokens)

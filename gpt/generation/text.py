@@ -1,6 +1,4 @@
-"""Prompts to text: as it is made, in whole characters, up to a stop text or the end of the
-document.
-"""
+"""Prompts to text: streamed in whole characters, up to a stop text or the end of the document."""
 
 import codecs
 from collections.abc import Callable, Iterator, Sequence
@@ -11,14 +9,15 @@ from gpt.config import GenerationConfig, UsageError, quoted, token_ids
 from gpt.data.tokenizer import Tokenizer, fingerprint
 from gpt.generation.beam import BeamSearch
 from gpt.generation.checks import check_number, check_sequences
+from gpt.generation.context import Reason
 from gpt.generation.continuer import Continuer
-from gpt.generation.decode import Decoder, Reason
+from gpt.generation.decode import Decoder
 from gpt.generation.score import Scored, score_tokens
 from gpt.generation.speculative import Draft, DraftModel, PromptLookup, Speculator
 from gpt.model.gpt import GPT
 
 Prompt = str | Sequence[int]
-"""A text, or token ids."""
+"""A text, or a sequence of token ids."""
 
 
 @dataclass
@@ -26,23 +25,23 @@ class Completion:
     """One continuation of one prompt."""
 
     prompt: int
-    """The number of the prompt that it continues."""
+    """The index of the prompt that it continues."""
     sample: int
-    """Which of the prompt's ``num_samples`` it is."""
+    """The index among the prompt's ``num_samples``."""
     text: str = ""
     tokens: list[int] = field(default_factory=list)
-    """What was written; with a stop text, its tokens too."""
+    """The new tokens, including those of a stop text."""
     reason: Reason | None = None
-    """Why it ended: at the document's end, a stop text, ``max_new_tokens``, or a full context."""
+    """Why it ended: end of the document, ``max_new_tokens``, a full context, or a stop text."""
     logprobs: list[float] = field(default_factory=list)
-    """Of each of ``tokens``, in nats, where ``logprobs`` is set: the model's own."""
+    """The model's log-probability of each of ``tokens``, in nats, if ``logprobs`` is set."""
     top: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
-    """At each of ``tokens`` the likeliest ids and their log-probabilities."""
+    """The likeliest ids at each of ``tokens``, with their log-probabilities."""
     score: float | None = None
-    """Of a beam: its log-probability over its length to the power of the length penalty."""
+    """A beam's log-probability, divided by its length to the power of the length penalty."""
     prompt_scores: Scored | None = None
-    """The same for the prompt's tokens from the second, where ``logprobs`` is set; of a prompt that
-    is longer than the context, for its last ``context_length``."""
+    """The same for the prompt's tokens from the second on, if ``logprobs`` is set; for the last
+    ``context_length`` tokens of a prompt that is longer than the context."""
 
 
 def generate(
@@ -55,16 +54,17 @@ def generate(
     cancelled: Callable[[], bool] = lambda: False,
     **settings: Any,
 ) -> list[Completion]:
-    """Continue ``prompts``, texts or lists of token ids: ``num_samples`` completions of each, in
-    order.
+    """Continue ``prompts``, texts or lists of token ids, and return ``num_samples`` completions of
+    each, in order.
 
-    ``model`` is what :func:`gpt.load` gives, and ``settings`` are the fields of
+    ``model`` comes from :func:`gpt.load`, and ``settings`` are the fields of
     :class:`gpt.config.GenerationConfig`: ``temperature``, ``top_p``, ``max_new_tokens``, ``stop``,
     ``seed`` and so on. An empty prompt is the start of a document. Up to ``batch_size`` sequences
-    go through together, which changes none of them but for rounding (:class:`Decoder`); with
-    ``num_draft_tokens`` they go one by one, and speculatively (:func:`new_decoder`). After each
-    piece of text ``cancelled`` is asked; if it says so, what there is is returned, and what has not
-    ended has no ``reason``. Raises ``UsageError`` for settings and prompts that make no sense.
+    go through the model together, which changes them only by rounding (:class:`Decoder`). With
+    ``num_draft_tokens``, decoding is speculative (:func:`new_decoder`), one sequence at a time.
+    ``cancelled`` is called after each piece of text. When it returns True, the completions are
+    returned as they are, and unfinished ones have no ``reason``. Raises ``UsageError`` for invalid
+    settings and prompts.
     """
     texts, config = _listed(prompts), _config(settings)
     decoder = new_decoder(
@@ -86,12 +86,12 @@ def stream(
     num_draft_tokens: int = 0,
     **settings: Any,
 ) -> Iterator[str]:
-    """One continuation of ``prompt`` in pieces as they are made; joined, they are what
-    :func:`generate` gives. To stop early, leave the loop.
+    """Yield one continuation of ``prompt`` in pieces, as they are made. Joined, they are the text
+    of :func:`generate`. To stop early, leave the loop.
     """
     config = _config(settings)
     if config.num_samples != 1:
-        raise UsageError(f"num_samples is {config.num_samples}, and a stream is of 1")
+        raise UsageError(f"num_samples is {config.num_samples}, and must be 1 for a stream")
     decoder = new_decoder(model, config, draft=draft, num_draft_tokens=num_draft_tokens)
     return (piece for piece, _ in run(model, [prompt], decoder) if piece)
 
@@ -101,10 +101,10 @@ def run(
     prompts: Sequence[Prompt],
     decoder: Continuer,
 ) -> Iterator[tuple[str, Completion]]:
-    """Each piece of text as it becomes certain, with the completion that it was added to.
+    """Yield each piece of text as it becomes certain, with its completion.
 
     A completion's last piece, which may be empty, comes when its ``reason`` is set. ``decoder`` is
-    a new one of :func:`new_decoder`.
+    a new one from :func:`new_decoder`.
     """
     (network, tokenizer), config = model, decoder.config
     completions: list[Completion] = []
@@ -121,12 +121,12 @@ def run(
     while decoder.busy:
         for token in decoder.advance():
             completion, text = completions[token.sequence], growing[token.sequence]
-            if completion.reason:  # a search goes on behind a stop text
+            if completion.reason:  # a beam continues after its stop text
                 completion.score = token.score
                 continue
             if config.logprobs is not None and completion.prompt_scores is None:
                 number = completion.prompt
-                if number not in scores:
+                if number not in scores:  # read alone, so that they do not depend on the batch
                     scores[number] = score_tokens(
                         network,
                         encoded[number],
@@ -160,8 +160,9 @@ def new_decoder(
     draft: tuple[GPT, Tokenizer] | None = None,
     num_draft_tokens: int = 0,
 ) -> Continuer:
-    """What decodes as ``config`` wants it; with ``num_draft_tokens`` speculatively, the guesses
-    from ``draft``, or else from the text itself.
+    """The decoder for the settings of ``config``: sampling, or a beam search. With
+    ``num_draft_tokens``, a speculative one that takes its guesses from ``draft``, or without a
+    draft from the text itself.
     """
     network, tokenizer = model
     size, end = tokenizer.vocab_size, tokenizer.end_of_text
@@ -169,7 +170,7 @@ def new_decoder(
     if config.num_beams > 1 and num_draft_tokens:
         raise UsageError("num_beams and num_draft_tokens are both given, and only one can be")
     if draft is not None and not num_draft_tokens:
-        raise UsageError("there is a draft, and num_draft_tokens is 0; 5 is a good number")
+        raise UsageError("num_draft_tokens is 0, and a draft needs at least 1 (5 is a good number)")
     if config.num_beams > 1:
         return BeamSearch(network, config, vocab_size=size, end_of_text=end)
     if not num_draft_tokens:
@@ -178,8 +179,7 @@ def new_decoder(
     if draft is not None:
         if fingerprint(draft[1]) != fingerprint(tokenizer):
             raise UsageError(
-                "the draft model has another tokenizer than the model, and its guesses would mean "
-                "other text"
+                "the draft model's tokenizer differs from the model's, and must be the same"
             )
         guesser = DraftModel(draft[0], config, vocab_size=size, seed=config.seed)
     return Speculator(
@@ -197,24 +197,24 @@ def _config(settings: dict[str, Any]) -> GenerationConfig:
 
 
 def _listed(prompts: str | Sequence[Prompt]) -> list[Prompt]:
-    """``prompts`` as a list, one text too; ``UsageError`` for what holds no prompts."""
+    """``prompts`` as a list, also for a single text; ``UsageError`` if they are not prompts."""
     try:
         listed: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
     except TypeError:  # also of a tensor without dimensions
         raise UsageError(
-            f"prompts is {quoted(prompts)}, and must be a text, or a list of texts and of lists of "
+            f"prompts is {quoted(prompts)}, and must be a text, or a list of texts or lists of "
             "token ids"
         ) from None
     for prompt in listed:
         if not hasattr(prompt, "__iter__"):
             raise UsageError(
-                f"prompts has {quoted(prompt)} in it, and takes texts and lists of token ids"
+                f"prompts contains {quoted(prompt)}, and takes texts and lists of token ids"
             )
     return listed
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    """The prompt's ids; an empty one is the end-of-text that stands between documents."""
+    """The prompt's ids. An empty prompt becomes the end-of-text token that separates documents."""
     if not isinstance(prompt, str):
         return token_ids("the prompt", prompt) or [tokenizer.end_of_text]
     try:
@@ -228,9 +228,9 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
 
 
 class GrowingText:
-    """One continuation as it grows: tokens in, text out that will not have to be taken back.
+    """One continuation as it grows: tokens in, text out that later tokens cannot change.
 
-    Held back are the bytes of a character that is not whole, and an end that may become a stop
+    It holds back the bytes of an incomplete character, and an end that can still become a stop
     text.
     """
 
@@ -241,10 +241,10 @@ class GrowingText:
         self._held = ""
         self.ended = False
         self.stopped = False
-        """Whether a stop text ended it."""
+        """Whether a stop text ended the continuation."""
 
     def add(self, token: int) -> str:
-        """The text that ``token`` makes certain; it may be empty."""
+        """The text that becomes certain with ``token``; it may be empty."""
         if self.ended:
             return ""
         if token == self._tokenizer.end_of_text:
@@ -252,7 +252,7 @@ class GrowingText:
         return self._release(self._decoder.decode(self._tokenizer.decode_bytes([token])))
 
     def finish(self) -> str:
-        """The text that was still held back; nothing follows it."""
+        """End the continuation, and return the text that was held back."""
         if self.ended:
             return ""
         text = self._release(self._decoder.decode(b"", final=True))
@@ -273,7 +273,7 @@ class GrowingText:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of ``text`` that ``stop`` begins with."""
+    """The length of the longest end of ``text`` that is a beginning of ``stop``."""
     for n in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:n]):
             return n

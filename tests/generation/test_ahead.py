@@ -1,5 +1,5 @@
-"""Padded and kept steps. A graph is stood in for by the step itself, which as a graph does works on
-the memory that it was made with.
+"""Padded rows and kept loops. Instead of a CUDA graph, the tests call the captured function, which
+like a graph works on the memory that it was made with.
 """
 
 import copy
@@ -13,7 +13,7 @@ import torch
 
 from gpt.config import GenerationConfig
 from gpt.generation import ahead
-from gpt.generation.ahead import Steps, padded_rows
+from gpt.generation.ahead import TokenLoop, padded_rows
 from gpt.generation.decode import Decoder, decode
 from gpt.model.cache import KVCache
 from tests.conftest import make_model
@@ -36,16 +36,16 @@ def new_model(config):
 
 @pytest.fixture
 def captured(monkeypatch):
-    """The numbers of rows that were captured."""
+    """The number of rows of each capture."""
     rows, pools = [], []
 
-    def capture(step, device, pool):
+    def capture(call, device, pool):
         assert pool in pools
-        step()
-        step()  # a capture runs it before
-        held = [cell.cell_contents for cell in step.__closure__]
+        call()
+        call()  # as a real capture does
+        held = [cell.cell_contents for cell in call.__closure__]
         rows.extend(cache.batch_size for cache in held if isinstance(cache, KVCache))
-        return step
+        return call
 
     monkeypatch.setattr(ahead, "can_capture", lambda device: True)
     monkeypatch.setattr(ahead, "new_pool", lambda: pools.append(object()) or pools[-1])
@@ -64,13 +64,13 @@ def tokens_of(model, prompts, config=CONFIG, **options):
     ("rows", "most", "padded"),
     [(1, 8, 1), (2, 8, 2), (3, 8, 4), (5, 8, 8), (8, 8, 8), (5, 6, 6), (9, 32, 16)],
 )
-def test_rows_are_padded_to_a_power_of_two_or_to_all_there_is_memory_for(rows, most, padded):
+def test_rows_are_padded_to_a_power_of_two_or_to_the_caches_rows(rows, most, padded):
     assert padded_rows(rows, most) == padded
 
 
 @pytest.mark.parametrize("n", [1, 3, 5, 7, 8])
 @pytest.mark.parametrize("settings", [{}, {"temperature": 2.0, "bias": {5: 6.0}}], ids=str)
-def test_padded_and_captured_steps_give_the_tokens_of_plain_ones(settings, n, model, captured):
+def test_padded_and_captured_rows_give_the_tokens_of_plain_decoding(settings, n, model, captured):
     config = dataclasses.replace(CONFIG, **settings)
     plain = tokens_of(model, PROMPTS[:n], config, end_of_text=5)
     assert len(set(map(len, plain))) > 1 or n < 5  # they end at different times
@@ -79,17 +79,16 @@ def test_padded_and_captured_steps_give_the_tokens_of_plain_ones(settings, n, mo
 
 
 @torch.inference_mode()
-def test_steps_of_padded_rows_move_the_real_ones_alone_and_leave_no_tokens_behind(model):
+def test_padding_rows_change_no_row_in_use_and_leave_no_tokens(model):
     cache = model.new_cache(8, on_device=True)
     cache.reorder([0, 1, 2])
     model(torch.tensor(PROMPTS[:3]), cache=cache)
     cache.truncate([3, 1, 2])
     keys = cache.layer(0)[0].keys
     before = keys.clone()
-    steps = Steps(cache, CONFIG, vocab_size=61)
-    taken = []
+    loop = TokenLoop(cache, CONFIG, vocab_size=61)
     for _ in range(2):
-        taken += steps.take(model, [1, 2, 3], [[0.5] * 3] * 4)
+        loop.run(model, [1, 2, 3], [[0.5] * 3] * 4)
     assert cache.lengths == [11, 9, 10]
     for row, length in enumerate((3, 1, 2)):
         assert torch.equal(keys[:, row, :, :length], before[:, row, :, :length])
@@ -101,7 +100,7 @@ def test_steps_of_padded_rows_move_the_real_ones_alone_and_leave_no_tokens_behin
     assert cache.lengths == [11, 9, 10, 3]
 
 
-def test_a_cache_cannot_be_padded_to_rows_that_it_has_no_memory_for(model):
+def test_a_cache_is_not_padded_beyond_its_memory(model):
     cache = model.new_cache(4, on_device=True)
     for rows in (3, 5):
         with pytest.raises(ValueError, match=f"memory for 4, cannot be padded to {rows}"):
@@ -131,7 +130,7 @@ def test_the_next_texts_use_the_graphs_of_the_last_ones(model, captured):
     assert captured == [4]
 
 
-def test_graphs_of_other_settings_or_of_weights_that_are_elsewhere_are_not_used(model, captured):
+def test_graphs_of_other_settings_or_of_replaced_weights_are_not_used(model, captured):
     tokens_of(model, PROMPTS[:1], ahead=16)
     greedy = dataclasses.replace(CONFIG, temperature=0.0)
     expected = tokens_of(model, PROMPTS[:1], greedy)
@@ -143,7 +142,7 @@ def test_graphs_of_other_settings_or_of_weights_that_are_elsewhere_are_not_used(
     assert captured == [1, 1, 1]
 
 
-def test_short_texts_are_not_worth_a_capture_until_there_are_many_of_them(model, captured):
+def test_short_texts_are_captured_only_after_many_of_them(model, captured):
     short = dataclasses.replace(CONFIG, max_new_tokens=12)
     for _ in range(2):
         tokens_of(model, PROMPTS[:1], short, ahead=16)
@@ -153,9 +152,9 @@ def test_short_texts_are_not_worth_a_capture_until_there_are_many_of_them(model,
     assert captured == [1]
 
 
-def test_decoders_that_take_turns_have_each_a_cache_of_their_own(model, captured):
+def test_decoders_that_take_turns_have_separate_caches(model, captured):
     expected = tokens_of(model, PROMPTS[:2])
-    tokens_of(model, PROMPTS[:1], ahead=4)  # leaves one
+    tokens_of(model, PROMPTS[:1], ahead=4)  # leaves a cache
     decoders = [Decoder(model, CONFIG, ahead=4) for _ in range(2)]
     got = [[], []]
     for decoder, prompt in zip(decoders, PROMPTS, strict=False):
@@ -167,7 +166,7 @@ def test_decoders_that_take_turns_have_each_a_cache_of_their_own(model, captured
     assert got == expected
 
 
-def test_a_decoder_goes_on_after_it_has_left_its_cache(model):
+def test_a_decoder_continues_after_it_left_its_cache(model):
     decoder = Decoder(model, CONFIG, ahead=4)
     got = []
     for prompt in PROMPTS[:3]:
@@ -182,14 +181,14 @@ def kept_of(model):
     return ahead._kept.get(model)
 
 
-def test_copies_and_pickles_of_a_model_have_nothing_of_what_is_kept(model):
+def test_copies_and_pickles_of_a_model_have_no_kept_loop(model):
     tokens_of(model, PROMPTS[:1], ahead=4)
     assert kept_of(model) is not None
     assert kept_of(copy.deepcopy(model)) is None
     assert kept_of(pickle.loads(pickle.dumps(model))) is None
 
 
-def test_what_is_kept_ends_with_the_model(tiny_config):
+def test_a_kept_loop_ends_with_its_model(tiny_config):
     model = new_model(tiny_config)
     tokens_of(model, PROMPTS[:1], ahead=4)
     kept = weakref.ref(kept_of(model))
@@ -199,7 +198,7 @@ def test_what_is_kept_ends_with_the_model(tiny_config):
     assert kept() is None
 
 
-def test_a_model_in_training_and_a_cache_larger_than_the_weights_keep_nothing(model):
+def test_a_model_in_training_keeps_no_loop_nor_does_a_cache_larger_than_the_weights(model):
     model.train()
     tokens_of(model, PROMPTS[:1], ahead=4)
     assert kept_of(model) is None

@@ -76,12 +76,12 @@ def test_every_prompt_has_its_completions_in_order(
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_what_was_killed_goes_on_with_nothing_lost_or_doubled(model, prompts, tmp_path, seed):
+def test_a_killed_run_continues_and_no_line_is_lost_or_doubled(model, prompts, tmp_path, seed):
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     continued(model, prompts, whole)
     content = whole.read_bytes()
     draw = random.Random(seed)
-    out.write_bytes(content[: draw.randint(0, len(content))])  # as a kill leaves it
+    out.write_bytes(content[: draw.randint(0, len(content))])  # like a killed run
     written = out.read_bytes().count(b"\n")
     assert continued(model, prompts, out) == 23 - written
     assert out.read_bytes() == content
@@ -93,7 +93,7 @@ class KilledError(Exception):
     pass
 
 
-def test_what_is_done_is_on_disk_before_the_end(model, prompts, tmp_path):
+def test_finished_lines_are_on_disk_before_the_end(model, prompts, tmp_path):
     out = tmp_path / "out.jsonl"
 
     def kill(done, total, tokens):
@@ -105,7 +105,7 @@ def test_what_is_done_is_on_disk_before_the_end(model, prompts, tmp_path):
     assert len(read(out)) >= 9
 
 
-def test_log_probabilities_are_written_where_they_are_asked_for(model, prompts, tmp_path):
+def test_log_probabilities_are_written_if_the_setting_asks_for_them(model, prompts, tmp_path):
     config = GenerationConfig(temperature=0, max_new_tokens=3, logprobs=2)
     continued(model, prompts, tmp_path / "out.jsonl", config)
     line = read(tmp_path / "out.jsonl")[3]
@@ -154,7 +154,7 @@ def test_a_prompt_that_cannot_be_continued_is_named_before_anything_is_written(
     assert not out.exists()
 
 
-def test_what_stands_in_the_place_of_completions_does_not_matter(model, tmp_path):
+def test_completions_in_the_file_of_prompts_are_replaced(model, tmp_path):
     path, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     path.write_text('{"prompt": "a", "completions": [1], "id": 7}\n' * 3)
     continued(model, path, out)
@@ -166,7 +166,7 @@ def test_what_stands_in_the_place_of_completions_does_not_matter(model, tmp_path
     assert [line["id"] for line in read(out)] == [7, 7, 7]
 
 
-def test_another_number_of_samples_is_not_added_to_a_file(model, prompts, tmp_path):
+def test_a_file_with_another_number_of_samples_is_left_alone(model, prompts, tmp_path):
     out = tmp_path / "out.jsonl"
     continued(model, prompts, out)
     before = out.read_bytes()
@@ -188,7 +188,7 @@ def test_two_processes_do_not_write_to_one_file(model, prompts, tmp_path):
     assert len(read(out)) == 23
 
 
-def test_a_folder_that_is_not_there_is_told(model, prompts, tmp_path):
+def test_a_missing_folder_is_refused(model, prompts, tmp_path):
     with pytest.raises(UsageError, match="there is no folder"):
         continued(model, prompts, tmp_path / "none" / "out.jsonl")
 
@@ -217,14 +217,14 @@ def test_the_completions_of_other_prompts_are_left_alone(model, prompts, tmp_pat
     out = tmp_path / "out.jsonl"
     for content in ('{"prompt": "other", "completions": []}\n', "a text\n", "a text of mine"):
         out.write_text(content)
-        with pytest.raises(UsageError, match="is not of prompt 1|no completion of prompt 1"):
+        with pytest.raises(UsageError, match="does not belong to prompt 1"):
             continued(model, prompts, out)
         assert out.read_text() == content
 
 
-def test_a_last_line_without_its_end_is_kept(model, prompts, tmp_path):
+def test_a_last_line_without_a_line_end_is_kept(model, prompts, tmp_path):
     out = tmp_path / "out.jsonl"
-    config = GenerationConfig(max_new_tokens=4)  # without a seed: written again, it is another
+    config = GenerationConfig(max_new_tokens=4)  # without a seed, each run writes other text
     continued(model, prompts, out, config)
     whole = out.read_bytes()
     out.write_bytes(whole[:-1])
@@ -242,7 +242,7 @@ def test_a_last_line_without_its_end_is_kept(model, prompts, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["fifo", "/dev/full", "/dev/null", "/dev/stdout", "link", "nul"])
-def test_what_is_no_file_is_refused_as_out_before_anything_is_written(
+def test_an_out_that_is_not_a_file_is_refused_before_anything_is_written(
     model, prompts, tmp_path, kind
 ):
     out = tmp_path / "out.jsonl"
@@ -265,7 +265,7 @@ def test_what_is_no_file_is_refused_as_out_before_anything_is_written(
         os.close(write_end)
 
 
-def test_a_full_disk_leaves_whole_lines_and_a_sentence(model, prompts, tmp_path):
+def test_a_full_disk_leaves_whole_lines_and_ends_in_one_sentence(model, prompts, tmp_path):
     resource = pytest.importorskip("resource")
     out, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
     continued(model, prompts, whole)
@@ -283,7 +283,7 @@ def test_a_full_disk_leaves_whole_lines_and_a_sentence(model, prompts, tmp_path)
     assert out.read_bytes() == content
 
 
-def test_line_ends_of_prompts_are_those_of_training(model, tmp_path):
+def test_prompts_have_the_line_ends_of_training(model, tmp_path):
     texts = ("a\r\nb", "a\nb", "\ufeffa\rb")
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": t}) + "\r\n" for t in texts))
     continued(model, tmp_path / "p.jsonl", tmp_path / "out.jsonl")

@@ -1,4 +1,4 @@
-"""Beam search: the oracle is Hugging Face's ``generate`` on the same random weights."""
+"""Beam search, compared with Hugging Face's ``generate`` on the same random weights."""
 
 import pytest
 import torch
@@ -69,7 +69,7 @@ def test_sequences_and_scores_are_hugging_faces(
     ):
         new = row[prompt.shape[1] :]
         assert beam.tokens == new[: len(beam.tokens)]
-        assert set(new[len(beam.tokens) :]) <= {END}  # what they pad with
+        assert set(new[len(beam.tokens) :]) <= {END}  # their padding
         assert beam.score == pytest.approx(score, rel=1e-5, abs=1e-5)
 
 
@@ -93,7 +93,7 @@ def test_a_beam_of_one_is_greedy(both, seed):
     assert beam.tokens == [token.id for token in decode(both[0], [prompt], config)]
 
 
-def test_the_best_of_many_beams_is_the_best_there_is():
+def test_enough_beams_find_the_best_of_all_continuations():
     config = ModelConfig(vocab_size=4, context_length=8, n_layer=1, n_head=1, n_embd=16)
     model, _ = with_hugging_face_weights(config)
     search = GenerationConfig(max_new_tokens=3, num_beams=64, num_samples=64, length_penalty=0.0)
@@ -107,7 +107,7 @@ def test_the_best_of_many_beams_is_the_best_there_is():
     assert [beam.score for beam in beams] == pytest.approx(logprobs[order].tolist(), abs=1e-4)
 
 
-def test_all_candidates_of_a_step_are_described_at_once(both, monkeypatch):
+def test_all_candidates_of_a_token_are_described_at_once(both, monkeypatch):
     asked = []
 
     def counted(logits, tokens, *args):
@@ -121,7 +121,7 @@ def test_all_candidates_of_a_step_are_described_at_once(both, monkeypatch):
     assert asked == [6] * 6
 
 
-def test_the_prompt_and_each_beams_token_are_read_once(both, monkeypatch):
+def test_the_model_reads_the_prompt_and_each_beams_token_once(both, monkeypatch):
     shapes = []
     features = type(both[0]).features
 
@@ -141,7 +141,7 @@ def test_a_search_ends_where_the_context_is_full(both):
 
 @pytest.mark.parametrize(
     ("prompt", "message"),
-    [([1] * 49, "has 49 tokens, and a beam search, .* context_length .48."), ([23], "token id 23")],
+    [([1] * 49, "has 49 tokens, and .* is 48; .* cannot slide"), ([23], "token id 23")],
 )
 def test_prompts_that_cannot_be_continued_are_refused(both, prompt, message):
     with pytest.raises(UsageError, match=message):
@@ -163,17 +163,17 @@ def test_banned_tokens_are_never_written(both):
         beam_search(both[0], [1], GenerationConfig(num_beams=2, ban=(23,)))
 
 
-def test_a_search_that_finds_too_few_says_so():
+def test_a_search_that_finds_too_few_continuations_is_refused():
     config = ModelConfig(vocab_size=3, context_length=8, n_layer=1, n_head=1, n_embd=16)
     model, _ = with_hugging_face_weights(config)
     search = BeamSearch(model, GenerationConfig(max_new_tokens=1, num_beams=4, num_samples=4))
     for sample in range(4):
         search.add([1], sample=sample)
-    with pytest.raises(UsageError, match="num_samples is 4, and no more than 3 continuations"):
+    with pytest.raises(UsageError, match="num_samples is 4, .* found only 3 continuations"):
         search.advance()
 
 
-def test_the_models_mode_is_left_as_it_was_after_an_error_too(both):
+def test_a_search_restores_the_models_mode_even_after_an_error(both):
     import copy
 
     model = copy.deepcopy(both[0]).train()
@@ -186,7 +186,7 @@ def test_the_models_mode_is_left_as_it_was_after_an_error_too(both):
     assert model.training
 
 
-def test_a_search_where_every_candidate_ends_ends():
+def test_a_search_ends_when_every_candidate_has_ended():
     config = ModelConfig(vocab_size=1, context_length=8, n_layer=1, n_head=1, n_embd=16)
     model, _ = with_hugging_face_weights(config)
     search = GenerationConfig(max_new_tokens=4, num_beams=2)
@@ -203,7 +203,7 @@ def test_beams_do_not_depend_on_torchs_default_device(both):
         assert beam_search(both[0], [3, 1, 2], config, end_of_text=END) == expected
 
 
-def test_searches_are_made_in_order_and_their_tokens_say_how_they_ended(both):
+def test_searches_run_in_order_and_their_last_tokens_say_why_they_ended(both):
     config = GenerationConfig(
         max_new_tokens=6, num_beams=3, num_samples=2, bias={END: 1.2}, logprobs=1
     )

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from gpt.config import GenerationConfig, ModelConfig, UsageError
-from gpt.generation.ahead import Steps
+from gpt.generation.ahead import TokenLoop
 from gpt.generation.decode import Decoder, decode
 from gpt.model.cache import DeviceLengths
 from gpt.model.gpt import GPT
@@ -29,7 +29,7 @@ def continued(model, prompts, config, **options):
 
 @pytest.fixture
 def tiny_model(tiny_config):
-    """A model whose likeliest tokens vary: with tied embeddings it would repeat its last one."""
+    """A model with varied likeliest tokens: with tied embeddings it would repeat its last one."""
     model = make_model(dataclasses.replace(tiny_config, tie_embeddings=False))
     with torch.no_grad():
         model.position.weight.mul_(10)
@@ -41,14 +41,14 @@ def prompt_of(length, seed=None):
     return random.Random(seed or length).choices(range(61), k=length)
 
 
-def test_what_is_decoded_varies(tiny_model):
+def test_decoded_tokens_vary(tiny_model):
     [tokens] = continued(tiny_model, [prompt_of(5)], greedy(40))
     assert len(set(tokens)) > 4
 
 
 @torch.inference_mode()
 def without_a_cache(model, prompt, n, *, slide):
-    """Greedy decoding by the definition: the full forward over what the model sees, each time."""
+    """Greedy decoding by the definition: a full forward over the context for each token."""
     seen, out = prompt[-CONTEXT:], []
     for _ in range(n):
         token = int(model(torch.tensor([seen]))[0, -1].argmax())
@@ -64,7 +64,7 @@ def without_a_cache(model, prompt, n, *, slide):
 @pytest.mark.parametrize("policy", ["stop", "slide"])
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 10])
 @pytest.mark.parametrize("seed", range(4))
-def test_batches_of_ragged_prompts_are_decoding_one_by_one_without_a_cache(
+def test_ragged_batches_give_the_tokens_of_one_sequence_without_a_cache(
     policy, batch_size, seed, tiny_model
 ):
     draw = random.Random(seed)
@@ -76,9 +76,7 @@ def test_batches_of_ragged_prompts_are_decoding_one_by_one_without_a_cache(
 
 @pytest.mark.parametrize("num_samples", [1, 3])
 @pytest.mark.parametrize("batch_size", [2, 7])
-def test_prompts_that_begin_alike_are_decoded_as_if_they_did_not(
-    num_samples, batch_size, tiny_model
-):
+def test_shared_beginnings_do_not_change_the_tokens(num_samples, batch_size, tiny_model):
     common = prompt_of(10)
     prompts = [common + prompt_of(n, seed=n + 50) for n in (0, 1, 3, 5, 1)] + [prompt_of(4)]
     config = greedy(12, num_samples=num_samples)
@@ -89,7 +87,7 @@ def test_prompts_that_begin_alike_are_decoded_as_if_they_did_not(
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 @pytest.mark.parametrize("seed", range(12))
-def test_beginnings_of_any_lengths_are_shared_without_a_difference(seed, batch_size):
+def test_shared_beginnings_of_any_length_do_not_change_the_tokens(seed, batch_size):
     model = make_model(
         ModelConfig(vocab_size=61, context_length=64, n_layer=1, n_embd=16, n_head=2)
     )
@@ -113,7 +111,7 @@ def test_beginnings_of_any_lengths_are_shared_without_a_difference(seed, batch_s
     ],
     ids=["greedy", "drawn", "biased", "penalised"],
 )
-def test_steps_taken_ahead_give_the_same_tokens(settings, batch_size, ahead, policy, tiny_model):
+def test_tokens_chosen_ahead_are_the_same(settings, batch_size, ahead, policy, tiny_model):
     config = GenerationConfig(
         **{"temperature": 0, "max_new_tokens": 23, "past_context": policy} | settings
     )
@@ -128,26 +126,26 @@ def test_steps_taken_ahead_give_the_same_tokens(settings, batch_size, ahead, pol
         ]
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.5])
-def test_tokens_do_not_depend_on_torchs_default_device(penalty, tiny_model):
+@pytest.mark.parametrize("ahead", [1, 4])
+@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.5, "logprobs": 2}], ids=str)
+def test_tokens_do_not_depend_on_torchs_default_device(settings, ahead, tiny_model):
     config = GenerationConfig(
         temperature=0.9,
         seed=3,
         max_new_tokens=20,
         min_new_tokens=2,
         bias={4: 2.0},
-        repetition_penalty=penalty,
-        logprobs=2,
+        **settings,
     )
     prompts = [[*prompt_of(9, 1), token] for token in (3, 4, 5)]
-    options = {"batch_size": 2, "end_of_text": 11}
+    options = {"batch_size": 2, "end_of_text": 11, "ahead": ahead}
     expected = list(decode(tiny_model, prompts, config, **options))
     with torch.device("meta"):
         assert list(decode(tiny_model, prompts, config, **options)) == expected
 
 
 @pytest.mark.parametrize("prefill", [1, 5, 12])
-def test_prompts_are_read_in_chunks_without_a_difference(prefill, tiny_model, monkeypatch):
+def test_reading_prompts_in_chunks_does_not_change_the_tokens(prefill, tiny_model, monkeypatch):
     prompts = [prompt_of(n) for n in (3, 9, 16, 5, 1)]
     whole = continued(tiny_model, prompts, greedy(8), batch_size=3)
     read = []
@@ -163,22 +161,22 @@ def test_prompts_are_read_in_chunks_without_a_difference(prefill, tiny_model, mo
     assert max(read) <= max(prefill, 3)
 
 
-def test_steps_ahead_do_not_wait_for_each_token(tiny_model, monkeypatch):
-    taken = []
-    take = Steps.take
+def test_tokens_chosen_ahead_come_several_at_a_time(tiny_model, monkeypatch):
+    counts = []
+    run = TokenLoop.run
 
-    def counted(self, model, tokens, numbers, **options):
-        taken.append(len(numbers))
-        return take(self, model, tokens, numbers, **options)
+    def counted(self, model, last, numbers, **options):
+        counts.append(len(numbers))
+        return run(self, model, last, numbers, **options)
 
-    monkeypatch.setattr(Steps, "take", counted)
+    monkeypatch.setattr(TokenLoop, "run", counted)
     config = GenerationConfig(temperature=0, max_new_tokens=12, past_context="stop")
     got = list(decode(tiny_model, [prompt_of(3)], config, ahead=4))
     assert len(got) == 12
-    assert taken == [4, 4, 3]  # the first token is the prompt's
+    assert counts == [4, 4, 3]  # the prompt's prefill gives the first token
 
 
-def test_steps_ahead_of_a_model_that_gives_no_numbers_are_refused(tiny_model):
+def test_tokens_ahead_from_logits_that_are_not_numbers_are_refused(tiny_model):
     decoder = Decoder(tiny_model, greedy(20), ahead=4)
     decoder.add([1, 2])
     decoder.advance()
@@ -189,8 +187,9 @@ def test_steps_ahead_of_a_model_that_gives_no_numbers_are_refused(tiny_model):
 
 
 @pytest.mark.parametrize("ahead", [1, 4])
-def test_a_step_waits_for_the_device_once(ahead, tiny_model, monkeypatch):
-    monkeypatch.setattr(DeviceLengths, "check_room", lambda self, *room: None)  # a CPU's alone
+def test_an_advance_waits_for_the_device_once(ahead, tiny_model, monkeypatch):
+    # only on a CPU, and it reads the lengths
+    monkeypatch.setattr(DeviceLengths, "check_room", lambda self, *room: None)
     waits = []
     for read in ("tolist", "item", "__bool__", "__int__", "__float__"):
         method = getattr(torch.Tensor, read)
@@ -225,9 +224,9 @@ def test_greedy_decoding_is_hugging_faces():
     assert continued(ours, prompt.tolist(), greedy(30)) == expected[:, 7:].tolist()
 
 
-def test_stop_ends_when_the_context_is_full(tiny_model):
+def test_stop_ends_a_sequence_when_the_context_is_full(tiny_model):
     tokens = list(decode(tiny_model, [prompt_of(10)], greedy(100, past_context="stop")))
-    assert len(tokens) == CONTEXT - 10 + 1  # the last one is predicted from a full context
+    assert len(tokens) == CONTEXT - 10 + 1  # a full context predicts the last one
     assert [token.ended for token in tokens] == [None] * 6 + ["context"]
 
 
@@ -245,7 +244,7 @@ def test_slide_works_in_a_context_of_one_token():
 
 @pytest.fixture
 def reads(tiny_model, monkeypatch):
-    """The shape of all that goes through the model."""
+    """The shapes of the tokens that the model reads."""
     shapes = []
     features = type(tiny_model).features
 
@@ -257,12 +256,12 @@ def reads(tiny_model, monkeypatch):
     return shapes
 
 
-def test_each_token_goes_through_the_model_once(tiny_model, reads):
+def test_the_model_reads_each_token_once(tiny_model, reads):
     continued(tiny_model, [prompt_of(6)], greedy(5))
     assert reads == [(1, 6), (1, 1), (1, 1), (1, 1), (1, 1)]
 
 
-def test_a_cache_is_no_longer_than_the_tokens_to_come(tiny_model, monkeypatch):
+def test_a_cache_is_no_longer_than_prompt_and_new_tokens(tiny_model, monkeypatch):
     capacities, new_cache = [], tiny_model.new_cache
 
     def recorded(*args, capacity, **kwargs):
@@ -279,15 +278,15 @@ def test_the_samples_of_a_prompt_share_its_prefill(tiny_model, reads):
     assert reads == [(1, 6), (4, 1), (4, 1)]
 
 
-def test_what_prompts_begin_with_in_common_is_read_once(tiny_model, reads):
+def test_the_shared_beginning_of_prompts_is_read_once(tiny_model, reads):
     prompts = [prompt_of(10) + [i] * (1 + i) for i in range(4)]
     continued(tiny_model, prompts, greedy(1), batch_size=2)
-    # the first two read it and their ends, the other two their ends alone
+    # the beginning, then the ends of the first two prompts, then those of the others
     assert reads == [(1, 10), (2, 2), (2, 4)]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_what_the_next_prompts_begin_with_is_kept_for_them(batch_size, tiny_model, reads):
+def test_a_shared_beginning_is_kept_for_the_next_prompts(batch_size, tiny_model, reads):
     prompts = [[*prompt_of(10), i] for i in range(6)]
     continued(tiny_model, prompts, greedy(1), batch_size=batch_size)
     assert sum(rows * n for rows, n in reads) == 10 + 6
@@ -296,13 +295,13 @@ def test_what_the_next_prompts_begin_with_is_kept_for_them(batch_size, tiny_mode
     assert sum(rows * n for rows, n in reads) <= 11 + 6
 
 
-def test_a_prompt_further_behind_does_not_keep_the_next_ones_from_sharing(tiny_model, reads):
+def test_a_later_prompt_does_not_keep_the_next_ones_from_sharing(tiny_model, reads):
     prompts = [[*prompt_of(10), 1], [*prompt_of(10), 2], prompt_of(12)]
     continued(tiny_model, prompts, greedy(1), batch_size=1)
     assert sum(rows * n for rows, n in reads) == 10 + 2 + 12
 
 
-def test_without_a_seed_each_text_is_new_also_of_equal_prompts(tiny_model):
+def test_without_a_seed_equal_prompts_get_different_texts(tiny_model):
     config = GenerationConfig(temperature=50.0, max_new_tokens=8)
     assert len(set(map(tuple, continued(tiny_model, [[1, 2]] * 5, config)))) == 5
 
@@ -313,9 +312,9 @@ def test_a_slide_costs_one_prefill_of_half_the_context(tiny_model, reads):
     assert reads == [(1, CONTEXT), (1, half), *[(1, 1)] * half, (1, half)]
 
 
-def test_a_row_that_ends_makes_room_for_the_next_prompt(tiny_model, reads):
+def test_the_next_prompt_takes_the_row_of_a_sequence_that_ends(tiny_model, reads):
     decoder = Decoder(tiny_model, greedy(6, past_context="stop"), batch_size=2)
-    for length in (15, 3, 4):  # the first ends after 2 tokens, where its context is full
+    for length in (15, 3, 4):  # the first one's context is full after 2 tokens
         decoder.add(prompt_of(length))
     ends = {}
     while decoder.busy:
@@ -326,17 +325,17 @@ def test_a_row_that_ends_makes_room_for_the_next_prompt(tiny_model, reads):
     assert ends == {0: "context", 1: "length", 2: "length"}
 
 
-def test_sequences_may_be_added_and_ended_at_any_time(tiny_model):
+def test_sequences_can_be_added_and_ended_at_any_time(tiny_model):
     decoder = Decoder(tiny_model, greedy(8), batch_size=4)
     rows = {decoder.add(prompt_of(2)): []}
     ended = None
-    for step in range(12):
-        if step in (2, 3, 5):
-            rows[decoder.add(prompt_of(step + 7))] = []
-        if step == 4:
+    for turn in range(12):
+        if turn in (2, 3, 5):
+            rows[decoder.add(prompt_of(turn + 7))] = []
+        if turn == 4:
             decoder.end(ended := 1)
         for token in decoder.advance():
-            assert step < 4 or token.sequence != ended
+            assert turn < 4 or token.sequence != ended
             rows[token.sequence].append(token.id)
     for sequence, length in enumerate((2, 9, 10, 12)):
         expected = without_a_cache(tiny_model, prompt_of(length), 8, slide=True)
@@ -360,7 +359,7 @@ def test_end_of_text_ends_a_sequence_unless_it_is_too_early(tiny_model):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_a_seed_gives_a_prompt_the_same_tokens_in_any_company(batch_size, dtype, tiny_config):
+def test_a_seed_gives_a_prompt_the_same_tokens_in_any_batch(batch_size, dtype, tiny_config):
     model = make_model(tiny_config, dtype=dtype)
     config = GenerationConfig(temperature=1.5, max_new_tokens=20, num_samples=2, seed=7)
     prompts = [prompt_of(n) for n in (3, 9, 5, 12)]
@@ -393,7 +392,7 @@ def test_penalties_follow_each_row(batch_size, tiny_model):
                 seen = seen[-(CONTEXT // 2) :]
 
 
-def test_log_probabilities_are_the_models_own(tiny_model):
+def test_log_probabilities_are_the_models_before_bias_and_temperature(tiny_model):
     config = GenerationConfig(
         temperature=0.7, top_k=5, max_new_tokens=8, logprobs=3, seed=0, bias={4: 2.0}
     )
@@ -407,8 +406,8 @@ def test_log_probabilities_are_the_models_own(tiny_model):
         tokens.append(token.id)
 
 
-def test_log_probabilities_of_a_padded_vocabulary_are_the_losses(tiny_model):
-    """Rows that no token has count in the loss, and so here."""
+def test_log_probabilities_of_a_padded_vocabulary_are_those_of_the_loss(tiny_model):
+    """As in the loss, the softmax includes the rows without a token."""
     config = greedy(4, logprobs=60)
     for token in decode(tiny_model, [[1, 2]], config, vocab_size=50):
         assert len(token.top) == 50
@@ -418,14 +417,14 @@ def test_log_probabilities_of_a_padded_vocabulary_are_the_losses(tiny_model):
     assert first.logprob == pytest.approx(expected[first.id].item(), abs=1e-4)
 
 
-def test_no_gradient_is_kept(tiny_model):
+def test_a_cache_keeps_no_gradients(tiny_model):
     decoder = Decoder(tiny_model, greedy(3))
     decoder.add(prompt_of(3))
     decoder.advance()
     assert not decoder._cache.layer(0)[0].keys.requires_grad
 
 
-def test_dropout_is_off_while_decoding_and_the_models_mode_is_left_as_it_was(tiny_config):
+def test_decoding_turns_dropout_off_and_restores_the_models_mode(tiny_config):
     config = dataclasses.replace(tiny_config, dropout=0.5, tie_embeddings=False)
     model = make_model(config)
     expected = continued(model, [prompt_of(5)], greedy(10))
@@ -452,7 +451,7 @@ def test_prompts_that_cannot_be_continued_are_refused(prompt, settings, message,
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_model_that_gives_no_numbers_is_refused(temperature, tiny_model):
+def test_logits_that_are_not_numbers_are_refused(temperature, tiny_model):
     with torch.no_grad():
         tiny_model.norm.weight[0] = torch.nan
     config = GenerationConfig(temperature=temperature, max_new_tokens=2)
@@ -460,11 +459,11 @@ def test_a_model_that_gives_no_numbers_is_refused(temperature, tiny_model):
         continued(tiny_model, [[1]], config)
 
 
-def test_a_tokenizer_of_more_tokens_than_the_model_has_is_refused(tiny_model):
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tiny_model):
     with pytest.raises(UsageError, match="the tokenizer has 62 tokens, and the model 61"):
         Decoder(tiny_model, greedy(1), vocab_size=62)
 
 
-def test_a_batch_of_nothing_is_refused(tiny_model):
+def test_a_batch_size_of_0_is_refused(tiny_model):
     with pytest.raises(UsageError, match="batch_size is 0"):
         Decoder(tiny_model, greedy(1), batch_size=0)

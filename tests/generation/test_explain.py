@@ -29,7 +29,7 @@ def test_the_surprisals_sum_to_the_evaluations_loss(model):
     assert [token.is_prompt for token in tokens] == [True] * 8 + [False] * (len(IDS) - 9)
 
 
-def test_a_text_beyond_the_context_is_scored_as_the_evaluation_scores_it(model):
+def test_a_text_longer_than_the_context_has_the_evaluations_scores(model):
     ids = (IDS * 5)[:79]
     tokens = explain(model, ids[:9], ids[9:])
     assert len(tokens) == len(ids) - 1
@@ -58,7 +58,7 @@ def test_probabilities_and_entropies_are_the_models(model):
 
 
 class Page(html.parser.HTMLParser):
-    """The text of a page outside of its head and its cards, and the surprisals in these."""
+    """The text of a page without its head and its cards, and the surprisals in the cards."""
 
     def __init__(self):
         super().__init__()
@@ -110,7 +110,7 @@ def test_a_character_of_several_tokens_is_shown_whole_where_it_ends(model):
     assert "".join(token.text for token in half) == "a\ufffd"
 
 
-def test_the_summary_counts_what_was_written_and_the_prompt(model):
+def test_the_summary_counts_the_continuation_and_the_prompt(model):
     tokens = explain(model, IDS[:9], IDS[9:])
     said = as_text(tokens).plain.strip().splitlines()[-1]
     numbers = [float(n) for n in re.findall(r"([\d.]+) nats", said)]
@@ -120,7 +120,7 @@ def test_the_summary_counts_what_was_written_and_the_prompt(model):
     assert "the prompt's 8 before them" in said
 
 
-def test_the_terminals_text_has_the_tokens_and_the_least_expected_ones(model):
+def test_the_terminals_text_lists_the_least_likely_tokens(model):
     tokens = explain(model, IDS[:9], IDS[9:])
     shown = as_text(tokens, opening="H").plain
     assert shown.startswith("H" + "".join(token.text for token in tokens))
@@ -129,7 +129,7 @@ def test_the_terminals_text_has_the_tokens_and_the_least_expected_ones(model):
     assert visible(worst.alternatives[0][0]) in shown
 
 
-def test_a_token_that_is_no_text_is_shown_by_its_bytes():
+def test_a_token_that_is_not_text_is_shown_as_bytes():
     tokenizer = GPT2Tokenizer.released()
     assert token_text(tokenizer, tokenizer.end_of_text) == "<end of text>"
     [first, *_] = tokenizer.encode("東").tolist()
@@ -137,7 +137,7 @@ def test_a_token_that_is_no_text_is_shown_by_its_bytes():
     assert visible(" a\n\t\x00") == "·a⏎⇥\\x00"
 
 
-def test_nothing_written_has_a_summary_too(model):
+def test_an_empty_continuation_has_a_summary(model):
     tokens = explain(model, IDS[:5], [])
     assert "nothing was written" in as_text(tokens).plain
     assert math.isfinite(tokens[0].logprob)

@@ -51,7 +51,7 @@ def test_top_k_keeps_the_k_likeliest(k, ids):
     assert kept(keep_top_k(LOGITS, k)) == ids
 
 
-def test_top_k_keeps_what_ties_with_the_last():
+def test_top_k_keeps_tokens_that_tie_with_the_last():
     assert kept(keep_top_k(torch.tensor([[1.0, 2.0, 1.0, 0.0]]), 2)) == [0, 1, 2]
 
 
@@ -72,11 +72,11 @@ def test_top_p_keeps_the_fewest_that_reach_p(p, ids):
     assert kept(keep_top_p(LOGITS, p)) == ids
 
 
-def test_of_tokens_that_tie_top_p_keeps_the_lower_ids():
+def test_top_p_keeps_the_lower_ids_among_tokens_that_tie():
     assert kept(keep_top_p(torch.zeros(1, 4), 0.5)) == [0, 1]
 
 
-def test_what_the_filters_keep_keeps_its_logit():
+def test_filters_do_not_change_the_logits_that_they_keep():
     for filtered in (keep_top_k(LOGITS, 2), keep_top_p(LOGITS, 0.6)):
         assert filtered[0, [0, 2]].tolist() == LOGITS[0, [0, 2]].tolist()
 
@@ -128,7 +128,7 @@ def test_the_order_is_hugging_faces(seed):
     torch.testing.assert_close(got, theirs(tokens, logits.clone()).softmax(-1))
 
 
-def test_presence_and_frequency_count_what_was_written_and_not_the_prompt():
+def test_presence_and_frequency_count_new_tokens_and_not_the_prompt():
     history = History(4, torch.device("cpu"))
     history.add([0, 0, 1])
     history.add([3])
@@ -148,7 +148,7 @@ def test_banned_tokens_are_never_drawn():
     assert probabilities[0, [0, 2]].tolist() == [0, 0]
 
 
-def test_a_draw_is_the_first_token_whose_cumulated_probability_is_above_the_number():
+def test_a_draw_is_the_first_token_whose_cumulative_probability_is_above_the_number():
     probabilities = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]])
     for number, token in ((0.0, 1), (0.2499, 1), (0.25, 3), (0.5, 3), (1 - 2**-53, 3)):
         assert draw(probabilities, [number]).tolist() == [token]
@@ -156,7 +156,7 @@ def test_a_draw_is_the_first_token_whose_cumulated_probability_is_above_the_numb
 
 def test_the_order_is_temperature_then_top_k_then_top_p():
     config = SamplingConfig(temperature=2.0, top_k=3, top_p=0.7)
-    # by hand: square roots of 0.4, 0.3, 0.2 share 1; the first two reach 0.7 of it
+    # by hand, from the square roots of 0.4, 0.3, 0.2: the first two have more than 0.7 of the sum
     weights = [math.sqrt(p) for p in (0.4, 0.3, 0.2)]
     assert (weights[0] + weights[1]) / sum(weights) > 0.7 > weights[0] / sum(weights)
     total = weights[0] + weights[1]
@@ -164,7 +164,7 @@ def test_the_order_is_temperature_then_top_k_then_top_p():
     torch.testing.assert_close(next_token_probabilities(LOGITS, config), torch.tensor(expected))
 
 
-def test_temperature_0_takes_the_likeliest():
+def test_temperature_0_takes_the_likeliest_token():
     assert choose(LOGITS, SamplingConfig(temperature=0), []).tolist() == [2]
 
 
@@ -180,7 +180,7 @@ def test_draws_follow_the_probabilities():
 
 @pytest.mark.parametrize("logits", [[0.0, torch.nan], [-torch.inf] * 2, [torch.inf, 0.0]], ids=str)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_no_numbers_are_refused(logits, temperature):
+def test_logits_that_are_not_numbers_are_refused(logits, temperature):
     with pytest.raises(UsageError, match="logits are not numbers"):
         choose(finite(torch.tensor([logits])), SamplingConfig(temperature=temperature), [0.5])
 

@@ -29,7 +29,7 @@ def model_of(seed, vocab_size=31):
 
 
 def near(model, noise):
-    """A model that guesses well: the same with some noise."""
+    """A model that guesses well: the same one with some noise."""
     other = model_of(0, model.config.vocab_size)
     other.load_state_dict(model.state_dict())
     torch.manual_seed(9)
@@ -40,7 +40,7 @@ def near(model, noise):
 
 
 class Right:
-    """Guesses what is known to come."""
+    """Guesses the right tokens."""
 
     def start(self, prompt, sample):
         pass
@@ -89,7 +89,7 @@ def test_greedy_tokens_are_those_of_plain_decoding(name, num_draft_tokens, polic
 
 @torch.inference_mode()
 def distribution(model, prompt, config, n):
-    """Of every text of ``n`` tokens its probability, by the definition."""
+    """The probability of every text of ``n`` tokens, by the definition."""
     V = model.config.vocab_size
     probabilities = {(): 1.0}
     for _ in range(n):
@@ -107,7 +107,7 @@ def distribution(model, prompt, config, n):
 def test_samples_have_the_models_distribution(name, filters):
     model = model_of(1, vocab_size=4)
     config = GenerationConfig(temperature=2.0, max_new_tokens=3, seed=0, **filters)
-    own = SamplingConfig(temperature=2.0)  # the draft may draw in another way
+    own = SamplingConfig(temperature=2.0)  # the draft has other settings
     draft = {
         "look-up": PromptLookup(),
         "near": DraftModel(near(model, 0.1), own),
@@ -123,7 +123,7 @@ def test_samples_have_the_models_distribution(name, filters):
     chi_square, cells, rest, rest_seen = 0.0, 0, 0.0, 0
     for text, p in distribution(model, prompt, config, 3).items():
         if p == 0:
-            continue  # then it is among what is left of the counts
+            continue  # then it stays in counts
         if p * n < 5:
             rest, rest_seen = rest + p * n, rest_seen + counts.pop(text, 0)
         else:
@@ -138,7 +138,7 @@ def test_samples_have_the_models_distribution(name, filters):
 
 @torch.inference_mode()
 def one_by_one(model, prompt, config, draft, num_draft_tokens):
-    """The algorithm as it is published: each guess is verified by itself, with the next number."""
+    """The published algorithm: each guess is verified alone, with the next random number."""
     draws, tokens, n = new_draws(config.seed, prompt, 0), list(prompt), config.max_new_tokens
     draft.start(prompt, 0)
     while (left := len(prompt) + n - len(tokens)) > 0:
@@ -160,7 +160,9 @@ def one_by_one(model, prompt, config, draft, num_draft_tokens):
 
 @pytest.mark.parametrize("num_draft_tokens", [1, 4])
 @pytest.mark.parametrize("name", ["look-up", "near", "another model"])
-def test_a_round_takes_the_numbers_that_its_guesses_would_take_one_by_one(name, num_draft_tokens):
+def test_a_round_uses_the_random_numbers_of_guesses_that_are_verified_one_by_one(
+    name, num_draft_tokens
+):
     model = model_of(1)
     for seed in range(6):
         config = GenerationConfig(temperature=1.2, max_new_tokens=18, seed=seed, top_k=9)
@@ -178,7 +180,7 @@ def test_a_round_takes_the_numbers_that_its_guesses_would_take_one_by_one(name, 
 
 
 def test_guesses_have_other_numbers_than_decisions_at_every_seed_and_sample():
-    """Of one sample each over many seeds: the same numbers for both would show."""
+    """One sample for each of many seeds: equal numbers for both would bias it."""
     model = model_of(1, vocab_size=4)
     prompt, n = [1, 2, 3], 1500
     expected = distribution(model, prompt, SamplingConfig(temperature=2.0), 1)
@@ -194,7 +196,7 @@ def test_guesses_have_other_numbers_than_decisions_at_every_seed_and_sample():
 
 
 @pytest.mark.parametrize("name", ["look-up", "another model"])
-def test_a_seed_gives_a_prompt_the_same_tokens_in_any_company(name):
+def test_a_seed_gives_a_prompt_the_same_tokens_in_any_batch(name):
     model = model_of(1)
     config = GenerationConfig(temperature=1.5, max_new_tokens=12, seed=3)
 
@@ -245,12 +247,12 @@ def test_all_guesses_of_a_round_are_verified_with_one_wait(name, settings, monke
             torch.Tensor, read, lambda self, method=method: waits.append(1) or method(self)
         )
     assert len(list(speculator.decode([1, 2, 3, 1, 2]))) == 40
-    drawn = speculator.guesses if name == "near" else 0  # a draft model waits for each of its own
+    drawn = speculator.guesses if name == "near" else 0  # a draft model waits for each guess
     assert speculator.guesses > 20
     assert len(waits) == speculator.rounds + drawn
 
 
-def test_a_model_that_gives_no_numbers_is_refused_at_the_token_that_has_none(monkeypatch):
+def test_logits_that_are_not_numbers_are_refused_at_their_token(monkeypatch):
     model = model_of(1)
     config = GenerationConfig(temperature=0, max_new_tokens=12)
     prompt = [1, 2, 3]
@@ -270,7 +272,7 @@ def test_a_model_that_gives_no_numbers_is_refused_at_the_token_that_has_none(mon
     assert speculator.accepted == 3
 
 
-def test_a_draft_that_gives_no_numbers_is_refused():
+def test_a_draft_with_logits_that_are_not_numbers_is_refused():
     model, broken = model_of(1), model_of(2)
     with torch.no_grad():
         broken.head.weight.fill_(torch.nan)
@@ -280,7 +282,7 @@ def test_a_draft_that_gives_no_numbers_is_refused():
         list(speculator.decode([1, 2]))
 
 
-def test_look_up_takes_the_latest_place_of_the_longest_match():
+def test_look_up_takes_the_latest_occurrence_of_the_longest_match():
     tokens = [1, 2, 3, 4, 9, 2, 3, 5, 3, 6, 2, 3]
     assert PromptLookup(3).propose(tokens, 2) == ([5, 3], None)
     assert PromptLookup(1).propose(tokens, 2) == ([6, 2], None)
@@ -288,7 +290,7 @@ def test_look_up_takes_the_latest_place_of_the_longest_match():
     assert PromptLookup(3).propose([7], 2) == ([], None)
 
 
-def test_prompts_and_numbers_that_make_no_sense_are_refused():
+def test_invalid_prompts_and_settings_are_refused():
     model = model_of(1)
     with pytest.raises(UsageError, match="num_draft_tokens is 0"):
         Speculator(model, GenerationConfig(), PromptLookup(), num_draft_tokens=0)

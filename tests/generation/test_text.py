@@ -71,8 +71,8 @@ def test_a_character_that_never_becomes_whole_is_shown_at_the_end():
     ],
 )
 @pytest.mark.parametrize("chunk", [1, 2, 3, 100])
-def test_nothing_of_a_stop_text_is_shown_and_nothing_else_is_lost(text, stop, shown, chunk):
-    # tokens of `chunk` characters each: a stop text may lie in one, or span several
+def test_a_stop_text_is_not_shown_and_all_text_before_it_is(text, stop, shown, chunk):
+    # each token has `chunk` characters: a stop text can lie within one, or span several
     class Chunks(CharTokenizer):
         def decode_bytes(self, ids):
             return b"".join(text[chunk * i : chunk * (i + 1)].encode() for i in ids)
@@ -84,7 +84,7 @@ def test_nothing_of_a_stop_text_is_shown_and_nothing_else_is_lost(text, stop, sh
     assert "".join(pieces) == shown
 
 
-def test_text_is_held_back_no_longer_than_it_may_become_a_stop_text():
+def test_text_is_held_back_only_while_it_can_become_a_stop_text():
     pieces = streamed(ByteTokenizer(), b"aENbENDc", ["END"])
     assert pieces == ["a", "", "", "ENb", "", "", "", "", ""]
 
@@ -93,7 +93,7 @@ def test_end_of_text_ends_a_sample():
     assert streamed(ByteTokenizer(), [97, 256, 98]) == ["a", "", "", ""]
 
 
-def test_the_same_seed_gives_the_same_text_and_another_one_another(byte_model):
+def test_the_same_seed_gives_the_same_text_and_another_seed_another_text(byte_model):
     def text(seed):
         return gpt.generate(byte_model, "x", max_new_tokens=30, seed=seed)[0].text
 
@@ -108,7 +108,7 @@ def test_without_a_seed_each_text_is_new(byte_model):
     assert len(texts) == 4
 
 
-def test_samples_differ_from_their_first_token_on(byte_model):
+def test_samples_already_differ_in_their_first_token(byte_model):
     texts = gpt.generate(
         byte_model,
         "x",
@@ -130,7 +130,7 @@ def test_streaming_gives_the_generated_text(byte_model):
 def test_generation_stops_at_a_stop_text(byte_model):
     options = {"max_new_tokens": 60, "seed": 3, "temperature": 1.0}
     text = gpt.generate(byte_model, "x", **options)[0].text
-    # one whose first character came before, so that a text is not taken for a list of characters
+    # its first character also occurs earlier: a stop text must not count as a list of characters
     stop = next(text[i : i + 2] for i in range(10, 50) if text[i] in text[:i])
     expected = text[: text.find(stop)]
     for stops in (stop, [stop], ["\x00\x00", stop]):
@@ -138,7 +138,7 @@ def test_generation_stops_at_a_stop_text(byte_model):
         assert (got.text, got.reason) == (expected, "stop")
 
 
-def test_a_beam_shows_nothing_from_its_stop_text_on(byte_model):
+def test_a_beam_ends_before_its_stop_text(byte_model):
     options = {"max_new_tokens": 20, "num_beams": 3}
     [whole] = gpt.generate(byte_model, "to be", **options)
     stop = next(whole.text[i] for i in range(1, 20) if whole.text[i] not in whole.text[:i])
@@ -156,7 +156,7 @@ def test_prompts_may_be_token_ids(byte_model):
     assert "".join(gpt.stream(byte_model, [97, 98], **options)) == texts[0].text
 
 
-def test_generation_can_be_cancelled_and_keeps_what_there_is(byte_model):
+def test_cancelled_generation_returns_the_text_so_far(byte_model):
     options = {"max_new_tokens": 30, "temperature": 0}
     asked = []
 
@@ -172,7 +172,7 @@ def test_generation_can_be_cancelled_and_keeps_what_there_is(byte_model):
         assert all_of_it.tokens[: len(one.tokens)] == one.tokens
 
 
-def test_a_prompt_is_scored_when_its_turn_comes(byte_model, monkeypatch):
+def test_a_prompt_is_scored_when_its_first_token_comes(byte_model, monkeypatch):
     scored = []
 
     def score(network, ids, **options):
@@ -205,7 +205,7 @@ def test_an_empty_prompt_is_the_start_of_a_document():
     assert encode_prompt(ByteTokenizer(), "") == [256]
 
 
-def test_a_prompt_that_is_no_text_is_refused():
+def test_a_prompt_with_a_lone_surrogate_is_refused():
     with pytest.raises(UsageError, match="not UTF-8 text: surrogates not allowed at character 1"):
         encode_prompt(ByteTokenizer(), "a\udcff")
 
@@ -220,13 +220,13 @@ def test_impossible_settings_are_refused(byte_model):
     for name, value in {"seed": "a", "logprobs": True, "stop": [3], "bias": {"a": 1.0}}.items():
         with pytest.raises(UsageError, match=f"{name} (is|has)"):
             gpt.generate(byte_model, "x", **{name: value})
-    with pytest.raises(UsageError, match="there is a draft, and num_draft_tokens is 0"):
+    with pytest.raises(UsageError, match="num_draft_tokens is 0, and a draft needs at least 1"):
         gpt.generate(byte_model, "x", draft=byte_model)
     with pytest.raises(UsageError, match="num_beams and num_draft_tokens are both given"):
         gpt.generate(byte_model, "x", num_beams=2, num_draft_tokens=2)
 
 
-def test_a_stream_that_is_left_leaves_the_model_as_it_was(byte_model):
+def test_a_stream_that_is_closed_leaves_the_model_as_it_was(byte_model):
     byte_model[0].train()
     pieces = gpt.stream(byte_model, "x", max_new_tokens=30, seed=1)
     next(pieces)
@@ -235,7 +235,7 @@ def test_a_stream_that_is_left_leaves_the_model_as_it_was(byte_model):
     assert not torch.is_inference_mode_enabled()
 
 
-def test_guesses_and_beams_are_had_from_python(byte_model):
+def test_python_callers_can_use_guesses_and_beams(byte_model):
     options = {"max_new_tokens": 20, "temperature": 0}
     [plain] = gpt.generate(byte_model, "x", **options)
     [guessed] = gpt.generate(byte_model, "x", draft=byte_model, num_draft_tokens=3, **options)
@@ -284,13 +284,13 @@ def test_ids_of_any_width_are_the_same_prompt(byte_model, dtype):
 @pytest.mark.parametrize(
     ("prompts", "said"),
     [
-        ([1.0], r"prompts has 1.0 in it, and takes texts and lists of token ids"),
-        ([5, 6], r"prompts has 5 in it"),
+        ([1.0], r"prompts contains 1.0, and takes texts and lists of token ids"),
+        ([5, 6], r"prompts contains 5"),
         (5, r"prompts is 5, and must be a text, or a list"),
         (None, r"prompts is None"),
         (torch.tensor(1), r"prompts is tensor\(1\)"),
         (torch.tensor([[1]], device="meta"), r"which is no token id"),
-        (b"ab", r"prompts has 97 in it"),
+        (b"ab", r"prompts contains 97"),
         ([b"ab"], r"the prompt is b'ab', and must be a list of token ids"),
         ([[1.0]], r"the prompt has 1.0 in it, which is no token id"),
         ([[True]], r"the prompt has True in it, which is no token id"),
@@ -300,7 +300,7 @@ def test_ids_of_any_width_are_the_same_prompt(byte_model, dtype):
         ([[10**5000]], r"the token id of int, and too long to show"),
     ],
 )
-def test_what_is_no_prompt_is_told(byte_model, prompts, said):
+def test_values_that_are_not_prompts_are_refused(byte_model, prompts, said):
     with pytest.raises(UsageError, match=said):
         gpt.generate(byte_model, prompts)
 
@@ -318,7 +318,7 @@ def test_what_is_no_prompt_is_told(byte_model, prompts, said):
         ("num_draft_tokens", -1), ("num_draft_tokens", 2.5), ("max_new_tokens", 2**70),
     ],
 )  # fmt: skip
-def test_a_setting_of_another_kind_is_told_by_its_name(byte_model, name, value):
+def test_a_setting_of_a_wrong_type_is_refused_by_its_name(byte_model, name, value):
     with pytest.raises(UsageError, match=f"{name} (is|has) "):
         gpt.generate(byte_model, "x", **{name: value})
 
@@ -331,7 +331,7 @@ def test_a_setting_of_another_kind_is_told_by_its_name(byte_model, name, value):
         ({"num_beams": 10**8, "num_samples": 10**8}, "100,000,000 sequences need"),
     ],
 )
-def test_more_than_the_memory_is_refused_at_once(byte_model, settings, said):
+def test_settings_that_need_more_than_the_memory_are_refused_at_once(byte_model, settings, said):
     start = time.perf_counter()
     with pytest.raises(UsageError, match=rf"{said} [\d,.]+ GB, and this machine has [\d,.]+ GB: "):
         gpt.generate(byte_model, "x", **settings)
@@ -348,7 +348,7 @@ def test_a_cache_that_does_not_fit_is_refused_before_it_is_made(byte_model, monk
 
 
 @pytest.mark.parametrize("length_penalty", [-20, 20])
-def test_the_strongest_length_penalties_give_numbers(byte_model, length_penalty):
+def test_the_strongest_length_penalties_give_finite_scores(byte_model, length_penalty):
     options = {"num_beams": 3, "num_samples": 3, "max_new_tokens": 31}
     beams = gpt.generate(byte_model, "x", length_penalty=length_penalty, **options)
     for beam in beams:

@@ -1,0 +1,64 @@
+"""What ends a sequence, and the two policies for a full context.
+
+``stop``
+    The sequence ends. The model predicts every token from all the tokens before it.
+``slide``
+    The model reads the newer half of the context again, from position 0, and the sequence goes on.
+    Cached keys cannot move, since positions are absolute. The cost is one prefill of
+    ``context_length / 2`` tokens for every ``context_length / 2`` new ones. Right after a slide,
+    the model sees only that half.
+
+Beam search always stops: after a slide, a beam's tokens would no longer be predicted from one text.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from gpt.config import GenerationConfig
+from gpt.model.gpt import GPT
+
+Reason = Literal["end_of_text", "length", "context", "stop"]
+"""Why a sequence ends; ``stop`` is a stop text, or a caller's wish."""
+
+
+class Context:
+    """A model's context, and the configuration's policy for it.
+
+    ``tokens`` are always those of one sequence, and the model has not read the last one yet. So a
+    sequence has up to ``length`` tokens that the model can read, and one more when it is full.
+    """
+
+    def __init__(self, model: GPT, config: GenerationConfig, end_of_text: int | None) -> None:
+        self.length = model.config.context_length
+        self.config, self.end_of_text = config, end_of_text
+
+    def fit(self, prompt: list[int]) -> list[int]:
+        """The part of ``prompt`` that the model reads: its last ``length`` tokens."""
+        return prompt[-self.length :]
+
+    def room(self, tokens: Sequence[int]) -> int:
+        """How many tokens the model can predict before the context is full."""
+        return max(0, self.length + 1 - len(tokens))
+
+    def slide(self, tokens: list[int]) -> list[int]:
+        """The newer half of the context if it is full, else ``tokens``."""
+        return tokens if self.room(tokens) else tokens[-max(1, self.length // 2) :]
+
+    def ended(self, tokens: Sequence[int], written: int) -> Reason | None:
+        """Why a sequence ends after its last token, the ``written``-th new one, if it does."""
+        if tokens[-1] == self.end_of_text:
+            return "end_of_text"
+        if written == self.config.max_new_tokens:
+            return "length"
+        if not self.room(tokens) and self.config.past_context == "stop":
+            return "context"
+        return None
+
+
+def newest(tokens: list[int], length: int) -> list[int]:
+    """Between half of a context of ``length`` tokens and all of it: the newest ``tokens``.
+
+    The start moves by half a context at a time, so that most calls continue a cached text.
+    """
+    half = max(1, length // 2)
+    return tokens[max(0, -(-(len(tokens) - length) // half)) * half :]

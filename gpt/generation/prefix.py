@@ -1,0 +1,52 @@
+"""The shared beginning of prompts: the model reads it once, and they all start from its cache."""
+
+import torch
+
+from gpt.model.cache import KVCache
+from gpt.model.gpt import GPT
+
+WORTH_SHARING = 8
+"""Tokens. A shorter beginning is read again with each prompt."""
+
+
+class Prefix:
+    """The longest beginning that the latest prompts share, in a cache of one row."""
+
+    def __init__(self, model: GPT) -> None:
+        self.model = model
+        self._tokens: list[int] = []
+        self._cache: KVCache | None = None
+
+    def share(self, prompts: list[list[int]], upcoming: list[list[int]]) -> None:
+        """Read the shared beginning of ``prompts`` and ``upcoming`` ones if much of it is new.
+
+        Equal ``prompts`` need no shared beginning: the decoder reads them once.
+        """
+        different = [list(prompt) for prompt in dict.fromkeys(map(tuple, prompts))] + upcoming
+        if len(different) == 1:
+            return
+        # The first and the last in sorted order share what all the prompts between them share.
+        shared = common(min(different)[:-1], max(different)[:-1])
+        if len(shared) - len(common(shared, self._tokens)) >= WORTH_SHARING:
+            self._tokens = shared
+            self._cache = self.model.new_cache(1, capacity=len(shared))
+            ids = torch.tensor([shared], device=self.model.device)
+            self.model.features(ids, cache=self._cache)
+
+    def new_cache(self, prompts: list[list[int]]) -> KVCache:
+        """A cache with one row for each of ``prompts``. Each row holds as much of the prefix as all
+        the prompts begin with, and has room for the longest prompt.
+        """
+        known = min(len(common(prompt[:-1], self._tokens)) for prompt in prompts)
+        longest = max(map(len, prompts))
+        if self._cache is None or known < WORTH_SHARING:
+            return self.model.new_cache(len(prompts), capacity=longest)
+        cache = self._cache.expand(len(prompts), capacity=max(longest, self._cache.length))
+        cache.truncate(known)
+        return cache
+
+
+def common(one: list[int], two: list[int]) -> list[int]:
+    """The beginning that both lists share."""
+    n = min(len(one), len(two))
+    return one[: next((i for i in range(n) if one[i] != two[i]), n)]
