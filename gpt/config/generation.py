@@ -120,8 +120,9 @@ class GenerationConfig(SamplingConfig):
     stop: tuple[str, ...] = ()
     """One or more texts at which a sample ends; they are not shown. On the command line \\n is a
     newline, \\t a tab, and \\\\ a backslash."""
-    past_context: Literal["slide", "stop"] = "slide"
-    """When the context is full: slide re-reads its newer half and goes on, stop ends the text."""
+    past_context: Literal["slide", "stop", "sinks"] = "slide"
+    """When the context is full: slide re-reads its newer half and goes on, stop ends the text,
+    sinks goes on without reading anything again (models whose layers all have a window)."""
     logprobs: int | None = number(None, at_least=0)
     """Give log-probabilities as well, in Python and in the lines of out: of each token, and of this
     many likeliest ones."""

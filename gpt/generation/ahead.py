@@ -153,7 +153,8 @@ def loop_for(
     """A loop over an empty cache with room for ``rows`` rows of ``length`` tokens: the one that
     the model keeps, if it fits.
     """
-    length = min(model.config.context_length, -(-length // ROUNDED) * ROUNDED)
+    length = -(-length // ROUNDED) * ROUNDED
+    length = min(model.config.most_positions() or length, length)
     old = _kept.pop(model, None)
     if old is not None and _fits(old, model, rows, length):
         old.cache.reorder([])

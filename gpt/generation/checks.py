@@ -25,6 +25,15 @@ def check_settings(model: GPT, config: GenerationConfig, vocab_size: int) -> Non
         )
     check_ids("bias", config.bias, vocab_size)
     check_ids("ban", config.ban, vocab_size)
+    if config.past_context == "sinks":
+        shape = model.config
+        windows = all(kind.window for kind in model.kinds) and shape.copy == "none"
+        if not windows or shape.most_positions() is not None:
+            raise UsageError(
+                "past_context is 'sinks', which needs model.window in every layer and positions "
+                f"without an end; the model has position '{shape.position}' and layers "
+                f"'{shape.layer_pattern()}': use 'slide' or 'stop'"
+            )
 
 
 def check_prompt(

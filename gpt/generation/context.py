@@ -1,4 +1,4 @@
-"""What ends a sequence, and the two policies for a full context.
+"""What ends a sequence, and the policies for a full context.
 
 ``stop``
     The sequence ends. The model predicts every token from all the tokens before it.
@@ -7,10 +7,15 @@
     Cached keys cannot move, since positions are absolute. The cost is one prefill of
     ``context_length / 2`` tokens for every ``context_length / 2`` new ones. Right after a slide,
     the model sees only that half.
+``sinks``
+    The sequence goes on. It needs a model whose layers all have an attention window, and positions
+    that have no end: then the cache is a ring, memory and time per token are constant, and the
+    model sees the window and the first tokens (``model.sinks``; arXiv:2309.17453).
 
 Beam search always stops: after a slide, a beam's tokens would no longer be predicted from one text.
 """
 
+import sys
 from collections.abc import Sequence
 from typing import Literal
 
@@ -29,7 +34,8 @@ class Context:
     """
 
     def __init__(self, model: GPT, config: GenerationConfig, end_of_text: int | None) -> None:
-        self.length = model.config.context_length
+        is_endless = config.past_context == "sinks"
+        self.length = sys.maxsize if is_endless else model.config.context_length
         self.config, self.end_of_text = config, end_of_text
 
     def fit(self, prompt: list[int]) -> list[int]:

@@ -241,13 +241,19 @@ class Decoder:
             prompt[start:] + [0] * (max(ends) - n) for prompt, n in zip(prompts, ends, strict=True)
         ]
         ids = torch.tensor(padded, device=self.model.device)
-        chunks = ids.split(max(1, PREFILL // len(prompts)), dim=1)
-        features = torch.cat([self.model.features(chunk, cache=cache) for chunk in chunks], dim=1)
-        cache.truncate([len(prompt) for prompt in prompts])
+        size = max(1, PREFILL // len(prompts))
+        features = []
+        for at in range(0, max(ends), size):
+            chunk = ids[:, at : at + size]
+            n = chunk.shape[1]
+            valid = [min(max(0, end - at), n) for end in ends]
+            features.append(
+                self.model.features(chunk, cache=cache, valid=None if min(valid) == n else valid)
+            )
         assert self._cache is not None
         self._cache.add(cache, own)
         self._rows += arriving
-        return features[own, [ends[i] - 1 for i in own]]
+        return torch.cat(features, dim=1)[own, [ends[i] - 1 for i in own]]
 
     def _make_room(self, arriving: list[_Row]) -> None:
         """Replace the cache if the ``arriving`` rows do not fit, by one that also fits the waiting

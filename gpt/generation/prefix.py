@@ -39,7 +39,11 @@ class Prefix:
         """
         known = min(len(common(prompt[:-1], self._tokens)) for prompt in prompts)
         longest = max(map(len, prompts))
-        if self._cache is None or known < WORTH_SHARING:
+        if (
+            self._cache is None
+            or known < WORTH_SHARING
+            or not self._cache.can_truncate([known])  # a ring has forgotten what is before
+        ):
             return self.model.new_cache(len(prompts), capacity=longest)
         cache = self._cache.expand(len(prompts), capacity=max(longest, self._cache.length))
         cache.truncate(known)

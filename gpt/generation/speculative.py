@@ -118,6 +118,11 @@ class Speculator:
         end_of_text: int | None = None,
     ) -> None:
         check_number("num_draft_tokens", num_draft_tokens, 1)
+        if config.past_context == "sinks":
+            raise UsageError(
+                "past_context is 'sinks', and speculative decoding reads at most one context: use "
+                "'slide' or 'stop'"
+            )
         self.model, self.config, self.draft = model, config, draft
         self.num_draft_tokens, self.end_of_text = num_draft_tokens, end_of_text
         self.vocab_size = vocab_size or model.config.vocab_size
@@ -283,6 +288,7 @@ class _Reader:
         """
         tokens = newest(tokens, self.model.config.context_length)
         kept = min(len(common(self._tokens, tokens)), len(tokens) - n)
+        kept = kept if self._cache.can_truncate([kept]) else 0
         self._cache.truncate(kept)
         self._tokens = list(tokens)
         unread = torch.tensor([tokens[kept:]], device=self.model.device)

@@ -20,7 +20,7 @@ from torch import Tensor
 from gpt.config import ModelConfig
 from gpt.model.kinds import Kind, layer_kinds
 from gpt.model.lengths import DeviceLengths, HostLengths, Next
-from gpt.model.store import Copied, Slots, Store, make_store
+from gpt.model.store import Copied, Ring, Slots, Store, make_store
 
 COPIED = Kind("copied")
 """Not a layer: what :class:`gpt.model.pointer.Pointer` reads."""
@@ -188,14 +188,24 @@ class KVCache:
         for length, new in zip(held, wanted, strict=True):
             if not 0 <= new <= length:
                 raise ValueError(f"cannot truncate a cache of {length} tokens to {new}")
+        if not self.can_truncate(wanted):
+            raise ValueError(
+                f"cannot truncate a cache of {held} tokens to {wanted}: the attention window before "
+                "them was overwritten"
+            )
         peaks = [max(pair) for pair in zip(self._peaks, held, strict=True)]
-        for new, peak in zip(wanted, peaks, strict=True):
-            if not all(store.can_forget(new, peak) for store in self.stores.values()):
-                raise ValueError(
-                    f"cannot truncate a cache to {new} of {peak} tokens: the attention window "
-                    "before them was overwritten"
-                )
         self.lengths, self._peaks = wanted, peaks
+
+    def can_truncate(self, lengths: Sequence[int]) -> bool:
+        """Whether what the next tokens see from these lengths on is still there."""
+        if not any(isinstance(store, Ring) for store in self.stores.values()):
+            return True
+        peaks = [max(pair) for pair in zip(self._peaks, self.lengths, strict=True)]
+        return all(
+            store.can_forget(length, peak)
+            for store in self.stores.values()
+            for length, peak in zip(lengths, peaks, strict=True)
+        )
 
     def reorder(self, rows: Sequence[int] | Tensor) -> None:
         """Row ``i`` becomes what row ``rows[i]`` was (a beam's parents); fewer rows drop the rest.
