@@ -11,10 +11,14 @@ token spans such a place, so the ids of the pieces are the ids of the whole.
 
 import codecs
 import hashlib
+import io
 import stat
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from gpt.config import DataConfig, UsageError, foreign, quoted
 from gpt.data import shakespeare
@@ -27,14 +31,30 @@ LONGEST_WORD_PIECES = 4
 PREPARED_FILES = ("tokenizer.json", "train.bin", "validation.bin")
 """What a folder of prepared tokens has in it."""
 Say = Callable[[str], None]
+Tap = Callable[[bytes], None]
+"""Receives each block of bytes that is read from a file."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one pass over a corpus finds out."""
+
+    fingerprint: bytes
+    """SHA-256 of the documents' contents and order."""
+    length: int
+    """Characters in all documents."""
+    characters: str
+    """The distinct characters, by code point; empty if they were not asked for."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in a fixed order: one a file, read by ``read`` in pieces of text."""
+    """Documents in a fixed order: one per file. ``read`` yields a file's text in pieces, and passes
+    the file's bytes to its tap.
+    """
 
     files: tuple[Path, ...]
-    read: Callable[[Path], Iterator[str]]
+    read: Callable[[Path, Tap], Iterator[str]]
     folder: Path | None = None
     """The folder that the files were found in."""
 
@@ -42,18 +62,20 @@ class Corpus:
         """Each document as its pieces, in order. ``UsageError`` names a file that cannot be
         read.
         """
-        return map(self.read, self.files)
+        return (self.read(path, lambda block: None) for path in self.files)
 
-    def fingerprint(self) -> bytes:
-        """SHA-256 of the documents' contents and order."""
-        total = hashlib.sha256(self.read.__name__.encode())
+    def survey(self, *, characters: bool = False) -> Survey:
+        """Read each document once. ``UsageError`` names a file that cannot be read."""
+        total, length = hashlib.sha256(self.read.__name__.encode()), 0
+        seen = np.zeros(sys.maxunicode + 1, bool)
         for path in self.files:
-            try:
-                with path.open("rb") as file:
-                    total.update(hashlib.file_digest(file, "sha256").digest())
-            except OSError as error:
-                raise unreadable(path, "the text", error) from None
-        return total.digest()
+            digest = hashlib.sha256()
+            for piece in self.read(path, digest.update):
+                length += len(piece)
+                if characters:
+                    seen[np.frombuffer(piece.encode("utf-32-le"), np.uint32)] = True
+            total.update(digest.digest())
+        return Survey(total.digest(), length, "".join(map(chr, seen.nonzero()[0])))
 
 
 def open_corpus(source: str, *, say: Say = lambda text: None) -> Corpus:
@@ -151,21 +173,29 @@ def _shakespeare() -> Corpus:
 NAMED: dict[str, Callable[[], Corpus]] = {"shakespeare": _shakespeare}
 
 
-def play_pieces(path: Path) -> Iterator[str]:
+class _Tapped(io.BufferedReader):
+    def __init__(self, file: io.FileIO, tap: Tap) -> None:
+        super().__init__(file)
+        self._tap = tap
+
+    def read1(self, size: int = -1, /) -> bytes:  # TextIOWrapper.read(n) calls this alone
+        block = super().read1(size)
+        self._tap(block)
+        return block
+
+
+def play_pieces(path: Path, tap: Tap) -> Iterator[str]:
     """A play as one piece."""
-    try:
-        markdown = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise unreadable(path, "the play", error) from None
-    yield shakespeare.speeches(markdown)
+    yield shakespeare.speeches("".join(text_pieces(path, tap)))
 
 
-def text_pieces(path: Path) -> Iterator[str]:
+def text_pieces(path: Path, tap: Tap) -> Iterator[str]:
     """The text of a UTF-8 file in pieces; line ends become line feeds, a byte-order mark is
     dropped.
     """
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        raw = _Tapped(path.open("rb", buffering=0), tap)
+        with io.TextIOWrapper(raw, encoding="utf-8-sig") as file:
             held = ""
             while block := file.read(PIECE_CHARACTERS):
                 if "\0" in block:

@@ -1,7 +1,7 @@
 """Text from a pipe: copied into the cache, and from there on a file like any other.
 
-A pipe can be read once, and a text is read several times: to hash it, to count it, to encode it,
-and again when a run is resumed. The copy's name follows from its contents, so a text that is piped
+A pipe can be read once. A text is read more often: to hash and count it, to encode it, and again
+when a run is resumed. The copy's name follows from its contents, so a text that is piped
 twice has one copy.
 """
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from gpt.config import DataConfig, TokenizerKind, UsageError, quoted
 from gpt.data import tokenizer as tokenizers
-from gpt.data.corpus import PREPARED_FILES, Corpus, Say, open_corpus
+from gpt.data.corpus import PREPARED_FILES, Corpus, Say, Survey, open_corpus
 from gpt.data.piped import keep
 from gpt.data.shards import Shard, ShardWriter, read_shard
 from gpt.data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Ids, Tokenizer
@@ -55,9 +55,11 @@ def prepare(
     """
     config = keep(config, cache_dir)
     corpus = open_corpus(config.source, say=say)
-    fingerprint = corpus.fingerprint()
     kind = tokenizer.kind if tokenizer else config.tokenizer
-    key = hashlib.sha256(fingerprint + f"{kind} {config.validation_fraction!r}".encode())
+    survey = corpus.survey(characters=kind == "char" and tokenizer is None)
+    if survey.length == 0:
+        raise UsageError(f"data.source is {quoted(config.source)}, which has no text in it")
+    key = hashlib.sha256(survey.fingerprint + f"{kind} {config.validation_fraction!r}".encode())
     if tokenizer:
         key.update(tokenizers.fingerprint(tokenizer))
     folder = cache_dir / f"{config.name[:40]}-{kind}-{key.hexdigest()[:12]}"
@@ -65,7 +67,8 @@ def prepare(
         shutil.rmtree(folder, ignore_errors=True)  # of which a part was deleted
         try:
             with new_folder(folder) as work:
-                _write(config, corpus, fingerprint, work, tokenizer, progress)
+                tokenizer = tokenizer or _make_tokenizer(kind, survey.characters)
+                _write(config, corpus, survey, work, tokenizer, progress)
         except UsageError:
             if not _is_whole(folder):  # else another run has prepared the same text meanwhile
                 raise
@@ -90,17 +93,13 @@ def read_prepared(folder: Path) -> Prepared:
 def _write(
     config: DataConfig,
     corpus: Corpus,
-    fingerprint: bytes,
+    survey: Survey,
     folder: Path,
-    tokenizer: Tokenizer | None,
+    tokenizer: Tokenizer,
     progress: Progress,
 ) -> None:
-    length, characters = _survey(corpus)
-    if length == 0:
-        raise UsageError(f"data.source is {quoted(config.source)}, which has no text in it")
-    tokenizer = tokenizer or _make_tokenizer(config.tokenizer, characters)
     (folder / "tokenizer.json").write_text(tokenizers.to_json(tokenizer), encoding="utf-8")
-    boundary = round(length * (1 - config.validation_fraction))
+    boundary = round(survey.length * (1 - config.validation_fraction))
     done = 0
     with contextlib.ExitStack() as stack:
         writers = {
@@ -109,7 +108,7 @@ def _write(
                     folder / f"{split}.bin",
                     vocab_size=tokenizer.vocab_size,
                     tokenizer=tokenizers.fingerprint(tokenizer),
-                    corpus=fingerprint,
+                    corpus=survey.fingerprint,
                 )
             )
             for split in ("train", "validation")
@@ -117,20 +116,10 @@ def _write(
         for split, piece, ids in _encoded(tokenizer, _pieces(corpus, boundary)):
             writers[split].write(ids)
             done += len(piece)
-            progress(done / length)
+            progress(done / survey.length)
 
 
-def _survey(corpus: Corpus) -> tuple[int, set[str]]:
-    """The number of characters in the corpus, and which they are."""
-    length, characters = 0, set[str]()
-    for document in corpus.documents():
-        for piece in document:
-            length += len(piece)
-            characters.update(piece)
-    return length, characters
-
-
-def _make_tokenizer(kind: TokenizerKind, characters: set[str]) -> Tokenizer:
+def _make_tokenizer(kind: TokenizerKind, characters: str) -> Tokenizer:
     match kind:
         case "char":
             return CharTokenizer(characters)

@@ -1,3 +1,4 @@
+import hashlib
 import os
 import random
 import re
@@ -101,12 +102,22 @@ def test_the_fingerprint_is_of_content_and_order_alone(tmp_path):
         (tmp_path / folder).mkdir()
         for name, text in files.items():
             (tmp_path / folder / name).write_text(text)
-        return open_corpus(str(tmp_path / folder)).fingerprint()
+        return open_corpus(str(tmp_path / folder)).survey().fingerprint
 
     one = fingerprint("one", {"a": "x", "b": "y"})
     assert one == fingerprint("same", {"c": "x", "d": "y"})
     assert one != fingerprint("order", {"a": "y", "b": "x"})
     assert one != fingerprint("joined", {"a": "xy"})
+
+
+def test_a_survey_is_the_hash_of_the_bytes_and_the_count_of_the_characters(tmp_path):
+    raw = "\ufeffGr\u00fc\u00dfe,\r\n\U0001f600 ".encode() + b"x" * 3_000_000
+    (tmp_path / "a.txt").write_bytes(raw)
+    survey = open_corpus(str(tmp_path / "a.txt")).survey(characters=True)
+    own = hashlib.sha256(b"text_pieces" + hashlib.sha256(raw).digest())
+    assert survey.fingerprint == own.digest()
+    assert survey.length == 9 + 3_000_000
+    assert survey.characters == "\n ,Gerx\u00df\u00fc\U0001f600"
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty folder", "not UTF-8", "unreadable"])

@@ -1,5 +1,6 @@
 import os
 import stat
+import sys
 
 import numpy as np
 import pytest
@@ -62,12 +63,40 @@ def test_a_prepared_text_is_found_again_by_its_content(text_file, tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 3
 
 
+READ: list[str] | None = None
+"""The files that are opened while a test counts them."""
+
+
+def note(event, arguments):
+    if event == "open" and READ is not None:
+        READ.append(str(arguments[0]))
+
+
+sys.addaudithook(note)
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "byte", "gpt2"])
+def test_a_text_is_read_twice_to_prepare_it_and_once_to_find_it_again(
+    tokenizer, tmp_path, monkeypatch
+):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in "abc":
+        (source / name).write_text(f"the {name} sat on the mat\n" * 500)
+    config = DataConfig(source=str(source), tokenizer=tokenizer)
+    for times in (2, 1):
+        monkeypatch.setattr(sys.modules[__name__], "READ", read := [])
+        prepare(config, tmp_path / "cache")
+        monkeypatch.undo()
+        assert [read.count(str(source / name)) for name in "abc"] == [times] * 3
+
+
 def test_a_preparation_that_fails_leaves_nothing_behind(tmp_path):
     bad = tmp_path / "bad.txt"
     bad.write_bytes(b"good text " * 10 + b"\xff")
     with pytest.raises(UsageError, match="not UTF-8"):
         prepare(DataConfig(source=str(bad)), tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.txt"]
 
 
 @pytest.mark.parametrize("source", ["file", "folder"])
