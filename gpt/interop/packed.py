@@ -71,9 +71,9 @@ def load_packed(
         config, kind, expected = ModelConfig(**meta["model"]), meta["weights"], meta["sha256"]
     shapes = tensor_shapes(weights)
     with _named(described):
-        _check_sizes(config, kind, shapes)
+        plain = _plain_model(config, kind, shapes)
         with torch.device("meta"):
-            model = prepare_for_inference(GPT(config), kind, device=torch.device(device))
+            model = prepare_for_inference(plain, kind, device=torch.device(device))
     try:
         if _sha256(weights) != expected:
             raise UsageError(f"{foreign(weights)} is damaged: it is not what was saved")
@@ -95,28 +95,30 @@ def _named(path: Path) -> Iterator[None]:
         raise UsageError(f"{foreign(path)} is broken ({foreign(repr(error))})") from None
 
 
-def _check_sizes(config: ModelConfig, kind: Weights, shapes: Mapping[str, list[int]]) -> None:
-    """``UsageError`` if the weights are not as many as the configuration says: to be known before a
-    model of that size is built.
+def _plain_model(config: ModelConfig, kind: Weights, shapes: Mapping[str, list[int]]) -> GPT:
+    """The model without numbers, before it is packed. ``UsageError`` if the file's tensors have
+    other shapes: packing a much larger model would take very long.
     """
     layers = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
     if len(layers) != config.n_layer:
         asked = foreign(config.n_layer)
         raise UsageError(f"n_layer is {asked}, and {WEIGHTS} has {len(layers)} blocks")
-    inner = config.n_inner or 4 * config.n_embd
-    columns = -(-config.n_embd // PADDED) * PADDED  # of an int8 or int4 matrix, in weights
-    columns = {"int8": columns, "int4": columns // 2}.get(str(kind), config.n_embd)
-    wanted = {
-        "position.weight": [config.context_length, config.n_embd],
-        "embed.matrix.data": [config.vocab_size, columns],
-        **{f"blocks.{i}.mlp.up.matrix.data": [inner, columns] for i in range(config.n_layer)},
-    }
-    for name, shape in wanted.items():
+    try:
+        with torch.device("meta"):
+            model = GPT(config)
+    except RuntimeError as error:  # more numbers than torch can count
+        raise UsageError(f"the model is too large to be built ({foreign(error)})") from None
+    for name, parameter in model.named_parameters():
+        shape, packed = list(parameter.shape), f"{name.removesuffix('weight')}matrix.data"
+        if packed in shapes:
+            name, padded = packed, -(-shape[1] // PADDED) * PADDED
+            shape[1] = {"int8": padded, "int4": padded // 2}.get(str(kind), shape[1])
         if shapes.get(name) != shape:
-            has = shapes.get(name, "none")
             raise UsageError(
-                f"the configuration asks for {name} of {foreign(shape)}, and {WEIGHTS} has {has}"
+                f"the configuration needs {name} of shape {shape}, and {WEIGHTS} has "
+                f"{shapes.get(name, 'no such tensor')}"
             )
+    return model
 
 
 def _sha256(path: Path) -> str:

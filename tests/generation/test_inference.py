@@ -28,6 +28,9 @@ from gpt.generation.inference import FEW, InferenceGPT, PackedLinear, prepare_fo
 from gpt.generation.quantisation import Matrix
 from gpt.interop.packed import PACKED, load_packed, save_packed
 from gpt.model.attention import CausalSelfAttention
+from gpt.model.gpt import GPT
+from gpt.model.mlp import MLPS
+from gpt.model.position import POSITIONS, Position
 from tests.conftest import make_model
 
 KINDS = ["float32", "bfloat16", "int8", "int4"]
@@ -576,6 +579,39 @@ def test_packed_weights_are_loaded_as_they_were_saved(kind, tmp_path):
             assert [got] == gpt.generate((prepared, tokenizer), prompt, **options)
 
 
+class Gated(torch.nn.Module):
+    """A toy: SiLU gates (arXiv:2002.05202), and no layer that is named up."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.both = torch.nn.Linear(config.n_embd, 2 * 80, bias=False)
+        self.down = torch.nn.Linear(80, config.n_embd)
+
+    def forward(self, x):
+        gate, x = self.both(x).chunk(2, dim=-1)
+        return self.down(torch.nn.functional.silu(gate) * x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_weights_need_neither_learned_positions_nor_a_plain_feed_forward(
+    kind, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("gpt.config.model.check", lambda *arguments: None)  # which knows the names
+    monkeypatch.setitem(POSITIONS, "toy", lambda config: Position())
+    monkeypatch.setitem(MLPS, "toy", Gated)
+    with torch.device("meta"):
+        model = GPT(dataclasses.replace(CONFIG, position="toy", mlp="toy"))
+    model = model.to_empty(device="cpu")
+    model.tie_weights()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    prepared = prepare_for_inference(model, kind)
+    save_packed(prepared, ByteTokenizer(), tmp_path / "packed")
+    loaded, _ = load_packed(tmp_path / "packed")
+    with torch.inference_mode():
+        assert torch.equal(loaded(some_tokens(2, 9)), prepared(some_tokens(2, 9)))
+
+
 @NEEDS_A_COMPILER
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_weights_run_where_there_is_no_compiler_and_the_other_way_round(
@@ -662,18 +698,18 @@ def test_a_packed_folder_that_asks_for_more_than_it_holds_is_refused_at_once(
     meta = json.loads((folder / PACKED).read_text())
 
     def built(*arguments):
-        raise AssertionError("a model is built")
+        raise AssertionError("a model is packed")
 
-    monkeypatch.setattr("gpt.interop.packed.GPT", built)
+    monkeypatch.setattr("gpt.interop.packed.prepare_for_inference", built)
     for name, asked, said in [
         ("n_layer", 10**9, "n_layer is 1000000000, and model.safetensors has 2 blocks"),
         ("n_layer", 1, "n_layer is 1, and model.safetensors has 2 blocks"),
-        ("n_inner", 10**12, "blocks.0.mlp.up.matrix.data of [1000000000000, "),
-        ("vocab_size", 10**12, "embed.matrix.data of [1000000000000, "),
+        ("n_inner", 10**12, "blocks.0.mlp.up.matrix.data of shape [1000000000000, "),
+        ("vocab_size", 10**12, "embed.matrix.data of shape [1000000000000, "),
         ("vocab_size", 10**400, "model.vocab_size has 1,329 bits, and must be below 2**63"),
-        ("context_length", 10**12, "position.weight of [1000000000000, 64]"),
-        ("n_embd", 2 * 10**12, "position.weight of [48, 2000000000000]"),
-        ("n_inner", 2**63 - 1, "blocks.0.mlp.up.matrix.data of [9223372036854775807, "),
+        ("context_length", 10**12, "position.weight of shape [1000000000000, 64]"),
+        ("n_embd", 2 * 10**12, "the model is too large to be built ("),
+        ("n_inner", 2**63 - 1, "the model is too large to be built ("),
     ]:
         (folder / PACKED).write_text(json.dumps(meta | {"model": meta["model"] | {name: asked}}))
         with pytest.raises(UsageError, match=re.escape(said)) as error:
