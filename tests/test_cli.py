@@ -195,6 +195,13 @@ def test_an_unknown_command_is_refused(capsys):
     )
 
 
+def test_prepare_has_one_option_for_its_folder(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["prepare", "--data.cache_dir", "cache"])
+    said = " ".join(capsys.readouterr().err.split())
+    assert "takes no data.cache_dir ('cache'); give --out cache" in said
+
+
 def test_prepared_tokens_are_found_by_a_run(text_file, tmp_path, capsys):
     words = ["prepare", "--data.source", str(text_file), "--out", str(tmp_path / "cache")]
     assert main(words) == 0

@@ -85,6 +85,8 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        if cache := self.data.cache_dir:
+            raise UsageError(f"gpt prepare takes no data.cache_dir ({cache!r}); give --out {cache}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +118,8 @@ class EvaluateConfig:
     models: tuple[str, ...]
     """Any number of models, each named as for sample.py."""
     text: str = ""
-    """Perplexity and bits per byte of this text: a named corpus, a UTF-8 file, or a folder."""
+    """Perplexity and bits per byte of this text: a named corpus, a UTF-8 file, a folder, or
+    - for a pipe."""
     lambada: Path | None = None
     """LAMBADA's JSONL file, as OpenAI released it or detokenised."""
     hellaswag: Path | None = None

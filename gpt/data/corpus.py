@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt.config import DataConfig, UsageError, foreign, quoted
+from gpt.config import UsageError, foreign, quoted
 from gpt.data import shakespeare
 from gpt.data.piped import is_copy
 from gpt.files import check_regular, unreadable
@@ -78,56 +78,51 @@ class Corpus:
         return Survey(total.digest(), length, "".join(map(chr, seen.nonzero()[0])))
 
 
-def open_corpus(source: str, *, say: Say = lambda text: None) -> Corpus:
-    """The corpus that ``source`` names; ``UsageError`` if there is no such text.
+def open_corpus(source: str, *, field: str = "data.source", say: Say = lambda text: None) -> Corpus:
+    """The corpus that ``source``, the value of the setting ``field``, names. ``UsageError`` if
+    there is no such text.
 
-    A file here goes before a named corpus, and ``say`` is told.
+    A file here takes precedence over a named corpus, and ``say`` is told.
     """
-    if DataConfig(source=source).descriptor is not None:
-        raise UsageError(
-            f"{quoted(source)} is a pipe, which only train and prepare take: write its text into a "
-            "file, and name that"
-        )
     try:
         path = Path(source).expanduser()
     except RuntimeError:
         raise UsageError(
-            f"data.source is {quoted(source)}, and there is no such home folder: give the whole "
-            "path"
+            f"{field} is {quoted(source)}, and there is no such home folder: give the whole path"
         ) from None
-    mode = _mode(path)
+    mode = _mode(path, field)
     if source in NAMED and not stat.S_ISREG(mode):
         if stat.S_ISDIR(mode) and not _is_ours(names := _listed(path)) and names:
-            say(f"data.source {source} is the corpus, not the folder: that is ./{source}")
+            say(f"{field} {source} is the corpus, not the folder: that is ./{source}")
         return NAMED[source]()
     if source in NAMED:
-        say(f"data.source {source} is the file of that name here, not the corpus")
+        say(f"{field} {source} is the file of that name here, not the corpus")
     if not mode:
         raise UsageError(
-            f"data.source is {quoted(source)}, which is no file, no folder and no named corpus "
+            f"{field} is {quoted(source)}, which is no file, no folder and no named corpus "
             f"({', '.join(sorted(NAMED))})"
         )
     if stat.S_ISDIR(mode):
-        return _folder(path)
-    check_regular(path, "data.source")
+        return _folder(path, field)
+    check_regular(path, field)
     return Corpus((path,), text_pieces)
 
 
-def _mode(path: Path) -> int:
+def _mode(path: Path, field: str) -> int:
     """What ``path`` is, as ``stat`` says it; 0 if there is no such file."""
     try:
         return path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         return 0
-    except OSError as error:
-        raise unreadable(path, "data.source", error) from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise unreadable(path, field, error) from None
 
 
-def _folder(folder: Path) -> Corpus:
+def _folder(folder: Path, field: str) -> Corpus:
     if _is_ours(_listed(folder)):
         raise UsageError(
-            f"data.source is {foreign(folder)}, a folder that this program wrote: give the folder "
-            "or file of the text itself"
+            f"{field} is {foreign(folder)}, a folder that this program wrote: give the folder or "
+            "file of the text itself"
         )
     files: list[Path] = []
     seen: set[tuple[int, int]] = set()
@@ -147,7 +142,7 @@ def _folder(folder: Path) -> Corpus:
         elif not _is_ours(names := _listed(path)):
             waiting += [path / name for name in sorted(names, reverse=True)]
     if not files:
-        raise UsageError(f"data.source is the folder {foreign(folder)}, which has no files in it")
+        raise UsageError(f"{field} is the folder {foreign(folder)}, which has no files in it")
     return Corpus(tuple(files), text_pieces, folder)
 
 

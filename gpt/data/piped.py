@@ -40,7 +40,7 @@ def keep(config: DataConfig, cache_dir: Path) -> DataConfig:
     """
     path = Path(config.source)
     if config.descriptor is not None:
-        path = _copy(config.descriptor, cache_dir, f"data.source {config.source}")
+        path = copy(config.descriptor, cache_dir, f"data.source {config.source}")
     elif is_copy(path) and not path.exists() and (cache_dir / path.name).exists():
         path = cache_dir / path.name
     else:
@@ -48,8 +48,10 @@ def keep(config: DataConfig, cache_dir: Path) -> DataConfig:
     return dataclasses.replace(config, source=str(path))
 
 
-def _copy(descriptor: int, cache_dir: Path, what: str) -> Path:
-    """The file in ``cache_dir`` with all that the pipe ``descriptor`` gives."""
+def copy(descriptor: int, cache_dir: Path, what: str) -> Path:
+    """Copy all that the pipe ``descriptor`` gives into a file in ``cache_dir``. ``what`` names the
+    pipe in a ``UsageError``.
+    """
     blocks, digest = _blocks(descriptor, what), hashlib.sha256()
     work = cache_dir / f".piped-{secrets.token_hex(8)}.new"
     try:

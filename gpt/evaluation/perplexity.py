@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gpt.config import UsageError, foreign
+from gpt.config import UsageError
 from gpt.data import tokenizer as tokenizers
-from gpt.data.corpus import open_corpus
+from gpt.data.corpus import Corpus
 from gpt.data.tokenizer import Ids, Tokenizer
 from gpt.generation.score import score_targets
 from gpt.model.gpt import GPT
@@ -68,18 +68,16 @@ def perplexity_of(loss: float) -> float:
     return math.exp(loss) if loss < math.log(sys.float_info.max) else math.inf
 
 
-def encode_text(tokenizer: Tokenizer, source: str) -> Ids:
-    """The ids of a file, a folder or a named corpus; documents are joined by end-of-text."""
+def encode_text(tokenizer: Tokenizer, corpus: Corpus) -> Ids:
+    """The ids of all documents, joined by end-of-text."""
     parts: list[Ids] = []
-    for document in open_corpus(source).documents():
+    for document in corpus.documents():
         if parts:
             parts.append(np.array([tokenizer.end_of_text], np.uint32))
         parts.extend(tokenizer.encode(piece) for piece in document)
     ids = np.concatenate(parts) if parts else np.zeros(0, np.uint32)
     if len(ids) < 2:
-        raise UsageError(
-            f"the text {foreign(source)} has {len(ids)} tokens, and a score needs at least 2"
-        )
+        raise UsageError(f"the text has {len(ids)} tokens, and a score needs at least 2")
     return ids
 
 

@@ -2,15 +2,20 @@
 
 import json
 import math
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from rich.table import Table
 from rich.text import Text
 
-from gpt.config import EvaluateConfig, UsageError, Weights, foreign
+from gpt.config import DataConfig, EvaluateConfig, UsageError, Weights, foreign
+from gpt.data.corpus import Corpus, open_corpus
+from gpt.data.piped import copy
+from gpt.data.tokenizer import Ids
 from gpt.device import choose_device
 from gpt.evaluation import tasks
 from gpt.evaluation.perplexity import TextScore, encode_text, paired_bootstrap, score_text
@@ -40,25 +45,35 @@ def _load(name: str, weights: Weights, device: torch.device, say: Callable[[str]
 
 
 def measure(config: EvaluateConfig, *, say: Callable[[str], None]) -> Report:
-    """Run what ``config`` asks for, a model at a time; of a paired comparison, both on windows of
-    the shorter context.
+    """Run what ``config`` asks for, one model at a time. A paired comparison scores both models on
+    windows of the shorter context.
     """
+    with tempfile.TemporaryDirectory() as folder:  # every model reads the text, a pipe too
+        source, corpus = config.text, None
+        if (descriptor := DataConfig(source=source).descriptor) is not None:
+            source = str(copy(descriptor, Path(folder), f"text {source}"))
+        if source:
+            corpus = open_corpus(source, field="text", say=say)
+        return _measure(config, corpus, say)
+
+
+def _measure(config: EvaluateConfig, corpus: Corpus | None, say: Callable[[str], None]) -> Report:
     report = Report()
     device = choose_device(config.device)
     texts: list[TextScore] = []
     models: Iterable[tuple[str, Loaded]]
     models = ((name, _load(name, config.weights, device, say)) for name in config.models)
-    context = 0
-    if config.paired:
+    context, ids = 0, None
+    if config.paired and corpus:
         models = pair = list(models)
-        context = _common_context(pair, config.text, say)
+        context, ids = _in_common(pair, corpus, say)
     for name, (model, tokenizer) in models:
         own = report.scores.setdefault(name, {})
-        if config.text:
+        if corpus:
             score = score_text(
                 model,
                 tokenizer,
-                encode_text(tokenizer, config.text),
+                encode_text(tokenizer, corpus) if ids is None else ids,
                 context=context,
                 stride=config.stride,
                 batch_size=config.batch_size,
@@ -87,15 +102,17 @@ def measure(config: EvaluateConfig, *, say: Callable[[str], None]) -> Report:
     return report
 
 
-def _common_context(pair: list[tuple[str, Loaded]], text: str, say: Callable[[str], None]) -> int:
-    """The shorter context of two models, said where the other's is longer; ``UsageError`` if their
-    tokenizers make different tokens of the text.
+def _in_common(
+    pair: list[tuple[str, Loaded]], corpus: Corpus, say: Callable[[str], None]
+) -> tuple[int, Ids]:
+    """The shorter context of two models, and the text's ids. ``say`` is told if the contexts
+    differ. ``UsageError`` if the tokenizers make different tokens of the text.
     """
     (one, first), (two, second) = pair
-    ids, others = (encode_text(loaded.tokenizer, text) for loaded in (first, second))
+    ids, others = (encode_text(loaded.tokenizer, corpus) for loaded in (first, second))
     if not np.array_equal(ids, others):
         raise UsageError(
-            f"{foreign(one)} and {foreign(two)} make different tokens of {foreign(text)}: a paired "
+            f"{foreign(one)} and {foreign(two)} make different tokens of the text: a paired "
             "comparison needs the same tokenizer (without paired, bits/byte compare)"
         )
     contexts = [loaded.model.config.context_length for loaded in (first, second)]
@@ -105,7 +122,7 @@ def _common_context(pair: list[tuple[str, Loaded]], text: str, say: Callable[[st
             f"both models are scored on windows of {context} tokens: the contexts are "
             f"{contexts[0]} and {contexts[1]}"
         )
-    return context
+    return context, ids
 
 
 def as_json(report: Report) -> str:

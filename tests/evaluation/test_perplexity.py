@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from gpt.config import ModelConfig, UsageError
+from gpt.data.corpus import open_corpus
 from gpt.data.tokenizer import ByteTokenizer
 from gpt.evaluation.perplexity import encode_text, paired_bootstrap, score_text
 from gpt.model.surgery import crop_context
@@ -134,8 +135,9 @@ def test_windows_may_be_shorter_than_the_context(stride, model):
 def test_documents_are_joined_by_end_of_text(tmp_path):
     for name in "ab":
         (tmp_path / name).write_text(name * 2)
-    assert encode_text(ByteTokenizer(), str(tmp_path)).tolist() == [97, 97, 256, 98, 98]
+    ids = encode_text(ByteTokenizer(), open_corpus(str(tmp_path)))
+    assert ids.tolist() == [97, 97, 256, 98, 98]
     (tmp_path / "b").unlink()
     (tmp_path / "a").write_text("x")
     with pytest.raises(UsageError, match="has 1 tokens, and a score needs at least 2"):
-        encode_text(ByteTokenizer(), str(tmp_path))
+        encode_text(ByteTokenizer(), open_corpus(str(tmp_path)))

@@ -1,5 +1,6 @@
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import gpt
 from gpt.cli import main
 from gpt.config import EvaluateConfig, ModelConfig, UsageError, foreign
+from gpt.data.corpus import open_corpus
 from gpt.data.tokenizer import ByteTokenizer, CharTokenizer
 from gpt.evaluation.likelihood import Request, encode_pair, likelihoods
 from gpt.evaluation.perplexity import encode_text, score_text
@@ -18,6 +20,7 @@ from gpt.interop.export import export_huggingface
 from gpt.interop.huggingface import load_folder
 from gpt.interop.packed import save_packed
 from tests.conftest import make_model
+from tests.data.test_piped import piped
 
 
 @pytest.fixture(scope="module")
@@ -298,11 +301,38 @@ def test_models_of_different_contexts_are_compared_on_windows_of_the_shorter(tmp
     losses = [content["scores"][n][str(text)]["nats/token"]["value"] for n in names]
     for name, loss in zip(names, losses, strict=True):
         model, tokenizer = gpt.load(name)
-        ids = encode_text(tokenizer, str(text))
+        ids = encode_text(tokenizer, open_corpus(str(text)))
         assert score_text(model, tokenizer, ids, context=32).loss == pytest.approx(loss, rel=1e-5)
     assert content["difference"]["nats_per_token"] == pytest.approx(losses[0] - losses[1])
     assert main([*words, "--paired", "--stride", "40", "--device", "cpu"]) == 2
     assert "stride is 40, and must be from 1 to the windows' length (32)" in capsys.readouterr().err
+
+
+def test_a_text_from_a_pipe_is_scored_by_every_model_as_a_file_is(tmp_path, capsys):
+    names = [exported_with(tmp_path / str(n), context=n) for n in (48, 32)]
+    raw = b"to be or not to be " * 50
+    (tmp_path / "text.txt").write_bytes(raw)
+    with piped(raw) as source:
+        for text in (source, str(tmp_path / "text.txt")):
+            words = ["evaluate", *names, "--text", text, "--json", "--device", "cpu"]
+            assert main(words) == 0
+    one, two = capsys.readouterr().out.split("}\n{")
+    assert source in one
+    assert one.replace(source, str(tmp_path / "text.txt")) + "}\n" == "{" + two
+
+
+def test_the_text_is_looked_up_once_and_the_sentence_about_it_names_the_option(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    names = [exported_with(tmp_path / str(n)) for n in (1, 2)]
+    Path("shakespeare").write_text("to be or not to be " * 50)
+    words = ["evaluate", *names, "--device", "cpu", "--text"]
+    assert main([*words, "shakespeare", "--paired"]) == 0
+    said = "text shakespeare is the file of that name here, not the corpus"
+    assert capsys.readouterr().err.count(said) == 1
+    assert main([*words, "nothing"]) == 2
+    assert "text is 'nothing', which is no file" in capsys.readouterr().err
 
 
 def test_models_that_make_different_tokens_are_not_compared_and_not_scored(
