@@ -1,8 +1,8 @@
-"""Every setting of a run: dataclasses, their checks, and the one way in from TOML and command line.
+"""Every setting: dataclasses, their checks, and the parser for TOML and the command line.
 
 ``dataclass defaults < TOML < command line``. The TOML is flattened into ``--group.field=value``
-tokens that go before the user's own, so both meet the same parser (tyro), the same types and the
-same "perhaps you meant". Nothing here imports torch: ``--help`` answers at once.
+words, which are put before the user's own words. So both get the same parser (tyro), the same types
+and the same suggestions. Nothing here imports torch, so ``--help`` answers at once.
 """
 
 from gpt.config.checks import FOREIGN, MESSAGE, Bounds, UsageError, foreign, quoted

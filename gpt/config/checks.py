@@ -1,4 +1,4 @@
-"""Mistakes of the user, and the one checker for the fields of every configuration."""
+"""User errors, and the checks of the fields of every configuration."""
 
 import dataclasses
 import math
@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 MESSAGE = 800
-"""Characters of a message; what it quotes is at most :data:`FOREIGN`."""
-
-
+"""Maximum length of a message, in characters."""
 FOREIGN = 300
+"""Maximum length of a text that a message quotes."""
 
 
 class UsageError(ValueError):
-    """A mistake of the user's: its message is one sentence that says what, where, and what is
+    """A mistake of the user. The message is one sentence: what is wrong, where, and what would be
     right.
 
-    What is not printable in it is escaped, and its middle is left out if it is very long: a message
-    may quote a file of any content.
+    Unprintable characters are escaped, and the middle of a very long message is left out, because a
+    message may quote a file of any content.
     """
 
     def __init__(self, message: str) -> None:
@@ -29,8 +28,8 @@ class UsageError(ValueError):
 
 
 def foreign(value: object) -> str:
-    """Text of someone else's for a message: a path, a value, another program's error. What is not
-    printable is escaped, and its middle is left out if it is long.
+    """A text from outside, prepared for a message: a path, a value, another program's error.
+    Unprintable characters are escaped, and the middle of a long text is left out.
     """
     text = str(value)
     if len(text) > FOREIGN:
@@ -40,11 +39,11 @@ def foreign(value: object) -> str:
 
 
 def quoted(value: object) -> str:
-    """A value as Python writes it, for a message."""
+    """The ``repr`` of a value, prepared for a message."""
     try:
         return foreign(repr(value))
     except ValueError:  # an integer of thousands of digits
-        return f"of {type(value).__name__}, and too long to show"
+        return f"a value of type {type(value).__name__}, too long to show"
 
 
 def _escaped(character: str) -> str:
@@ -53,7 +52,7 @@ def _escaped(character: str) -> str:
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a number may be."""
+    """The values that a number may have."""
 
     at_least: float = -math.inf
     above: float = -math.inf
@@ -72,13 +71,13 @@ class Bounds:
 
 
 def number(default: Any, **bounds: float) -> Any:
-    """A field with this default, whose value is within the :class:`Bounds`."""
+    """A dataclass field with a default and :class:`Bounds`."""
     return field(default=default, metadata={"bounds": Bounds(**bounds)})
 
 
 def check(config: Any, group: str = "") -> None:
-    """Whoever made the configuration, each field has a value of its type, within its bounds or
-    among its choices; ``UsageError`` names the first that has not.
+    """Check the type, the bounds and the choices of each field. ``UsageError`` names the first
+    field that is wrong. Configurations made in Python are checked as those from the command line.
     """
     for item in dataclasses.fields(config):
         value, name = getattr(config, item.name), f"{group}{item.name}"
@@ -123,7 +122,9 @@ _KINDS: dict[Any, tuple[Any, str]] = {
 
 
 def check_text(name: str, text: str) -> None:
-    """A text that goes into a TOML file and to the system is Unicode without NUL."""
+    """``UsageError`` unless ``text`` can be written to a TOML file and given to the system: Unicode
+    without NUL.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -19,31 +19,31 @@ class DataConfig:
     """Where the text comes from and how it becomes tokens."""
 
     source: str = "shakespeare"
-    """A named corpus (shakespeare), a UTF-8 text file, a folder of them, or - for a pipe."""
+    """A named corpus (shakespeare), a UTF-8 text file, a folder of such files, or - for a pipe."""
     tokenizer: TokenizerKind = "char"
-    """char: the corpus's characters; byte: 256 bytes; gpt2: GPT-2's byte-pair encoding."""
+    """char: the characters of the text; byte: 256 bytes; gpt2: GPT-2's byte-pair encoding."""
     validation_fraction: float = number(0.05, above=0, below=1)
-    """The share at the end of the text that is held out."""
+    """Fraction of the text, at its end, that is held out for validation."""
     cache_dir: str = ""
-    """Where prepared tokens are kept and found again; empty: data/ in the run's folder."""
+    """The folder in which prepared tokens are cached; empty: data/ in the run's folder."""
 
     def __post_init__(self) -> None:
         check(self, "data.")
 
     @property
     def descriptor(self) -> int | None:
-        """The open file that ``source`` means: 0 for ``-``, N for ``/dev/fd/N``; ``None`` for a
-        name.
+        """The file descriptor that ``source`` names: 0 for ``-``, N for ``/dev/fd/N``; ``None`` for
+        anything else.
         """
         match = _DESCRIPTOR.fullmatch(self.source)
         return int(match[1] or 0) if match else None
 
     @property
     def name(self) -> str:
-        """The text's name, for the folders that are made from it."""
+        """The text's name, as used in the names of runs and caches."""
         if self.descriptor is not None:
             return "piped"
         path = Path(self.source)
-        if path.name in ("", ".."):  # the folder that . or .. means
+        if path.name in ("", ".."):  # . or ..
             path = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() fails for some links
         return path.stem or "text"

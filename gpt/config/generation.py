@@ -1,4 +1,4 @@
-"""How the next token is drawn, and how a prompt is continued."""
+"""Settings of sampling and of generation."""
 
 import math
 import numbers
@@ -12,7 +12,7 @@ from gpt.config.checks import UsageError, check, number, quoted
 
 
 def token_ids(what: str, ids: Iterable[Any]) -> list[int]:
-    """``ids``, of whatever type of integers, as Python's own; ``UsageError`` for anything else."""
+    """``ids`` of any integer type as Python integers; ``UsageError`` for anything else."""
     try:
         if isinstance(ids, str | bytes):
             raise TypeError
@@ -24,44 +24,46 @@ def token_ids(what: str, ids: Iterable[Any]) -> list[int]:
             if isinstance(item, bool):
                 raise TypeError
             items[i] = operator.index(item)
-        except (TypeError, RuntimeError):  # RuntimeError: of a tensor without data
-            raise UsageError(f"{what} has {quoted(item)} in it, which is no token id") from None
+        except (TypeError, RuntimeError):  # RuntimeError: a tensor without data
+            raise UsageError(f"{what} has {quoted(item)}, which is not a token id") from None
     return items
 
 
 def unescaped(text: str) -> str:
-    r"""A text that was typed: ``\n`` is a newline, ``\t`` a tab, and ``\\`` a backslash."""
+    r"""Replace the escapes in a typed text: ``\n`` newline, ``\t`` tab, ``\\`` backslash."""
     return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t"}.get(found[1], "\\"), text)
 
 
 _MOST_BIAS = 1e30
-"""Far beyond any logit, and a number in bfloat16 and float32."""
+"""Far beyond any logit, and finite in bfloat16 and float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How the next token is drawn. What is set applies in the order of the fields, but for the
-    temperature, which comes between the penalties and top_k.
+    """How the next token is drawn. The settings apply in the order of the fields, except the
+    temperature, which applies after the penalties and before top_k.
     """
 
     temperature: float = number(0.8, at_least=0)
-    """Divides the logits: below 1 is safer, above 1 is wilder; 0 takes the likeliest token."""
+    """Divides the logits: below 1 favours likely tokens, above 1 unlikely ones; 0 always takes the
+    likeliest token."""
     bias: dict[int, float] = field(default_factory=dict)
-    """Token ids, each with a number that is added to its logit."""
+    """Maps token ids to numbers that are added to their logits."""
     ban: tuple[int, ...] = ()
-    """Token ids that are never written."""
+    """Token ids that are never generated."""
     repetition_penalty: float = number(1.0, above=0)
-    """Divides the logits of tokens that the prompt or the text has already; above 1 discourages."""
+    """Divides the logits of tokens that the prompt or the text already contains; above 1
+    discourages them."""
     presence_penalty: float = 0.0
-    """Taken from the logits of tokens that were written already."""
+    """Subtracted from the logit of each token that was generated already."""
     frequency_penalty: float = 0.0
-    """Taken from the logits of tokens for each time that they were written."""
+    """Subtracted from a token's logit once for each time that it was generated."""
     top_k: int = number(0, at_least=0)
-    """Draw among the k likeliest tokens; 0: all."""
+    """Sample from the k likeliest tokens; 0: from all."""
     top_p: float = number(1.0, above=0, at_most=1)
-    """Draw among the fewest likeliest tokens whose probabilities reach p."""
+    """Sample from the smallest set of likeliest tokens whose probabilities sum to at least p."""
     min_p: float = number(0.0, at_least=0, at_most=1)
-    """Draw among the tokens that are at least p times as likely as the likeliest."""
+    """Sample from the tokens that are at least min_p times as likely as the likeliest one."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -82,7 +84,7 @@ class SamplingConfig:
             if not (is_number and abs(added) < math.inf):
                 raise UsageError(
                     f"bias has {quoted(added)} for the token {quoted(token)}, and must have a "
-                    "number (ban takes what is never to be written)"
+                    "number (use ban for tokens that must never be generated)"
                 )
             if abs(added) > _MOST_BIAS:
                 raise UsageError(
@@ -95,7 +97,7 @@ class SamplingConfig:
 
     @property
     def has_penalties(self) -> bool:
-        """Whether what was written already matters."""
+        """Whether the tokens that were generated already change the next one."""
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
         return penalties != (1.0, 0.0, 0.0)
 
@@ -105,39 +107,43 @@ class GenerationConfig(SamplingConfig):
     """How a prompt is continued."""
 
     max_new_tokens: int = number(500, at_least=1)
-    """The most tokens to write for each sample."""
+    """Maximum number of tokens to generate for each sample."""
     min_new_tokens: int = number(0, at_least=0)
-    """Tokens before which a document does not end."""
+    """End-of-text is not generated before this many tokens."""
     num_samples: int = number(1, at_least=1)
-    """Continuations of the same prompt; it goes through the model once."""
+    """Number of continuations of the prompt. The prompt is processed once for all of them."""
     num_beams: int = number(1, at_least=1)
-    """Beams of a beam search, which draws nothing: samples are the best ones; 1: no search."""
+    """Number of beams. Above 1: beam search, which draws nothing and returns the num_samples best
+    beams."""
     length_penalty: float = number(1.0, at_least=-20, at_most=20)
-    """Divides a beam's log-probability by its length to this power: above 0 favours long ones."""
+    """A beam's log-probability is divided by its length to this power: above 0 favours long
+    texts."""
     early_stopping: Literal["likely", "first", "never"] = "likely"
-    """When a beam search ends: as soon as no better beam is likely, with the first num_beams that
-    are complete, or never before no better one is possible."""
+    """When a beam search ends. likely: when a better beam is unlikely; first: when num_beams beams
+    are complete; never: when no better beam is possible."""
     stop: tuple[str, ...] = ()
-    """One or more texts at which a sample ends; they are not shown. On the command line \\n is a
-    newline, \\t a tab, and \\\\ a backslash."""
+    """One or more texts at which a sample ends; they are not part of the output. On the command
+    line \\n is a newline, \\t a tab, and \\\\ a backslash."""
     past_context: Literal["slide", "stop", "sinks"] = "slide"
-    """When the context is full: slide re-reads its newer half and goes on, stop ends the text,
-    sinks goes on without reading anything again (models whose layers all have a window)."""
+    """What happens when the context is full. slide: the model reads the newer half again and
+    continues; stop: the text ends; sinks: continue without reading again (only models in which
+    every layer has a window)."""
     logprobs: int | None = number(None, at_least=0)
-    """Give log-probabilities as well, in Python and in the lines of out: of each token, and of this
-    many likeliest ones."""
+    """Also return the log-probability of each token and of this many likeliest alternatives (in
+    Python, and in the lines of out)."""
     seed: int | None = number(None, at_least=0)
-    """Of the draws: the same seed gives a prompt the same text. Without it, a new one each time."""
+    """Seed of the sampling: the same seed gives the same text. Without it, every run
+    gives another text."""
 
     def __post_init__(self) -> None:
-        stop: Any = self.stop  # one text is taken too
+        stop: Any = self.stop  # a single text is accepted as well
         object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else stop)
         super().__post_init__()
         object.__setattr__(self, "stop", tuple(self.stop))
         if self.num_beams > 1 and self.num_samples > self.num_beams:
             raise UsageError(
-                f"num_samples is {self.num_samples}, and a search of {self.num_beams} beams gives "
-                "no more than these"
+                f"num_samples is {self.num_samples}, and must be at most num_beams "
+                f"({self.num_beams})"
             )
         if "" in self.stop:
-            raise UsageError("stop has an empty text in it, and each must have a character")
+            raise UsageError("stop has an empty text; each text must have at least one character")

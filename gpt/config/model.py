@@ -1,4 +1,4 @@
-"""The shape of a model: sizes, and which variant of each part it has."""
+"""The shape of a model: its sizes, and the variant of each part."""
 
 import dataclasses
 import math
@@ -24,130 +24,137 @@ LAYER_KINDS = "GLS"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The shape of a :class:`gpt.GPT`. The defaults are GPT-2's smallest model, for ever."""
+    """The shape of a :class:`gpt.GPT`. The defaults are GPT-2's smallest model, and
+    stay so."""
 
     vocab_size: int = number(50257, at_least=0)
-    """Rows of the token embedding. In a run, 0 takes the tokenizer's (from 1,024 tokens on, padded
-    to a multiple of 128 for GPUs), and a larger number pads it."""
+    """Rows of the token embedding. In a run, 0 takes the tokenizer's size (from 1,024 tokens on it
+    is padded to a multiple of 128, for GPUs); a larger number adds unused rows."""
     context_length: int = number(1024, at_least=0)
-    """The most tokens the model sees at once. In a run with init, 0 keeps the model's own."""
+    """Maximum number of tokens that the model sees at once. With init, 0 keeps the model's own."""
     n_layer: int = number(12, at_least=1)
     """Blocks, each of attention and a feed-forward layer."""
     n_head: int = number(12, at_least=1)
-    """Attention heads in a block; they share n_embd."""
+    """Attention heads in a block."""
     n_kv_head: int = number(0, at_least=0)
-    """Heads of keys and values (grouped-query attention); 0: as many as n_head."""
+    """Key and value heads (grouped-query attention); 0: the same as n_head."""
     head_dim: int = number(0, at_least=0)
     """Width of one attention head; 0: n_embd / n_head."""
     n_embd: int = number(768, at_least=1)
     """Width of the residual stream."""
     position: PositionScheme = "learned"
-    """How tokens know their positions. learned: an embedding for each (GPT-2). sinusoidal: fixed
-    waves are added. rotary: queries and keys are rotated. alibi: distant keys lose score. xpos:
-    rotary, and distant keys decay. none: from the causal mask alone."""
+    """How positions are encoded. learned: an embedding for each position (GPT-2). sinusoidal: fixed
+    waves are added to the embeddings. rotary: queries and keys are rotated. alibi: the scores of
+    distant keys are lowered. xpos: rotary, with a decay for distant keys. none: only by the causal
+    mask."""
     rotary_base: float = number(10_000.0, above=1)
-    """Base of the rotary frequencies (rotary, xpos)."""
+    """Base of the rotary frequencies (for rotary and xpos)."""
     rotary_base_local: float = number(0.0, at_least=0)
-    """The same for layers with an attention window; 0: rotary_base."""
+    """Base of the rotary frequencies in layers with an attention window; 0: rotary_base."""
     rotary_fraction: float = number(1.0, above=0, at_most=1)
-    """Part of each head's width that is rotated (GPT-NeoX: 0.25)."""
+    """Fraction of each head's width that is rotated (GPT-NeoX: 0.25)."""
     rotary_scaling: RotaryScaling = "none"
-    """How rotary positions reach beyond the length they were trained for."""
+    """How rotary positions are extended beyond the trained length."""
     rotary_scaling_factor: float = number(1.0, at_least=1)
-    """How many times the trained length the scaling is made for."""
+    """By what factor the scaling extends the trained length."""
     rotary_trained_length: int = number(0, at_least=0)
-    """Tokens of context before the scaling; 0: context_length / rotary_scaling_factor (dynamic_ntk:
-    context_length)."""
+    """Context length before the scaling; 0: context_length / rotary_scaling_factor (with
+    dynamic_ntk: context_length)."""
     rotary_low_frequency: float = number(1.0, above=0)
-    """llama3: turns over the trained length below which a frequency is divided by the factor. yarn:
-    the same (its beta_slow)."""
+    """llama3 and yarn (its beta_slow): frequencies with fewer turns over the trained length are
+    divided by the factor."""
     rotary_high_frequency: float = number(0.0, at_least=0)
-    """Turns above which a frequency stays; 0: 4 for llama3, 32 for yarn (its beta_fast)."""
+    """llama3 and yarn (its beta_fast): frequencies with more turns stay unchanged; 0: 4 for llama3,
+    32 for yarn."""
     rotary_temperature: float = number(0.0, at_least=0)
-    """yarn: queries and keys are multiplied by this; 0: 0.1 ln(rotary_scaling_factor) + 1."""
+    """yarn: factor of queries and keys; 0: 0.1 ln(rotary_scaling_factor) + 1."""
     norm: Norm = "layernorm"
-    """layernorm: mean 0, variance 1 (GPT-2). rmsnorm: root mean square 1."""
+    """The kind of norm. layernorm: mean 0, variance 1 (GPT-2). rmsnorm: root mean square 1."""
     norm_weight: bool = True
     """Norms have a weight."""
     norm_bias: Choice = "auto"
-    """Norms have a bias; auto: layernorm as bias says, rmsnorm has none."""
+    """Norms have a bias. auto: as bias for layernorm, no for rmsnorm."""
     norm_placement: NormPlacement = "pre"
-    """pre: before each branch (GPT-2). post: after each sum (2017). deepnorm: post, with a larger
-    residual. sandwich: before and after each branch (Gemma). parallel: attention and feed-forward
-    side by side, each with a norm (GPT-NeoX); parallel_shared: with one norm (GPT-J)."""
+    """Where the norms are. pre: before each branch (GPT-2). post: after each sum (the original
+    transformer). deepnorm: post, with a larger residual. sandwich: before and after each branch
+    (Gemma). parallel: attention and feed-forward layer in parallel, each with a norm (GPT-NeoX).
+    parallel_shared: in parallel, with one norm (GPT-J)."""
     qk_norm: bool = False
-    """An RMSNorm over each head's queries and keys, before they are rotated."""
+    """Apply an RMSNorm to each head's queries and keys, before the rotation."""
     mlp: Mlp = "plain"
-    """plain: up, activation, down. gated: down(activation(gate) * up), with silu SwiGLU."""
+    """The feed-forward layer. plain: down(activation(up)). gated: down(activation(gate) * up),
+    which is SwiGLU with the activation silu."""
     dropout: float = number(0.0, at_least=0, below=1)
-    """Probability of dropping an embedding, an attention weight or a residual branch's output."""
+    """Dropout probability of embeddings, attention weights and the outputs of residual branches."""
     bias: bool = True
     """Biases in the linear layers and the norms."""
     qkv_bias: Choice = "auto"
-    """Biases of queries, keys and values; auto: as bias says."""
+    """Biases of queries, keys and values. auto: as bias."""
     tie_embeddings: bool = True
-    """One matrix for the token embedding and the head."""
+    """Use one matrix for the token embedding and the head."""
     scale_embeddings: bool = False
-    """Multiply token embeddings by the square root of n_embd (2017, Gemma)."""
+    """Multiply token embeddings by the square root of n_embd (the original transformer, Gemma)."""
     embedding_norm: bool = False
-    """A norm right after the embedding (BLOOM)."""
+    """Apply a norm after the embedding (BLOOM)."""
     norm_eps: float = number(1e-5, above=0)
     """Epsilon of the norms."""
     n_inner: int = number(0, at_least=0)
-    """Width inside the feed-forward layers; 0: four times n_embd."""
+    """Inner width of the feed-forward layers; 0: four times n_embd."""
     activation: Activation = "gelu_tanh"
-    """What the feed-forward layers apply in their middle."""
+    """Activation function of the feed-forward layers."""
     scale_attention: bool = True
-    """Divide attention scores by the square root of the head's width."""
+    """Divide attention scores by the square root of head_dim."""
     scale_attention_by_layer: bool = False
-    """Divide attention scores by the number of the layer, from 1, as well."""
+    """Divide attention scores by the layer's number (counted from 1) as well."""
     window: int = number(0, at_least=0)
-    """Attention window: tokens that a query of a local layer sees, its own included; 0: all."""
+    """Attention window: how many tokens a query of a local layer sees, including its own; 0:
+    all."""
     window_pattern: str = ""
-    """A letter for each layer, repeated: L local (window), G global, S sparse blocks; empty: L
-    where window is set, else G."""
+    """The kind of each layer, as a pattern that repeats. L: local (window); G: global; S: sparse
+    blocks. Empty: L if window is set, else G."""
     sinks: int = number(0, at_least=0)
-    """First tokens that local layers see as well (attention sinks)."""
+    """How many of the first tokens local layers always see (attention sinks)."""
     learned_sinks: bool = False
-    """A learned score for each head that takes part in the softmax and has no value."""
+    """Each head has a learned score that takes part in the softmax but has no value."""
     sparse_block: int = number(64, at_least=1)
-    """Tokens in a block of the sparse layers."""
+    """Size of a block of the sparse layers, in tokens."""
     sparse_local: int = number(3, at_least=1)
-    """Blocks that a query of a sparse layer sees, its own and those before it."""
+    """How many blocks a query of a sparse layer sees: its own and those before it."""
     sparse_global: int = number(1, at_least=0)
-    """First blocks that every query of a sparse layer sees (Longformer)."""
+    """How many of the first blocks every query of a sparse layer sees (Longformer)."""
     sparse_random: int = number(1, at_least=0)
-    """Earlier blocks drawn at random for each block of a sparse layer (BigBird)."""
+    """How many random earlier blocks each block of a sparse layer sees (BigBird)."""
     attention_softcap: float = number(0.0, at_least=0)
-    """Attention scores s become softcap * tanh(s / softcap); 0: they stay (Gemma 2: 50)."""
+    """Attention scores s become softcap * tanh(s / softcap); 0: off (Gemma 2: 50)."""
     attention_top_k: int = number(0, at_least=0)
-    """Attend to the k best keys alone; 0: all. 1 is hard attention, with the softmax's gradient."""
+    """Attend only to the k best keys; 0: all. 1 is hard attention, with the softmax's gradient."""
     logit_softcap: float = number(0.0, at_least=0)
-    """The same as attention_softcap for the logits (Gemma 2: 30)."""
+    """The same as attention_softcap, for the logits; 0: off (Gemma 2: 30)."""
     n_expert: int = number(0, at_least=0)
     """Experts in each feed-forward layer (mixture of experts); 0: one dense layer."""
     n_expert_active: int = number(1, at_least=1)
-    """Experts that each token goes through (Switch: 1, Mixtral: 2)."""
+    """How many experts the router selects for each token (Switch: 1, Mixtral: 2)."""
     moe_shared: int = number(0, at_least=0)
-    """Experts that every token goes through beside them (DeepSeek)."""
+    """How many additional experts every token uses (DeepSeek)."""
     moe_score: RouterScore = "softmax"
-    """What makes the router's outputs weights."""
+    """How the router's outputs become weights."""
     moe_renormalise: bool = False
-    """Make the weights of a token's experts sum to 1 (Mixtral)."""
+    """Normalise the weights of a token's experts to a sum of 1 (Mixtral)."""
     moe_capacity: float = number(0.0, at_least=0)
-    """Tokens that an expert takes in training, in multiples of an equal share; the rest skip it
-    (Switch: 1.25). 0: no limit."""
+    """Maximum number of tokens that an expert accepts in training, relative to an equal share
+    (Switch: 1.25); other tokens skip it; 0: no limit."""
     moe_balance: Balance = "none"
-    """What spreads tokens over the experts. switch: Switch's loss, of the first choices. mixtral:
-    the loss of all choices. bias: a bias on the choice that follows the load (DeepSeek)."""
+    """How the load of the experts is balanced. switch: Switch's loss, over the first choices.
+    mixtral: the loss over all choices. bias: a bias of the selection that follows the load
+    (DeepSeek)."""
     moe_balance_weight: float = number(0.01, at_least=0)
-    """Weight of the loss, or how far one step moves the bias."""
+    """Weight of the balancing loss, or the step size of the bias."""
     moe_z_weight: float = number(0.0, at_least=0)
     """Weight of the router's z-loss, the squared log of its softmax's sum (ST-MoE: 0.001)."""
     copy: Copy = "none"
-    """pointer: a part of each prediction is copied from the context (pointer sentinel)."""
+    """pointer: each prediction is partly copied from the context (pointer sentinel)."""
     initial: Initial = "auto"
-    """Initial weights; auto: deepnorm with norm_placement deepnorm, else gpt2."""
+    """The scheme of the initial weights. auto: deepnorm with norm_placement deepnorm, else gpt2."""
 
     def __post_init__(self) -> None:
         check(self, "model.")
@@ -164,14 +171,14 @@ class ModelConfig:
             raise UsageError(problem)
 
     def _contradictions(self) -> list[str]:
-        """Combinations of fields that mean nothing, each as a sentence."""
+        """One sentence for each combination of fields that contradicts itself."""
         rotary = self.position in ("rotary", "xpos")
         width = self.head_dim or self.n_embd // self.n_head
         pattern = self._pattern()
         found = {
-            f"model.window_pattern is '{self.window_pattern}', and must be made of the letters "
+            f"model.window_pattern is '{self.window_pattern}', and must have only the letters "
             f"{', '.join(LAYER_KINDS)}": bool(set(self.window_pattern) - set(LAYER_KINDS)),
-            f"model.window_pattern is '{self.window_pattern}', whose local layers (L) need a "
+            f"model.window_pattern is '{self.window_pattern}', and its local layers (L) need a "
             "model.window of at least 1": "L" in pattern and not self.window,
             f"model.window is {self.window}, and no layer of model.window_pattern "
             f"'{self.window_pattern}' is local (L)": bool(self.window) and "L" not in pattern,
@@ -182,10 +189,10 @@ class ModelConfig:
             f"model.rotary_scaling is '{self.rotary_scaling}', and needs a "
             "model.rotary_scaling_factor above 1": self.rotary_scaling in ("linear", "ntk", "yarn")
             and self.rotary_scaling_factor == 1,
-            f"model.rotary_fraction is {self.rotary_fraction} of a head's {width} numbers, which "
-            "leaves no pair to rotate": rotary and int(width * self.rotary_fraction) < 2,
-            f"the heads are {width} wide, and model.position '{self.position}' needs an even "
-            "number: set model.head_dim": rotary and bool(width % 2),
+            f"model.rotary_fraction is {self.rotary_fraction}, and must rotate at least 2 of a head's "
+            f"{width} numbers": rotary and int(width * self.rotary_fraction) < 2,
+            f"the heads are {width} wide, and model.position '{self.position}' needs an even width: "
+            "set model.head_dim": rotary and bool(width % 2),
             f"model.n_embd is {self.n_embd}, and model.position 'sinusoidal' needs an even "
             "number": self.position == "sinusoidal" and bool(self.n_embd % 2),
             f"model.n_expert_active is {self.n_expert_active}, and model.n_expert is "
@@ -198,8 +205,8 @@ class ModelConfig:
                 or self.moe_balance != "none"
                 or self.moe_z_weight > 0
             ),
-            "model.norm_bias is 'yes' and model.norm_weight false: a norm without a weight has no "
-            "bias": self.norm_bias == "yes" and not self.norm_weight,
+            "model.norm_bias is 'yes', and needs model.norm_weight": self.norm_bias == "yes"
+            and not self.norm_weight,
         }
         return [problem for problem, is_so in found.items() if is_so]
 
@@ -212,11 +219,12 @@ class ModelConfig:
         return self.window_pattern or ("L" if self.window else "G")
 
     def most_positions(self) -> int | None:
-        """The most positions that there are; ``None`` where any position has a meaning."""
+        """The number of positions; ``None`` if it is unlimited."""
         return self.context_length if self.position == "learned" else None
 
     def resolved(self) -> Self:
-        """The same shape with every 0, '' and None that stands for a value replaced by it."""
+        """The same shape, with each 0, '' and 'auto' that means a default replaced by that
+        default."""
         factor = 1.0 if self.rotary_scaling == "dynamic_ntk" else self.rotary_scaling_factor
         placed: Initial = "deepnorm" if self.norm_placement == "deepnorm" else "gpt2"
         turns = 4.0 if self.rotary_scaling == "llama3" else 32.0

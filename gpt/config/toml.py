@@ -1,7 +1,8 @@
-"""TOML files and the command line through one parser.
+"""One parser for TOML files and the command line.
 
 ``dataclass defaults < TOML < command line``. The TOML is flattened into ``--group.field=value``
-words that stand before the user's own, so both get the same types, checks and suggestions.
+words, which are put before the user's own words. So both get the same types, checks and
+suggestions.
 """
 
 import argparse
@@ -21,10 +22,10 @@ T = TypeVar("T")
 
 
 def parse(schema: type[T], arguments: Sequence[str], *, prog: str, toml: Path | None = None) -> T:
-    """The configuration that ``toml`` and then the command line make of the defaults of ``schema``.
+    """The configuration: the defaults of ``schema``, then ``toml``, then the command line.
 
-    ``arguments`` are the words behind the program's name; a leading ``*.toml`` among them takes the
-    place of ``toml``. Wrong words end the process with status 2 and tyro's account of them.
+    ``arguments`` are the words after the program's name. If the first one is a ``*.toml`` file, it
+    replaces ``toml``. For wrong words tyro prints an explanation and exits with status 2.
     """
     import tyro
 
@@ -37,7 +38,7 @@ def parse(schema: type[T], arguments: Sequence[str], *, prog: str, toml: Path | 
 
     @registry.primitive_rule
     def optional(info: Any) -> Any:
-        """``X | None`` takes any text, "None" too: ``None`` is what stands without the option."""
+        """``X | None`` accepts any text, also "None". The value ``None`` means: not given."""
         if info.type not in (str | None, Path | None, tuple[str, ...] | None):
             return None
         [kind] = (each for each in get_args(info.type) if each is not type(None))
@@ -64,11 +65,11 @@ def parse(schema: type[T], arguments: Sequence[str], *, prog: str, toml: Path | 
 def parse_training(
     arguments: Sequence[str], *, prog: str, default: Path, init: Path
 ) -> tuple[TrainConfig, Path]:
-    """The configuration of ``train.py``, and the TOML file that it comes from: the one that is
-    named; else, for a run that is resumed, the run's own; else the preset ``init`` for a model that
-    is not new; else ``default``.
+    """The configuration of ``train.py``, and the TOML file that it comes from.
 
-    A ``config.toml`` in a run's folder means that folder, wherever it was when it was written.
+    This is the file that the user names. Otherwise it is the run's own file if the run is resumed,
+    the preset ``init`` with ``--init``, and else ``default``. A ``config.toml`` in a run's folder
+    always refers to that folder, even if the folder was moved.
     """
     words = list(arguments)
     if words and words[0].endswith(".toml"):
@@ -87,7 +88,7 @@ def parse_training(
 
 
 def _peek(words: Sequence[str]) -> argparse.Namespace:
-    """What must be known of the command line before the rest of it is understood."""
+    """The options that select the TOML file, read before the full parse."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--run_dir", "--run-dir", default="")
     parser.add_argument("--data.source", dest="source", default=DataConfig().source)
@@ -95,12 +96,12 @@ def _peek(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true")
     try:
         return parser.parse_known_args(list(words))[0]
-    except argparse.ArgumentError:  # a value is missing: `parse` says so
+    except argparse.ArgumentError:  # a value is missing: `parse` reports it
         return parser.parse_args([])
 
 
 def toml_tokens(path: Path) -> list[str]:
-    """The command-line words that say what the TOML file at ``path`` says."""
+    """The TOML file at ``path`` as command-line words."""
     what = f"the configuration {foreign(path)}"
     try:
         if not stat.S_ISREG(path.stat().st_mode):
@@ -115,7 +116,7 @@ def toml_tokens(path: Path) -> list[str]:
         raise UsageError(f"{what} cannot be read: {error.strerror}") from None
     except RecursionError:
         raise UsageError(f"{what} is nested too deeply") from None
-    except ValueError as error:  # also of UTF-8, and of an integer of thousands of digits
+    except ValueError as error:  # also for bad UTF-8, and for an integer of thousands of digits
         raise UsageError(f"{what} is not valid TOML: {foreign(error)}") from None
 
 
@@ -133,7 +134,7 @@ def _tokens(table: Mapping[str, Any], group: str = "") -> Iterator[str]:
 
 
 def to_toml(config: Any) -> str:
-    """A configuration with every field, as TOML that :func:`parse` reads back to an equal one."""
+    """Every field of a configuration as TOML. :func:`parse` reads it back to an equal one."""
     lines, groups = [], []
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
@@ -145,6 +146,6 @@ def to_toml(config: Any) -> str:
 
 
 def _toml_value(value: object) -> str:
-    # JSON's strings, booleans and integers are TOML's, but for DEL, which TOML wants escaped.
+    # JSON's strings, booleans and integers are valid TOML, except that TOML requires DEL escaped.
     text = str(value) if isinstance(value, Path) else value
     return repr(text) if isinstance(text, float) else json.dumps(text).replace("\x7f", "\\u007f")

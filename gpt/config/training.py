@@ -1,4 +1,4 @@
-"""Everything that ``train.py`` takes."""
+"""Options of ``train.py``."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,32 +16,35 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How long, how much at once, and on what."""
+    """Length of the training, batch sizes, device and precision."""
 
     max_steps: int = number(10_000, at_least=1)
-    """Optimizer updates in all."""
+    """Total number of optimizer updates."""
     batch_tokens: int = number(16_384, at_least=1)
-    """Tokens that one step consumes; accumulation follows from it and micro_batch_size."""
+    """Tokens per step over all processes. Gradients are accumulated over as many micro batches as
+    this needs."""
     micro_batch_size: int = number(16, at_least=1)
-    """Sequences that go through the model at once."""
+    """Sequences in one forward pass on one process."""
     gradient_clip: float = number(1.0, at_least=0)
-    """Largest norm of the gradient; 0: no clipping."""
+    """Maximum norm of the gradient; 0: no clipping."""
     seed: int = number(1337, at_least=0)
-    """Of the initial weights, the order of the data, and dropout."""
+    """Seed of the initial weights, the order of the data, and dropout."""
     device: Device = "auto"
     """auto: CUDA, else Apple's MPS, else the CPU."""
     precision: Precision = "auto"
-    """Of the matrix products; weights stay float32. auto: bfloat16 where the device has it."""
-    tf32: bool = False
-    """Let NVIDIA's tensor cores round float32's matrix products to TensorFloat-32."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile, block by block. auto: on CUDA with a working compiler."""
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """Memory for time: selective keeps what linear layers and fused attention give, and computes
-    the rest of a block again for the backward pass; full keeps a block's input alone."""
-    skip_nonfinite: int = number(0, at_least=0)
-    """Updates to skip in a run, and count, whose loss or gradient is not finite; one more stops
+    """Precision of matrix products; weights stay in float32. auto: bfloat16 if the device supports
     it."""
+    tf32: bool = False
+    """Compute float32 matrix products in TensorFloat-32 on NVIDIA GPUs."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Apply torch.compile to each block. auto: on CUDA with a working compiler."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Saves memory and costs time. selective: keep the outputs of linear layers and fused
+    attention, and recompute the rest of a block in the backward pass; full: keep only a block's
+    input."""
+    skip_nonfinite: int = number(0, at_least=0)
+    """How many updates with a loss or gradient that is not finite a run may skip; one more stops
+    the run."""
 
     def __post_init__(self) -> None:
         check(self, "training.")
@@ -49,28 +52,29 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """The optimizer and the schedule of its learning rate."""
+    """The optimizer and its learning rate schedule."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    """muon: Muon for the blocks' matrices, AdamW for everything else."""
+    """adamw: AdamW for all weights; muon: Muon for the blocks' matrices, AdamW for the rest."""
     learning_rate: float = number(6e-4, above=0)
-    """AdamW's highest learning rate."""
+    """AdamW's peak learning rate."""
     muon_learning_rate: float = number(0.02, above=0)
-    """Muon's highest learning rate, scaled by the shape of each matrix."""
+    """Muon's peak learning rate; it is scaled by the shape of each matrix."""
     beta1: float = number(0.9, at_least=0, below=1)
-    """AdamW's decay of the mean of gradients."""
+    """AdamW's decay rate of the gradients' running mean."""
     beta2: float = number(0.95, at_least=0, below=1)
-    """AdamW's decay of the mean of squared gradients."""
+    """AdamW's decay rate of the squared gradients' running mean."""
     weight_decay: float = number(0.1, at_least=0)
-    """On matrices only: never on biases and norms."""
+    """Weight decay of matrices; biases and norms have none."""
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
-    """After the warmup; wsd (warmup-stable-decay) holds, then falls in a line."""
+    """The learning rate after the warmup. wsd (warmup-stable-decay): constant, then linear
+    decay."""
     warmup_steps: int = number(100, at_least=0)
-    """Steps over which the learning rate rises in a line from 0."""
+    """Steps of the warmup, in which the learning rate rises linearly from 0."""
     decay_fraction: float = number(0.2, at_least=0, at_most=1)
-    """Of max_steps: wsd's last part, in which the learning rate falls."""
+    """wsd's decay phase, as a fraction of max_steps."""
     floor: float = number(0.1, at_least=0, at_most=1)
-    """What cosine and wsd end at, as a fraction of the highest learning rate."""
+    """The last learning rate of cosine and wsd, as a fraction of the peak learning rate."""
 
     def __post_init__(self) -> None:
         check(self, "optimizer.")
@@ -78,16 +82,17 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What is measured on the held-out text, and when."""
+    """Evaluation on the held-out text."""
 
     every: int = number(250, at_least=1)
-    """Steps between evaluations; there is always one at the end."""
+    """Steps between evaluations; the last step always has one."""
     windows: int = number(200, at_least=0)
-    """Fixed windows of context_length tokens, spread evenly over the held-out text; 0: all."""
+    """How many windows of context_length tokens to evaluate, spread evenly over the held-out text;
+    0: all."""
     sample_tokens: int = number(200, at_least=0)
-    """Length of the sample of text that goes with each evaluation; 0: none."""
+    """Length of the sample that each evaluation generates, in tokens; 0: no sample."""
     sample_prompt: str = ""
-    """What the sample continues; empty: the start of a document."""
+    """The prompt of the sample; empty: the start of a document."""
 
     def __post_init__(self) -> None:
         check(self, "evaluation.")
@@ -95,17 +100,17 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When a run's state is kept."""
+    """When checkpoints are written, and which are kept."""
 
     every: int = number(0, at_least=0)
-    """Steps between checkpoints beside those of each evaluation; 0: no others."""
+    """Steps between checkpoints. Each evaluation writes one too; 0: only those."""
     keep: int = number(2, at_least=1)
-    """The newest checkpoints that stay; the best one always does."""
+    """How many of the newest checkpoints to keep. The best one is always kept."""
     keep_every: int = number(0, at_least=0)
-    """Checkpoints at multiples of this many steps stay too; 0: no others."""
+    """Also keep the checkpoints at multiples of this many steps; 0: none."""
     format: Literal["auto", "full", "sharded"] = "auto"
-    """full: one file, through the first process; sharded: each process writes its part. auto: full,
-    unless an fsdp run's state is more than half of the host's memory."""
+    """full: the first process writes one file; sharded: each process writes its part. auto: sharded
+    if an fsdp run's state is more than half of the host's memory, else full."""
 
     def __post_init__(self) -> None:
         check(self, "checkpoint.")
@@ -113,39 +118,40 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the processes of torchrun divide the work: each takes an equal share of a step's
+    """How the processes of torchrun divide the work. Each process takes an equal share of a step's
     sequences.
     """
 
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """ddp: a whole model in each; fsdp: the state is shared out between them. auto: ddp, unless the
-    state is more than half of a GPU's memory."""
+    """ddp: each process has the whole model; fsdp: the state is sharded over the processes. auto:
+    fsdp if the state is more than half of a GPU's memory, else ddp."""
     shard_size: int = number(0, at_least=0)
-    """fsdp, which it implies: how many processes share one copy of the state; 0: all. As many as a
-    node has is hybrid sharding: between nodes go gradients alone."""
+    """How many processes shard one copy of the state; 0: all. Implies fsdp. The number of processes
+    of a node gives hybrid sharding, in which nodes exchange only gradients."""
 
     def __post_init__(self) -> None:
         check(self, "parallel.")
         if self.shard_size and self.strategy == "ddp":
             raise UsageError(
-                f"parallel.shard_size is {self.shard_size}, and parallel.strategy ddp shares out "
-                "nothing: fsdp does"
+                f"parallel.shard_size is {self.shard_size}, and parallel.strategy is ddp, which "
+                "does not shard; use fsdp"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """What a run tells while it goes."""
+    """What a run logs."""
 
     every: int = number(10, at_least=1)
-    """Steps between lines of metrics.jsonl (and of plain output)."""
+    """Steps between lines of metrics.jsonl (and of the output, if it is not a terminal)."""
     wandb: Literal["off", "online", "offline"] = "off"
-    """Send metrics to Weights & Biases, or keep them in the run's folder for a later sync."""
+    """online: send metrics to Weights & Biases; offline: keep them in the run's folder for a later
+    sync."""
     wandb_project: str = "gpt"
-    """The project there."""
+    """The project at Weights & Biases."""
     profile: int = number(0, at_least=0)
-    """Steps to trace with torch.profiler, after two that warm up: trace.json in the run's folder,
-    for Perfetto or chrome://tracing; 0: none."""
+    """Steps to trace with torch.profiler, after two warmup steps; 0: none. The trace is trace.json
+    in the run's folder, for Perfetto or chrome://tracing."""
 
     def __post_init__(self) -> None:
         check(self, "log.")
@@ -153,15 +159,16 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything that ``train.py`` takes."""
+    """Options of ``train.py``."""
 
     run_dir: str = ""
-    """The run's folder: configuration, tokenizer, metrics, checkpoints. Empty: runs/ + the source's
-    name."""
+    """The run's folder: configuration, tokenizer, metrics, checkpoints; empty: runs/ and the name
+    of the source."""
     resume: bool = False
-    """Go on from the run's newest checkpoint; start if there is none yet."""
+    """Resume from the run's newest checkpoint; without one, start a new run."""
     init: str = ""
-    """Start from this model, named as for sample.py; context_length and dropout still apply."""
+    """Start from the weights of this model, named as for sample.py. Of the model's settings, only
+    context_length and dropout can be changed."""
     model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=0))
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -175,8 +182,8 @@ class TrainConfig:
         check(self)
         if self.model.context_length == 0 and not self.init:
             raise UsageError(
-                "model.context_length is 0, and must be at least 1 (0 keeps the context of the "
-                "model that init names)"
+                "model.context_length is 0, and must be at least 1 (0 is allowed with init, and "
+                "keeps that model's context)"
             )
         micro = self.training.micro_batch_size * self.model.context_length
         if micro and self.training.batch_tokens % micro:
@@ -188,15 +195,15 @@ class TrainConfig:
 
     @property
     def run(self) -> Path:
-        """The run's folder, with the empty name resolved."""
+        """The run's folder."""
         return run_of(self.run_dir, self.data.source)
 
     @property
     def cache_dir(self) -> Path:
-        """Where this run's prepared tokens are."""
+        """The folder of the prepared tokens."""
         return Path(self.data.cache_dir) if self.data.cache_dir else self.run / "data"
 
 
 def run_of(run_dir: str, source: str) -> Path:
-    """The run's folder: ``run_dir``, or else one in ``runs/`` with the source's name."""
+    """The run's folder: ``run_dir``; if that is empty, ``runs/`` and the source's name."""
     return Path(run_dir or f"runs/{DataConfig(source=source).name}")

@@ -149,7 +149,7 @@ def test_prompts_that_cannot_be_continued_are_refused(both, prompt, message):
 
 
 def test_more_results_than_beams_are_refused():
-    with pytest.raises(UsageError, match="num_samples is 3, and a search of 2 beams"):
+    with pytest.raises(UsageError, match="num_samples is 3, and must be at most num_beams"):
         GenerationConfig(num_beams=2, num_samples=3)
 
 
