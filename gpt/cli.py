@@ -1,10 +1,10 @@
 """The command line: ``gpt train | sample | prepare | export | evaluate``.
 
-``train.py`` and ``sample.py`` are the first two.
+``train.py`` and ``sample.py`` run the first two.
 
-What is heavy is imported by the command that needs it, after its words were understood, so
-``--help`` and a misspelt field answer at once. A user's mistake ends in one sentence and status 2;
-with ``GPT_TRACEBACK=1`` in the environment, in Python's traceback.
+Each command imports the large modules only after it has parsed its options, so ``--help`` and a
+misspelt option answer at once. A user's mistake prints one sentence and exits with status 2; with
+``GPT_TRACEBACK=1`` in the environment, it prints Python's traceback.
 """
 
 import contextlib
@@ -40,16 +40,16 @@ if TYPE_CHECKING:
     from gpt.model.gpt import GPT
 
 _CONFIGS = [here / "configs" for here in Path(__file__).resolve().parents[:2]]
-"""An installed package has the folder in it; a checkout has it beside the package."""
+"""The folder is in an installed package, and beside the package in a checkout."""
 CONFIGS = next(filter(Path.is_dir, _CONFIGS), _CONFIGS[0])
 SAMPLE_SEED = 0
-"""Of the samples during training, so that they differ by what was learned and not by luck."""
+"""Seed of the samples during training: they differ only by what the model has learned."""
 
 
 def main(arguments: Sequence[str] | None = None, *, prog: str = "gpt") -> int:
-    """Run a command; the exit status is 0, 1 where nobody reads the output any more, 2 for what
-    ends in a sentence (a mistake of the user's, a full disk, a run that diverged), 130 after
-    Ctrl-C, or 143 after SIGTERM. Ctrl-C during the imports ends the process by its signal.
+    """Run a command, and return the exit status: 0; 1 if the reader of the output has gone; 2 after
+    an error with a message (a mistake of the user, a full disk, a run that diverged); 130 after
+    Ctrl-C; 143 after SIGTERM. During the imports Ctrl-C ends the process by its signal.
     """
     _ready_streams()
     command, *words = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "gpt") -> int:
             sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of a pipe has left
+    except BrokenPipeError:  # the reader of the pipe has gone
         return 1
     except (UsageError, OSError) as error:
         if os.environ.get("GPT_TRACEBACK"):
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "gpt") -> int:
     except (MemoryError, RuntimeError) as error:
         if os.environ.get("GPT_TRACEBACK") or not _is_out_of_memory(error):
             raise
-        _tell(f"{prog}: there is not enough memory: {_NEEDS_LESS.get(command, foreign(error))}")
+        _tell(f"{prog}: not enough memory; {_NEEDS_LESS.get(command, foreign(error))}")
         return 2
     finally:
         for stream in (sys.stdout, sys.stderr):
@@ -90,28 +90,28 @@ def _run(command: str, words: Sequence[str], prog: str) -> int:
 
 
 _NEEDS_LESS = {
-    "train": "a smaller training.micro_batch_size, training.activation_checkpointing full, or a "
-    "smaller model.context_length need less",
-    "sample": "a smaller --batch_size, --weights int8 or int4, or fewer --max_new_tokens need less",
-    "evaluate": "a smaller --batch_size, --weights int8 or int4, or --device cpu need less",
+    "train": "try a smaller training.micro_batch_size, training.activation_checkpointing full, or "
+    "a smaller model.context_length",
+    "sample": "try a smaller --batch_size, --weights int8 or int4, or fewer --max_new_tokens",
+    "evaluate": "try a smaller --batch_size, --weights int8 or int4, or --device cpu",
 }
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # torch.OutOfMemoryError is one of CUDA's; that of the CPU's allocator has no type of its own
+    # torch.OutOfMemoryError is for CUDA only; the CPU allocator's error has no type of its own
     said = r"out of memory|can't allocate memory|not enough memory|bad_alloc"
     return isinstance(error, MemoryError) or re.search(said, str(error)) is not None
 
 
 def _ready_streams() -> None:
-    """Let no output end a run: what an encoding lacks is shown as an escape, and what is closed is
-    the null device.
+    """Make sure that output never ends a run: characters that the encoding lacks are escaped, and
+    closed streams become the null device.
     """
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             mode = "w" if descriptor else "r"
             with contextlib.suppress(OSError):
-                nowhere = os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+                nowhere = os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
                 if nowhere != descriptor:
                     os.dup2(nowhere, descriptor)
                     os.close(nowhere)
@@ -123,8 +123,8 @@ def _ready_streams() -> None:
 
 
 def _can_write(stream: TextIO) -> bool:
-    """Whether a stream writes what it holds. From one that cannot, what follows goes nowhere: it
-    would fail again at Python's end, with a traceback.
+    """Flush a stream, and return whether that works. A broken stream is redirected to the null
+    device, because otherwise it would fail again at exit, with a traceback.
     """
     try:
         stream.flush()
@@ -138,13 +138,13 @@ def _can_write(stream: TextIO) -> bool:
 
 @contextlib.contextmanager
 def _starting() -> Iterator[None]:
-    """Ctrl-C ends the process at once, by its signal: within an import ``KeyboardInterrupt`` may be
-    swallowed, or become another error.
+    """Let Ctrl-C end the process at once, by its signal. During an import, ``KeyboardInterrupt``
+    may be swallowed or become another error.
     """
     python = signal.default_int_handler
     ours = (
         threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGINT) is python  # else someone ignores it, or handles it
+        and signal.getsignal(signal.SIGINT) is python  # else someone ignores or handles it
     )
     if ours:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -156,8 +156,8 @@ def _starting() -> Iterator[None]:
 
 
 def train(words: Sequence[str], prog: str) -> int:
-    """Train a model on text: a new one, or go on with a run."""
-    tells = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, one says what is wrong
+    """Train a new model on text, or resume a run."""
+    tells = os.environ.get("RANK", "0") == "0"  # only one of torchrun's processes prints
     with _starting():
         try:
             with contextlib.nullcontext() if tells else _silence():
@@ -226,7 +226,7 @@ def sample(words: Sequence[str], prog: str) -> int:
 
 
 def prepare(words: Sequence[str], prog: str) -> int:
-    """Turn a text into token shards, ahead of training on it."""
+    """Prepare a text for training: write its token shards."""
     with _starting():
         config = parse(PrepareConfig, words, prog=prog)
         from rich.text import Text
@@ -251,7 +251,7 @@ def prepare(words: Sequence[str], prog: str) -> int:
 
 
 def export(words: Sequence[str], prog: str) -> int:
-    """Write a model in Hugging Face's layout, or packed to run."""
+    """Write a model in Hugging Face's layout, or packed for inference."""
     with _starting():
         config = parse(ExportConfig, words, prog=prog)
         from gpt.generation.inference import prepare_for_inference
@@ -270,7 +270,7 @@ def export(words: Sequence[str], prog: str) -> int:
 
 
 def evaluate(words: Sequence[str], prog: str) -> int:
-    """Score models on a text, on LAMBADA or HellaSwag, or on choices of your own."""
+    """Score models on a text, LAMBADA, HellaSwag, or your own multiple-choice questions."""
     with _starting():
         config = parse(EvaluateConfig, words, prog=prog)
         from gpt.device import keep_freed_memory
@@ -298,7 +298,7 @@ COMMANDS: dict[str, Callable[[Sequence[str], str], int]] = {
 def _usage() -> str:
     lines = [f"  {name:<9}{command.__doc__}" for name, command in COMMANDS.items()]
     return "\n".join(
-        ["usage: gpt COMMAND [OPTIONS]", "", *lines, "", "gpt COMMAND --help has the rest", ""]
+        ["usage: gpt COMMAND [OPTIONS]", "", *lines, "", "gpt COMMAND --help lists the options", ""]
     )
 
 
@@ -313,7 +313,7 @@ def _silence() -> Iterator[None]:
 
 
 def _console(file: TextIO | None = None) -> "Console":
-    """A terminal or a log: names are shown as they are, and no line of a log is wrapped."""
+    """A console without markup in names; lines are not wrapped unless it is a terminal."""
     from rich.console import Console
 
     console = Console(file=file, markup=False, emoji=False, highlight=False, soft_wrap=True)
@@ -323,12 +323,12 @@ def _console(file: TextIO | None = None) -> "Console":
 
 
 def _tell(text: str) -> None:
-    with contextlib.suppress(OSError):  # nobody reads it any more
+    with contextlib.suppress(OSError):  # nothing reads standard error any more
         sys.stderr.write(text + "\n")
 
 
 def _training_sample(config: TrainConfig, model: "GPT", tokenizer: "Tokenizer") -> str:
-    """A prompt and what the model makes of it, for an evaluation during training."""
+    """A prompt and its continuation, for an evaluation during training."""
     from gpt.generation.text import generate
 
     prompt = config.evaluation.sample_prompt
@@ -338,8 +338,8 @@ def _training_sample(config: TrainConfig, model: "GPT", tokenizer: "Tokenizer") 
 
 
 def _given_prompt(config: SampleConfig) -> str | None:
-    """The prompt of the command line, a file, or a pipe; ``None`` where a terminal is to be
-    asked.
+    """The prompt from the command line, a file or a pipe; ``None`` on a terminal, where a session
+    asks for it.
     """
     if config.prompt is not None:
         return config.prompt
@@ -348,7 +348,7 @@ def _given_prompt(config: SampleConfig) -> str | None:
         return None if sys.stdin.isatty() else _decoded(sys.stdin.buffer.read(), "standard input")
     if path.parent != Path("/dev/fd"):
         return as_training_text(read_text(path, "prompt_file"))
-    try:  # a pipe that the shell has opened: <(...)
+    try:  # a pipe that the shell opened: <(...)
         return _decoded(path.read_bytes(), f"prompt_file {foreign(path)}")
     except OSError as error:
         raise unreadable(path, "prompt_file", error) from None

@@ -1,4 +1,4 @@
-"""What the machine has: the device, the precision it is fast and safe at, and its peak speed."""
+"""The machine: device, fast and safe precision, peak speed, memory."""
 
 import contextlib
 import ctypes
@@ -20,9 +20,9 @@ DTYPES: dict[Precision, torch.dtype] = {
     "float16": torch.float16,
 }
 
-# Dense bfloat16 matrix products with sums in float32, FLOP/s, from the makers' data sheets, by the
-# whole name that the driver gives (without "NVIDIA" and "GeForce"), as a regular expression. The
-# whole name counts: laptop GPUs, other memory sizes and MIG slices have other peaks.
+# FLOP/s of dense bfloat16 matrix products with float32 sums, from the makers' data sheets. A key is
+# a regular expression for the driver's whole name of the GPU, without "NVIDIA" and "GeForce":
+# laptop GPUs, other memory sizes and MIG slices have other peaks.
 PEAK_FLOPS = {
     "GB200": 2.5e15,
     "B200": 2.25e15,
@@ -45,19 +45,19 @@ PEAK_FLOPS = {
 
 
 def choose_device(name: Device) -> torch.device:
-    """The device that ``name`` means here; ``UsageError`` if the machine has none of the kind."""
+    """The device that ``name`` selects; ``UsageError`` if the machine does not have it."""
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if has[kind]))
     if not has[name]:
         fits = ", ".join(["auto", *(kind for kind in has if has[kind])])
-        raise UsageError(f"device is {name!r}, which torch does not find here; it could be {fits}")
+        raise UsageError(f"device is {name!r}, which torch does not find; choose from {fits}")
     return torch.device(name)
 
 
 def parse_device(name: torch.device | str) -> torch.device:
-    """The device that ``name`` means, such as ``cpu`` or ``cuda:1``; ``UsageError`` if torch does
-    not know it or the machine does not have it.
+    """The device with a name such as ``cpu`` or ``cuda:1``; ``UsageError`` if torch does not know
+    it or the machine does not have it.
     """
     try:
         device = torch.device(name)
@@ -69,13 +69,13 @@ def parse_device(name: torch.device | str) -> torch.device:
         raise UsageError(f"device is {quoted(name)}, and must be cpu, cuda, cuda:1 (...) or mps")
     choose_device(kind)
     if kind == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"device is {name}, and there are {torch.cuda.device_count()} GPUs here")
+        raise UsageError(f"device is {name}, and this machine has {torch.cuda.device_count()} GPUs")
     return device
 
 
 def choose_precision(name: Precision, device: torch.device) -> torch.dtype:
-    """The dtype of the matrix products; ``auto`` takes bfloat16 where the hardware multiplies
-    it.
+    """The dtype of matrix products. ``auto`` takes bfloat16 if the hardware supports it natively,
+    else float16 on a GPU and float32 elsewhere.
     """
     if name != "auto":
         return DTYPES[name]
@@ -88,16 +88,16 @@ def choose_precision(name: Precision, device: torch.device) -> torch.dtype:
 
 
 def cpu_limit() -> str | None:
-    """``avx2`` or ``default`` where the user limits torch to an older x86 instruction set
-    (``ATEN_CPU_CAPABILITY``), else ``None``. This project then uses no newer one either.
+    """``avx2`` or ``default`` if the user limits torch to an older x86 instruction set with
+    ``ATEN_CPU_CAPABILITY``, else ``None``. The limit applies to this project too.
     """
     limit = os.environ.get("ATEN_CPU_CAPABILITY", "").lower()
     return limit if limit in ("avx2", "default") else None
 
 
 def cpu_features() -> frozenset[str]:
-    """The instruction sets that may be used here, as torch names them: ``avx2``, ``avx512_bf16``,
-    ... Empty where torch cannot tell (before it had ``get_capabilities``).
+    """The instruction sets that may be used, by torch's names: ``avx2``, ``avx512_bf16``, ... Empty
+    if torch is too old to have ``get_capabilities``.
     """
     capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     features = {name for name, has in capabilities.items() if has is True}
@@ -108,8 +108,8 @@ def cpu_features() -> frozenset[str]:
 
 
 def cpu_class() -> str:
-    """The class of processor that a speed belongs to, such as ``AVX2`` or ``AVX-512 with bfloat16,
-    VNNI``.
+    """The class of the processor, to report beside a speed: ``AVX2``, ``AVX-512 with bfloat16,
+    VNNI`` and so on.
     """
     features = cpu_features()
     wide = "avx512_f" in features
@@ -125,11 +125,10 @@ def cpu_class() -> str:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what is freed for the next allocation, where it is glibc.
+    """Let glibc keep freed memory for the next allocation.
 
-    By its defaults it gives each large block back to the system, and a training step on a CPU then
-    spends a fifth of its time on the page faults of getting it again. To be called once, before
-    work.
+    By default glibc returns each large block to the system. A training step on a CPU then spends a
+    fifth of its time on page faults. Call it once, at the start. It is a no-op without glibc.
     """
     if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
         return
@@ -139,7 +138,7 @@ def keep_freed_memory() -> None:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Peak FLOP/s of bfloat16 matrix products, where it is known."""
+    """Peak FLOP/s of bfloat16 matrix products; ``None`` if it is not known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device).removeprefix("NVIDIA ").removeprefix("GeForce ")
@@ -147,8 +146,8 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def memory(device: torch.device) -> int:
-    """Bytes of memory that a process may use on ``device``: the GPU's, or the host's, less where a
-    limit of the container or of the process (``ulimit -v``) is lower.
+    """Bytes of memory that a process may use on ``device``: the GPU's memory, or the lowest of the
+    host's memory and the limits of the container and of the process (``ulimit -v``).
     """
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
@@ -167,8 +166,8 @@ def memory(device: torch.device) -> int:
 
 
 def check_memory(what: str, needed: float, device: torch.device, *, advice: str) -> None:
-    """``UsageError`` with both numbers if ``what`` (a plural) need more bytes than ``device``
-    has. ``advice`` says what would do.
+    """``UsageError`` with both numbers if ``what`` (a plural) need more bytes than ``device`` has.
+    ``advice`` says what needs less.
     """
     has = memory(device)
     if needed > has:

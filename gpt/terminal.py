@@ -1,6 +1,4 @@
-"""Generation on a terminal: a prompt after the other, commands between them, answers as they are
-made.
-"""
+"""A session on a terminal: prompts, their continuations as they are generated, and commands."""
 
 import atexit
 import contextlib
@@ -28,11 +26,14 @@ from gpt.generation.text import Completion, encode_prompt, new_decoder, run
 from gpt.interop.load import Loaded
 
 HELP = """\
-a text and Enter    continues it; \"\"\" before it, and after its end, for several lines
-/retry              the last text again, otherwise
-/explain            the last answer, each token shaded by its probability; /explain x.html: a page
-/settings           what is set; /temperature 0.9 sets it, and so for all of these
-Ctrl-C              stops an answer; Ctrl-D ends
+TEXT                continue this text; for several lines, put \"\"\" before and after it
+/retry              continue the last text again, with new random numbers
+/explain            show the last answer with each token shaded by its probability
+/explain x.html     write that to a page
+/settings           show all settings
+/temperature 0.9    change a setting; any name of /settings works
+Ctrl-C              stop the answer
+Ctrl-D              end the session
 """
 _SETTABLE: dict[str, Callable[[str], object]] = {
     "temperature": float,
@@ -55,7 +56,7 @@ _SETTABLE: dict[str, Callable[[str], object]] = {
 
 
 class Session:
-    """One model, its settings as they are now, and the last prompt with its answer."""
+    """A model, its current settings, and the last prompt with its answer."""
 
     def __init__(self, config: SampleConfig, model: Loaded, draft: Loaded | None = None) -> None:
         self.config, self.model, self.draft = config, model, draft
@@ -65,7 +66,7 @@ class Session:
         self._introduced = False
 
     def _introduce(self) -> None:
-        """Say once what it is that answers."""
+        """Print once what the model is."""
         model = self.model.model
         if self._introduced or not isinstance(model, InferenceGPT):
             return
@@ -73,10 +74,10 @@ class Session:
         size = f"{model.parameter_count():,} parameters"
         tell(f"{self.config.model}: {size}, weights in {model.weights}, on {model.device}")
         if model.device.type == "cpu" and (problem := kernels.problem()):
-            tell(f"{problem}; torch's own operators run instead, more slowly")
+            tell(f"{problem}; torch's operators run instead, which is slower")
 
     def answer_once(self, prompt: str) -> None:
-        """Continue one prompt, and show what the configuration wants to see of it."""
+        """Continue one prompt, and explain the answer if the configuration says so."""
         self.write(prompt)
         if self.config.explain is not None:
             self.explain(self.config.explain)
@@ -85,7 +86,7 @@ class Session:
         """Ask for prompts until Ctrl-D."""
         _remember_lines()
         self._introduce()
-        tell("a prompt and Enter continues it; /help for more; Ctrl-C stops a text, Ctrl-D ends")
+        tell("type a text to continue; /help shows the commands; Ctrl-C stops, Ctrl-D ends")
         while True:
             try:
                 line = _read()
@@ -101,7 +102,7 @@ class Session:
                 else:
                     self._retries = 0
                     self.write(line)
-            except BrokenPipeError:  # nobody reads any more
+            except BrokenPipeError:  # nothing reads the output any more
                 raise
             except (UsageError, OSError) as error:
                 tell(sentence(error))
@@ -109,7 +110,7 @@ class Session:
                 sys.stdout.write("\n")
 
     def command(self, line: str) -> None:
-        """Do what a line that begins with a slash says."""
+        """Run a command: a line that begins with a slash."""
         name, *words = _words(line[1:]) or [""]
         if name == "help":
             tell(HELP.rstrip())
@@ -117,7 +118,7 @@ class Session:
             for setting in _SETTABLE:
                 tell(f"{setting:<20}{getattr(self.config, setting)}")
         elif name in ("retry", "explain") and self.prompt is None:
-            raise UsageError(f"there is nothing to {name} yet")
+            raise UsageError(f"/{name} needs an answer, and there is none yet; type a text first")
         elif name == "retry":
             assert self.prompt is not None
             self._retries += 1
@@ -131,8 +132,8 @@ class Session:
             raise UsageError(f"unknown command /{foreign(name)}; choose from {known}")
 
     def write(self, prompt: str) -> None:
-        """Each sample with its prompt, in turn: the first as it is made, the others once it is
-        whole.
+        """Print the prompt and each sample: the first one while it is generated, the others after
+        it is complete.
         """
         config: GenerationConfig = self.config
         prompt = as_training_text(prompt)
@@ -140,7 +141,7 @@ class Session:
             config = dataclasses.replace(config, seed=config.seed + self._retries)
         decoder = self.decoder(config)
         pieces = run(self.model, [prompt], decoder)
-        first = next(pieces)  # a prompt that cannot be continued is not shown
+        first = next(pieces)  # fails before a prompt that cannot be continued is printed
         waiting = [prompt] * config.num_samples
         self._introduce()
         self.prompt, self.answer = prompt, []
@@ -159,7 +160,7 @@ class Session:
             tell(_speculation(decoder))
 
     def _shown(self, completion: Completion) -> list[int]:
-        """The tokens of its text: without those of a stop text."""
+        """The tokens of a completion without those of the stop text."""
         tokens, size = list(completion.tokens), len(completion.text.encode())
         while completion.reason == "stop" and tokens:
             if len(self.model.tokenizer.decode_bytes(tokens)) <= size:
@@ -168,7 +169,7 @@ class Session:
         return tokens
 
     def explain(self, page: Sequence[str] = ()) -> None:
-        """The last answer's probabilities: as the ``page`` of that name, or on the terminal."""
+        """Show the probabilities of the last answer: in the file ``page``, or on the terminal."""
         path = None
         if page:
             dataclasses.replace(self.config, explain=tuple(page))  # checks the name
@@ -191,7 +192,7 @@ class Session:
         tell(f"{path}: {len(tokens):,} tokens explained")
 
     def decoder(self, config: GenerationConfig) -> Continuer:
-        """What decodes as ``config`` and the options say."""
+        """The decoder for ``config`` and the options."""
         return new_decoder(
             self.model,
             config,
@@ -201,7 +202,7 @@ class Session:
         )
 
     def continue_file(self) -> None:
-        """The file of prompts to the file of completions, with a progress bar."""
+        """Continue the prompts of a file, with a progress bar."""
         assert self.config.prompt_file is not None
         assert self.config.out is not None
         columns = (
@@ -229,7 +230,7 @@ class Session:
                     progress=show,
                 )
             except KeyboardInterrupt:
-                tell(f"stopped; the same command goes on where {self.config.out} ends")
+                tell(f"stopped; run the same command again to continue {self.config.out}")
                 raise
         self._introduce()
         tell(f"{self.config.out}: {n:,} prompts continued")
@@ -238,17 +239,17 @@ class Session:
 
 
 def tell(text: str, *, file: TextIO | None = None) -> None:
-    """A line beside the text: on standard error."""
+    """Print a line to standard error, so that it is not part of the text."""
     (file or sys.stderr).write(text + "\n")
 
 
 def _remember_lines() -> None:
-    """Editing and a history for input(), kept for the next session."""
+    """Enable line editing, and keep the history of input() for the next session."""
     try:
         import readline
     except ImportError:  # not on Windows
         return
-    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: there is no home
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: no home folder
         state = Path(os.environ.get("XDG_STATE_HOME", ""))
         path = (state if state.is_absolute() else Path.home() / ".local" / "state") / "gpt"
         path.mkdir(parents=True, exist_ok=True)
@@ -266,7 +267,7 @@ def _write_history(path: Path) -> None:
 
 
 def _read() -> str:
-    """A prompt: a line, or what stands between triple quotes."""
+    """A prompt: one line, or several between triple quotes."""
     line = input("> ")
     if not line.startswith('"""'):
         return line
@@ -274,20 +275,20 @@ def _read() -> str:
     while not lines[-1].endswith('"""'):
         try:
             lines.append(input("... "))
-        except EOFError:  # ends the text, not the program
+        except EOFError:  # ends the prompt, not the session
             return "\n".join(lines)
     lines[-1] = lines[-1].removesuffix('"""')
     return "\n".join(lines)
 
 
 def _words(line: str) -> list[str]:
-    """Words, and what stands between quotes as one."""
+    """Split a line into words; a quoted text is one word."""
     lexer = shlex.shlex(line, posix=True, punctuation_chars=False)
     lexer.whitespace_split, lexer.commenters, lexer.escape = True, "", ""
     try:
         return list(lexer)
     except ValueError:
-        raise UsageError(f"/{foreign(line)} has a quote that is not closed") from None
+        raise UsageError(f"/{foreign(line)} has an unclosed quote") from None
 
 
 def _set(config: SampleConfig, name: str, words: list[str]) -> SampleConfig:
@@ -302,7 +303,7 @@ def _set(config: SampleConfig, name: str, words: list[str]) -> SampleConfig:
         try:
             value = _SETTABLE[name](words[0])
         except ValueError:
-            raise UsageError(f"/{name} takes a number, and {quoted(words[0])} is none") from None
+            raise UsageError(f"/{name} takes a number, not {quoted(words[0])}") from None
     changes: dict[str, object] = {name: value}
     return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
 
@@ -313,5 +314,5 @@ def _speculation(decoder: Speculator) -> str:
     share, tokens = decoder.accepted / decoder.guesses, decoder.written / decoder.rounds
     return (
         f"{decoder.accepted:,} of {decoder.guesses:,} guesses were right ({share:.0%}): "
-        f"{tokens:.2f} tokens for each time the model was read"
+        f"{tokens:.2f} tokens per forward pass"
     )

@@ -149,7 +149,7 @@ def test_the_prompt_may_come_from_a_file_or_a_pipe(capsys, tmp_path, monkeypatch
             ["--prompt", "ROMEO: " * 9, "--past_context", "stop"],
             "the prompt has 63 tokens, and the model's context_length is 16",
         ),
-        (["--device", "cuda"], "device is 'cuda', which torch does not find here; it could be"),
+        (["--device", "cuda"], "device is 'cuda', which torch does not find; choose from"),
     ],
 )
 def test_a_mistake_gets_one_sentence_and_status_2(words, said, capsys, tmp_path, monkeypatch):

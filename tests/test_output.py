@@ -231,7 +231,7 @@ def test_a_lack_of_memory_is_told_with_what_would_help(error, told, monkeypatch,
             continue
         assert main([command]) == 2
         said = capsys.readouterr().err
-        assert said.startswith("gpt: there is not enough memory")
+        assert said.startswith("gpt: not enough memory")
         assert said.count("\n") == 1
         assert all(name in said for name in named)
 

@@ -1,3 +1,1 @@
-"""Text to batches: corpora, tokenizers, shards of token ids, and the order in which they are
-read.
-"""
+"""From text to batches: corpora, tokenizers, token shards, and the order of the windows."""

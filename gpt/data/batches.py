@@ -1,9 +1,9 @@
-"""Batches as a function of (seed, step): the same on one process or on eight, before and after a
+"""Batches as a function of (seed, step): the same on one process and on eight, before and after a
 resume.
 
-The tokens are cut into windows of ``context_length``. Each epoch is a permutation of them, drawn
-from (seed, epoch): every window once, without replacement. Step ``s`` takes the next ``batch_size``
-windows of that endless sequence, so the position in the data is a function of the step alone.
+The tokens are cut into windows of ``context_length``. Each epoch visits every window once, in a
+permutation drawn from (seed, epoch). The epochs form one endless sequence, and each step takes the
+next ``batch_size`` windows of it. So the position in the data depends only on the step.
 """
 
 from collections.abc import Iterator
@@ -19,29 +19,29 @@ from gpt.config import UsageError
 from gpt.data.shards import Shard
 
 IGNORED = -100
-"""A target that is not to be learned."""
+"""Marks a target that does not count in the loss."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """``tokens`` and, one place on, ``targets``: both ``[B, T]`` of int64."""
+    """``tokens`` and ``targets`` (the next tokens): both ``[B, T]`` of int64."""
 
     tokens: Tensor
     targets: Tensor
 
     def n_targets(self) -> int:
-        """Targets that are to be learned."""
+        """The number of targets that count in the loss."""
         return int((self.targets != IGNORED).sum())
 
     def split(self, size: int) -> "Iterator[Batch]":
-        """Batches of ``size`` sequences; the last may have fewer."""
+        """Batches of ``size`` sequences; the last one may be smaller."""
         return map(Batch, self.tokens.split(size), self.targets.split(size))
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on ``device``; a copy to CUDA does not wait for it."""
+        """The batch on ``device``. A copy to CUDA is asynchronous."""
         if device.type != "cuda":
             return Batch(self.tokens.to(device), self.targets.to(device))
-        # One contiguous tensor: a view that has gaps would go through memory that is not pinned.
+        # One contiguous tensor, because a view with gaps would be copied through unpinned memory.
         both = torch.stack([self.tokens, self.targets]).pin_memory()  # 2, B, T
         return Batch(*both.to(device, non_blocking=True))
 
@@ -53,8 +53,8 @@ class Windows:
         if len(shard) <= context_length:
             raise UsageError(
                 f"{shard.path} has {len(shard):,} tokens, and one window of model.context_length "
-                f"{context_length} needs {context_length + 1:,}: give a longer text, a shorter "
-                "context, or another data.validation_fraction"
+                f"{context_length} needs {context_length + 1:,}; use a longer text, a smaller "
+                "model.context_length or another data.validation_fraction"
             )
         self.ids = shard.ids
         self.context_length = context_length
@@ -63,15 +63,15 @@ class Windows:
         return (len(self.ids) - 1) // self.context_length
 
     def batch(self, windows: NDArray[np.int64]) -> Batch:
-        """The windows of those numbers, ``[B]``, as a batch."""
+        """The batch of the windows with these numbers ``[B]``."""
         T = self.context_length
         rows = np.stack([self.ids[w * T : w * T + T + 1] for w in windows]).astype(np.int64)
         both = torch.from_numpy(rows)
         return Batch(both[:, :-1], both[:, 1:])
 
     def spread(self, n: int) -> NDArray[np.int64]:
-        """``n`` window numbers at even distances over the shard; all of them for 0 or too large an
-        ``n``.
+        """``n`` window numbers, evenly spread over the shard; all windows if ``n`` is 0 or too
+        large.
         """
         if not 0 < n < len(self):
             return np.arange(len(self))
@@ -89,8 +89,8 @@ class Order:
         return np.random.Generator(np.random.Philox((self.seed, epoch))).permutation(self.n_windows)
 
     def step(self, step: int) -> NDArray[np.int64]:
-        """The windows of ``step`` (from 0), ``[batch_size]``: a step may end one epoch and begin
-        the next.
+        """The windows of ``step`` (from 0), ``[batch_size]``. A step may contain the end of one
+        epoch and the start of the next.
         """
         places = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epochs, within = np.divmod(places, self.n_windows)

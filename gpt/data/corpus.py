@@ -1,12 +1,12 @@
-"""Sources of text to documents: a named corpus, a UTF-8 file, or a folder of them.
+"""From a source of text to documents. A source is a named corpus, a UTF-8 file or a folder.
 
-Of a folder, each file is a document, in the order of the paths. Links are followed, and a file or
-folder that is reached twice is read once. Hidden files are left out, and so is what this program
-wrote: runs, prepared tokens, copies of pipes.
+Each file of a folder is a document, in the order of the paths. Links are followed, and a file or
+folder that is found twice is read once. Hidden files are left out, and so are files that this
+program wrote: runs, prepared tokens, copies of pipes.
 
-A document is read in pieces of about a million characters, so that a file of any size passes
-through little memory. Pieces are cut where a word has ended and white space begins: no tokenizer's
-token spans such a place, so the ids of the pieces are the ids of the whole.
+A document is read in pieces of about a million characters, so a file of any size needs little
+memory. Pieces end where white space follows a word. No token of any tokenizer spans such a place,
+so the ids of the pieces are the ids of the whole.
 """
 
 import codecs
@@ -27,9 +27,9 @@ from gpt.files import check_regular, unreadable
 
 PIECE_CHARACTERS = 1 << 20
 LONGEST_WORD_PIECES = 4
-"""A word longer than these pieces together is cut, for the memory's sake."""
+"""A word longer than this many pieces is cut, to limit memory."""
 PREPARED_FILES = ("tokenizer.json", "train.bin", "validation.bin")
-"""What a folder of prepared tokens has in it."""
+"""The files in a folder of prepared tokens."""
 Say = Callable[[str], None]
 Tap = Callable[[bytes], None]
 """Receives each block of bytes that is read from a file."""
@@ -56,7 +56,7 @@ class Corpus:
     files: tuple[Path, ...]
     read: Callable[[Path, Tap], Iterator[str]]
     folder: Path | None = None
-    """The folder that the files were found in."""
+    """The folder that the files come from, if the source is a folder."""
 
     def documents(self) -> Iterator[Iterator[str]]:
         """Each document as its pieces, in order. ``UsageError`` names a file that cannot be
@@ -88,18 +88,18 @@ def open_corpus(source: str, *, field: str = "data.source", say: Say = lambda te
         path = Path(source).expanduser()
     except RuntimeError:
         raise UsageError(
-            f"{field} is {quoted(source)}, and there is no such home folder: give the whole path"
+            f"{field} is {quoted(source)}, and that home folder does not exist; give the full path"
         ) from None
     mode = _mode(path, field)
     if source in NAMED and not stat.S_ISREG(mode):
         if stat.S_ISDIR(mode) and not _is_ours(names := _listed(path)) and names:
-            say(f"{field} {source} is the corpus, not the folder: that is ./{source}")
+            say(f"{field} {source} is the named corpus; for the folder, give ./{source}")
         return NAMED[source]()
     if source in NAMED:
-        say(f"{field} {source} is the file of that name here, not the corpus")
+        say(f"{field} {source} is the file in this folder, not the named corpus")
     if not mode:
         raise UsageError(
-            f"{field} is {quoted(source)}, which is no file, no folder and no named corpus "
+            f"{field} is {quoted(source)}, which is not a file, a folder or a named corpus "
             f"({', '.join(sorted(NAMED))})"
         )
     if stat.S_ISDIR(mode):
@@ -109,7 +109,7 @@ def open_corpus(source: str, *, field: str = "data.source", say: Say = lambda te
 
 
 def _mode(path: Path, field: str) -> int:
-    """What ``path`` is, as ``stat`` says it; 0 if there is no such file."""
+    """The mode of ``path`` from ``stat``; 0 if it does not exist."""
     try:
         return path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -121,8 +121,8 @@ def _mode(path: Path, field: str) -> int:
 def _folder(folder: Path, field: str) -> Corpus:
     if _is_ours(_listed(folder)):
         raise UsageError(
-            f"{field} is {foreign(folder)}, a folder that this program wrote: give the folder or "
-            "file of the text itself"
+            f"{field} is {foreign(folder)}, which is a run or prepared tokens; give the file or "
+            "folder of the text itself"
         )
     files: list[Path] = []
     seen: set[tuple[int, int]] = set()
@@ -133,7 +133,7 @@ def _folder(folder: Path, field: str) -> Corpus:
             info = path.stat()
         except OSError as error:
             raise unreadable(path, "the text", error) from None
-        if info.st_ino and (info.st_dev, info.st_ino) in seen:  # 0: the system does not number them
+        if info.st_ino and (info.st_dev, info.st_ino) in seen:  # 0: the system has no inode numbers
             continue
         seen.add((info.st_dev, info.st_ino))
         if not stat.S_ISDIR(info.st_mode):
@@ -142,12 +142,12 @@ def _folder(folder: Path, field: str) -> Corpus:
         elif not _is_ours(names := _listed(path)):
             waiting += [path / name for name in sorted(names, reverse=True)]
     if not files:
-        raise UsageError(f"{field} is the folder {foreign(folder)}, which has no files in it")
+        raise UsageError(f"{field} is the folder {foreign(folder)}, which has no files")
     return Corpus(tuple(files), text_pieces, folder)
 
 
 def _listed(folder: Path) -> set[str]:
-    """The names of what may be text in ``folder``."""
+    """The names in ``folder`` that may be text."""
     try:
         paths = list(folder.iterdir())
     except OSError as error:
@@ -156,7 +156,7 @@ def _listed(folder: Path) -> set[str]:
 
 
 def _is_ours(names: set[str]) -> bool:
-    """Whether a folder with these names in it is a run, or prepared tokens."""
+    """Whether a folder with these names is a run or prepared tokens."""
     run = "config.toml" in names and names & {"tokenizer.json", "metrics.jsonl", "checkpoints"}
     return bool(run) or names.issuperset(PREPARED_FILES)
 
@@ -185,7 +185,7 @@ def play_pieces(path: Path, tap: Tap) -> Iterator[str]:
 
 
 def text_pieces(path: Path, tap: Tap) -> Iterator[str]:
-    """The text of a UTF-8 file in pieces; line ends become line feeds, a byte-order mark is
+    """The text of a UTF-8 file in pieces. Line ends become line feeds; a byte-order mark is
     dropped.
     """
     try:
@@ -210,7 +210,7 @@ def text_pieces(path: Path, tap: Tap) -> Iterator[str]:
             raise _looks_like_utf16(path) from None
         raise UsageError(
             f"{foreign(path)} is not UTF-8 text ({error.reason}: byte "
-            f"0x{error.object[error.start]:02X}); convert it, or leave it out"
+            f"0x{error.object[error.start]:02X}); convert it or leave it out"
         ) from None
     except OSError as error:
         raise unreadable(path, "the text", error) from None
@@ -218,13 +218,13 @@ def text_pieces(path: Path, tap: Tap) -> Iterator[str]:
 
 def _looks_like_utf16(path: Path) -> UsageError:
     return UsageError(
-        f"{foreign(path)} has NUL bytes or a UTF-16 mark in it, and looks like UTF-16: convert it "
-        "to UTF-8 (iconv -f UTF-16 -t UTF-8), or leave it out"
+        f"{foreign(path)} has NUL bytes or a UTF-16 mark, and looks like UTF-16; convert it to "
+        "UTF-8 (iconv -f UTF-16 -t UTF-8) or leave it out"
     )
 
 
 def _last_word_end(text: str, start: int) -> int:
-    """The last position from ``start`` on where white space follows a word; 0 if there is none."""
+    """The last position, at ``start`` or later, where white space follows a word; 0 if none."""
     for i in range(len(text) - 1, start - 1, -1):
         if text[i] in " \n" and not text[i - 1].isspace():
             return i

@@ -1,4 +1,4 @@
-"""JSONL files: a JSON object on each line."""
+"""JSONL files: one JSON object on each line."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,8 +9,8 @@ from gpt.files import parse_json, read_text
 
 
 def read_jsonl(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
-    """The objects of a JSONL file, each with all ``fields`` of their types; ``UsageError`` names a
-    broken line.
+    """The objects of a JSONL file. ``UsageError`` names a line that is broken, lacks one of the
+    ``fields``, or has a value of another type.
     """
     items = []
     for number, line in enumerate(read_text(path, "the JSONL file").split("\n"), 1):
@@ -28,7 +28,7 @@ def read_jsonl(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
                 )
         items.append(item)
     if not items:
-        raise UsageError(f"{foreign(path)} has no items in it")
+        raise UsageError(f"{foreign(path)} has no items")
     return items
 
 

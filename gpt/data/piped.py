@@ -1,7 +1,7 @@
-"""Text from a pipe: copied into the cache, and from there on a file like any other.
+"""Text from a pipe. It is copied into the cache, and then treated like any other file.
 
 A pipe can be read once. A text is read more often: to hash and count it, to encode it, and again
-when a run is resumed. The copy's name follows from its contents, so a text that is piped
+when a run is resumed. The copy's name is a hash of its contents, so a text that is piped
 twice has one copy.
 """
 
@@ -23,7 +23,7 @@ _BLOCK = 1 << 20
 
 
 def is_piped(config: DataConfig) -> bool:
-    """Whether the source is a pipe, or the copy of one."""
+    """Whether the source is a pipe or the copy of a pipe."""
     return config.descriptor is not None or is_copy(Path(config.source))
 
 
@@ -33,10 +33,11 @@ def is_copy(path: Path) -> bool:
 
 
 def keep(config: DataConfig, cache_dir: Path) -> DataConfig:
-    """``config`` with a file as its source: a pipe is copied into ``cache_dir``.
+    """``config`` with a file as its source. A pipe is copied into ``cache_dir``.
 
-    A copy that is no longer where ``config`` says is looked for in ``cache_dir``, which may have
-    been moved with its run. ``UsageError`` for a pipe that cannot be read or copied.
+    If ``config`` names a copy that no longer exists, the copy in ``cache_dir`` is used instead: the
+    folder may have been moved with its run. ``UsageError`` for a pipe that cannot be read or
+    copied.
     """
     path = Path(config.source)
     if config.descriptor is not None:
@@ -49,8 +50,8 @@ def keep(config: DataConfig, cache_dir: Path) -> DataConfig:
 
 
 def copy(descriptor: int, cache_dir: Path, what: str) -> Path:
-    """Copy all that the pipe ``descriptor`` gives into a file in ``cache_dir``. ``what`` names the
-    pipe in a ``UsageError``.
+    """Copy the whole pipe ``descriptor`` into a file in ``cache_dir``. ``what`` names the pipe in a
+    ``UsageError``.
     """
     blocks, digest = _blocks(descriptor, what), hashlib.sha256()
     work = cache_dir / f".piped-{secrets.token_hex(8)}.new"
@@ -61,7 +62,7 @@ def copy(descriptor: int, cache_dir: Path, what: str) -> Path:
                 digest.update(block)
                 file.write(block)
             if not file.tell():
-                raise UsageError(f"{what} has no text in it")
+                raise UsageError(f"{what} is empty")
             file.flush()
             os.fsync(file.fileno())
         path = cache_dir / f"piped-{digest.hexdigest()[:12]}.txt"

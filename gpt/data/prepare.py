@@ -1,7 +1,7 @@
-"""Documents to shards: once for a text and a tokenizer, found again by their fingerprints.
+"""From documents to token shards, which are cached under the fingerprints of text and tokenizer.
 
-The text's last part is held out for validation. Where it begins depends on the text alone, so it is
-the same whatever the tokenizer. Each document ends with the tokenizer's end-of-text.
+The end of the text is held out for validation. The boundary depends only on the text, so it is the
+same for all tokenizers. Each document ends with the tokenizer's end-of-text.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from gpt.files import new_folder
 
 Split = Literal["train", "validation"]
 Progress = Callable[[float], None]
-"""Told the share of the work that is done, from 0 to 1."""
+"""Receives the fraction of the work that is done, from 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -47,30 +47,30 @@ def prepare(
     progress: Progress = lambda share: None,
     say: Say = lambda text: None,
 ) -> Prepared:
-    """The shards of ``config.source`` under ``cache_dir``, made if they are not there yet.
+    """The shards of ``config.source`` in ``cache_dir``; they are written if they are not there yet.
 
-    ``tokenizer`` takes the place of the one that ``config.tokenizer`` names. ``say`` is told what
-    the source means where that may surprise. ``UsageError`` for a text that cannot be read, for a
-    folder that cannot be written, and for shards that are damaged.
+    ``tokenizer`` replaces the one that ``config.tokenizer`` names. ``say`` is told what the source
+    means if that may be unexpected. ``UsageError`` for a text that cannot be read, a folder that
+    cannot be written, and damaged shards.
     """
     config = keep(config, cache_dir)
     corpus = open_corpus(config.source, say=say)
     kind = tokenizer.kind if tokenizer else config.tokenizer
     survey = corpus.survey(characters=kind == "char" and tokenizer is None)
     if survey.length == 0:
-        raise UsageError(f"data.source is {quoted(config.source)}, which has no text in it")
+        raise UsageError(f"data.source is {quoted(config.source)}, which has no text")
     key = hashlib.sha256(survey.fingerprint + f"{kind} {config.validation_fraction!r}".encode())
     if tokenizer:
         key.update(tokenizers.fingerprint(tokenizer))
     folder = cache_dir / f"{config.name[:40]}-{kind}-{key.hexdigest()[:12]}"
     if not _is_whole(folder):
-        shutil.rmtree(folder, ignore_errors=True)  # of which a part was deleted
+        shutil.rmtree(folder, ignore_errors=True)  # a part of it was deleted
         try:
             with new_folder(folder) as work:
                 tokenizer = tokenizer or _make_tokenizer(kind, survey.characters)
                 _write(config, corpus, survey, work, tokenizer, progress)
         except UsageError:
-            if not _is_whole(folder):  # else another run has prepared the same text meanwhile
+            if not _is_whole(folder):  # else another run has prepared it meanwhile
                 raise
     return read_prepared(folder)
 
@@ -80,7 +80,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def read_prepared(folder: Path) -> Prepared:
-    """What :func:`prepare` has written into ``folder``."""
+    """Read what :func:`prepare` wrote into ``folder``."""
     tokenizer = tokenizers.load(folder / "tokenizer.json")
     fingerprint = tokenizers.fingerprint(tokenizer)
     train, validation = (
@@ -130,7 +130,9 @@ def _make_tokenizer(kind: TokenizerKind, characters: str) -> Tokenizer:
 
 
 def _pieces(corpus: Corpus, boundary: int) -> Iterator[tuple[Split, str]]:
-    """The text before and after the character ``boundary``; an empty piece ends a document."""
+    """The pieces of each split; they are cut at the character ``boundary``. An empty piece ends a
+    document.
+    """
     position = 0
     for document in corpus.documents():
         start = position
@@ -148,8 +150,8 @@ def _pieces(corpus: Corpus, boundary: int) -> Iterator[tuple[Split, str]]:
 def _encoded(
     tokenizer: Tokenizer, pieces: Iterator[tuple[Split, str]]
 ) -> Iterator[tuple[Split, str, Ids]]:
-    """Each piece with its ids, in order: a few are encoded at once (tiktoken leaves Python's
-    lock).
+    """Each piece with its ids, in order. Threads encode several pieces at once (tiktoken releases
+    Python's lock).
     """
     end_of_text = np.array([tokenizer.end_of_text], np.uint32)
     workers = os.cpu_count() or 1

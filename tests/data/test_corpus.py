@@ -135,8 +135,8 @@ def test_a_source_that_cannot_be_read_is_told_in_one_sentence(kind, tmp_path, mo
 
         monkeypatch.setattr(Path, "open", refuse)
     said = {
-        "missing": "no file, no folder and no named corpus (shakespeare)",
-        "empty folder": "has no files in it",
+        "missing": "not a file, a folder or a named corpus (shakespeare)",
+        "empty folder": "has no files",
         "not UTF-8": "is not UTF-8 text (invalid start byte: byte 0xFC)",
         "unreadable": "cannot be read: Permission denied",
     }[kind]
@@ -190,7 +190,7 @@ def test_what_is_no_file_is_refused_by_name_in_a_folder_and_as_a_source(
     said = "source/odd (is a pipe or a device, and must be a file|cannot be read: )"
     with pytest.raises(UsageError, match=said):
         open_corpus("source")
-    with pytest.raises(UsageError, match=f"{said}|'source/odd', which is no file"):
+    with pytest.raises(UsageError, match=f"{said}|'source/odd', which is not a file"):
         open_corpus("source/odd")
 
 
@@ -220,7 +220,7 @@ def test_runs_prepared_tokens_and_copies_of_pipes_are_no_part_of_a_folders_text(
         (tmp_path / name).write_text("x")
     assert files_of(tmp_path) == ["config.toml", "data/piped.txt", "notes/train.bin", "text.txt"]
     for ours in ("runs/a", "runs/b", "data/t"):
-        with pytest.raises(UsageError, match=f"{ours}, a folder that this program wrote"):
+        with pytest.raises(UsageError, match=f"{ours}, which is a run or prepared tokens"):
             open_corpus(str(tmp_path / ours))
 
 
@@ -228,7 +228,7 @@ def test_runs_prepared_tokens_and_copies_of_pipes_are_no_part_of_a_folders_text(
 @pytest.mark.parametrize("text", ["the cat\n", "caf\u00e9\n", "\u043a\u043e\u0442 \u0438\n"])
 def test_utf_16_is_recognised_with_and_without_its_mark(text, encoding, tmp_path):
     (tmp_path / "a.txt").write_text(text, encoding=encoding)
-    with pytest.raises(UsageError, match=r"a\.txt .* looks like UTF-16: convert it to UTF-8"):
+    with pytest.raises(UsageError, match=r"a\.txt .* looks like UTF-16; convert it to UTF-8"):
         whole_text(open_corpus(str(tmp_path)))
 
 
@@ -237,7 +237,7 @@ def test_a_file_named_like_a_corpus_is_taken_and_said(tmp_path, monkeypatch):
     Path("shakespeare").write_text("my own")
     said = []
     assert whole_text(open_corpus("shakespeare", say=said.append)) == ["my own"]
-    assert said == ["data.source shakespeare is the file of that name here, not the corpus"]
+    assert said == ["data.source shakespeare is the file in this folder, not the named corpus"]
 
 
 def test_a_folder_named_like_a_corpus_is_not_taken_and_said_if_it_may_be_text(
@@ -253,12 +253,14 @@ def test_a_folder_named_like_a_corpus_is_not_taken_and_said_if_it_may_be_text(
     assert said == []  # a run, such as --run_dir shakespeare
     Path("shakespeare/config.toml").rename("shakespeare/sonnets.txt")
     open_corpus("shakespeare", say=said.append)
-    assert said == ["data.source shakespeare is the corpus, not the folder: that is ./shakespeare"]
+    assert said == [
+        "data.source shakespeare is the named corpus; for the folder, give ./shakespeare"
+    ]
     assert len(open_corpus("./shakespeare").files) == 2
 
 
 def test_a_home_that_is_not_known_is_told(monkeypatch):
-    with pytest.raises(UsageError, match="'~nosuchuser/x', and there is no such home folder"):
+    with pytest.raises(UsageError, match="'~nosuchuser/x', and that home folder does not exist"):
         open_corpus("~nosuchuser/x")
 
 

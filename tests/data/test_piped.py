@@ -74,12 +74,12 @@ def test_a_copy_is_found_in_the_cache_when_that_was_moved(tmp_path):
     assert Path(moved.source) == tmp_path / "new" / Path(kept.source).name
     assert is_piped(moved)
     Path(moved.source).unlink()
-    with pytest.raises(UsageError, match="piped-.* which is no file"):
+    with pytest.raises(UsageError, match="piped-.* which is not a file"):
         prepare(kept, tmp_path / "new")
 
 
 def test_an_empty_pipe_has_no_text_and_leaves_nothing(tmp_path):
-    with piped(b"") as source, pytest.raises(UsageError, match=f"{source} has no text in it"):
+    with piped(b"") as source, pytest.raises(UsageError, match=f"{source} is empty"):
         keep(DataConfig(source=source), tmp_path)
     assert list(tmp_path.iterdir()) == []
 

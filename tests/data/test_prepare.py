@@ -107,7 +107,7 @@ def test_an_empty_text_is_refused(source, tmp_path):
         (path / "a.txt").touch()
     else:
         path.touch()
-    with pytest.raises(UsageError, match="has no text in it"):
+    with pytest.raises(UsageError, match="has no text"):
         prepare(DataConfig(source=str(path)), tmp_path / "cache")
 
 
@@ -134,7 +134,7 @@ def test_shards_whose_tokenizer_was_changed_are_refused(text_file, tmp_path):
     config = DataConfig(source=str(text_file))
     folder = prepare(config, tmp_path / "cache").train.path.parent
     (folder / "tokenizer.json").write_text('{"kind": "byte"}')
-    with pytest.raises(UsageError, match="was made with tokenizer"):
+    with pytest.raises(UsageError, match="was made with the tokenizer"):
         prepare(config, tmp_path / "cache")
 
 
@@ -155,7 +155,7 @@ def test_shards_whose_ids_were_damaged_are_refused_by_name(damage, text_file, tm
     raw[HEADER_BYTES + 1] = 0xFF if damage == "outside" else 0
     raw[HEADER_BYTES] ^= 1
     path.write_bytes(raw)
-    said = "place 0 .* must be below" if damage == "outside" else "its checksum"
+    said = "index 0 .* must be below" if damage == "outside" else "its checksum"
     with pytest.raises(UsageError, match=rf"validation\.bin is damaged: .*{said}"):
         prepare(config, tmp_path / "cache")
 

@@ -142,7 +142,7 @@ def test_what_is_read_in_place_of_a_named_corpus_is_said(folder, train):
     Path("shakespeare").write_bytes(TEXT)
     status, output = train("--data.source", "shakespeare")
     assert status == 0, output
-    assert output.count("is the file of that name here, not the corpus") == 1
+    assert output.count("is the file in this folder, not the named corpus") == 1
 
 
 def test_a_damaged_shard_is_noticed_when_a_run_is_resumed(folder, train):

@@ -158,7 +158,7 @@ def test_choices_are_scored_like_hellaswags_endings(both, tmp_path):
         ('{"text": "a"}\n{"text": "\\ud800"}', "line 2 is not JSON: it has half of a surrogate"),
         ('{"text": "a", "n": ' + "9" * 5000 + "}", "line 1 is not read: Exceeds the limit"),
         ('{"text": ' + "[" * 10_000, "line 1 is not read: it is nested too deeply"),
-        ("\n", "has no items in it"),
+        ("\n", "has no items"),
         (b"\xff", "is not UTF-8 text"),
         (None, "cannot be read: No such file"),
     ],
@@ -329,10 +329,10 @@ def test_the_text_is_looked_up_once_and_the_sentence_about_it_names_the_option(
     Path("shakespeare").write_text("to be or not to be " * 50)
     words = ["evaluate", *names, "--device", "cpu", "--text"]
     assert main([*words, "shakespeare", "--paired"]) == 0
-    said = "text shakespeare is the file of that name here, not the corpus"
+    said = "text shakespeare is the file in this folder, not the named corpus"
     assert capsys.readouterr().err.count(said) == 1
     assert main([*words, "nothing"]) == 2
-    assert "text is 'nothing', which is no file" in capsys.readouterr().err
+    assert "text is 'nothing', which is not a file" in capsys.readouterr().err
 
 
 def test_models_that_make_different_tokens_are_not_compared_and_not_scored(
@@ -375,11 +375,11 @@ def load_folder_copy(model, scale):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["m"], "there is nothing to evaluate on"),
-        (["--text", "t"], "models is empty: name one model or more"),
+        (["m"], "nothing to evaluate on"),
+        (["--text", "t"], "models is empty: name one or more"),
         (["m", "--text", "t", "--paired"], "paired compares two models on one text"),
         (["m", "--text", "t", "--stride", "-1"], "stride is -1"),
-        (["m", "m", "--text", "t", "--paired"], "models are m, m, and each must be another one"),
+        (["m", "m", "--text", "t", "--paired"], "models are m, m, and must all be different"),
     ],
 )
 def test_words_that_make_no_sense_are_refused(words, said, capsys):

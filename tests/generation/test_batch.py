@@ -124,7 +124,7 @@ def test_log_probabilities_are_written_if_the_setting_asks_for_them(model, promp
         ('{"prompt": "a"}\n{"text": "b"}\n', "line 2 has no 'prompt'"),
         ('{"prompt": 3}\n', "line 1 has 3 as its 'prompt', which must be a string"),
         ('["a"]\n', "line 1 has no 'prompt'"),
-        ("\n", "has no items in it"),
+        ("\n", "has no items"),
     ],
 )
 def test_a_broken_file_of_prompts_is_refused_before_anything_is_written(

@@ -259,7 +259,9 @@ def test_a_token_beyond_the_models_rows_does_no_harm_until_it_is_used(folder, tm
     assert (tokenizer.vocab_size, tokenizer.end_of_text) == (257, 256)
     [made] = gpt.generate((model, tokenizer), "a [PAD]", max_new_tokens=3, temperature=0)
     assert len(made.tokens) == 3
-    with pytest.raises(UsageError, match="the token '<chat>', whose id is 258, and the model ends"):
+    with pytest.raises(
+        UsageError, match="the token '<chat>' with the id 258, and the model's last id"
+    ):
         gpt.generate((model, tokenizer), "a <chat>")
     (tmp_path / "own.json").write_text(tokenizers.to_json(tokenizer))
     again = tokenizers.load(tmp_path / "own.json")
