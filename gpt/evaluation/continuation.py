@@ -1,5 +1,5 @@
-"""A continuation by the options that tasks of lm-evaluation-harness give: they mean what its ``hf``
-backend and transformers' ``generate`` mean by them.
+"""Generation for tasks of lm-evaluation-harness. The options mean the same as in its ``hf`` backend
+and in transformers' ``generate``.
 """
 
 import logging
@@ -14,21 +14,20 @@ from gpt.generation.text import generate
 from gpt.model.gpt import GPT
 
 MAX_GEN_TOKS = 256
-"""Where a task names no limit."""
+"""The limit if a task gives none."""
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-"""Names of the limit; the first of those that are given counts."""
+"""Names of the limit; if several are given, the first one here counts."""
 SAMPLING = {"top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
-"""What else may be given, with the values of who gives none."""
+"""The other options, with their defaults."""
 
 
 def continued(model: GPT, tokenizer: Tokenizer, context: str, options: Mapping[str, Any]) -> str:
-    """The text that follows ``context``, up to the first of the texts ``until`` or the end of a
-    document.
+    """Continue ``context`` up to the first of the texts ``until`` or the end of the document.
 
-    Without ``do_sample`` a ``temperature`` above 0 samples; with ``do_sample`` false the
-    temperature is 0. ``max_length`` counts the context's tokens as well. A context that leaves too
-    little room for ``max_gen_toks`` loses its beginning. ``UsageError`` where nothing of it would
-    stay, and for options that are not supported.
+    If ``do_sample`` is not given, a ``temperature`` above 0 samples; if it is false, the
+    temperature is 0. ``max_length`` includes the context's tokens. If the context leaves too little
+    room for ``max_gen_toks``, its beginning is cut. ``UsageError`` if nothing of it would be left,
+    and for options that are not supported.
     """
     given = {name: value for name, value in options.items() if value is not None}
     until = given.pop("until", [])
@@ -38,20 +37,20 @@ def continued(model: GPT, tokenizer: Tokenizer, context: str, options: Mapping[s
     if room < 1:
         raise UsageError(
             f"max_gen_toks is {limit}, and the model's context_length is "
-            f"{model.config.context_length}, which leaves no room for the context: it must be "
-            "smaller"
+            f"{model.config.context_length}, which leaves no room for the prompt; use a smaller "
+            "max_gen_toks"
         )
     ids = tokenizer.encode(context).tolist() or [tokenizer.end_of_text]
     if len(ids) > room:
         logging.getLogger(__name__).warning(
-            "of a context of %d tokens the last %d are taken", len(ids), room
+            "the context has %d tokens; only the last %d are used", len(ids), room
         )
     ids = ids[-room:]
     n = given.pop("max_length", len(ids) + limit) - len(ids)
     if not 0 < n <= model.config.context_length - len(ids):
         raise UsageError(
-            f"the context has {len(ids)} tokens, and what is asked for makes {len(ids) + n} in "
-            f"all: it must be more, and at most the model's context_length "
+            f"the context has {len(ids)} tokens, and max_gen_toks or max_length allows "
+            f"{len(ids) + n} in all; it must allow more, and at most the model's context_length "
             f"({model.config.context_length})"
         )
     stop = [text for text in (*until, _end_of_text(tokenizer)) if text]
@@ -86,15 +85,13 @@ def _sampling(given: dict[str, Any]) -> dict[str, Any]:
     unknown = given.keys() - SAMPLING.keys()
     if unknown:
         known = ", ".join(["until", *LIMITS, "max_length", "do_sample", "temperature", *SAMPLING])
-        raise UsageError(
-            f"the generation option {quoted(min(unknown))} is not supported; there are {known}"
-        )
+        raise UsageError(f"unknown generation option {quoted(min(unknown))}; choose from {known}")
     if not do_sample:
         return {name: given[name] for name in ("repetition_penalty",) if name in given} | {
             "temperature": 0.0
         }
     if temperature == 0:
-        raise UsageError("do_sample is true, and temperature is 0, which must be above 0 then")
+        raise UsageError("temperature is 0, and must be above 0 with do_sample")
     return SAMPLING | given | {"temperature": temperature}
 
 

@@ -1,4 +1,4 @@
-"""A model of this project in EleutherAI's lm-evaluation-harness (the extra ``lm-eval``).
+"""The adapter for EleutherAI's lm-evaluation-harness (the extra ``lm-eval``).
 
 ``lm_eval.simple_evaluate(model=HarnessModel(*gpt.load("gpt2")), tasks=["lambada_openai"])``
 """
@@ -17,8 +17,8 @@ from gpt.model.gpt import GPT
 
 
 class HarnessModel(TemplateLM):
-    """The harness's model interface over a model and its tokenizer; scores equal its ``hf``
-    backend's.
+    """A model and its tokenizer as a model of the harness. Scores equal those of its ``hf``
+    backend.
     """
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, *, batch_size: int = 0) -> None:
@@ -27,13 +27,13 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The end of a document, which stands before an empty context."""
+        """End-of-text, which replaces an empty context."""
         return self.codec.end_of_text
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **options: Any
     ) -> list[int]:
-        """The ids of a text alone: GPT-2 adds none."""
+        """The ids of a text, without special tokens."""
         ids: list[int] = self.codec.encode(string).tolist()
         return ids
 
@@ -62,5 +62,5 @@ class HarnessModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """A continuation of each context, by its options (:func:`continued`)."""
+        """Continue each context with its options (:func:`continued`)."""
         return [continued(self.model, self.codec, *request.args) for request in requests]

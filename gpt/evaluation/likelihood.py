@@ -1,4 +1,4 @@
-"""The log-likelihood of continuations: what every task that compares texts is made of."""
+"""Log-likelihoods of continuations, which every multiple-choice task needs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from gpt.model.gpt import GPT
 
 @dataclass(frozen=True)
 class Request:
-    """Ids that are given and ids that are scored; either may be cut to fit the model's context."""
+    """The ids of a context, and the ids to score after it."""
 
     context: Sequence[int]
     continuation: Sequence[int]
@@ -20,8 +20,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """A continuation's log-probability in nats, and whether each of its tokens was the
-    likeliest.
+    """A continuation's log-probability in nats, and whether each of its tokens was the likeliest
+    one.
     """
 
     total: float
@@ -31,8 +31,8 @@ class Likelihood:
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Request:
     """The request for two texts, split where the ids of ``context`` alone would end.
 
-    White space at the end of ``context`` goes to the continuation, as in lm-evaluation-harness. An
-    empty context is the end-of-text that stands between documents.
+    White space at the end of ``context`` is moved to the continuation, as in lm-evaluation-harness.
+    An empty context becomes end-of-text.
     """
     spaces = len(context) - len(context.rstrip())
     if spaces:
@@ -48,11 +48,11 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Reques
 def likelihoods(
     model: GPT, requests: Sequence[Request], *, batch_size: int = 0, pad: int = 0
 ) -> list[Likelihood]:
-    """One :class:`Likelihood` a request, in order.
+    """One :class:`Likelihood` for each request, in order.
 
-    Requests of like length go through together (16 unless ``batch_size`` is given), padded at their
-    end, where padding changes nothing of a causal model. A context that is too long loses its
-    beginning; ``UsageError`` for a continuation that does not fit, or is empty.
+    Requests of similar length form a batch (of 16 unless ``batch_size`` is given). They are padded
+    at the end, which changes nothing in a causal model. The beginning of a context that is too long
+    is cut. ``UsageError`` for a continuation that is empty or does not fit.
     """
     limit = model.config.context_length
     device = model.device

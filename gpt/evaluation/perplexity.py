@@ -1,9 +1,9 @@
 """Perplexity and bits per byte of a text of any length, with a sliding window.
 
-Each window has the model's context; the next one starts ``stride`` tokens on, and of it only the
-targets count that no window has scored before. So each token counts once, with at least
-``context_length - stride`` tokens before it (but for the beginning of the text). A smaller stride
-costs more and flatters less.
+A window has the length of the model's context, and the next one starts ``stride`` tokens later.
+Only targets that no earlier window has scored count. So each token counts once, after at least
+``context_length - stride`` tokens (except at the beginning of the text). A smaller stride costs
+more time and gives each token more context.
 """
 
 import math
@@ -22,19 +22,19 @@ from gpt.generation.score import score_targets
 from gpt.model.gpt import GPT
 
 MIN_WINDOWS = 10
-"""For a paired comparison: a bootstrap over fewer says more than it knows."""
+"""The fewest windows for a paired comparison: with fewer, a bootstrap is overconfident."""
 
 
 @dataclass(frozen=True)
 class TextScore:
-    """A model's score on a text; ``losses`` and ``counts`` are each window's, for a comparison."""
+    """A model's score on a text, window by window."""
 
     losses: NDArray[np.float64]
-    """Summed nats of each window's targets, ``[windows]``."""
+    """Sum of the nats of each window's targets, ``[windows]``."""
     counts: NDArray[np.int64]
-    """Targets of each window, ``[windows]``."""
+    """Number of targets of each window, ``[windows]``."""
     n_bytes: int
-    """Bytes of text that the targets stand for."""
+    """Bytes of the targets' text."""
 
     @property
     def loss(self) -> float:
@@ -43,8 +43,8 @@ class TextScore:
 
     @property
     def standard_error(self) -> float:
-        """Of :attr:`loss`, from the differences between windows: tokens of one are not
-        independent.
+        """Standard error of :attr:`loss`, computed over windows, because the tokens of a window are
+        not independent.
         """
         n = len(self.losses)
         if n < 2:
@@ -59,12 +59,12 @@ class TextScore:
 
     @property
     def bits_per_byte(self) -> float:
-        """Comparable between tokenizers."""
+        """Bits per byte of text, which models with different tokenizers can be compared by."""
         return float(self.losses.sum() / (math.log(2) * max(self.n_bytes, 1)))
 
 
 def perplexity_of(loss: float) -> float:
-    """The exponential of nats per token; infinite where no float is large enough."""
+    """The exponential of nats per token; infinite if it overflows."""
     return math.exp(loss) if loss < math.log(sys.float_info.max) else math.inf
 
 
@@ -91,12 +91,11 @@ def score_text(
     stride: int = 0,
     batch_size: int = 0,
 ) -> TextScore:
-    """The model's score on ``ids`` ``[n]``: every token but the first, once.
+    """The model's score on ``ids`` ``[n]``. Every token except the first counts once.
 
-    A window has ``context`` tokens, by default as many as the model takes. ``stride`` is half the
-    context unless given, and ``batch_size`` windows go through at once: by
-    default one on a CPU, whose caches hold no more, and 8 elsewhere. ``UsageError`` for a stride
-    that would skip tokens.
+    The defaults of 0 mean: windows of the model's context length, a ``stride`` of half the
+    ``context``, and a ``batch_size`` of 1 window on a CPU (for its caches) and 8 elsewhere.
+    ``UsageError`` for a stride that would skip tokens.
     """
     longest = model.config.context_length
     context = context or longest
@@ -106,7 +105,7 @@ def score_text(
         )
     stride = stride or max(1, context // 2)
     if not 0 < stride <= context:
-        at = "the model's context_length" if context == longest else "the windows' length"
+        at = "the model's context_length" if context == longest else "the length of a window"
         raise UsageError(f"stride is {stride}, and must be from 1 to {at} ({context})")
     device = model.device
     batch_size = batch_size or (1 if device.type == "cpu" else 8)
@@ -133,8 +132,8 @@ def paired_bootstrap(
 ) -> tuple[float, float, float]:
     """The difference of two models' nats per token on one text, and its 95 % interval.
 
-    Windows are drawn with replacement, the same for both (Koehn, 2004). ``UsageError`` if the two
-    were not scored on the same windows.
+    Windows are drawn with replacement, the same ones for both models (Koehn, 2004). ``UsageError``
+    if the two models were not scored on the same windows.
     """
     if not np.array_equal(one.counts, two.counts):
         raise UsageError(
@@ -144,8 +143,8 @@ def paired_bootstrap(
     n = len(one.losses)
     if n < MIN_WINDOWS:
         raise UsageError(
-            f"the text gives {n} windows, and a paired comparison needs at least {MIN_WINDOWS}: "
-            "give a longer text, or a smaller stride"
+            f"the text has {n} windows, and a paired comparison needs at least {MIN_WINDOWS}; use "
+            "a longer text or a smaller stride"
         )
     draws = np.random.Generator(np.random.Philox(seed)).integers(0, n, (samples, n))
     difference = (one.losses - two.losses)[draws].sum(axis=1) / one.counts[draws].sum(axis=1)

@@ -1,4 +1,4 @@
-"""What ``gpt evaluate`` measures and shows: each model's scores, as a table or as JSON."""
+"""The report of ``gpt evaluate``: each model's scores, as a table or as JSON."""
 
 import json
 import math
@@ -27,11 +27,13 @@ from gpt.interop.packed import is_packed
 
 @dataclass
 class Report:
-    """Metrics by model, task and name; and of two models the difference on a text."""
+    """Metrics by model, task and name; in a paired comparison, also the difference of two
+    models.
+    """
 
     scores: dict[str, dict[str, dict[str, Metric]]] = field(default_factory=dict)
     difference: tuple[float, float, float] | None = None
-    """Nats per token, first model less the second, with the ends of its 95 % interval."""
+    """Nats per token of the first model minus the second, and the ends of the 95 % interval."""
 
 
 def _load(name: str, weights: Weights, device: torch.device, say: Callable[[str], None]) -> Loaded:
@@ -39,8 +41,8 @@ def _load(name: str, weights: Weights, device: torch.device, say: Callable[[str]
     emulated = device.type == "cpu" and kind not in ("float32", choose_weights("auto", device))
     if emulated or kind in ("int8", "int4") or is_packed(name):
         return load(name, device=device, weights=weights, say=say)
-    # Weights that are multiplied in their own dtype gain nothing from packing: leave them in their
-    # file.
+    # Packing gains nothing for weights that are multiplied in their own dtype, so they stay in
+    # their file.
     return load(name, device=device, dtype=getattr(torch, kind), say=say)
 
 
@@ -48,7 +50,7 @@ def measure(config: EvaluateConfig, *, say: Callable[[str], None]) -> Report:
     """Run what ``config`` asks for, one model at a time. A paired comparison scores both models on
     windows of the shorter context.
     """
-    with tempfile.TemporaryDirectory() as folder:  # every model reads the text, a pipe too
+    with tempfile.TemporaryDirectory() as folder:  # each model reads the text, also that of a pipe
         source, corpus = config.text, None
         if (descriptor := DataConfig(source=source).descriptor) is not None:
             source = str(copy(descriptor, Path(folder), f"text {source}"))
@@ -112,14 +114,14 @@ def _in_common(
     ids, others = (encode_text(loaded.tokenizer, corpus) for loaded in (first, second))
     if not np.array_equal(ids, others):
         raise UsageError(
-            f"{foreign(one)} and {foreign(two)} make different tokens of the text: a paired "
-            "comparison needs the same tokenizer (without paired, bits/byte compare)"
+            f"{foreign(one)} and {foreign(two)} make different tokens of the text; a paired "
+            "comparison needs the same tokenizer (without paired, compare bits/byte)"
         )
     contexts = [loaded.model.config.context_length for loaded in (first, second)]
     context = min(contexts)
     if max(contexts) > context:
         say(
-            f"both models are scored on windows of {context} tokens: the contexts are "
+            f"both models are scored on windows of {context} tokens, because the contexts are "
             f"{contexts[0]} and {contexts[1]}"
         )
     return context, ids
@@ -148,12 +150,12 @@ def as_json(report: Report) -> str:
 
 
 def _number(value: float) -> float | None:
-    """JSON knows no NaN, which the error of a single item is, and no infinity."""
+    """``None`` for NaN (the error of a single item) and infinity, which JSON does not have."""
     return value if math.isfinite(value) else None
 
 
 def as_table(report: Report) -> Table:
-    """The report as a table, a row a metric and a column a model."""
+    """The report as a table: a row for each metric, a column for each model."""
     table = Table(caption=_verdict(report), caption_justify="left")
     table.add_column("")
     for model in report.scores:

@@ -1,8 +1,8 @@
 """Tasks from their published JSONL files: LAMBADA, HellaSwag, and multiple choice in general.
 
-Scored as lm-evaluation-harness scores them. LAMBADA (arXiv:1606.06031): the last word of a passage,
-as released by OpenAI or detokenised. HellaSwag (arXiv:1905.07830): the likeliest of four endings;
-``acc`` by log-probability, ``acc_norm`` by log-probability over the ending's length.
+The scores are those of lm-evaluation-harness. LAMBADA (arXiv:1606.06031): the last word of a
+passage, as released by OpenAI or detokenised. HellaSwag (arXiv:1905.07830): the likeliest of four
+endings. ``acc`` compares log-probabilities, ``acc_norm`` log-probabilities divided by the length.
 """
 
 import math
@@ -24,7 +24,7 @@ _CHOICES = {"context": str, "choices": list, "answer": int}
 
 @dataclass(frozen=True)
 class Metric:
-    """A mean over the items of a task, with its standard error."""
+    """The mean over the items of a task, and its standard error."""
 
     value: float
     standard_error: float
@@ -33,12 +33,14 @@ class Metric:
 def lambada(
     model: GPT, tokenizer: Tokenizer, path: Path, *, batch_size: int = 0
 ) -> dict[str, Metric]:
-    """``acc``: every token of the last word is the likeliest; ``perplexity``: of the last word."""
+    """``acc``: whether every token of the last word is the likeliest; ``perplexity`` of the last
+    word.
+    """
     requests = []
     for number, item in enumerate(read_jsonl(path, {"text": str}), 1):
         context, _, word = item["text"].strip().rpartition(" ")
         if not context:
-            raise UsageError(f"{foreign(path)} item {number} has no words before its last one")
+            raise UsageError(f"{foreign(path)} item {number} has fewer than two words")
         requests.append(encode_pair(tokenizer, context, " " + word))
     scores = likelihoods(model, requests, batch_size=batch_size)
     loss = _mean([-score.total for score in scores])
@@ -77,15 +79,15 @@ def multiple_choice(
 
 
 def _checked(path: Path, number: int, choices: list[Any], answer: int) -> list[str]:
-    """The choices, if they are texts and one of them is the answer."""
+    """The choices. ``UsageError`` unless they are texts and ``answer`` is the index of one."""
     if not all(isinstance(choice, str) and _clean(choice) for choice in choices):
         raise UsageError(
             f"{foreign(path)} item {number} has the choices {quoted(choices)}, which must be texts"
         )
     if not 0 <= answer < len(choices):
         raise UsageError(
-            f"{foreign(path)} item {number} has the answer {answer}, and {len(choices)} choices, "
-            "counted from 0"
+            f"{foreign(path)} item {number} has the answer {answer} and {len(choices)} choices; the "
+            "answer must be the index of a choice, from 0"
         )
     return choices
 

@@ -149,21 +149,24 @@ def test_a_long_context_loses_its_beginning_and_this_is_logged(both, caplog):
     options = {"max_gen_toks": 8}
     text = continued(ours, ByteTokenizer(), context, options)
     assert text == theirs(their, context, max_new_tokens=8, do_sample=False)
-    assert "of a context of 120 tokens the last 40 are taken" in caplog.text
+    assert "the context has 120 tokens; only the last 40 are used" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({}, "max_gen_toks is 256, and the model's context_length is 48, which leaves no room"),
-        ({"max_gen_toks": 48}, "max_gen_toks is 48, and .* leaves no room for the context"),
-        ({"max_gen_toks": 0}, "the context has 14 tokens, and what is asked for makes 14 in all"),
-        ({"max_gen_toks": 4, "max_length": 14}, "what is asked for makes 14 in all"),
-        ({"max_gen_toks": 4, "max_length": 49}, "what is asked for makes 49 in all"),
+        ({"max_gen_toks": 48}, "max_gen_toks is 48, and .* leaves no room for the prompt"),
+        (
+            {"max_gen_toks": 0},
+            "the context has 14 tokens, and .* allows 14 in all",
+        ),
+        ({"max_gen_toks": 4, "max_length": 14}, "allows 14 in all"),
+        ({"max_gen_toks": 4, "max_length": 49}, "allows 49 in all"),
         ({"max_gen_toks": "x"}, "max_gen_toks is 'x', and must be a whole number"),
-        ({"max_gen_toks": 4, "do_sample": True}, "temperature is 0, which must be above 0"),
-        ({"max_gen_toks": 4, "do_sample": True, "top_k": 1}, "temperature is 0, which must be"),
-        ({"max_gen_toks": 4, "num_beams": 2}, "option 'num_beams' is not supported; there are"),
+        ({"max_gen_toks": 4, "do_sample": True}, "temperature is 0, and must be above 0"),
+        ({"max_gen_toks": 4, "do_sample": True, "top_k": 1}, "temperature is 0, and must be"),
+        ({"max_gen_toks": 4, "num_beams": 2}, "unknown generation option 'num_beams'; choose from"),
         ({"max_gen_toks": 4, "temperature": "x"}, "temperature is 'x', and must be a number"),
         ({"max_gen_toks": 4, "temperature": 1, "top_p": 2}, "top_p is 2"),
     ],

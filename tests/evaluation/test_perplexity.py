@@ -103,7 +103,7 @@ def test_scores_on_other_windows_are_not_compared(model):
 
 def test_a_comparison_of_few_windows_is_refused(model):
     score = score_text(model, ByteTokenizer(), some_ids(60))
-    with pytest.raises(UsageError, match=r"gives \d windows, .* needs at least 10"):
+    with pytest.raises(UsageError, match=r"has \d windows, .* needs at least 10"):
         paired_bootstrap(score, score)
 
 

@@ -177,9 +177,9 @@ HELLASWAG = {"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": ["d",
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"label": 7}, "item 1 has the answer 7, and 2 choices"),
-        ({"label": ""}, "item 1 has the answer -1, and 2 choices"),
-        ({"label": "9" * 5000}, "item 1 has the answer -1, and 2 choices"),
+        ({"label": 7}, "item 1 has the answer 7 and 2 choices"),
+        ({"label": ""}, "item 1 has the answer -1 and 2 choices"),
+        ({"label": "9" * 5000}, "item 1 has the answer -1 and 2 choices"),
         ({"ctx_b": None}, "line 1 has None as its 'ctx_b', which must be a string"),
         ({"endings": "de"}, "line 1 has 'de' as its 'endings', which must be a list"),
         ({"endings": ["d", 3]}, "item 1 has the choices .'d', 3., which must be texts"),
@@ -197,7 +197,7 @@ def test_an_item_of_hellaswag_that_cannot_be_scored_is_refused(both, changes, sa
     ("task", "item", "said"),
     [
         (lambada, {"text": 3}, "line 1 has 3 as its 'text'"),
-        (lambada, {"text": " word "}, "item 1 has no words before its last one"),
+        (lambada, {"text": " word "}, "item 1 has fewer than two words"),
         (multiple_choice, {"context": "", "choices": [], "answer": 0}, "and 0 choices"),
         (multiple_choice, {"context": "", "choices": ["a"], "answer": 0.5}, "has 0.5 as its"),
     ],
@@ -234,7 +234,7 @@ def test_of_one_item_the_error_is_unknown_and_the_json_is_valid(both, tmp_path, 
 
 def test_an_answer_that_is_no_choice_is_refused(both, tmp_path):
     item = {"context": "q", "choices": ["a", "b"], "answer": 2}
-    with pytest.raises(UsageError, match="item 1 has the answer 2, and 2 choices"):
+    with pytest.raises(UsageError, match="item 1 has the answer 2 and 2 choices"):
         multiple_choice(both[0], ByteTokenizer(), write(tmp_path / "c.jsonl", [item]))
 
 
@@ -296,7 +296,7 @@ def test_models_of_different_contexts_are_compared_on_windows_of_the_shorter(tmp
     words = ["evaluate", *names, "--text", str(text), "--json", "--weights", "float32"]
     assert main([*words, "--paired", "--device", "cpu"]) == 0
     done = capsys.readouterr()
-    assert "scored on windows of 32 tokens: the contexts are 48 and 32" in done.err
+    assert "scored on windows of 32 tokens, because the contexts are 48 and 32" in done.err
     content = json.loads(done.out)
     losses = [content["scores"][n][str(text)]["nats/token"]["value"] for n in names]
     for name, loss in zip(names, losses, strict=True):
@@ -305,7 +305,9 @@ def test_models_of_different_contexts_are_compared_on_windows_of_the_shorter(tmp
         assert score_text(model, tokenizer, ids, context=32).loss == pytest.approx(loss, rel=1e-5)
     assert content["difference"]["nats_per_token"] == pytest.approx(losses[0] - losses[1])
     assert main([*words, "--paired", "--stride", "40", "--device", "cpu"]) == 2
-    assert "stride is 40, and must be from 1 to the windows' length (32)" in capsys.readouterr().err
+    assert (
+        "stride is 40, and must be from 1 to the length of a window (32)" in capsys.readouterr().err
+    )
 
 
 def test_a_text_from_a_pipe_is_scored_by_every_model_as_a_file_is(tmp_path, capsys):
