@@ -86,8 +86,8 @@ def _checked(path: Path, number: int, choices: list[Any], answer: int) -> list[s
         )
     if not 0 <= answer < len(choices):
         raise UsageError(
-            f"{foreign(path)} item {number} has the answer {answer} and {len(choices)} choices; the "
-            "answer must be the index of a choice, from 0"
+            f"{foreign(path)} item {number} has the answer {answer} and {len(choices)} choices; "
+            "the answer must be the index of a choice, from 0"
         )
     return choices
 

@@ -1,4 +1,4 @@
-"""A model to a folder that Hugging Face's ``from_pretrained`` reads."""
+"""Write a model as a folder that Hugging Face's ``from_pretrained`` reads."""
 
 import json
 from pathlib import Path
@@ -17,9 +17,8 @@ def export_huggingface(
 ) -> None:
     """Write ``config.json``, the weights and the tokenizer's files into the new folder ``out``.
 
-    ``family`` is one of ``FAMILIES``. The folder appears whole or not at all. ``UsageError`` if it
-    is there already, if the disk does not take it, or if the model has what the family cannot
-    express.
+    ``family`` is a key of ``FAMILIES``. The folder is written atomically. ``UsageError`` if it
+    exists, if it cannot be written, or if the family cannot express a setting of the model.
     """
     with new_folder(out) as work:
         table = FAMILIES[family]

@@ -1,8 +1,7 @@
-"""Weights in Hugging Face's files: safetensors or pickles, whole or sharded, mapped into memory.
+"""Weights in Hugging Face's files: safetensors or pickles, whole or sharded, memory-mapped.
 
-Whoever can use the file's own dtype takes its tensors as they are, and copies nothing. Whoever
-copies lets go of the pages that were read, so that the peak is the weights' own size and little
-more.
+A tensor that is used in the file's dtype is not copied. When tensors are copied, the pages that
+were read are released, so the peak memory is little more than the size of the weights.
 """
 
 import ctypes
@@ -25,17 +24,17 @@ from gpt.interop.pickles import load_tensors
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WHOLE = ("model.safetensors", "pytorch_model.bin")
 PIECE = 1 << 20
-"""Numbers of a tensor that are read at once."""
+"""How many numbers of a tensor are read at once."""
 
 
 class WeightFiles:
-    """The tensors of a folder, by name. Safetensors come before pickles, whole files before
-    shards.
+    """The tensors of a folder, by name. Safetensors take precedence over pickles, and whole files
+    over shards.
     """
 
     def __init__(self, folder: Path) -> None:
         self.shapes: dict[str, list[int]] = {}
-        """Each tensor's."""
+        """The shape of each tensor."""
         self._files: dict[str, Path] = {}
         for name in WHOLE:
             if (path := folder / name).exists():
@@ -47,12 +46,12 @@ class WeightFiles:
                 return
         wanted = ", ".join(WHOLE)
         raise UsageError(
-            f"{foreign(folder)} has no weights in it: none of {wanted}, nor an index of shards"
+            f"{foreign(folder)} has no weights: neither {wanted} nor an index of shards"
         )
 
     def tensors(self, names: Iterable[str]) -> Iterator["Stored"]:
-        """Each named tensor, contiguous and on the CPU; ``UsageError`` for one that holds no
-        floating-point numbers.
+        """Each named tensor, contiguous and on the CPU. ``UsageError`` for a tensor that is not
+        dense or not floating-point.
         """
         for path, group in itertools.groupby(names, self._files.__getitem__):
             get, mapped = _opened(path)
@@ -63,17 +62,17 @@ class WeightFiles:
                     kind = f"{tensor.dtype} {tensor.layout}".replace("torch.", "")
                     kind += " without numbers (meta)" if tensor.is_meta else ""
                     raise UsageError(
-                        f"{foreign(name)} in {foreign(path)} is {kind}, and weights are dense "
-                        "float32, bfloat16, float16 or float64"
+                        f"{foreign(name)} in {foreign(path)} is {kind}, and must be dense float32, "
+                        "bfloat16, float16 or float64"
                     )
-                # What a pickle calls a tensor may be a view that repeats itself.
+                # A tensor of a pickle may be an expanded view.
                 whole = tensor.is_contiguous()
                 yield Stored(name, tensor if whole else tensor.contiguous(), mapped and whole)
 
 
 class Stored(NamedTuple):
-    """A tensor as it lies in its file: where it is ``mapped``, nothing is read before it is used,
-    and what is written to it goes to a copy of the page.
+    """A tensor of a file. If it is ``mapped``, it is read when it is used, and writes go to private
+    copies of the pages.
     """
 
     name: str
@@ -81,7 +80,9 @@ class Stored(NamedTuple):
     mapped: bool
 
     def forget(self, piece: Tensor) -> None:
-        """Let go of the file's pages under a ``piece`` of the tensor, which is not used again."""
+        """Release the file's pages under a ``piece`` of the tensor, which must not be used
+        again.
+        """
         if not self.mapped or sys.platform != "linux":
             return
         page, first = mmap.PAGESIZE, piece.data_ptr()
@@ -92,7 +93,7 @@ class Stored(NamedTuple):
             madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
 
     def equals(self, other: "Stored") -> bool:
-        """Whether both hold the same numbers; no more than a piece of each stays in memory."""
+        """Whether both have the same numbers. At most one piece of each stays in memory."""
         if self.tensor.shape != other.tensor.shape:
             return False
         if self.tensor.data_ptr() == other.tensor.data_ptr():
@@ -115,24 +116,24 @@ def _sharded(folder: Path, index: Path) -> tuple[dict[str, Path], dict[str, list
     what = f"the index {foreign(index)}"
     places = read_object(index, "the index").get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(p, str) for p in places.values()):
-        raise UsageError(f"{what} has the weight_map {quoted(places)}, and needs names of files")
+        raise UsageError(f"{what} has the weight_map {quoted(places)}, and needs file names")
     names = sorted(set(places.values()))
     beside = {path.name for path in folder.iterdir()}
     for name in names:
         if name not in beside:
-            raise UsageError(f"{what} names {quoted(name)}, which is not beside it")
+            raise UsageError(f"{what} names {quoted(name)}, which is not in its folder")
     held = {name: tensor_shapes(folder / name) for name in names}
     for tensor, name in places.items():
         if tensor not in held[name]:
             raise UsageError(
-                f"{what} has {foreign(tensor)} in {foreign(name)}, which does not have it"
+                f"{what} says that {foreign(tensor)} is in {foreign(name)}, but it is not"
             )
     files = {tensor: folder / name for tensor, name in places.items()}
     return files, {tensor: held[name][tensor] for tensor, name in places.items()}
 
 
 def tensor_shapes(path: Path) -> dict[str, list[int]]:
-    """Each tensor's shape by name; of a safetensors file nothing else is read."""
+    """Each tensor's shape by name. Of a safetensors file only the header is read."""
     if path.suffix != ".safetensors":
         return {name: list(tensor.shape) for name, tensor in load_tensors(path).items()}
     check_regular(path, "the weights")
@@ -153,8 +154,8 @@ def _got(get: Callable[[str], Tensor], name: str, path: Path) -> Tensor:
 
 
 def _opened(path: Path) -> tuple[Callable[[str], Tensor], bool]:
-    """What gives a tensor by its name, and whether it is mapped: then the file stays mapped as long
-    as one of them is there.
+    """A function from a tensor's name to the tensor, and whether tensors are mapped. A file stays
+    mapped as long as one of its tensors exists.
     """
     if path.suffix == ".safetensors":
         return safe_open(path, framework="pt").get_tensor, True

@@ -1,6 +1,4 @@
-"""A model of the Hugging Face hub to a local folder: only the files that are needed, kept in its
-cache.
-"""
+"""Download a model from the Hugging Face hub: only the needed files, into the hub's cache."""
 
 import hashlib
 import re
@@ -24,19 +22,20 @@ PICKLES = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*
 
 
 def download(name: str) -> Path:
-    """The folder of the hub's model ``name`` (``owner/model``, ``model`` or ``model@revision``).
+    """Download the model ``name`` (``owner/model``, ``model`` or ``model@revision``), and return
+    its folder.
 
-    ``HF_HUB_OFFLINE``, ``HF_HOME`` and ``HF_ENDPOINT`` mean what they mean to huggingface_hub.
-    Pickled weights are fetched only where there are no safetensors. ``UsageError`` says what to do
-    without.
+    The client is huggingface_hub, so ``HF_HUB_OFFLINE``, ``HF_HOME`` and ``HF_ENDPOINT`` apply.
+    Pickled weights are downloaded only if there are no safetensors. ``UsageError`` if the download
+    fails.
     """
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HFValidationError
     except ImportError:
         raise UsageError(
-            f"model is {quoted(name)}, which is no local folder; to take it from the Hugging Face "
-            "hub, pip install huggingface_hub"
+            f"model is {quoted(name)}, which is not a local folder; to download it from the "
+            "Hugging Face hub, pip install huggingface_hub"
         ) from None
     repository, _, at = name.partition("@")
     start = time.time()
@@ -47,21 +46,21 @@ def download(name: str) -> Path:
             folder = snapshot_download(repository, revision=at or None, allow_patterns=wanted)
     except HFValidationError:
         raise UsageError(
-            f"model is {quoted(name)}, which is no folder and no name on the hub"
+            f"model is {quoted(name)}, which is not a folder and not a valid name on the hub"
         ) from None
-    except Exception as error:  # the client's own, its transport's, the disk's
+    except Exception as error:  # from the client, the network or the disk
         reason = foreign(str(error).strip().partition("\n")[0])
         raise UsageError(
-            f"model is {quoted(name)}, which is no local folder, and it could not be had from the "
-            f"hub ({type(error).__name__}: {reason}); a folder with its config.json, weights and "
-            "tokenizer files can be given instead"
+            f"model is {quoted(name)}, which is not a local folder, and the download from the hub "
+            f"failed ({type(error).__name__}: {reason}); you can give a folder with config.json, "
+            "weights and tokenizer files instead"
         ) from None
     _check_new_files(name, Path(folder), start)
     return Path(folder)
 
 
 def _check_new_files(name: str, folder: Path, start: float) -> None:
-    """Compare what has just come with its SHA-256, which the hub's cache names large files by."""
+    """Check the SHA-256 of new files. The hub's cache names large files by their SHA-256."""
     for path in folder.iterdir():
         file = path.resolve()
         if not re.fullmatch(r"[0-9a-f]{64}", file.name) or file.stat().st_mtime < start:
@@ -70,6 +69,6 @@ def _check_new_files(name: str, folder: Path, start: float) -> None:
             if hashlib.file_digest(content, "sha256").hexdigest() != file.name:
                 file.unlink()
                 raise UsageError(
-                    f"{foreign(path.name)} of {foreign(name)} did not come as the hub has it (its "
-                    "SHA-256 differs); it was deleted: try again"
+                    f"{foreign(path.name)} of {foreign(name)} is damaged (its SHA-256 differs from "
+                    "the hub's); the file was deleted, try again"
                 )

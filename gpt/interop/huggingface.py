@@ -1,4 +1,4 @@
-"""A folder in Hugging Face's layout to a model, without a second copy of its weights."""
+"""Load a model from a folder in Hugging Face's layout, without a second copy of its weights."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ from gpt.interop.weights import Rows, fill, layout, their_shape
 from gpt.model.gpt import GPT
 
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module")
-"""What DataParallel, torch.compile and FSDP put into the names of what they wrap."""
+"""Parts that DataParallel, torch.compile and FSDP add to the names of tensors."""
 
 
 def load_folder(
@@ -25,14 +25,14 @@ def load_folder(
     dtype: torch.dtype | None = torch.float32,
     say: Callable[[str], None] = lambda text: None,
 ) -> GPT:
-    """The model in ``folder``, in evaluation mode; ``UsageError`` if its family is not known, or it
-    is not whole.
+    """The model in ``folder``, in evaluation mode. ``UsageError`` if its family is not known, or if
+    it is incomplete.
 
-    ``dtype`` is the token embedding's in the file if it is ``None``. On a CPU weights that have the
-    ``dtype`` already stay in their file, mapped, a transposed matrix too in float32: nothing is
-    read before it is used. The model never changes the file, and the file must not be changed
-    either while the model is there (replacing it by another is no change). ``say`` is told how the
-    model differs from its files.
+    A ``dtype`` of ``None`` means the dtype of the token embedding in the file. On a CPU, weights
+    that have the ``dtype`` already stay memory-mapped (in float32 also transposed matrices), and
+    are read when they are used. The model never changes the file. The file must not be changed
+    while the model exists, but it may be replaced by another file. ``say`` is told how the model
+    differs from its files.
     """
     path = folder / "config.json"
     theirs = read_object(path, "the configuration")
@@ -55,14 +55,14 @@ def load_folder(
         f"the weights of {foreign(folder)}",
         model.parameter_count() * dtype.itemsize,
         torch.device(device),
-        advice="a smaller model, or its weights in bfloat16, would do",
+        advice="use a smaller model, or bfloat16",
     )
     fill(model, files, held, device=device, dtype=dtype)
     return model.requires_grad_(True).eval()
 
 
 def bare_name(family: Family, theirs: str) -> str:
-    """Their name of a tensor, without the family's prefix and the names of wrappers."""
+    """A tensor's name in the file, without the family's prefix and the parts that wrappers add."""
     parts = [part for part in theirs.split(".") if part not in _WRAPPERS]
     return ".".join(parts).removeprefix(family.prefix)
 
@@ -70,25 +70,24 @@ def bare_name(family: Family, theirs: str) -> str:
 def _check_sizes(
     path: Path, family: Family, config: ModelConfig, shapes: Mapping[str, Sequence[int]]
 ) -> None:
-    """``UsageError`` names a size in the ``config.json`` at ``path`` that weights of these
-    ``shapes``, by their bare names, do not have.
+    """``UsageError`` if a size in the ``config.json`` at ``path`` differs from the ``shapes`` of
+    the weights, which are given by bare names.
 
-    Call it before a model is made, so that the model is no larger than the files.
+    Call it before the model is built, so that the model is not larger than the files.
     """
     where = foreign(path)
     layers = {match[1] for name in shapes if (match := family.layer.match(name))}
     if config.n_layer > len(layers):
         raise UsageError(
-            f"{where}: n_layer is {config.n_layer:,}, and the weights beside it have "
-            f"{len(layers):,} layers"
+            f"{where}: n_layer is {config.n_layer:,}, and the weights have {len(layers):,} layers"
         )
     for name, fields, wanted in family.sizes(config):
         if name not in shapes:
             raise UsageError(f"the weights in {foreign(path.parent)} lack {name}")
         if list(shapes[name]) != wanted:
             raise UsageError(
-                f"{where}: {fields} ask for {name} of the shape {wanted}, and the weights beside "
-                f"it have the shape {list(shapes[name])}"
+                f"{where}: {fields} give {name} the shape {wanted}, and the weights have the shape "
+                f"{list(shapes[name])}"
             )
 
 
@@ -98,8 +97,8 @@ def _head(family: Family, config: ModelConfig) -> str:
 
 
 def _has_another_head(family: Family, config: ModelConfig, files: WeightFiles) -> bool:
-    """Whether the files hold a head that is not the embedding, whatever the configuration says:
-    transformers keeps it then.
+    """Whether the files have a head that differs from the embedding. transformers then uses this
+    head, even if the configuration ties them.
     """
     found = {bare_name(family, name): name for name in files.shapes}
     table = bare_name(family, family.parts("embed.weight", config)[0].theirs)
@@ -110,8 +109,8 @@ def _has_another_head(family: Family, config: ModelConfig, files: WeightFiles) -
 
 
 def _matched(folder: Path, files: WeightFiles, family: Family, model: GPT) -> dict[str, list[Rows]]:
-    """What each tensor in the files holds; ``UsageError`` for one that is not known, and for one
-    that is not there.
+    """The rows of the model that each tensor in the files holds. ``UsageError`` for an unknown
+    tensor and for a missing one.
     """
     wanted = {bare_name(family, name): held for name, held in layout(family, model).items()}
     names: dict[str, str] = {}
@@ -125,8 +124,8 @@ def _matched(folder: Path, files: WeightFiles, family: Family, model: GPT) -> di
             right = their_shape(wanted[bare], model)
             if shape != right:
                 raise UsageError(
-                    f"the tensor {foreign(theirs)} in {where} has the shape {shape}, and its "
-                    f"config.json makes it {right}"
+                    f"the tensor {foreign(theirs)} in {where} has the shape {shape}, and must have "
+                    f"{right} by its config.json"
                 )
         elif not family.buffers.fullmatch(bare) and bare != _head(family, model.config):
             raise UsageError(

@@ -37,15 +37,15 @@ def load(
     trainable: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> Loaded:
-    """The model that ``name`` names, in evaluation mode, and its tokenizer.
+    """Load the model ``name``, in evaluation mode, and its tokenizer.
 
-    ``name`` is a run's folder (its best checkpoint is taken), one checkpoint's folder, a folder in
-    the Hugging Face layout, or a GPT-2 on the hub (``gpt2``, ``owner/model``, ``model@revision``).
-    A ``dtype`` of ``None`` takes the one that is stored. With ``weights`` (``"auto"``, ``"int8"``
-    and so on) the model is one that is made to run, as
-    :func:`gpt.generation.inference.prepare_for_inference` gives it; a folder of packed weights
-    always is, and ``trainable`` refuses it. ``UsageError`` if there is no such model; a damaged
-    checkpoint is passed over for an older one, and ``say`` is told.
+    ``name`` is a run's folder (uses its best checkpoint), a checkpoint's folder, a folder in the
+    Hugging Face layout, a packed folder, or a GPT-2 on the hub (``gpt2``, ``owner/model``,
+    ``model@revision``). A ``dtype`` of ``None`` keeps the stored one. With ``weights`` (``"auto"``,
+    ``"int8"`` and so on) the model is converted for inference by
+    :func:`gpt.generation.inference.prepare_for_inference`. A packed folder always gives such a
+    model, and ``trainable`` refuses it. ``UsageError`` if the model does not exist. If a checkpoint
+    is damaged, an older one is used, and ``say`` is told.
     """
     device = parse_device(device)
     if weights is not None:
@@ -55,15 +55,15 @@ def load(
         if isinstance(loaded.model, InferenceGPT):
             if weights not in ("auto", loaded.model.weights):
                 raise UsageError(
-                    f"{foreign(name)} has its weights in {loaded.model.weights}, and weights is "
-                    f"{weights!r}"
+                    f"weights is {weights!r}, and {foreign(name)} is packed in "
+                    f"{loaded.model.weights}"
                 )
             return loaded
         return Loaded(prepare_for_inference(loaded.model, kind), loaded.tokenizer)
     path = _folder(name)
     if is_packed(path):
         if trainable:
-            raise UsageError(f"{foreign(name)} has packed weights, which can only run")
+            raise UsageError(f"{foreign(name)} is packed, and can only be run")
         packed = Loaded(*load_packed(path, device=device))
         _check_size(path, packed.tokenizer, packed.model)
         return packed
@@ -80,9 +80,7 @@ def load(
         return Loaded(model, tokenizer)
     checkpoint = checkpoints.find(path, "best", say=say)
     if checkpoint is None:
-        raise UsageError(
-            f"model is {quoted(str(name))}, a folder with neither a checkpoint nor a model in it"
-        )
+        raise UsageError(f"model is {quoted(str(name))}, a folder without a checkpoint or a model")
     run = checkpoint.path.resolve().parent.parent
     tokenizer = tokenizers.load(run / "tokenizer.json")
     _check_own(checkpoint, run / "tokenizer.json", tokenizer)
@@ -94,7 +92,7 @@ def load(
 def _folder(name: str | Path) -> Path:
     """The folder that ``name`` names, here or on the hub."""
     if not isinstance(name, str | Path):
-        raise UsageError(f"model is {quoted(name)}, and must be the name of a model or a path")
+        raise UsageError(f"model is {quoted(name)}, and must be a model's name or a path")
     path = Path(name)
     try:
         if path.is_dir():
@@ -104,7 +102,7 @@ def _folder(name: str | Path) -> Path:
     except (OSError, ValueError):  # a name that no file can have
         is_path = True
     if is_path:
-        raise UsageError(f"model is {quoted(str(name))}, which is no folder of a run or of a model")
+        raise UsageError(f"model is {quoted(str(name))}, which is not a folder of a run or a model")
     return download(str(name))
 
 
@@ -113,15 +111,15 @@ def _check_size(folder: Path, tokenizer: Tokenizer, model: GPT) -> None:
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UsageError(
             f"the tokenizer in {foreign(folder)} has {tokenizer.vocab_size:,} tokens, and the "
-            f"model {model.config.vocab_size:,}: it is another model's"
+            f"model has {model.config.vocab_size:,}: it belongs to another model"
         )
 
 
 def _check_own(checkpoint: Checkpoint, path: Path, tokenizer: Tokenizer) -> None:
-    """``UsageError`` for a tokenizer that is not the one that the run was trained with."""
+    """``UsageError`` if the run was trained with another tokenizer."""
     own = tokenizers.fingerprint(tokenizer).hex()
     if checkpoint.progress.get("tokenizer", own) != own:
         raise UsageError(
-            f"the tokenizer {foreign(path)} is not the one that the checkpoint "
-            f"{foreign(checkpoint.path)} was trained with: it is another run's"
+            f"the tokenizer {foreign(path)} is another one than the checkpoint "
+            f"{foreign(checkpoint.path)} was trained with"
         )

@@ -1,11 +1,11 @@
-"""Models made to run, on disk: their matrices as they were packed, loaded in a moment.
+"""Packed models on disk: the matrices are stored as inference needs them, so they load quickly.
 
 ::
 
     FOLDER/   model.safetensors  packed.json  tokenizer.json
 
-``packed.json`` has the format's version, the format of the weights, the model's configuration, and
-the SHA-256 of the weights. These are checked, and then stay mapped.
+``packed.json`` has the version of this layout, the format of the weights, the model's
+configuration, and the SHA-256 of ``model.safetensors``, which is checked and then memory-mapped.
 """
 
 import contextlib
@@ -33,8 +33,8 @@ PACKED, WEIGHTS = "packed.json", "model.safetensors"
 
 
 def save_packed(model: InferenceGPT, tokenizer: Tokenizer, out: Path) -> None:
-    """Write the new folder ``out``; it appears whole or not at all. ``UsageError`` if it is there
-    already, or cannot be written.
+    """Write the new folder ``out``, atomically. ``UsageError`` if it exists or cannot be
+    written.
     """
     with new_folder(out) as work:
         try:
@@ -50,7 +50,7 @@ def save_packed(model: InferenceGPT, tokenizer: Tokenizer, out: Path) -> None:
         (work / PACKED).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
         text = tokenizers.to_json(tokenizer)
         (work / "tokenizer.json").write_text(text, encoding="utf-8")
-        (work / WEIGHTS).chmod((work / PACKED).stat().st_mode)  # safetensors' own is 0600
+        (work / WEIGHTS).chmod((work / PACKED).stat().st_mode)  # safetensors writes 0600
 
 
 def is_packed(name: str | Path) -> bool:
@@ -67,7 +67,7 @@ def load_packed(
     with _named(described):
         if meta["format"] != FORMAT:
             version = foreign(meta["format"])
-            raise UsageError(f"format is {version}, and this program reads {FORMAT}")
+            raise UsageError(f"format is {version}, and this program reads format {FORMAT}")
         config, kind, expected = ModelConfig(**meta["model"]), meta["weights"], meta["sha256"]
     shapes = tensor_shapes(weights)
     with _named(described):
@@ -76,7 +76,7 @@ def load_packed(
             model = prepare_for_inference(plain, kind, device=torch.device(device))
     try:
         if _sha256(weights) != expected:
-            raise UsageError(f"{foreign(weights)} is damaged: it is not what was saved")
+            raise UsageError(f"{foreign(weights)} is damaged: its SHA-256 does not match")
         with safe_open(weights, framework="pt", device=str(device)) as file:
             model.take({name: file.get_tensor(name) for name in shapes})
     except (OSError, SafetensorError, AttributeError) as error:  # a dtype that torch does not have
@@ -86,7 +86,7 @@ def load_packed(
 
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """What is wrong with what the file says becomes a sentence that names it."""
+    """Turn an error in the content of the file ``path`` into a ``UsageError`` that names it."""
     try:
         yield
     except UsageError as error:

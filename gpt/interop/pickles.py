@@ -1,9 +1,9 @@
-"""Pickles of tensors: looked through first, then loaded by torch.
+"""Pickles of tensors: checked first, then loaded by torch.
 
-``torch.load(weights_only=True)`` runs no code of a stranger's, but calls what takes any memory:
-``bytearray(2**36)``, or a storage that is not in the file. So the pickle first runs with stand-ins
-that make nothing. It may rebuild tensors of storages, and these have no more numbers in all than
-the file has bytes.
+``torch.load(weights_only=True)`` runs no foreign code, but it allows calls that allocate any amount
+of memory: ``bytearray(2**36)``, or a storage that is not in the file. So the pickle first runs with
+stand-ins that create nothing. It may only rebuild tensors from storages, and all storages together
+may not have more numbers than the file has bytes.
 """
 
 import io
@@ -20,7 +20,7 @@ from torch import Tensor
 from gpt.config import UsageError, foreign
 from gpt.files import check_regular
 
-_NAMES = (  # of the operations that torch reads, what a dictionary of tensors needs
+_NAMES = (  # the operations that a dictionary of tensors needs
     "PROTO STOP MARK GLOBAL REDUCE BUILD BINPERSID TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_TUPLE "
     "EMPTY_LIST EMPTY_DICT APPEND APPENDS SETITEM SETITEMS NONE NEWFALSE NEWTRUE BININT BININT1 "
     "BININT2 BINFLOAT LONG1 BINUNICODE SHORT_BINSTRING BINGET LONG_BINGET BINPUT LONG_BINPUT"
@@ -37,14 +37,14 @@ _CALLS = {
     ("torch.serialization", "_get_layout"),
     ("torch", "Size"),
 }
-_LEGACY_PICKLES = 5  # magic number, protocol, system, tensors, keys of the storages that follow
+_LEGACY_PICKLES = 5  # magic number, protocol, system, tensors, keys of the storages
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a pickle that holds nothing else; ``UsageError`` for any other file.
+    """The tensors of a pickle that holds only tensors; ``UsageError`` for any other file.
 
-    What wants more is refused, and not run. Files from before torch 1.6 are no zip archives, and
-    cannot be mapped.
+    A pickle that does anything else is refused before it runs. Files from before torch 1.6 are not
+    zip archives, and cannot be memory-mapped.
     """
     check_regular(path, "the weights")
     try:
@@ -55,22 +55,22 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         reason = foreign(str(error).partition("\n")[0])
         raise UsageError(
-            f"{foreign(path)} is refused: it is no file of tensors alone, and reading it could run "
-            f"code or take any memory ({reason})"
+            f"{foreign(path)} is refused: it holds more than tensors, so reading it could run code "
+            f"or fill the memory ({reason})"
         ) from None
-    except Exception as error:  # a file of any content fails in any way
+    except Exception as error:  # a file of any content may raise anything
         reason = foreign(str(error).partition("\n")[0]) or type(error).__name__
         raise UsageError(f"the weights {foreign(path)} cannot be read: {reason}") from None
     if not (
         isinstance(state, dict)
         and all(isinstance(k, str) and isinstance(t, Tensor) for k, t in state.items())
     ):
-        raise UsageError(f"the weights {foreign(path)} are no dictionary of tensors")
+        raise UsageError(f"the weights {foreign(path)} are not a dictionary of tensors")
     return {name: tensor.detach() for name, tensor in state.items()}
 
 
 def _look_through(path: Path) -> None:
-    """``UnpicklingError`` for a file that does more than rebuild tensors of its own storages."""
+    """``UnpicklingError`` for a file that does more than rebuild tensors from its own storages."""
     room = path.stat().st_size
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
@@ -85,7 +85,9 @@ def _look_through(path: Path) -> None:
 
 
 def _next_pickle(file: BinaryIO, room: int) -> bytes:
-    """The pickle at the file's place, if it has no other operations than :data:`_OPERATIONS`."""
+    """The pickle at the file's position. ``UnpicklingError`` for an operation that is not in
+    :data:`_OPERATIONS`.
+    """
     start = file.tell()
     for operation, argument, _ in pickletools.genops(file):
         name = operation.name
@@ -97,7 +99,9 @@ def _next_pickle(file: BinaryIO, room: int) -> bytes:
 
 
 class _Look(pickle.Unpickler):
-    """Runs a pickle with stand-ins for all that it calls, and counts its storages' numbers."""
+    """Runs a pickle with stand-ins for everything that it calls, and counts the numbers of its
+    storages.
+    """
 
     def __init__(self, content: bytes, room: int) -> None:
         super().__init__(io.BytesIO(content), encoding="utf-8")
@@ -110,7 +114,7 @@ class _Look(pickle.Unpickler):
             return lambda *arguments: None
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or (module in ("torch", "torch.storage") and name.endswith("Storage")):
-            return name  # which cannot be called
+            return name  # a string cannot be called
         raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
 
     def persistent_load(self, pid: Any) -> None:

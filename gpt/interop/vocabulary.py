@@ -1,9 +1,8 @@
-"""A GPT-2 tokenizer's files to a tokenizer and back: ``tokenizer.json``, or ``vocab.json`` and
+"""Read and write the files of a GPT-2 tokenizer: ``tokenizer.json``, or ``vocab.json`` and
 ``merges.txt``.
 
-They spell each byte as a printable character. tiktoken encodes with them when the order of the
-merges is the order of the ids, as in every vocabulary that was trained and not put together by
-hand.
+The files write each byte as a printable character. tiktoken needs merges in the order of the ids,
+which every trained vocabulary has.
 """
 
 import itertools
@@ -24,20 +23,20 @@ _WHAT = "the tokenizer's"
 def load_tokenizer(
     folder: Path, *, end_of_text: Sequence[int] = (), rows: int | None = None
 ) -> Tokenizer:
-    """The tokenizer in ``folder``; the released one where it has no tokenizer's files.
+    """The tokenizer in ``folder``, or the released one if the folder has no tokenizer files.
 
-    ``end_of_text`` are the ids that the model's configuration names, of which the first special one
-    counts; the others stay as the files have them. ``rows`` is how many tokens the model has:
-    special and added tokens beyond are left out, and a text with such an added one is refused when
-    it is encoded. ``UsageError`` for a tokenizer whose ids could come out otherwise
-    than Hugging Face's, and for files of any other content.
+    ``end_of_text`` are the ids in the model's configuration; the first one that is a special token
+    becomes the tokenizer's. ``rows`` is the model's vocabulary size: special and added tokens with
+    larger ids are left out, and a text that contains such an added token is refused when it is
+    encoded. ``UsageError`` for broken files, and for a tokenizer whose ids might differ from those
+    of Hugging Face.
     """
     whole, vocab, merges = (folder / n for n in ("tokenizer.json", "vocab.json", "merges.txt"))
     if whole.exists():
         state = read_object(whole, _WHAT)
         return _from_json(whole, state, end_of_text=end_of_text, rows=rows)
     if vocab.exists() != merges.exists():
-        raise UsageError(f"{foreign(folder)} has one of vocab.json and merges.txt, and needs both")
+        raise UsageError(f"{foreign(folder)} needs both vocab.json and merges.txt, and has one")
     if not vocab.exists():
         return GPT2Tokenizer.released()
     lines = [line.removesuffix("\r") for line in read_text(merges, _WHAT).split("\n")]
@@ -77,12 +76,13 @@ def _from_json(
     ):
         if found != right:
             raise UsageError(
-                f"{foreign(path)} has {what} {quoted(found)}, and GPT-2's tokenizer has {right!r}"
+                f"{foreign(path)} has {what} {quoted(found)}, and must have {right!r} as in GPT-2"
             )
     after = state.get("post_processor")
     if not _adds_nothing(after):
         raise UsageError(
-            f"{foreign(path)} has the post_processor {quoted(after)}, and GPT-2's adds no tokens"
+            f"{foreign(path)} has the post_processor {quoted(after)}, which could add tokens; this "
+            "is not supported"
         )
     special, added = _added(path, state.get("added_tokens", []))
     vocab = _ids(path, "model.vocab", model.get("vocab"))
@@ -100,18 +100,18 @@ def _characters(path: Path, vocab: dict[str, int], others: dict[str, int]) -> Ch
     tokenizer = CharTokenizer(token for token in vocab if len(token) == 1)
     if {c: i for i, c in enumerate(tokenizer.characters)} != vocab:
         raise UsageError(
-            f"{foreign(path)} has no pre_tokenizer, and is no vocabulary of characters either"
+            f"{foreign(path)} has no pre_tokenizer, and its vocabulary is not one of characters"
         )
     if list(others.values()) != [tokenizer.end_of_text]:
         raise UsageError(
-            f"{foreign(path)} has the added_tokens {quoted(others)}, and a vocabulary of "
-            f"characters has the end of a text alone, as token {tokenizer.end_of_text}"
+            f"{foreign(path)} has the added_tokens {quoted(others)}, and must have only "
+            f"end-of-text, with the id {tokenizer.end_of_text}"
         )
     return tokenizer
 
 
 def _adds_nothing(processor: object) -> bool:
-    """Whether what comes after the merges leaves a text's ids as they are."""
+    """Whether a post-processor adds no tokens."""
     match processor:
         case None | {"type": "ByteLevel"}:
             return True
@@ -123,24 +123,24 @@ def _adds_nothing(processor: object) -> bool:
 
 
 def _object(path: Path, state: dict[str, Any], name: str) -> dict[str, Any]:
-    """A field that is an object, or is not there."""
+    """A field that must be an object, or absent."""
     value = state.get(name)
     if not isinstance(value, dict | None):
-        raise UsageError(f"{foreign(path)} has {name} {quoted(value)}, and must have an object")
+        raise UsageError(f"{foreign(path)} has {name} {quoted(value)}, which must be an object")
     return value or {}
 
 
 def _ids(path: Path, name: str, value: object) -> dict[str, int]:
-    """A field that gives tokens their ids."""
+    """A field that maps tokens to ids."""
     if not isinstance(value, dict) or not all(type(i) is int for i in value.values()):
-        raise UsageError(f"{foreign(path)} has not an id for each token in {name}")
+        raise UsageError(f"{foreign(path)} lacks an id for a token in {name}")
     return value
 
 
 def _pairs(path: Path, merges: object) -> list[tuple[str, str]]:
     """The merges, each of two parts: ``"a b"`` or ``["a", "b"]``."""
     if not isinstance(merges, list):
-        raise UsageError(f"{foreign(path)} has model.merges {quoted(merges)}, and must have a list")
+        raise UsageError(f"{foreign(path)} has model.merges {quoted(merges)}, which must be a list")
     pairs = []
     for number, merge in enumerate(merges, 1):
         match merge.split(" ") if isinstance(merge, str) else merge:
@@ -148,14 +148,14 @@ def _pairs(path: Path, merges: object) -> list[tuple[str, str]]:
                 pairs.append((a, b))
             case _:
                 raise UsageError(
-                    f"{foreign(path)} has {quoted(merge)} as merge {number:,}, and a merge has two "
+                    f"{foreign(path)} has {quoted(merge)} as merge {number:,}, which must have two "
                     "parts"
                 )
     return pairs
 
 
 def _added(path: Path, tokens: object) -> tuple[dict[str, int], dict[str, int]]:
-    """Special tokens, and others that are taken whole."""
+    """The special tokens, and the other added tokens."""
     special, added = dict[str, int](), dict[str, int]()
     entries: list[Any] = tokens if isinstance(tokens, list) else [tokens]
     for token in entries:
@@ -164,8 +164,8 @@ def _added(path: Path, tokens: object) -> tuple[dict[str, int], dict[str, int]]:
                 (special if is_special else added)[content] = i
             case _:
                 raise UsageError(
-                    f"{foreign(path)} has the added token {quoted(token)}, which needs content, id "
-                    "and special"
+                    f"{foreign(path)} has the added token {quoted(token)}, which must have "
+                    "content, id and special"
                 )
         if not content:
             raise UsageError(f"{foreign(path)} has an added token without content")
@@ -179,19 +179,19 @@ def _added(path: Path, tokens: object) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def _settings(path: Path) -> tuple[dict[str, int], dict[str, int]]:
-    """What ``tokenizer_config.json`` adds: special tokens, and others that are taken whole."""
+    """The special and the other added tokens of ``tokenizer_config.json``."""
     if not path.exists():
         return {}, {}
     state = read_object(path, _WHAT)
     for name in ("add_prefix_space", "add_bos_token"):
         if state.get(name):
-            raise UsageError(f"{foreign(path)} has {name} true, and GPT-2's tokenizer has false")
+            raise UsageError(f"{foreign(path)} has {name} true, and must have false as in GPT-2")
     tokens = []
     for i, token in _object(path, state, "added_tokens_decoder").items():
         if not (isinstance(token, dict) and re.fullmatch(r"[0-9]{1,18}", i)):
             raise UsageError(
-                f"{foreign(path)} has {quoted(i)}: {quoted(token)} in added_tokens_decoder, and "
-                "needs an id and a token"
+                f"{foreign(path)} has {quoted(i)}: {quoted(token)} in added_tokens_decoder, which "
+                "must map an id to a token"
             )
         tokens.append({"special": False, **token, "id": int(i)})
     return _added(path, tokens)
@@ -213,23 +213,21 @@ def _make(
     if END_OF_TEXT in vocab and END_OF_TEXT not in named:
         special = special | {END_OF_TEXT: vocab[END_OF_TEXT]}
         named |= special
-    # A token that was added and is made by merges too stays in the vocabulary.
+    # An added token that merges can also make stays in the vocabulary.
     made = {a + b for a, b in merges}
     spelled = sorted((i, t) for t, i in vocab.items() if t not in named or t in made)
     if not spelled:
         raise UsageError(f"{where} has an empty vocabulary")
     first_id = spelled[0][0]
     if [i for i, _ in spelled] != list(range(first_id, first_id + len(spelled))):
-        raise UsageError(f"{where} has gaps in its ids, which is not supported")
+        raise UsageError(f"{where} has gaps in its ids; this is not supported")
     tokens = [token for _, token in spelled]
     if len(set(tokens) & bytes_of.keys()) != 256:
-        raise UsageError(f"{where} lacks some of the 256 bytes, so not every text could be encoded")
+        raise UsageError(f"{where} lacks some of the 256 bytes, so some texts cannot be encoded")
     if [a + b for a, b in merges] != tokens[256:] or set(tokens[:256]) != bytes_of.keys():
-        raise UsageError(
-            f"{where} has merges in another order than its ids, which is not supported"
-        )
+        raise UsageError(f"{where} has merges in another order than its ids; this is not supported")
     if not {part for pair in merges for part in pair} <= set(tokens):
-        raise UsageError(f"{where} has merges of what are no tokens")
+        raise UsageError(f"{where} has merges of parts that are not tokens")
     beyond = {t for t, i in named.items() if t not in made and rows is not None and i >= rows}
     apart = [i for token, i in named.items() if token not in made and token not in beyond]
     ids = sorted([*apart, *range(first_id, first_id + len(tokens))])
@@ -244,7 +242,7 @@ def _make(
     end = next(named_ends, special.get(END_OF_TEXT))
     if end is None:
         at = f" below the model's {rows:,} rows" if beyond else ""
-        raise UsageError(f"{where} has no token for the end of a text ({END_OF_TEXT}){at}")
+        raise UsageError(f"{where} has no end-of-text token ({END_OF_TEXT}){at}")
     ranks = [bytes(bytes_of[character] for character in token) for token in tokens]
     return GPT2Tokenizer(
         ranks,
@@ -258,14 +256,14 @@ def _make(
 
 @cache
 def byte_characters() -> dict[int, str]:
-    """The printable character that stands for each byte in GPT-2's files."""
+    """The printable character for each byte in GPT-2's files."""
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     others = [b for b in range(256) if b not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
 def hugging_face_files(tokenizer: Tokenizer) -> dict[str, str]:
-    """The files, by name, from which ``AutoTokenizer`` makes a tokenizer with the same ids."""
+    """The files, by name, from which ``AutoTokenizer`` builds a tokenizer with the same ids."""
     special = {END_OF_TEXT: tokenizer.end_of_text}
     added: dict[str, int] = {}
     characters = byte_characters()
@@ -279,17 +277,17 @@ def hugging_face_files(tokenizer: Tokenizer) -> dict[str, str]:
     elif isinstance(tokenizer, ByteTokenizer):
         vocab = {characters[byte]: byte for byte in range(256)}
     elif isinstance(tokenizer, GPT2Tokenizer):
-        if tokenizer.pattern != "gpt2":  # ByteLevel's own
+        if tokenizer.pattern != "gpt2":  # ByteLevel has only this one
             raise UsageError(
-                f"a tokenizer with the pattern {tokenizer.pattern} has no form that Hugging Face "
-                "reads"
+                f"a tokenizer with the pattern {tokenizer.pattern} cannot be exported to Hugging "
+                "Face"
             )
         tokens = ["".join(characters[b] for b in token) for token in tokenizer.ranks]
         vocab = {token: i for i, token in enumerate(tokens, tokenizer.first_id)}
         merges = [_merged_from(token, vocab) for token in tokens[256:]]
         special, added = tokenizer.special, tokenizer.added
     else:
-        raise UsageError(f"a {tokenizer.kind} tokenizer has no form that Hugging Face reads")
+        raise UsageError(f"a {tokenizer.kind} tokenizer cannot be exported to Hugging Face")
     entries = [(i, token, True) for token, i in special.items()]
     entries += [(i, token, False) for token, i in added.items()]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -323,7 +321,7 @@ def hugging_face_files(tokenizer: Tokenizer) -> dict[str, str]:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": end,
         "eos_token": end,
-        "unk_token": end,  # never needed, but GPT-2's has it, and CTranslate2 wants one
+        "unk_token": end,  # never used, but GPT-2's has it, and CTranslate2 needs it
         "clean_up_tokenization_spaces": False,
     }
     files = {"tokenizer.json": whole, "tokenizer_config.json": settings}
@@ -331,7 +329,7 @@ def hugging_face_files(tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def _merged_from(token: str, vocab: dict[str, int]) -> list[str]:
-    """The two parts that ``token`` is merged from: what the merges before its own leave of it."""
+    """The two parts that ``token`` is merged from: the result of all merges before its own."""
     own = vocab[token]
     parts = list(token)
     while len(parts) > 2:

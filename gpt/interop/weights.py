@@ -1,6 +1,6 @@
-"""A family's table read forward, which fills a model from files, and backward, which exports one.
+"""Fill a model from files by a family's table, and export a model by the same table.
 
-A weight that lies in its file as the model needs it stays there, mapped: no second copy is made.
+A weight that the file stores as the model needs it stays memory-mapped, without a second copy.
 """
 
 import threading
@@ -17,7 +17,7 @@ from gpt.model.gpt import GPT
 
 
 class Rows(NamedTuple):
-    """The rows of a parameter that are rows of a tensor of theirs."""
+    """Rows of a parameter, and the rows of the family's tensor that hold them."""
 
     parameter: str
     ours: slice
@@ -26,9 +26,9 @@ class Rows(NamedTuple):
 
 
 def layout(family: Family, model: GPT) -> dict[str, list[Rows]]:
-    """For each tensor of the family's, the rows of the model's parameters that it holds.
+    """For each tensor of the family, the rows of the model's parameters that it holds.
 
-    The model may be on ``meta``: only shapes are read.
+    The model may be on ``meta``, because only shapes are used.
     """
     found: dict[str, list[Rows]] = {}
     for name, parameter in model.named_parameters():
@@ -42,7 +42,7 @@ def layout(family: Family, model: GPT) -> dict[str, list[Rows]]:
 
 
 def their_shape(held: Sequence[Rows], model: GPT) -> list[int]:
-    """The shape of the tensor that has these rows of the model's parameters."""
+    """The shape of the tensor that holds these rows."""
     shape = list(model.get_parameter(held[0].parameter).shape)
     shape[0] = max(rows.theirs.stop for rows in held)
     return shape[::-1] if held[0].part.turn else shape
@@ -63,8 +63,8 @@ def fill(
     device: torch.device | str,
     dtype: torch.dtype,
 ) -> None:
-    """Give a model on ``meta`` its weights. ``held`` has the rows of each tensor, by its name in
-    the files; together they must be all rows of all parameters.
+    """Give a model on ``meta`` its weights. ``held`` maps a tensor's name in the files to the rows
+    that it holds; together they must cover all rows of all parameters.
     """
     weights: dict[str, Tensor] = {}
     copies = []
@@ -91,10 +91,10 @@ def fill(
 
 
 def _usable(tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> bool:
-    """Whether the tensor can be a weight as it lies in the file.
+    """Whether the file's tensor can be used as a weight without a copy.
 
-    Where a matrix is turned, a CPU reads it faster for one token in float32, and slower in
-    bfloat16. The first safetensors files were not aligned.
+    For one token, a CPU multiplies a transposed matrix faster in float32, and slower in bfloat16.
+    Early safetensors files were not aligned.
     """
     here = torch.device(device).type == "cpu" and tensor.dtype == dtype
     aligned = tensor.data_ptr() % tensor.element_size() == 0
@@ -103,8 +103,8 @@ def _usable(tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> b
 
 
 def _copy(copies: list[_Copy]) -> None:
-    """Copy parts of stored tensors to their targets, one thread a core: half of it is the system's
-    work on new pages.
+    """Copy parts of stored tensors to their targets, with one thread per core: half of the time is
+    spent by the system on new pages.
     """
     own = threading.local()
 
@@ -113,7 +113,7 @@ def _copy(copies: list[_Copy]) -> None:
         if source.is_contiguous():
             target.copy_(_plus(source, add) if add else source)
             stored.forget(source)
-        else:  # converted first, to turn half the bytes, and always in the same memory
+        else:  # convert first, so that fewer bytes are transposed, and reuse one buffer
             if not hasattr(own, "memory"):
                 largest = max(c.source.numel() for c in copies if not c.source.is_contiguous())
                 own.memory = torch.empty(largest, dtype=target.dtype, device=target.device)
@@ -131,13 +131,13 @@ def _copy(copies: list[_Copy]) -> None:
 
 
 def _plus(tensor: Tensor, add: float) -> Tensor:
-    """The sum, in float32 at least: small differences from 1 would be lost in bfloat16."""
+    """The sum, in at least float32: bfloat16 would lose small differences from 1."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) + add
 
 
 def exported(model: GPT, family: Family) -> Iterator[tuple[str, Tensor]]:
-    """The model's tensors as the family names and stores them, with zeros for the biases that the
-    family has and the model lacks.
+    """The model's tensors with the family's names and layout. Biases that the family has and the
+    model lacks are zeros.
     """
     own = dict(model.named_parameters())
     with torch.device("meta"):

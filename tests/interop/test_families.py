@@ -200,9 +200,9 @@ def test_a_number_is_added_before_weights_are_rounded(pieces):
 @pytest.mark.parametrize(
     ("name", "shape", "said"),
     [
-        ("attn.q.weight", (9, 8), r"has the shape .9, 8., and its config.json makes it .8, 8."),
-        ("attn.high", (4, 8), r"has the shape .4, 8., and its config.json makes it .8, 4."),
-        ("ln_biases", (8,), r"has the shape .8., and its config.json makes it .16."),
+        ("attn.q.weight", (9, 8), r"has the shape .9, 8., and must have .8, 8."),
+        ("attn.high", (4, 8), r"has the shape .4, 8., and must have .8, 4."),
+        ("ln_biases", (8,), r"has the shape .8., and must have .16."),
         ("attn.c_attn.bias", (24,), "which Pieces does not have"),
         ("attn.v.bias", None, "lack h.1.attn.v.bias"),
     ],

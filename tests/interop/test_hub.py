@@ -174,10 +174,10 @@ def test_an_interrupted_transfer_is_taken_up_again(hub):
 @pytest.mark.parametrize(
     ("name", "environment", "said"),
     [
-        ("someone/else", {}, "could not be had from the hub (RepositoryNotFoundError"),
-        ("someone/tiny@v2", {}, "could not be had from the hub (RevisionNotFoundError"),
-        ("someone/tiny", {"HF_HUB_OFFLINE": "1"}, "could not be had from the hub (LocalEntryNot"),
-        ("some one", {}, "which is no folder and no name on the hub"),
+        ("someone/else", {}, "download from the hub failed (RepositoryNotFoundError"),
+        ("someone/tiny@v2", {}, "download from the hub failed (RevisionNotFoundError"),
+        ("someone/tiny", {"HF_HUB_OFFLINE": "1"}, "download from the hub failed (LocalEntryNot"),
+        ("some one", {}, "which is not a folder and not a valid name on the hub"),
     ],
 )
 def test_what_cannot_be_had_is_told_in_a_sentence_with_the_way_out(name, environment, said, hub):
@@ -193,7 +193,7 @@ def test_a_file_that_comes_with_a_wrong_hash_is_refused_and_not_kept(hub):
     hub.flip = True
     done = sampled(hub, "someone/tiny")
     assert done.returncode == 2
-    assert "model.safetensors of someone/tiny did not come as the hub has it" in done.stderr
+    assert "model.safetensors of someone/tiny is damaged" in done.stderr
     hub.flip = False
     assert sampled(hub, "someone/tiny").returncode == 0
 
@@ -204,7 +204,7 @@ def test_a_file_that_comes_with_a_wrong_hash_is_refused_and_not_kept(hub):
 def test_whatever_the_client_says_is_told_in_a_short_sentence(name, endpoint, hub):
     done = sampled(hub, name, **({"HF_ENDPOINT": endpoint} if endpoint else {}))
     assert done.returncode == 2
-    assert "could not be had from the hub" in done.stderr
+    assert "download from the hub failed" in done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr) < 1000
 
@@ -213,4 +213,4 @@ def test_a_missing_file_of_the_model_is_told(hub):
     (hub.folder / "config.json").unlink()
     done = sampled(hub, "someone/tiny")
     assert done.returncode == 2
-    assert "neither a checkpoint nor a model" in done.stderr
+    assert "without a checkpoint or a model" in done.stderr

@@ -1,4 +1,4 @@
-"""Families of models, one file each."""
+"""Families of models, one file for each."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from gpt.interop.families.family import Family, Part
 from gpt.interop.families.gpt2 import GPT2
 
 FAMILIES: dict[str, Family] = {"gpt2": GPT2()}
-"""``model_type`` in a ``config.json`` to the family."""
+"""Maps ``model_type`` of a ``config.json`` to the family."""
 
 __all__ = ["FAMILIES", "Family", "Part", "family_of"]
 

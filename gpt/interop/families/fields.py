@@ -1,4 +1,4 @@
-"""Fields of Hugging Face's ``config.json`` that mean the same in several families."""
+"""Fields of Hugging Face's ``config.json`` that several families share."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +19,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "swish": "silu",
     "tanh": "tanh",
 }
-"""Their names of activations to this project's."""
+"""Maps their names of activations to this project's."""
 ACTIVATION_NAMES: dict[Activation, str] = {
     "gelu_tanh": "gelu_new",
     "gelu": "gelu",
@@ -28,7 +28,7 @@ ACTIVATION_NAMES: dict[Activation, str] = {
     "silu": "silu",
     "tanh": "tanh",
 }
-"""This project's names of activations to theirs."""
+"""Maps this project's names of activations to theirs."""
 
 
 def field(
@@ -39,10 +39,10 @@ def field(
     *,
     aliases: Sequence[str] = (),
 ) -> Any:
-    """The value of a field, under its name or one of its ``aliases``, or ``default``.
+    """The value of a field under its name or one of its ``aliases``; else ``default``.
 
-    ``null`` counts as not given. ``UsageError`` for a value that is not of the ``kind``, and for
-    two names with different values.
+    ``null`` counts as not given. ``UsageError`` for a value of another ``kind``, and if two names
+    have different values.
     """
     given = {key: theirs[key] for key in (name, *aliases) if key in theirs}
     given = {key: value for key, value in given.items() if value is not None}
@@ -55,7 +55,7 @@ def field(
 
 
 def activation(theirs: dict[str, Any], name: str, default: str) -> Activation:
-    """The activation that a field names; ``UsageError`` for one that is not supported."""
+    """The activation that a field names; ``UsageError`` if it is not supported."""
     value = field(theirs, name, default, str)
     if value not in ACTIVATIONS:
         names = ", ".join(ACTIVATIONS)

@@ -1,4 +1,4 @@
-"""GPT-2, which transposes the four matrices of a block (``Conv1D``) and always has biases.
+"""GPT-2. It stores the four matrices of a block transposed (``Conv1D``) and always has biases.
 
 Reference: ``transformers``' ``GPT2Config`` and ``GPT2LMHeadModel``.
 """
@@ -12,7 +12,7 @@ from gpt.config import ModelConfig, UsageError, quoted
 from gpt.interop.families.family import Part
 from gpt.interop.families.fields import ACTIVATION_NAMES, activation, check_not_quantised, field
 
-_ALIASES = {  # which GPT2Config takes as well
+_ALIASES = {  # names that GPT2Config accepts as well
     "n_positions": ("max_position_embeddings",),
     "n_layer": ("num_hidden_layers",),
     "n_head": ("num_attention_heads",),
@@ -35,7 +35,9 @@ _EXPRESSED = {
     *("vocab_size", "context_length", "n_layer", "n_head", "n_embd", "n_inner", "dropout", "bias"),
     *("tie_embeddings", "norm_eps", "activation", "scale_attention", "scale_attention_by_layer"),
 }
-"""Of all others GPT-2 has the defaults. ``initial`` does not matter to a finished model."""
+"""Fields that GPT-2 can express. It has the defaults of all others, except ``initial``, which does
+not matter for a finished model.
+"""
 
 
 class GPT2:
@@ -44,10 +46,10 @@ class GPT2:
     name = "GPT-2"
     prefix = "transformer."
     layer = re.compile(r"h\.(\d+)\.")
-    buffers = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # old files carry the causal mask
+    buffers = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # old files contain the causal mask
 
     def config(self, theirs: dict[str, Any], *, say: Callable[[str], None]) -> ModelConfig:
-        """As the protocol; ``say`` is told of dropouts that differ."""
+        """As the protocol. ``say`` is told if the dropouts differ."""
 
         def get(name: str, default: Any, kind: type | tuple[type, ...] = int) -> Any:
             return field(theirs, name, default, kind, aliases=_ALIASES.get(name, ()))
@@ -55,16 +57,14 @@ class GPT2:
         check_not_quantised(theirs)
         if get("add_cross_attention", False, bool):
             raise UsageError(
-                "add_cross_attention is true, and a model with a decoder alone has none"
+                "add_cross_attention is true, which a decoder-only model does not support"
             )
         number = (int, float)
         activated = activation(theirs, "activation_function", "gelu_new")
         dropouts = {name: get(name, 0.1, number) for name in _DROPOUTS}
         if len(set(dropouts.values())) > 1:
             each = ", ".join(f"{name} {quoted(value)}" for name, value in dropouts.items())
-            say(
-                f"{each}: a model here has one dropout, for training alone, and takes resid_pdrop's"
-            )
+            say(f"{each}: models here have only one dropout (used in training), set to resid_pdrop")
         vocab_size = get("vocab_size", 50257)
         if vocab_size == 0:
             raise UsageError("vocab_size is 0, and must be at least 1")
@@ -115,13 +115,13 @@ class GPT2:
         for name, value in usual.items():
             own = getattr(config, name)
             if own != value and not (name in ("n_kv_head", "head_dim") and own == 0):
-                raise UsageError(f"GPT-2 in Hugging Face's form cannot express model.{name} {own}")
+                raise UsageError(f"Hugging Face's GPT-2 cannot express model.{name} {own}")
         return dict.fromkeys(_DROPOUTS, config.dropout) | {
             "architectures": ["GPT2LMHeadModel"],
             "model_type": "gpt2",
             "vocab_size": config.vocab_size,
             "n_positions": config.context_length,
-            "n_ctx": config.context_length,  # the same, for what reads the old name (llama.cpp)
+            "n_ctx": config.context_length,  # the old name, which llama.cpp reads
             "n_layer": config.n_layer,
             "n_head": config.n_head,
             "n_embd": config.n_embd,
