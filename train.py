@@ -1,4 +1,4 @@
-"""Train a GPT: ``python train.py [CONFIG.toml] [--group.field VALUE ...]``, by default
+"""Train a GPT: ``python train.py [CONFIG.toml] [--group.field VALUE ...]``. The default is
 configs/shakespeare.toml.
 """
 

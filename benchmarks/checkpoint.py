@@ -69,8 +69,8 @@ def main() -> None:
             for number in range(2, 2 + arguments.saves):
                 saver.save(state(number), best=None)
                 saver._join()
-            table.add_row("the run's stall, at the first save", f"{first:.2f}")
-            table.add_row("... at a later one", f"{statistics.median(saver.stalls[1:]):.2f}")
+            table.add_row("the run waits, at the first save", f"{first:.2f}")
+            table.add_row("... at later saves", f"{statistics.median(saver.stalls[1:]):.2f}")
         table.add_row("a training step of 255 tokens", f"{median(lambda i: step()):.2f}")
         with Saver(run, CheckpointConfig(keep=1), World()) as saver:
             saver._copies = {}
@@ -86,7 +86,9 @@ def main() -> None:
             names = [optimizer.state_dict() for optimizer in optimizers]
             torch.save({"model": model.state_dict(), "optimizer": names}, run / "ckpt.pt")
 
-        table.add_row("torch.save while the run waits, neither", f"{median(plain):.2f}")
+        table.add_row(
+            "torch.save while the run waits, neither flushed nor hashed", f"{median(plain):.2f}"
+        )
     console = Console()
     console.print(describe(), highlight=False, soft_wrap=True)
     console.print(table)

@@ -71,7 +71,7 @@ def main() -> None:
     console.print(table)
 
     title = f"milliseconds for a token of each row, {kind}"
-    table = Table("heads of keys", "batch", "64 deep", "900 deep", "ratio", title=title)
+    table = Table("key heads", "batch", "after 64 tokens", "after 900 tokens", "ratio", title=title)
     for kv_heads in (12, 3):
         config = ModelConfig(n_kv_head=kv_heads)
         model = prepare_for_inference(GPT(config).to(device), kind)
@@ -88,13 +88,15 @@ def main() -> None:
     console.print(table)
 
     title = f"look-up, greedy, 200 new tokens, {kind}"
-    table = Table("", "plain, tokens/s", "guessing 8", "speed-up", "tokens a reading", title=title)
+    table = Table("", "plain, tokens/s", "guessing 8", "speed-up", "tokens per pass", title=title)
     prompt = prompts[0][:20] * 3
-    lookup(table, "GPT-2 124M, random weights, a prompt said three times", ours, prompt, arguments)
+    lookup(
+        table, "GPT-2 124M, random weights, a prompt repeated three times", ours, prompt, arguments
+    )
     if Path(arguments.run).exists():
         model, tokenizer = load(arguments.run, device=device, weights=kind)
         prompt = tokenizer.encode("ROMEO:\n").tolist()
-        lookup(table, f"{arguments.run}, which speaks in characters", model, prompt, arguments)
+        lookup(table, arguments.run, model, prompt, arguments)
     console.print(table)
 
 

@@ -50,7 +50,7 @@ def main() -> None:
         return
     title = f"{arguments.tokens:,} tokens, stride {arguments.stride}"
     table = Table(title=title)
-    for heading in ("", "tokens/s", "nats/token", "this project is"):
+    for heading in ("", "tokens/s", "nats/token", "this project's speed"):
         table.add_column(heading, justify="left" if not heading else "right")
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)

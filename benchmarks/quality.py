@@ -61,8 +61,8 @@ def main() -> None:
     starts = range(0, len(ids) - 40, len(ids) // 100)
     prompts = [ids[start : start + 32].tolist() for start in list(starts)[:100]]
     table = Table(title=f"{arguments.run}: {n:,} windows of {size} held-out tokens")
-    for heading in ("weights", "perplexity", "more", "a token at a time", "more", "same texts",
-                    "same tokens"):  # fmt: skip
+    for heading in ("weights", "perplexity", "increase", "token by token", "increase",
+                    "identical texts", "identical tokens"):  # fmt: skip
         table.add_column(heading, justify="left" if heading == "weights" else "right")
     first = None
     for kind in FORMATS:

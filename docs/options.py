@@ -1,6 +1,6 @@
-"""Write ``docs/options.md``, every option of every command: ``python docs/options.py``.
+"""Write ``docs/options.md``, which lists every option of every command: ``python docs/options.py``.
 
-An option's meaning is the string below its field in ``gpt/config``.
+The description of an option is the string below its field in ``gpt/config``.
 """
 
 import ast
@@ -25,7 +25,7 @@ OPENING = """# Options
 
 `python docs/options.py` writes this page from the fields in `gpt/config`.
 `gpt COMMAND --help` prints the same. `train.py` is `gpt train`, and `sample.py` is `gpt sample`.
-The defaults are those without a TOML file. `no_` before its name turns a switch off:
+The defaults apply without a TOML file. To turn a switch off, put `no_` before its name:
 `--model.no_bias`.
 """
 TABLE = "| option | default | meaning |\n|---|---|---|"
@@ -41,8 +41,8 @@ def page() -> str:
 
 
 def rows(schema: type, values: Any = None, group: str = "") -> Iterator[tuple[str, str, str]]:
-    """Name, default and meaning of each option of a dataclass, those of its groups last. Defaults
-    are the ``values``' attributes, or else the fields' own.
+    """Name, default and meaning of each option of a dataclass; its groups come last. The defaults
+    are the attributes of ``values``, or those of the fields.
     """
     meaning, groups = meanings(schema), []
     for item in dataclasses.fields(schema):
@@ -64,13 +64,13 @@ def rows(schema: type, values: Any = None, group: str = "") -> Iterator[tuple[st
 
 
 def default(item: dataclasses.Field[Any]) -> Any:
-    """What a field holds when nothing is given."""
+    """The default value of a field."""
     made = item.default_factory is not dataclasses.MISSING
     return item.default_factory() if made else item.default
 
 
 def meanings(schema: type) -> dict[str, str]:
-    """The string below each field of a dataclass, those of its bases included."""
+    """The string below each field of a dataclass and of its base classes."""
     found: dict[str, str] = {}
     for each in schema.__mro__[:-1]:
         [tree] = ast.parse(inspect.getsource(each)).body

@@ -1,7 +1,7 @@
 """Draw the README's pictures from a run: ``python docs/pictures.py runs/shakespeare``.
 
-They are what the program shows on a terminal, as SVG files: ``training.svg``, the curve of the
-run, and ``explained.svg``, a continuation whose characters are shaded by their probability.
+They show the terminal output as SVG files: ``training.svg`` is the curve of the run, and
+``explained.svg`` is a continuation with each character shaded by its probability.
 """
 
 import io
@@ -36,11 +36,11 @@ FRAME = """<svg viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg
 </g>
 </svg>
 """
-"""Of rich's own frame, what needs no font from the network."""
+"""rich's frame, without fonts from the network."""
 
 
 def picture(text: Text, name: str) -> str:
-    """``text`` as a terminal of 76 columns shows it, as SVG that needs no other file."""
+    """``text`` on a terminal of 76 columns, as SVG that needs no other file."""
     console = Console(
         record=True,
         width=COLUMNS,
@@ -56,7 +56,9 @@ def picture(text: Text, name: str) -> str:
 
 
 def _by_columns(found: re.Match[str]) -> str:
-    """Each character at its own column: fonts give braille and box characters other widths."""
+    """Put each character at its own column, because braille and box characters may have other
+    widths.
+    """
     x, y, length = (float(number) for number in found.groups())
     columns = " ".join(f"{x + i * COLUMN:g}" for i in range(round(length / COLUMN)))
     return f' x="{columns}" y="{y:g}"'

@@ -140,8 +140,11 @@ def test_the_prompt_may_come_from_a_file_or_a_pipe(capsys, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--model", "configs/nothing"], "model is 'configs/nothing', which is no folder of a run"),
-        (["--model", "EMPTY"], "a folder with neither a checkpoint nor a model"),
+        (
+            ["--model", "configs/nothing"],
+            "model is 'configs/nothing', which is not a folder of a run",
+        ),
+        (["--model", "EMPTY"], "a folder without a checkpoint or a model"),
         (["--prompt_file", "missing.txt"], "missing.txt cannot be read: No such file"),
         (["--prompt_file", "LATIN"], "latin.txt is not UTF-8 text"),
         (["--prompt", "naïve"], "the character 'ï' (U+00EF) is not in the tokenizer's vocabulary"),

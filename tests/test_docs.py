@@ -56,7 +56,7 @@ def test_the_tour_runs_with_its_pictures(capsys, monkeypatch):
     pyplot.close("all")
 
 
-def test_the_hops_of_both_walks_are_functions_that_there_are():
+def test_the_steps_of_both_walks_are_functions_of_the_program():
     page = (DOCS / "architecture.md").read_text(encoding="utf-8")
     hops = re.findall(r"`(gpt/[\w/]+\.py)`(?: \|)? `([\w.]+)`", page)
     assert len(hops) >= 20

@@ -189,7 +189,7 @@ def test_the_links_lead_somewhere():
 
 def test_the_list_of_files_names_every_file():
     page = PAGES["architecture"]
-    house = page[page.index("## The files") : page.index("## What there is")]
+    house = page[page.index("## The files") : page.index("## Features")]
     packages = [path for path in (ROOT / "gpt").iterdir() if path.is_dir()]
     for path in [*(ROOT / "gpt").iterdir(), *(file for p in packages for file in p.iterdir())]:
         if not path.name.startswith("__") and path.suffix != ".pyc":
