@@ -25,7 +25,8 @@ LAYER_KINDS = "GLS"
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The shape of a :class:`gpt.GPT`. The defaults are GPT-2's smallest model, and
-    stay so."""
+    stay so.
+    """
 
     vocab_size: int = number(50257, at_least=0)
     """Rows of the token embedding. In a run, 0 takes the tokenizer's size (from 1,024 tokens on it
@@ -189,10 +190,10 @@ class ModelConfig:
             f"model.rotary_scaling is '{self.rotary_scaling}', and needs a "
             "model.rotary_scaling_factor above 1": self.rotary_scaling in ("linear", "ntk", "yarn")
             and self.rotary_scaling_factor == 1,
-            f"model.rotary_fraction is {self.rotary_fraction}, and must rotate at least 2 of a head's "
-            f"{width} numbers": rotary and int(width * self.rotary_fraction) < 2,
-            f"the heads are {width} wide, and model.position '{self.position}' needs an even width: "
-            "set model.head_dim": rotary and bool(width % 2),
+            f"model.rotary_fraction is {self.rotary_fraction}, and must rotate at least 2 of the "
+            f"{width} numbers of a head": rotary and int(width * self.rotary_fraction) < 2,
+            f"model.position is '{self.position}', and needs heads of an even width (they have "
+            f"{width}): set model.head_dim": rotary and bool(width % 2),
             f"model.n_embd is {self.n_embd}, and model.position 'sinusoidal' needs an even "
             "number": self.position == "sinusoidal" and bool(self.n_embd % 2),
             f"model.n_expert_active is {self.n_expert_active}, and model.n_expert is "
@@ -224,7 +225,8 @@ class ModelConfig:
 
     def resolved(self) -> Self:
         """The same shape, with each 0, '' and 'auto' that means a default replaced by that
-        default."""
+        default.
+        """
         factor = 1.0 if self.rotary_scaling == "dynamic_ntk" else self.rotary_scaling_factor
         placed: Initial = "deepnorm" if self.norm_placement == "deepnorm" else "gpt2"
         turns = 4.0 if self.rotary_scaling == "llama3" else 32.0

@@ -28,9 +28,6 @@ from gpt.generation.inference import FEW, InferenceGPT, PackedLinear, prepare_fo
 from gpt.generation.quantisation import Matrix
 from gpt.interop.packed import PACKED, load_packed, save_packed
 from gpt.model.attention import CausalSelfAttention
-from gpt.model.gpt import GPT
-from gpt.model.mlp import MLPS
-from gpt.model.position import POSITIONS, Position
 from tests.conftest import make_model
 
 KINDS = ["float32", "bfloat16", "int8", "int4"]
@@ -579,33 +576,14 @@ def test_packed_weights_are_loaded_as_they_were_saved(kind, tmp_path):
             assert [got] == gpt.generate((prepared, tokenizer), prompt, **options)
 
 
-class Gated(torch.nn.Module):
-    """A toy: SiLU gates (arXiv:2002.05202), and no layer that is named up."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.both = torch.nn.Linear(config.n_embd, 2 * 80, bias=False)
-        self.down = torch.nn.Linear(80, config.n_embd)
-
-    def forward(self, x):
-        gate, x = self.both(x).chunk(2, dim=-1)
-        return self.down(torch.nn.functional.silu(gate) * x)
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_packed_weights_need_neither_learned_positions_nor_a_plain_feed_forward(
-    kind, tmp_path, monkeypatch
-):
-    monkeypatch.setattr("gpt.config.model.check", lambda *arguments: None)  # which knows the names
-    monkeypatch.setitem(POSITIONS, "toy", lambda config: Position())
-    monkeypatch.setitem(MLPS, "toy", Gated)
-    with torch.device("meta"):
-        model = GPT(dataclasses.replace(CONFIG, position="toy", mlp="toy"))
-    model = model.to_empty(device="cpu")
-    model.tie_weights()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter)
-    prepared = prepare_for_inference(model, kind)
+@pytest.mark.parametrize(
+    "variant",
+    [{"position": "rotary"}, {"mlp": "gated"}, {"n_expert": 3}, {"norm": "rmsnorm"}],
+    ids=str,
+)
+def test_a_packed_model_of_any_variant_is_loaded_as_it_was_saved(variant, kind, tmp_path):
+    prepared = prepare_for_inference(make_model(dataclasses.replace(CONFIG, **variant)), kind)
     save_packed(prepared, ByteTokenizer(), tmp_path / "packed")
     loaded, _ = load_packed(tmp_path / "packed")
     with torch.inference_mode():
