@@ -131,8 +131,12 @@ class EvaluateConfig:
     choices: Path | None = None
     """A JSONL file of multiple-choice questions: context, choices and answer (from 0) on each
     line."""
+    context_length: int = number(0, at_least=0)
+    """Tokens in a window of the text, and the loss by position in the window as well; it may exceed
+    the model's context where positions have no end. 0: the model's context."""
     stride: int = number(0, at_least=0)
-    """Distance between windows of the text, in tokens; 0: half the context."""
+    """Distance between windows of the text, in tokens; 0: half the context, or with context_length
+    all of it."""
     paired: bool = False
     """Test whether the difference of two models on one text is more than noise."""
     json: bool = False
@@ -152,6 +156,8 @@ class EvaluateConfig:
             raise UsageError("models is empty: name one or more models before the options")
         if len(set(self.models)) < len(self.models):
             raise UsageError(f"models are {', '.join(self.models)}, and must all be different")
+        if self.context_length and not self.text:
+            raise UsageError("context_length is for windows of a text: give text as well")
         if self.paired and not (len(self.models) == 2 and self.text):
             raise UsageError(
                 "paired compares two models on one text: give exactly two models, and text"

@@ -6,9 +6,10 @@ Only targets that no earlier window has scored count. So each token counts once,
 more time and gives each token more context.
 """
 
+import itertools
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -35,6 +36,9 @@ class TextScore:
     """Number of targets of each window, ``[windows]``."""
     n_bytes: int
     """Bytes of the targets' text."""
+    by_position: NDArray[np.float64] = field(default_factory=lambda: np.zeros((2, 0)))
+    """Sum of the nats, and number of the targets, at each position in a window,
+    ``[2, context]``."""
 
     @property
     def loss(self) -> float:
@@ -51,6 +55,16 @@ class TextScore:
             return math.nan
         residuals = self.losses - self.loss * self.counts
         return float(math.sqrt(n / (n - 1) * (residuals**2).sum()) / self.counts.sum())
+
+    def curve(self, n: int = 16) -> list[tuple[int, int, float]]:
+        """The loss in nats per token in up to ``n`` equal ranges of positions in a window: the
+        first position of each (from 1), the last, and the loss.
+        """
+        context = self.by_position.shape[1]
+        ends = [round(context * i / n) for i in range(n + 1)]
+        ranges = [(a, b) for a, b in itertools.pairwise(ends) if a < b]
+        sums = [(a + 1, b, self.by_position[:, a:b].sum(axis=1)) for a, b in ranges]
+        return [(a, b, float(nats / count)) for a, b, (nats, count) in sums if count]
 
     @property
     def perplexity(self) -> float:
@@ -95,13 +109,15 @@ def score_text(
 
     The defaults of 0 mean: windows of the model's context length, a ``stride`` of half the
     ``context``, and a ``batch_size`` of 1 window on a CPU (for its caches) and 8 elsewhere.
-    ``UsageError`` for a stride that would skip tokens.
+    ``UsageError`` for a stride that would skip tokens, and for a context beyond the model's where
+    its positions end.
     """
     longest = model.config.context_length
     context = context or longest
-    if not 0 < context <= longest:
+    if context > (model.config.most_positions() or context):
         raise UsageError(
-            f"context is {context}, and must be from 1 to the model's context_length ({longest})"
+            f"context_length is {context}, and the model has learned positions for {longest} "
+            "tokens alone: use at most as many, or a model with other positions"
         )
     stride = stride or max(1, context // 2)
     if not 0 < stride <= context:
@@ -111,6 +127,7 @@ def score_text(
     batch_size = batch_size or (1 if device.type == "cpu" else 8)
     starts = list(range(0, max(1, len(ids) - 1 - context + stride), stride))
     losses, counts = np.zeros(len(starts)), np.zeros(len(starts), np.int64)
+    by_position = np.zeros((2, context))
     full = [i for i, start in enumerate(starts) if start + context < len(ids)]
     batches = [full[i : i + batch_size] for i in range(0, len(full), batch_size)]
     batches += [[i] for i in range(len(full), len(starts))]  # the last one may be shorter
@@ -123,8 +140,10 @@ def score_text(
             targets = tokens[j, 1 + before :]
             scores = score_targets(model, features[j, before:], targets)
             losses[i], counts[i] = -scores.double().sum().item(), len(targets)
+            by_position[0, before : before + len(targets)] -= scores.double().cpu().numpy()
+            by_position[1, before : before + len(targets)] += 1
     n_bytes = int(tokenizers.byte_lengths(tokenizer)[ids[1:]].sum())
-    return TextScore(losses, counts, n_bytes)
+    return TextScore(losses, counts, n_bytes, by_position)
 
 
 def paired_bootstrap(

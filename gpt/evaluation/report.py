@@ -65,10 +65,11 @@ def _measure(config: EvaluateConfig, corpus: Corpus | None, say: Callable[[str],
     texts: list[TextScore] = []
     models: Iterable[tuple[str, Loaded]]
     models = ((name, _load(name, config.weights, device, say)) for name in config.models)
-    context, ids = 0, None
+    context, ids = config.context_length, None
     if config.paired and corpus:
         models = pair = list(models)
-        context, ids = _in_common(pair, corpus, say)
+        common, ids = _in_common(pair, corpus, say)
+        context = context or common
     for name, (model, tokenizer) in models:
         own = report.scores.setdefault(name, {})
         if corpus:
@@ -77,7 +78,7 @@ def _measure(config: EvaluateConfig, corpus: Corpus | None, say: Callable[[str],
                 tokenizer,
                 encode_text(tokenizer, corpus) if ids is None else ids,
                 context=context,
-                stride=config.stride,
+                stride=config.stride or config.context_length,
                 batch_size=config.batch_size,
             )
             texts.append(score)
@@ -88,6 +89,11 @@ def _measure(config: EvaluateConfig, corpus: Corpus | None, say: Callable[[str],
                     score.bits_per_byte, score.bits_per_byte * score.standard_error / score.loss
                 ),
             }
+            if config.context_length:
+                own[config.text] |= {
+                    f"nats/token at {first} to {last}": Metric(loss, math.nan)
+                    for first, last, loss in score.curve()
+                }
         for path, task in (
             (config.lambada, tasks.lambada),
             (config.hellaswag, tasks.hellaswag),
@@ -164,9 +170,14 @@ def as_table(report: Report) -> Table:
     for task, metrics in first.items():
         for name in metrics:
             row = [scores[task][name] for scores in report.scores.values()]
-            cells = [f"{metric.value:.4f} ± {metric.standard_error:.4f}" for metric in row]
+            cells = [_cell(metric) for metric in row]
             table.add_row(Text(f"{foreign(task)}: {name}"), *cells)
     return table
+
+
+def _cell(metric: Metric) -> str:
+    error = f" ± {metric.standard_error:.4f}" if math.isfinite(metric.standard_error) else ""
+    return f"{metric.value:.4f}{error}"
 
 
 def _verdict(report: Report) -> Text | None:

@@ -190,8 +190,8 @@ class KVCache:
                 raise ValueError(f"cannot truncate a cache of {length} tokens to {new}")
         if not self.can_truncate(wanted):
             raise ValueError(
-                f"cannot truncate a cache of {held} tokens to {wanted}: the attention window before "
-                "them was overwritten"
+                f"cannot truncate a cache of {held} tokens to {wanted}: the attention window "
+                "before them was overwritten"
             )
         peaks = [max(pair) for pair in zip(self._peaks, held, strict=True)]
         self.lengths, self._peaks = wanted, peaks

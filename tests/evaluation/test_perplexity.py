@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import numpy as np
@@ -128,8 +129,23 @@ def test_windows_may_be_shorter_than_the_context(stride, model):
     expected = score_text(short, ByteTokenizer(), ids, stride=stride)
     score = score_text(model, ByteTokenizer(), ids, context=12, stride=stride)
     assert score.losses == pytest.approx(expected.losses, rel=1e-6)
-    with pytest.raises(UsageError, match="context is 17, and must be from 1 to .* .16."):
+    with pytest.raises(UsageError, match="context_length is 17, .* learned positions for 16 tok"):
         score_text(model, ByteTokenizer(), ids, context=17)
+
+
+@pytest.mark.parametrize("position", ["sinusoidal", "rotary", "alibi", "xpos", "none"])
+def test_windows_may_be_longer_than_the_context_where_positions_have_no_end(position, model):
+    longer = make_model(dataclasses.replace(model.config, position=position))
+    ids = some_ids(161)
+    score = score_text(longer, ByteTokenizer(), ids, context=40, stride=40)
+    logits = longer(torch.from_numpy(ids[:160].astype(np.int64)).view(4, 40)).log_softmax(-1)
+    targets = torch.from_numpy(ids[1:].astype(np.int64)).view(4, 40, 1)
+    losses = -logits.gather(2, targets)[..., 0].detach().double().numpy()  # [windows, positions]
+    assert score.loss == pytest.approx(losses.mean(), rel=1e-5)
+    curve = score.curve(4)
+    assert [(first, last) for first, last, _ in curve] == [(1, 10), (11, 20), (21, 30), (31, 40)]
+    expected = losses.reshape(4, 4, 10).mean(axis=(0, 2))
+    assert [loss for *_, loss in curve] == pytest.approx(expected.tolist(), rel=1e-5)
 
 
 def test_documents_are_joined_by_end_of_text(tmp_path):
