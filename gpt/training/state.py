@@ -47,11 +47,14 @@ def restore(
     scaler: torch.amp.GradScaler,
     checkpoint: Checkpoint,
 ) -> dict[str, Any]:
-    """Give the optimizers and the scaler what they had learned, of which each process reads its own
-    part; returns the rest of the progress: ``best``, ``best_loss``, ``losses``, ``skipped``,
-    ``overflows``.
+    """Load the weights and the state of the optimizers and the scaler; of sharded tensors, each
+    process reads its own part. Returns the rest of the progress: ``best``, ``best_loss``,
+    ``losses``, ``skipped``, ``overflows``.
     """
     parameters = dict(model.named_parameters())
+    weights = checkpoint.path / checkpoints.MODEL
+    checkpoints.check_fit(checkpoint, tensors.describe(weights), parameters)
+    tensors.read(weights, {name: parameter.detach() for name, parameter in parameters.items()})
     if checkpoint.format == 1:
         old = checkpoints.load_format_1(checkpoint)
         saved, progress = from_format_1(old, names_of(model, optimizers))
