@@ -105,7 +105,7 @@ def train_on(
     changes: list[str] = []
     if checkpoint is not None:
         now = setup.settings(config, data.train)
-        changes = setup.check_changes(config.run, now, checkpoint)
+        changes = setup.check_changes(config.run, config.model, now, checkpoint)
     trainer = Trainer(config, data, world=world, model=model)
     if checkpoint is not None:
         changes += trainer.resume(checkpoint)

@@ -137,17 +137,25 @@ def padded(vocab_size: int) -> int:
     return vocab_size if vocab_size < 1024 else -(-vocab_size // 128) * 128
 
 
-def check_changes(run: Path, now: Mapping[str, Any], checkpoint: Checkpoint) -> list[str]:
+def check_changes(
+    run: Path, model: ModelConfig, now: Mapping[str, Any], checkpoint: Checkpoint
+) -> list[str]:
     """A sentence for each of the :func:`settings` that has changed since the checkpoint;
-    ``UsageError`` if one of them must not change.
+    ``UsageError`` if one of them must not change. A model's field that only follows from another
+    one is not named.
     """
+    follows = {
+        f"model.{name}"
+        for name, value in dataclasses.asdict(checkpoint.model).items()
+        if value == getattr(model, name)
+    }
     before = checkpoint.progress.get("settings", {})
     before = before if isinstance(before, dict) else {}  # restoring it says what is wrong
     before |= _resolved(checkpoint.model)
     told = {
         name: f"{name} was {before[name]} and is {value}"
         for name, value in now.items()
-        if name in before and before[name] != value
+        if name not in follows and name in before and before[name] != value
     }
     fixed = [sentence for name, sentence in told.items() if is_fixed(name)]
     free = [sentence for name, sentence in told.items() if not is_fixed(name)]
