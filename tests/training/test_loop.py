@@ -19,13 +19,7 @@ from safetensors.torch import load_file
 
 from gpt import checkpoint as checkpoints
 from gpt.config import (
-    DataConfig,
-    EvaluationConfig,
-    LogConfig,
-    ModelConfig,
-    OptimizerConfig,
     TrainConfig,
-    TrainingConfig,
     UsageError,
     parse,
 )
@@ -42,29 +36,17 @@ from gpt.training.run import train
 from gpt.training.schedule import learning_rate_factor
 from gpt.training.setup import FIXED, FIXED_GROUPS, held, is_fixed, padded, settings
 from gpt.training.stopwatch import Forecast
+from tests import tiny
+from tests.tiny import tiny_run
 
 
 @pytest.fixture
 def config(text_file, tmp_path):
-    return TrainConfig(
-        run_dir=str(tmp_path / "run"),
-        model=ModelConfig(
-            vocab_size=0, context_length=16, n_layer=2, n_head=2, n_embd=32, dropout=0.1
-        ),
-        data=DataConfig(source=str(text_file)),
-        training=TrainingConfig(
-            max_steps=12, batch_tokens=128, micro_batch_size=4, precision="float32", device="cpu"
-        ),
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
-        evaluation=EvaluationConfig(every=4, windows=8),
-        log=LogConfig(every=2),
-    )
+    return tiny_run(tmp_path, text_file, model={"dropout": 0.1})
 
 
 def change(config, group, **values):
-    return dataclasses.replace(
-        config, **{group: dataclasses.replace(getattr(config, group), **values)}
-    )
+    return tiny.change(config, **{group: values})
 
 
 def elsewhere(config, name):
