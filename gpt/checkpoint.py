@@ -1,15 +1,15 @@
-"""Checkpoints: a folder a step, written beside its place, flushed, hashed, and renamed into it.
+"""Checkpoints: one folder for each step, written under a temporary name and renamed when complete.
 
 ::
 
     RUN/checkpoints/step-00002000/   model.safetensors  training.safetensors  meta.json
     RUN/best  RUN/last               names of checkpoints, in text files
 
-What is killed half-way is never mistaken for a checkpoint: it has no ``meta.json`` that fits it, or
-not yet its name. ``meta.json`` has the format's version, the model's configuration, the run's
-progress, and the SHA-256 of each file and of itself. Where the state is too large for one host,
+A save that was killed never counts as a checkpoint: it has a temporary name or no matching
+``meta.json``. ``meta.json`` has the format's version, the model's configuration, the run's
+progress, and the SHA-256 of each file and of itself. If the state is too large for one host,
 ``model/`` and ``training/`` are folders of shards instead of files (:mod:`gpt.tensors`). Nothing
-here unpickles; the ``training.pt`` of format 1 is loaded with ``weights_only=True``.
+here runs pickled code; the ``training.pt`` of format 1 is loaded with ``weights_only=True``.
 """
 
 import contextlib
@@ -44,40 +44,40 @@ _NAME = re.compile(r"step-\d{8,}")
 
 
 class DamagedError(UsageError):
-    """A checkpoint that is not what was saved."""
+    """A checkpoint whose files have changed since it was saved."""
 
 
 class NewerError(UsageError):
-    """A checkpoint of a format that this program does not know."""
+    """A checkpoint of a format that is too new for this program."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """What a checkpoint holds."""
+    """The content of a checkpoint."""
 
     step: int
     model: ModelConfig
     weights: Mapping[str, Tensor]
     training: Mapping[str, Tensor]
-    """What the optimizers have learned, as ``parameter/name``."""
+    """The optimizers' state, as ``parameter/name``."""
     progress: Mapping[str, Any]
-    """What else resuming needs, as plain values."""
+    """Everything else that resuming needs, as values that JSON can hold."""
     metrics: Mapping[str, float]
 
     @property
     def name(self) -> str:
-        """The checkpoint's folder."""
+        """The name of the checkpoint's folder."""
         return name_of(self.step)
 
 
 def name_of(step: int) -> str:
-    """The folder of the checkpoint of ``step``."""
+    """The name of the folder for the checkpoint of ``step``."""
     return f"step-{step:08d}"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose files are what its ``meta.json`` says."""
+    """A checkpoint that was found on disk and checked."""
 
     path: Path
     format: int
@@ -88,10 +88,10 @@ class Checkpoint:
 
 
 def save(run: Path, state: State, *, own: Collection[str] = ()) -> Path:
-    """Write the checkpoint into the folder ``run``: it is whole, or it is not there.
+    """Write a checkpoint into the folder ``run``, completely or not at all.
 
-    One of the same step is replaced; where ``RUN/checkpoints`` is a link, one that ``own`` does not
-    name stays under another name. ``OSError`` where the disk does not take it.
+    It replaces a checkpoint of the same step. If ``RUN/checkpoints`` is a link and ``own`` does not
+    name the old checkpoint, the old one is renamed instead. Raises ``OSError`` if the disk fails.
     """
     with _draft(run, state) as work:
         tensors.write(work / MODEL, state.weights)
@@ -104,9 +104,9 @@ def save(run: Path, state: State, *, own: Collection[str] = ()) -> Path:
 def save_sharded(
     run: Path, state: State, group: dist.ProcessGroup, *, own: Collection[str] = ()
 ) -> Path:
-    """:func:`save` from all processes of ``group`` at once, each its own shards.
+    """Like :func:`save`, by all processes of ``group`` together: each writes its own shards.
 
-    All raise ``OSError`` if one of them cannot.
+    If one process fails, all raise ``OSError``.
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
 
@@ -125,7 +125,7 @@ def save_sharded(
 
 
 def _everywhere(work: Callable[[], T], group: dist.ProcessGroup) -> list[T]:
-    """What ``work`` returned on each process; where it failed on one, all raise ``OSError``."""
+    """The result of ``work`` on each process. If it fails on one, all raise ``OSError``."""
     try:
         outcome: tuple[T | None, str] = (work(), "")
     except OSError as error:
@@ -140,7 +140,7 @@ def _everywhere(work: Callable[[], T], group: dist.ProcessGroup) -> list[T]:
 
 @contextlib.contextmanager
 def _draft(run: Path, state: State) -> Iterator[Path]:
-    """A folder to write in, beside the checkpoint's place; deleted unless it was renamed."""
+    """A temporary folder next to the checkpoint; deleted at the end unless it was renamed."""
     folder = run / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{state.name}-", dir=folder))
@@ -158,7 +158,7 @@ def _files(work: Path) -> list[str]:
 def _finish(
     run: Path, work: Path, state: State, files: Mapping[str, str], own: Collection[str]
 ) -> Path:
-    """Write ``meta.json`` for the ``files`` (their hashes by name), and give the folder its
+    """Write ``meta.json`` with the ``files`` (hashes by name), and rename the folder to its final
     name.
     """
     meta = {
@@ -176,7 +176,7 @@ def _finish(
     for folder in {work, *((work / name).parent for name in files)}:
         flush(folder)
     place = run / "checkpoints" / state.name
-    if os.path.lexists(place):  # broken, or of a run that was resumed at an earlier step
+    if os.path.lexists(place):  # damaged, or the run was resumed from an earlier step
         if place.parent.is_symlink() and state.name not in own:
             _set_aside(place, "replaced")
         else:
@@ -187,12 +187,14 @@ def _finish(
 
 
 def point(run: Path, name: Pointer, checkpoint: str) -> None:
-    """Let ``RUN/name`` name the checkpoint, in one step."""
+    """Write the checkpoint's name to the file ``RUN/name``, atomically."""
     write_atomically(run / name, checkpoint + "\n")
 
 
 def pointed(run: Path, name: Pointer) -> str | None:
-    """The checkpoint that ``RUN/name`` names; ``UsageError`` if that is no file."""
+    """The checkpoint that ``RUN/name`` names, or ``None``; ``UsageError`` if ``RUN/name`` is not a
+    file.
+    """
     path = run / name
     if not path.exists():
         return None
@@ -205,11 +207,11 @@ def pointed(run: Path, name: Pointer) -> str | None:
 
 
 def prune(run: Path, *, keep: int, keep_every: int = 0, own: Collection[str] = ()) -> list[str]:
-    """Delete all but the newest ``keep`` checkpoints, those at multiples of ``keep_every`` steps,
-    and those that ``best`` and ``last`` name; what could not be deleted is told.
+    """Delete old checkpoints; returns a sentence for each one that cannot be deleted.
 
-    Where ``RUN/checkpoints`` is a link, another run may have checkpoints there: only those that
-    ``own`` names are deleted.
+    The newest ``keep`` stay, those at multiples of ``keep_every`` steps, and those that ``best``
+    and ``last`` name. If ``RUN/checkpoints`` is a link, another run may have checkpoints there, so
+    only those in ``own`` are deleted.
     """
     named = {pointed(run, "best"), pointed(run, "last")}
     linked = (run / "checkpoints").is_symlink()
@@ -223,14 +225,14 @@ def prune(run: Path, *, keep: int, keep_every: int = 0, own: Collection[str] = (
             except OSError as error:
                 problems.append(f"the old checkpoint {path} cannot be deleted: {error}")
     if not linked:
-        for path in (run / "checkpoints").glob(".step-*"):  # what a kill has left
+        for path in (run / "checkpoints").glob(".step-*"):  # left by a killed process
             shutil.rmtree(path, ignore_errors=True)
     return problems
 
 
 def set_aside(run: Path, *, newer_than: int) -> list[Path]:
-    """Take the checkpoints after the step ``newer_than``, which are damaged, out of the run, as
-    ``damaged-NAME``.
+    """Rename the damaged checkpoints after step ``newer_than`` to ``damaged-NAME``; returns their
+    new paths.
     """
     aside = []
     for path in list(_newest_first(run)):
@@ -240,7 +242,7 @@ def set_aside(run: Path, *, newer_than: int) -> list[Path]:
 
 
 def _set_aside(path: Path, why: str) -> Path:
-    """Give the checkpoint a name that is none of a checkpoint."""
+    """Rename the folder so that it no longer counts as a checkpoint."""
     place = path.with_name(f"{why}-{path.name}")
     while os.path.lexists(place):
         place = place.with_name(f"{place.name}-again")
@@ -248,20 +250,21 @@ def _set_aside(path: Path, why: str) -> Path:
 
 
 def find(path: Path, name: Pointer = "best", *, say: Say = lambda text: None) -> Checkpoint | None:
-    """The checkpoint at ``path``; or of the run at ``path`` its ``best`` one, or its ``last``.
+    """The checkpoint at ``path``, or the ``best`` or ``last`` one of the run at ``path``.
 
-    ``last`` is the newest valid one, whatever ``RUN/last`` names: a kill may come before it is
-    written there. Where the best one is missing or broken, the newest valid one is taken too. What
-    is passed over is said. ``None`` if the run has no checkpoint yet; ``UsageError`` if it has
-    some and none is valid, if one cannot be read that may well be whole, or if ``path`` is one and
-    broken.
+    ``last`` is the newest valid checkpoint, even if ``RUN/last`` names another one: the run may
+    have been killed before it wrote ``RUN/last``. If the best one is missing or damaged, the newest
+    valid one is returned too. ``say`` gets a sentence for each checkpoint that is passed over.
+    Returns ``None`` if the run has no checkpoint yet. Raises ``UsageError`` if it has checkpoints
+    and none is valid, if a checkpoint that may be valid cannot be read, or if ``path`` itself is a
+    damaged checkpoint.
     """
     if (path / META).exists():
         return verify(path)
     wanted = pointed(path, name)
     paths = list(_newest_first(path))
     if name == "best":
-        paths.sort(key=lambda p: p.name != wanted)  # stable: the rest newest first
+        paths.sort(key=lambda p: p.name != wanted)  # stable: the others stay newest first
     problems = []
     for candidate in paths:
         try:
@@ -280,14 +283,14 @@ def find(path: Path, name: Pointer = "best", *, say: Say = lambda text: None) ->
 
 
 def verify(path: Path, *, hashes: bool = True) -> Checkpoint:
-    """The checkpoint at ``path``, its files' ``hashes`` checked; ``DamagedError`` if it is not
-    whole, another ``UsageError`` if it cannot be read.
+    """The checkpoint at ``path``. Raises ``DamagedError`` if it is damaged (with ``hashes``, each
+    file's hash is checked), and another ``UsageError`` if it cannot be read.
     """
     try:
         checkpoint, files = _described(path)
         for name, expected in files.items() if hashes else ():
             if _sha256(path / name) != expected:
-                raise DamagedError(f"{name} is not what was saved")
+                raise DamagedError(f"{name} has changed since it was saved")
     except OSError as error:
         kind = DamagedError if isinstance(error, FileNotFoundError) else UsageError
         raise kind(
@@ -306,7 +309,7 @@ def verify(path: Path, *, hashes: bool = True) -> Checkpoint:
 
 
 def _described(path: Path) -> tuple[Checkpoint, dict[str, str]]:
-    """What ``meta.json`` says of the checkpoint, and its files' hashes by name."""
+    """The checkpoint that ``meta.json`` describes, and its files' hashes by name."""
     if (path / META).exists():
         check_regular(path / META, "the file")
     meta = parse_json((path / META).read_bytes().decode(), META)
@@ -317,14 +320,14 @@ def _described(path: Path) -> tuple[Checkpoint, dict[str, str]]:
             f"1 to {FORMAT}"
         )
     if meta.pop("sha256") != _checksum(meta):
-        raise DamagedError(f"{META} is not what was saved")
+        raise DamagedError(f"{META} has changed since it was saved")
     step, metrics, progress = meta["step"], meta["metrics"], meta.get("progress", {})
     if type(step) is not int or step < 0:
-        raise DamagedError(f"{META} has {quoted(step)} as its step")
+        raise DamagedError(f"the step in {META} is {quoted(step)}, and must be a number from 0 up")
     if _NAME.fullmatch(path.name) and _step(path) != step:
-        raise DamagedError(f"{META} is of step {step:,}")
+        raise DamagedError(f"{META} belongs to step {step:,}")
     if not (isinstance(metrics, dict) and isinstance(progress, dict)):
-        raise DamagedError(f"{META} has metrics or progress that are no objects")
+        raise DamagedError(f"the metrics and the progress in {META} must be JSON objects")
     model = ModelConfig(**meta["model"])
     return Checkpoint(path, version, step, model, metrics, progress), dict(meta["files"])
 
@@ -335,7 +338,7 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = torch.float32,
 ) -> GPT:
-    """The checkpoint's model in evaluation mode, made without a second copy of its weights."""
+    """The checkpoint's model in evaluation mode, loaded without a second copy of the weights."""
     check_size(checkpoint)
     with torch.device("meta"):
         model = GPT(checkpoint.model)
@@ -347,8 +350,9 @@ def load_model(
 
 
 def check_size(checkpoint: Checkpoint) -> None:
-    """``UsageError`` if the configuration asks for ten times the numbers that the weights have,
-    before a model of that size is built. Smaller differences are named by :func:`check_fit`.
+    """``UsageError`` if the configuration describes a model with more than ten times as many
+    numbers as the file has, before that model is built. :func:`check_fit` finds smaller
+    differences.
     """
     wants = parameter_count(checkpoint.model)
     has = sum(tensor.numel() for tensor in tensors.describe(checkpoint.path / MODEL).values())
@@ -362,7 +366,7 @@ def check_size(checkpoint: Checkpoint) -> None:
 def check_fit(
     checkpoint: Checkpoint, has: Mapping[str, Tensor], wants: Mapping[str, Tensor]
 ) -> None:
-    """Raise ``UsageError`` where weights are missing, too many, or of other shapes."""
+    """``UsageError`` that names the weights that are missing, unexpected, or of another shape."""
     shapes = [{(name, tensor.shape) for name, tensor in side.items()} for side in (has, wants)]
     if shapes[0] != shapes[1]:
         odd = ", ".join(sorted({name for name, _ in shapes[0] ^ shapes[1]}))
@@ -388,8 +392,8 @@ def _step(path: Path) -> int:
 
 
 def _delete(path: Path) -> None:
-    """Take the checkpoint's name from it first: what is half deleted is none."""
-    if path.is_symlink():  # what it leads to is not this run's
+    """Rename the checkpoint first, so that a half-deleted one does not count as a checkpoint."""
+    if path.is_symlink():  # its target does not belong to this run
         path.unlink()
         return
     gone = path.with_name(f".{path.name}-deleted")
@@ -405,7 +409,7 @@ def _sha256(path: Path) -> str:
 
 
 def _checksum(meta: Mapping[str, Any]) -> str:
-    """SHA-256 of what ``meta.json`` says beside it."""
+    """SHA-256 of the other fields of ``meta.json``."""
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 

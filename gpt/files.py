@@ -1,9 +1,9 @@
-"""Files that a user names or a program finds: read whole or refused in a sentence, written whole or
-not at all.
+"""Files that a user names or the program finds: reading raises ``UsageError`` for a bad file, and
+writing is atomic.
 
 A path may name anything: a FIFO that nobody writes to, a device, a link to someone else's file, a
-JSON file that is nested 100,000 deep. What is read here ends in ``UsageError`` in all such cases,
-and what is written never goes through a link.
+JSON file that is nested 100,000 levels deep. Reading any of these raises ``UsageError``. Writing
+never follows a link.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ def check_output(path: Path, what: str) -> None:
         if not path.parent.is_dir():
             parent = foreign(path.parent)
             raise UsageError(
-                f"{what} is {foreign(path)}, and there is no folder {parent}"
+                f"{what} is {foreign(path)}, and the folder {parent} does not exist"
             ) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = error.strerror if isinstance(error, OSError) else error
@@ -51,14 +51,14 @@ def check_output(path: Path, what: str) -> None:
 
 
 def unreadable(path: Path, what: str, error: Exception) -> UsageError:
-    """The sentence for a file that cannot be read."""
+    """The error for a file that cannot be read."""
     reason = error.strerror if isinstance(error, OSError) else error
     return UsageError(f"{what} {foreign(path)} cannot be read: {foreign(reason or error)}")
 
 
 def read_text(path: Path, what: str) -> str:
-    """The text of a UTF-8 file without its byte-order mark, line ends as they are. ``what`` names
-    it in the ``UsageError`` for anything else.
+    """The text of a UTF-8 file without its byte-order mark; line ends are kept. Raises
+    ``UsageError``, which calls the file ``what``, for anything else.
     """
     check_regular(path, what)
     try:
@@ -72,26 +72,26 @@ def read_text(path: Path, what: str) -> str:
 
 
 def as_training_text(text: str) -> str:
-    """A text as training reads its files: without a byte-order mark, each line end a newline."""
+    """A text as training reads it: without a byte-order mark, and with newlines as line ends."""
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_json(path: Path, what: str) -> Any:
-    """What a JSON file holds; ``UsageError`` for a file that cannot be read or is no JSON."""
+    """The value in a JSON file; ``UsageError`` if it cannot be read or is not JSON."""
     return parse_json(read_text(path, what), f"{what} {foreign(path)}")
 
 
 def read_object(path: Path, what: str) -> dict[str, Any]:
-    """The JSON object that a file holds; ``UsageError`` for any other file."""
+    """The object in a JSON file; ``UsageError`` for any other file."""
     value = read_json(path, what)
     if not isinstance(value, dict):
-        raise UsageError(f"{what} {foreign(path)} is no JSON object")
+        raise UsageError(f"{what} {foreign(path)} is not a JSON object")
     return value
 
 
 def parse_json(text: str, what: str) -> Any:
-    """What the JSON ``text`` says. ``UsageError`` says that ``what`` is no JSON: also for nesting
-    or numbers that Python refuses, and for strings that are no Unicode.
+    """The value of a JSON ``text``, which errors call ``what``. Raises ``UsageError`` for invalid
+    JSON, for nesting or numbers that Python rejects, and for strings that are not Unicode.
     """
     try:
         value = json.loads(text)
@@ -101,18 +101,20 @@ def parse_json(text: str, what: str) -> Any:
         line = f"line {error.lineno}, " if "\n" in text else ""
         raise UsageError(f"{what} is not JSON: {error.msg} ({line}column {error.colno})") from None
     except UnicodeEncodeError:
-        raise UsageError(f"{what} is not JSON: it has half of a surrogate pair in it") from None
+        raise UsageError(f"{what} is not JSON: it contains half of a surrogate pair") from None
     except RecursionError:
-        raise UsageError(f"{what} is not read: it is nested too deeply") from None
+        raise UsageError(f"{what} cannot be read: it is nested too deeply") from None
     except ValueError as error:  # a number of thousands of digits
-        raise UsageError(f"{what} is not read: {foreign(error)}") from None
+        raise UsageError(f"{what} cannot be read: {foreign(error)}") from None
     return value
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace the file's text in one step, flushed to disk. A link is replaced, not followed."""
+    """Replace the file's text atomically, and flush it to disk. A link is replaced, not
+    followed.
+    """
     work = _beside(path)
-    # unpredictable, new, and no link: nobody can choose what is written to
+    # The name is unpredictable, and the file new and not a link: nobody can redirect the writing.
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
     descriptor = os.open(work, flags, 0o666)
     try:
@@ -124,7 +126,7 @@ def write_atomically(path: Path, text: str) -> None:
     except BaseException as error:
         with contextlib.suppress(OSError):
             work.unlink()
-        if isinstance(error, OSError):  # the user knows the file by its own name
+        if isinstance(error, OSError):  # name the file that the user knows
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
     flush(path.parent)
@@ -132,11 +134,11 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write in, which gets the name ``out`` at the end: it is there whole or not at
-    all. It has the user's umask. ``UsageError`` if ``out`` exists, or for what the disk refuses.
+    """A temporary folder to write in, which is renamed to ``out`` at the end: ``out`` is complete
+    or absent. It has the user's umask. ``UsageError`` if ``out`` exists or the disk fails.
     """
     if os.path.lexists(out):
-        raise UsageError(f"{foreign(out)} exists, and what is written goes into a new folder")
+        raise UsageError(f"{foreign(out)} exists already; name a new folder")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         work = _beside(out)
@@ -156,12 +158,12 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def unwritable(path: Path, error: OSError) -> UsageError:
-    """The sentence for a file or folder that cannot be written."""
+    """The error for a file or folder that cannot be written."""
     return UsageError(f"{foreign(path)} cannot be written: {foreign(error.strerror or error)}")
 
 
 def sentence(error: Exception) -> str:
-    """What an error says, with the path first where it is of a file."""
+    """The message of an error, after the path if the error is about a file."""
     if isinstance(error, OSError) and error.strerror:
         name = f"{foreign(error.filename)}: " if error.filename is not None else ""
         return f"{name}{error.strerror}"
@@ -169,7 +171,7 @@ def sentence(error: Exception) -> str:
 
 
 def flush(path: Path) -> None:
-    """Let the file or folder be on the disk, and not in the system's memory alone."""
+    """Wait until the file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

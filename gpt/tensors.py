@@ -1,7 +1,7 @@
 """Named tensors on disk: one safetensors file, or a folder of shards that processes write together.
 
-The shards are torch.distributed.checkpoint's, in safetensors: whoever reads them need not be as
-many processes as wrote them. All functions take the path without the ending: ``model`` is the file
+The shards are those of torch.distributed.checkpoint, in safetensors. Another number of processes
+can read them than wrote them. All functions take the path without the suffix: ``model`` is the file
 ``model.safetensors``, or the folder ``model``.
 """
 
@@ -26,7 +26,7 @@ from gpt.config import UsageError
 def write(
     path: Path, tensors: Mapping[str, Tensor], *, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write one file; ``OSError`` where the disk does not take it."""
+    """Write one file. Raises ``OSError`` if the disk fails."""
     file = _file(path)
     contiguous = {name: t.detach().contiguous() for name, t in tensors.items()}
     with _as_os_error(file):
@@ -35,8 +35,9 @@ def write(
 
 
 def write_shards(path: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup) -> None:
-    """Write a folder from all processes of ``group`` at once; a ``DTensor`` as its shards, another
-    tensor, which is the same everywhere, by one of them. All raise ``OSError`` if one cannot.
+    """Write a folder, by all processes of ``group`` together. Each writes its shards of a
+    ``DTensor``; one of them writes the other tensors, which are the same on all. If one process
+    fails, all raise ``OSError``.
     """
     from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter, save
 
@@ -50,8 +51,8 @@ def write_shards(path: Path, tensors: Mapping[str, Tensor], group: dist.ProcessG
 
 
 def read(path: Path, into: Mapping[str, Tensor]) -> None:
-    """Fill the tensors ``into`` with those of their names, which must be there; of a ``DTensor``,
-    this process's shard.
+    """Copy the saved tensors of the same names to the tensors ``into``; to a ``DTensor``, this
+    process's shard. Every name must be in the file or folder.
     """
     if not path.is_dir():
         for name, tensor in _each(_file(path), set(into)):
@@ -62,13 +63,15 @@ def read(path: Path, into: Mapping[str, Tensor]) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         reader = HuggingFaceStorageReader(str(path))
-        load(dict(into), storage_reader=reader, no_dist=True)  # each for itself
+        load(dict(into), storage_reader=reader, no_dist=True)  # each process for itself
 
 
 def load(
     path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """All tensors, whole; each one is mapped alone, so a conversion keeps no page of the others."""
+    """All tensors, unsharded. Each one is memory-mapped on its own, so that a conversion does not
+    keep the others in memory.
+    """
     if not path.is_dir():
         return {n: t.to(device=device, dtype=dtype) for n, t in _each(_file(path))}
     tensors = {name: torch.empty_like(like, device="cpu") for name, like in describe(path).items()}
@@ -77,7 +80,7 @@ def load(
 
 
 def describe(path: Path) -> dict[str, Tensor]:
-    """Each tensor's name, and a tensor on ``meta`` of its shape and dtype."""
+    """For each name, a tensor on ``meta`` with the saved shape and dtype."""
     if not path.is_dir():
         return {name: tensor.to("meta") for name, tensor in _each(_file(path))}
     from torch.distributed.checkpoint import HuggingFaceStorageReader
@@ -116,7 +119,7 @@ def _fill(target: Tensor, values: Tensor) -> None:
 
 @contextlib.contextmanager
 def _as_os_error(path: Path) -> Iterator[None]:
-    """A full disk is an error of its own to safetensors, with the system's number in its text."""
+    """Raise safetensors' error for a full disk as ``OSError``. Its text has the error number."""
     try:
         yield
     except SafetensorError as error:

@@ -16,15 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpt
 from gpt.config import (
-    CheckpointConfig,
-    DataConfig,
-    EvaluationConfig,
     GenerationConfig,
-    LogConfig,
     ModelConfig,
-    OptimizerConfig,
-    TrainConfig,
-    TrainingConfig,
 )
 from gpt.generation import ahead
 from gpt.generation.ahead import capture
@@ -33,9 +26,14 @@ from gpt.generation.quantisation import Matrix
 from gpt.training.activations import checkpoint_activations
 from gpt.training.run import train
 from tests.conftest import make_model
+from tests.tiny import tiny_run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 CONFIG = ModelConfig(vocab_size=61, context_length=64, n_layer=3, n_head=4, n_embd=64)
+ON_GPU = {
+    "batch_tokens": 1024, "micro_batch_size": 8, "device": "cuda", "precision": "auto",
+    "compile": "off",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kv_heads", [0, 1, 2])
@@ -59,21 +57,14 @@ def test_cached_logits_are_the_full_forwards_on_a_gpu(dtype, tolerance, kv_heads
 )
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_training_learns_on_a_gpu_and_resumes(precision, compile_mode, text_file, tmp_path):
-    config = TrainConfig(
-        run_dir=str(tmp_path / "run"),
-        model=dataclasses.replace(CONFIG, vocab_size=0, dropout=0.1),
-        data=DataConfig(source=str(text_file)),
-        training=TrainingConfig(
-            max_steps=40,
-            batch_tokens=1024,
-            micro_batch_size=8,
-            device="cuda",
-            precision=precision,
-            compile=compile_mode,
-        ),
-        optimizer=OptimizerConfig(name="muon", learning_rate=3e-3, warmup_steps=2),
-        evaluation=EvaluationConfig(every=20, windows=4),
-        log=LogConfig(every=5),
+    config = tiny_run(
+        tmp_path,
+        text_file,
+        model=vars(CONFIG) | {"vocab_size": 0, "dropout": 0.1},
+        training=ON_GPU | {"max_steps": 40, "precision": precision, "compile": compile_mode},
+        optimizer={"name": "muon"},
+        evaluation={"every": 20, "windows": 4},
+        log={"every": 5},
     )
     console = Console(file=io.StringIO())
     assert train(config, console=console).best_loss < 2.5
@@ -194,12 +185,12 @@ def test_attention_outside_of_training_is_never_cudnns(kv_heads):
 
 
 def test_a_run_says_which_attention_it_has_measured_to_be_the_faster(text_file, tmp_path):
-    config = TrainConfig(
-        run_dir=str(tmp_path / "run"),
-        model=dataclasses.replace(CONFIG, vocab_size=0),
-        data=DataConfig(source=str(text_file)),
-        training=TrainingConfig(max_steps=1, device="cuda", compile="off"),
-        evaluation=EvaluationConfig(windows=1),
+    config = tiny_run(
+        tmp_path,
+        text_file,
+        model=vars(CONFIG) | {"vocab_size": 0},
+        training=ON_GPU | {"max_steps": 1},
+        evaluation={"windows": 1},
     )
     console = Console(file=io.StringIO(), width=200)
     train(config, console=console)
@@ -238,16 +229,14 @@ def test_activation_checkpointing_on_a_gpu_changes_no_gradient_and_keeps_less(ki
 
 
 def test_a_steps_parts_on_a_gpu_add_up_to_less_than_the_step(text_file, tmp_path):
-    config = TrainConfig(
-        run_dir=str(tmp_path / "run"),
-        model=dataclasses.replace(CONFIG, vocab_size=0),
-        data=DataConfig(source=str(text_file)),
-        training=TrainingConfig(
-            max_steps=12, batch_tokens=1024, micro_batch_size=8, device="cuda", compile="off"
-        ),
-        checkpoint=CheckpointConfig(every=5),
-        evaluation=EvaluationConfig(every=10, windows=4),
-        log=LogConfig(every=4, profile=2),
+    config = tiny_run(
+        tmp_path,
+        text_file,
+        model=vars(CONFIG) | {"vocab_size": 0},
+        training=ON_GPU,
+        checkpoint={"every": 5},
+        evaluation={"every": 10, "windows": 4},
+        log={"every": 4, "profile": 2},
     )
     train(config, console=Console(file=io.StringIO()))
     lines = (config.run / "metrics.jsonl").read_text().splitlines()

@@ -7,13 +7,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gpt import device as devices
 from gpt import kernels
 from gpt.config import (
-    DataConfig,
     EvaluateConfig,
     GenerationConfig,
     ModelConfig,
-    OptimizerConfig,
-    TrainConfig,
-    TrainingConfig,
 )
 from gpt.data.prepare import prepare
 from gpt.evaluation.report import measure
@@ -24,6 +20,7 @@ from gpt.interop.load import load
 from gpt.training.loop import Trainer
 from tests.conftest import make_model
 from tests.test_cli import RUN
+from tests.tiny import change, tiny_run
 
 PROCESSORS = {
     "AVX2": {"avx2": True},
@@ -66,18 +63,15 @@ def fast(request, monkeypatch):
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_training_step_multiplies_in_fast_dtypes(optimizer, dropout, fast, text_file, tmp_path):
-    config = TrainConfig(
-        run_dir=str(tmp_path / "run"),
-        model=ModelConfig(
-            vocab_size=0, context_length=16, n_layer=2, n_head=2, n_embd=32, dropout=dropout
-        ),
-        data=DataConfig(source=str(text_file)),
-        training=TrainingConfig(batch_tokens=64, micro_batch_size=2, device="cpu"),
-        optimizer=OptimizerConfig(name=optimizer),
+    config = tiny_run(
+        tmp_path,
+        text_file,
+        model={"dropout": dropout},
+        training={"precision": "auto", "batch_tokens": 64, "micro_batch_size": 2},
+        optimizer={"name": optimizer},
     )
     data = prepare(config.data, tmp_path / "data")
-    sized = ModelConfig(**{**vars(config.model), "vocab_size": data.tokenizer.vocab_size})
-    trainer = Trainer(TrainConfig(**{**vars(config), "model": sized}), data)
+    trainer = Trainer(change(config, model={"vocab_size": data.tokenizer.vocab_size}), data)
     with Products() as products:
         trainer.update()
         trainer.evaluate(None)
@@ -98,7 +92,7 @@ def test_decoding_multiplies_in_fast_dtypes(weights, compiler, fast, monkeypatch
     assert products.dtypes
     assert products.dtypes.keys() <= fast
     if torch.bfloat16 not in fast:
-        assert model.new_cache().keys.dtype == torch.float32
+        assert model.new_cache().dtype == torch.float32
 
 
 def test_speculative_drafts_multiply_in_fast_dtypes(fast):

@@ -93,7 +93,7 @@ def test_explain_writes_the_page_that_is_named(monkeypatch, capsys, model, tmp_p
     _, err = talk(monkeypatch, capsys, session(model, temperature=0), *lines)
     assert "20 tokens" in page.read_text()
     assert "explain is 'a.txt', and must be one .html file" in err
-    assert "there is no folder no/such" in err
+    assert "the folder no/such does not exist" in err
 
 
 def test_ctrl_d_ends_a_text_of_several_lines(monkeypatch, capsys, model):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gpt.config import ModelConfig
 from gpt.model.attend import attend
+from gpt.model.flops import flops_per_token
 from gpt.model.initial import Role, draw, normal, std_of
 from gpt.model.kinds import layer_kinds
 from gpt.model.norm import RMSNorm
@@ -60,6 +61,15 @@ class CausalSelfAttention(nn.Module):
                 norm.reset()
         if self.sinks is not None:
             self.sinks.zero_()
+
+    def flops_per_token(self, context_length: int) -> int:
+        """Those of the projections, and 12 for each number of each key: two products, forward and
+        twice backward. Keys that the causal mask hides are counted too.
+        """
+        window = self.kind.window
+        keys = context_length if window is None else min(window + self.kind.sinks, context_length)
+        projections = (flops_per_token(child, context_length) for child in self.children())
+        return sum(projections) + 12 * keys * self.n_head * self.head_dim
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
         """``[B, T, C]`` to ``[B, T, C]``; with a cache, over the keys that it holds for this layer

@@ -15,6 +15,7 @@ from gpt.config import ModelConfig
 from gpt.model.block import RESIDUALS, Block
 from gpt.model.cache import KVCache
 from gpt.model.dropout import Dropout
+from gpt.model.flops import flops_per_token
 from gpt.model.initial import reset, table
 from gpt.model.kinds import Kind, layer_kinds
 from gpt.model.masks import causal, dense, in_blocks
@@ -209,14 +210,11 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters() if embeddings or id(p) not in tables)
 
     def flops_per_token(self) -> int:
-        """Floating-point operations of a forward and a backward pass for one token at full context.
-
-        Six for each parameter of a matrix product, and 12 * n_layer * n_embd * context_length for
-        attention, the causal half counted whole (PaLM, arXiv:2204.02311, appendix B).
+        """Floating-point operations of a forward and a backward pass for one token at full context:
+        the sum of what the modules spend (:mod:`gpt.model.flops`). Looking up embeddings is free.
         """
-        head = self.head.weight.numel()
-        attention = 12 * self.config.n_layer * self.config.n_embd * self.config.context_length
-        return 6 * (self.parameter_count(embeddings=False) + head) + attention
+        spending = (self.embed_norm, *self.blocks, self.norm, self.head)
+        return sum(flops_per_token(part, self.config.context_length) for part in spending)
 
 
 def parameter_count(config: ModelConfig) -> int:

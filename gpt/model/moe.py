@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt.config import ModelConfig
+from gpt.model.flops import flops_per_token
 from gpt.model.initial import STD, normal
 from gpt.model.mlp import MLPS
 
@@ -42,6 +43,11 @@ class MoE(nn.Module):
             expert.reset()
         if self.preference is not None:
             self.preference.zero_()
+
+    def flops_per_token(self, context_length: int) -> int:
+        """Those of the router, and of the experts that one token goes through."""
+        used = [self.router, *self.shared, *self.experts[: self.config.n_expert_active]]
+        return sum(flops_per_token(part, context_length) for part in used)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, T, C]`` to ``[B, T, C]``."""

@@ -76,13 +76,10 @@ class Trainer:
         world: World | None = None,
         source: Source | None = None,
         objective: Objective = next_token,
-        checkpoint: Checkpoint | None = None,
         model: GPT | None = None,
-        say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """``source`` gives the batches, by default ``data``'s windows in a new order each epoch, of
-        which the ``objective`` is learned. Weights and progress come from the ``checkpoint``;
-        without one the weights are those of ``model``, or new.
+        """Build a run at step 0. ``source`` gives the batches (default: ``data``'s windows in a new
+        order each epoch) and ``objective`` their loss. The weights are those of ``model``, or new.
         """
         torch.manual_seed(config.training.seed)
         self.config, self.data, self.world = config, data, world or World()
@@ -95,7 +92,9 @@ class Trainer:
         self.scaler = loss_scaler(self.device, self.dtype)
         torch.set_float32_matmul_precision("high" if config.training.tf32 else "highest")
 
-        sequences = setup.sequences_a_step(config, self.world)
+        sequences = setup.sequences_a_step(
+            config.training.batch_tokens, config.model.context_length, self.world
+        )
         self.source = source or ShuffledWindows(
             Windows(data.train, config.model.context_length),
             sequences=sequences,
@@ -106,18 +105,24 @@ class Trainer:
         self.byte_lengths = tokenizers.byte_lengths(data.tokenizer)
         self._tokenizer = tokenizers.fingerprint(data.tokenizer).hex()
         self.strategy: Strategy = self.world.broadcast(self.choose_strategy)
-        self.saves_shards = self.world.broadcast(lambda: build.saves_shards(config, self.strategy))
+        self.saves_shards = self.world.broadcast(
+            lambda: build.saves_shards(config.checkpoint, config.model, self.strategy)
+        )
+        self.notes: list[str] = []
+        """What was decided here that the user should know."""
         if config.checkpoint.format == "sharded" and not self.saves_shards:
-            say("checkpoint.format is sharded, which fsdp alone can be: this run writes full ones")
+            self.notes.append(
+                "checkpoint.format is sharded, which fsdp alone can be: this run writes full ones"
+            )
         self.model, self.forward = build.build_model(
-            config,
+            model or config.model,
+            config.training,
+            config.parallel,
             self.world,
             self.strategy,
             device=self.device,
             dtype=self.dtype,
-            checkpoint=checkpoint,
-            model=model,
-            say=say,
+            say=self.notes.append,
         )
         self.optimizers = make_optimizers(self.model, config.optimizer, fast=fast)
         self.stopwatch = Stopwatch(self.device)
@@ -135,16 +140,13 @@ class Trainer:
         """Updates that were not made since their loss or gradient was not finite."""
         self.overflows = 0
         """Updates that were not made since float16's loss scale was too high for them."""
-        if checkpoint is not None:
-            self.resume(checkpoint, say)
 
-    def resume(self, checkpoint: Checkpoint, say: Callable[[str], None]) -> None:
-        """Go on where the checkpoint was saved: with its optimizers' state and its progress."""
+    def resume(self, checkpoint: Checkpoint) -> list[str]:
+        """Load the checkpoint's weights, optimizer state and progress, to continue after its step.
+
+        Returns a sentence for each property of the machine that has changed since.
+        """
         progress = state.restore(self.model, self.optimizers, self.scaler, checkpoint)
-        for name, value in self.place().items():
-            before = progress["place"].get(name, value)
-            if before != value:
-                say(f"changed  {name} was {before} and is {value}")
         self.step, self.best, self.losses = checkpoint.step, progress["best"], progress["losses"]
         self.best_loss, self.least_loss = progress["best_loss"], progress["least_loss"]
         self.skipped, self.overflows = progress["skipped"], progress["overflows"]
@@ -155,6 +157,10 @@ class Trainer:
         if self.best and not (checkpoint.path.parent / self.best).is_dir():
             # It was deleted for a later and better one, which is damaged now.
             self.best, self.best_loss = None, math.inf
+        changed = (
+            (name, progress["place"].get(name, now), now) for name, now in self.place().items()
+        )
+        return [f"{name} was {old} and is {now}" for name, old, now in changed if old != now]
 
     def choose_strategy(self) -> Strategy:
         """How the processes divide the work."""

@@ -1,6 +1,7 @@
-"""The optimizers and their groups: weight decay on matrices only, never on biases and norms."""
+"""The optimizers and their groups of parameters, by role: only matrices have weight decay."""
 
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,39 +12,59 @@ from gpt.config import OptimizerConfig
 from gpt.model.gpt import GPT
 from gpt.training.muon import Muon
 
+Role = Literal["hidden matrix", "embedding", "vector"]
+
+
+def roles(model: GPT) -> dict[str, Role]:
+    """The role of each parameter that is not frozen, by name.
+
+    ``hidden matrix``: the weight of a linear layer in a block. ``embedding``: any other matrix, of
+    tokens, positions or the head. ``vector``: a bias, or the weight of a norm.
+    """
+    linears = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+    def role(name: str, parameter: Tensor) -> Role:
+        if parameter.ndim < 2:
+            return "vector"
+        hidden = name.startswith("blocks.") and name.removesuffix(".weight") in linears
+        return "hidden matrix" if hidden else "embedding"
+
+    return {name: role(name, p) for name, p in model.named_parameters() if p.requires_grad}
+
 
 def make_optimizers(
     model: GPT, config: OptimizerConfig, *, fast: torch.dtype = torch.float32
 ) -> list[Optimizer]:
-    """AdamW (arXiv:1711.05101) over all parameters that are not frozen, or Muon for the matrices of
-    the blocks' linear layers beside it.
+    """AdamW (arXiv:1711.05101) for all parameters that are not frozen; or Muon for the hidden
+    matrices and AdamW for the rest (:mod:`gpt.training.muon`).
 
-    Embeddings, biases and norms stay with AdamW (:mod:`gpt.training.muon`). ``fast`` is the
-    dtype that the device multiplies fastest. Each group keeps its highest learning rate as
-    ``peak_lr``, which the schedule scales.
+    ``fast`` is the dtype that the device multiplies fastest. Each group keeps its highest learning
+    rate as ``peak_lr``, which the schedule scales.
     """
+    named = roles(model)
+    decayed: set[Role] = {"hidden matrix", "embedding"}
+
+    def having(wanted: set[Role]) -> list[nn.Parameter]:
+        return [model.get_parameter(name) for name, role in named.items() if role in wanted]
+
     optimizers: list[Optimizer] = []
-    rest = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if config.name == "muon":
-        linears = {n: m for n, m in model.blocks.named_modules() if isinstance(m, nn.Linear)}
-        matrices = {
-            name: rest.pop(name) for name in (f"blocks.{n}.weight" for n in linears) if name in rest
-        }
+    if config.name == "muon" and having({"hidden matrix"}):
+        decayed = {"embedding"}
         optimizers.append(
             Muon(
-                matrices.values(),
+                having({"hidden matrix"}),
                 lr=config.muon_learning_rate,
                 weight_decay=config.weight_decay,
                 dtype=torch.bfloat16 if fast == torch.bfloat16 else torch.float32,
             )
         )
     groups = [
-        {"params": [p for p in rest.values() if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest.values() if p.ndim < 2], "weight_decay": 0.0},
+        {"params": having(decayed), "weight_decay": config.weight_decay},
+        {"params": having({"vector"}), "weight_decay": 0.0},
     ]
-    optimizers.append(
-        AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
-    )
+    if any(group["params"] for group in groups):
+        betas = (config.beta1, config.beta2)
+        optimizers.append(AdamW(groups, lr=config.learning_rate, betas=betas, fused=True))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

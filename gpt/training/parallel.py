@@ -266,12 +266,11 @@ def shard(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    fill: Callable[[str, nn.Module], None],
 ) -> None:
-    """Share out the model's weights between the processes, in place.
+    """Shard the model's weights between the processes, in place.
 
-    ``model`` may be on ``meta``: part by part it is then made in full, filled by ``fill`` (which is
-    told the part's name), and cut, so that no process ever holds more than one block of it whole.
+    A ``model`` on ``meta`` gets new weights part by part: each part is initialised in full and then
+    sharded, so that no process ever holds more than one whole block.
     On GPUs blocks are gathered in ``dtype``, and embeddings and head in float32; gradients are
     averaged in float32.
     """
@@ -287,11 +286,13 @@ def shard(
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # autocast does it where it is due
     )
+    is_new = model.embed.weight.is_meta
     for name, part in parts(model):
         model.tie_weights()
         if any(parameter.is_meta for parameter in part.parameters()):
             part.to_empty(device="cpu")
-        fill(name, part)
+        if is_new:  # a tied head draws again into the embedding, as without shards
+            model.initialise(part)
         if name.startswith("blocks."):
             fully_shard(part, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)

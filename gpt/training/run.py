@@ -3,15 +3,18 @@
 import contextlib
 import dataclasses
 import shlex
+from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
-from gpt.config import TrainConfig, UsageError
+from gpt.config import DataConfig, TrainConfig, UsageError
 from gpt.data.corpus import open_corpus
 from gpt.data.piped import is_piped, keep
 from gpt.data.prepare import prepare
+from gpt.data.tokenizer import Tokenizer
 from gpt.device import choose_device
+from gpt.model.gpt import GPT
 from gpt.training import setup
 from gpt.training.build import check_sizes
 from gpt.training.curve import draw_curve
@@ -40,7 +43,9 @@ def train(
         console.quiet = console.quiet or not world.is_main
         world.connect(choose_device(config.training.device))
         with contextlib.ExitStack() as stack:
-            world.main_first(lambda: check_source(config))  # before a folder is made
+            world.main_first(
+                lambda: check_source(config.data, config.run)
+            )  # before a folder is made
             world.broadcast(lambda: stack.enter_context(setup.held(config.run)))
             try:
                 return train_on(world, config, console=console, sample=sample, initial=initial)
@@ -67,12 +72,22 @@ def train_on(
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
-    checkpoint = setup.checkpoint_to_resume(config, world, say)
-    config, model, tokenizer = world.main_first(
-        lambda: setup.take_initial_model(config, checkpoint, initial, say)
-    )
+    checkpoint = setup.checkpoint_to_resume(config.run, world, resume=config.resume, say=say)
+    model: GPT | None = None
+    tokenizer: Tokenizer | None = None
+    if config.init:
+        if initial is None:
+            raise UsageError(
+                f"init is {config.init!r}, and this run was given nothing that loads it"
+            )
+        model, tokenizer = world.main_first(
+            lambda: setup.take_initial_model(config.init, config.model, checkpoint, initial, say)
+        )
+        config = dataclasses.replace(config, model=model.config)
     with console.status("preparing the text", spinner="line") as status:
-        config = with_kept_source(world, config)
+        source = world.broadcast(lambda: keep(config.data, config.cache_dir).source)
+        kept = dataclasses.replace(config.data, source=source)  # a resumed run finds a pipe's copy
+        config = dataclasses.replace(config, run_dir=str(config.run), data=kept)
         data = world.main_first(
             lambda: prepare(
                 config.data,
@@ -85,16 +100,21 @@ def train_on(
             )
         )
     config = setup.resolve(config, data, checkpoint)
-    check_sizes(config, world, choose_device(config.training.device))
+    device = choose_device(config.training.device)
+    check_sizes(config.model, config.training, config.parallel, world, device)
+    changes: list[str] = []
     if checkpoint is not None:
-        setup.check_changes(config, checkpoint, data.train, say)
-    trainer = Trainer(config, data, world=world, checkpoint=checkpoint, model=model, say=say)
+        now = setup.settings(config, data.train)
+        changes = setup.check_changes(config.run, config.model, now, checkpoint)
+    trainer = Trainer(config, data, world=world, model=model)
+    if checkpoint is not None:
+        changes += trainer.resume(checkpoint)
     if world.is_main:
         setup.write_run_files(config, data.tokenizer)
         if checkpoint is not None:
             name, best = checkpoint.path.name, trainer.best
             point_and_prune(config.run, config.checkpoint, last=name, best=best, say=say)
-    for line in beginning(trainer):
+    for line in (*trainer.notes, *(f"changed  {text}" for text in changes), *beginning(trainer)):
         say(line)
     reporter: Reporter | Silent = Silent()
     if world.is_main:
@@ -121,23 +141,16 @@ def train_on(
     return result
 
 
-def check_source(config: TrainConfig) -> None:
+def check_source(data: DataConfig, run: Path) -> None:
     """``UsageError`` if there is no such text, or the run would be written between its files."""
-    if is_piped(config.data):
+    if is_piped(data):
         return
-    folder = open_corpus(config.data.source).folder
-    if folder is not None and config.run.exists() and folder.samefile(config.run):
+    folder = open_corpus(data.source).folder
+    if folder is not None and run.exists() and folder.samefile(run):
         raise UsageError(
-            f"run_dir is {config.run}, which is the folder of the text: give another one, which "
+            f"run_dir is {run}, which is the folder of the text: give another one, which "
             "may be in it"
         )
-
-
-def with_kept_source(world: World, config: TrainConfig) -> TrainConfig:
-    """``config`` with the copy of a pipe as its source, which a resumed run finds again."""
-    source = world.broadcast(lambda: keep(config.data, config.cache_dir).source)
-    data = dataclasses.replace(config.data, source=source)
-    return dataclasses.replace(config, run_dir=str(config.run), data=data)
 
 
 def beginning(trainer: Trainer) -> list[str]:

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,27 +49,27 @@ def held(run: Path) -> Iterator[str]:
         ) from None
 
 
-def checkpoint_to_resume(config: TrainConfig, world: World, say: Say) -> Checkpoint | None:
-    """The run's newest valid checkpoint if it is to be resumed; refuses to start over one that is
-    there.
+def checkpoint_to_resume(run: Path, world: World, *, resume: bool, say: Say) -> Checkpoint | None:
+    """The run's newest valid checkpoint if ``resume`` is set; ``UsageError`` if there is one and it
+    is not set.
 
-    What torchrun starts again after a process was lost is resumed, whether it says so or not.
-    Damaged checkpoints that are newer are set aside, and stay.
+    Processes that torchrun restarts after a failure always resume. Newer checkpoints that are
+    damaged are renamed, not deleted.
     """
-    place = str(config.run.resolve())
+    place = str(run.resolve())
 
     def look() -> str:
-        resume = config.resume or world.remembers(place)
-        checkpoint = checkpoints.find(config.run, "last", say=say)
-        if checkpoint is not None and not resume:
+        resumes = resume or world.remembers(place)
+        checkpoint = checkpoints.find(run, "last", say=say)
+        if checkpoint is not None and not resumes:
             raise UsageError(
-                f"{config.run} holds a run at step {checkpoint.step:,} already: --resume goes on "
+                f"{run} holds a run at step {checkpoint.step:,} already: --resume goes on "
                 "with it, --run_dir starts another one elsewhere"
             )
-        if checkpoint is None and resume:
-            say(f"{config.run} has no checkpoint to resume from; starting at step 0")
+        if checkpoint is None and resumes:
+            say(f"{run} has no checkpoint to resume from; starting at step 0")
         if checkpoint is not None:
-            for path in checkpoints.set_aside(config.run, newer_than=checkpoint.step):
+            for path in checkpoints.set_aside(run, newer_than=checkpoint.step):
                 say(f"{path} was damaged, and has this name now")
         world.remember(place)
         return str(checkpoint.path) if checkpoint else ""
@@ -83,17 +83,12 @@ Initial = Callable[[str | Path], tuple[GPT, Tokenizer]]
 
 
 def take_initial_model(
-    config: TrainConfig, checkpoint: Checkpoint | None, load: Initial | None, say: Say
-) -> tuple[TrainConfig, GPT | None, Tokenizer | None]:
-    """The configuration with the shape of the model that ``config.init`` names; that model, made to
-    fit, and its tokenizer.
+    init: str, wanted: ModelConfig, checkpoint: Checkpoint | None, load: Initial, say: Say
+) -> tuple[GPT, Tokenizer]:
+    """The model that ``init`` names, or its trained form in the ``checkpoint``, with the context,
+    vocabulary and dropout that are ``wanted``; and its tokenizer.
     """
-    if not config.init:
-        return config, None, None
-    if load is None:
-        raise UsageError(f"init is {config.init!r}, and this run was given nothing that loads it")
-    model, tokenizer = load(checkpoint.path if checkpoint else config.init)
-    wanted = config.model
+    model, tokenizer = load(checkpoint.path if checkpoint else init)
     own = model.config.context_length
     if 0 < wanted.context_length < own:
         crop_context(model, wanted.context_length)
@@ -101,19 +96,19 @@ def take_initial_model(
             say(f"the model's context of {own:,} tokens is cropped to {wanted.context_length:,}")
     elif wanted.context_length > own:
         raise UsageError(
-            f"model.context_length is {wanted.context_length:,}, and {config.init} has learned "
+            f"model.context_length is {wanted.context_length:,}, and {init} has learned "
             f"{own:,} positions (0 keeps them)"
         )
     for name, value in dataclasses.asdict(wanted).items():
         kept, usual = getattr(model.config, name), getattr(ModelConfig(), name)
         if name not in ("vocab_size", "context_length", "dropout") and value not in (kept, usual):
-            say(f"model.{name} is {value}, and that of {config.init} stays: {kept}")
+            say(f"model.{name} is {value}, and that of {init} stays: {kept}")
     if wanted.vocab_size > model.config.vocab_size:
         resize_vocabulary(model, wanted.vocab_size)
     set_dropout(model, wanted.dropout)
     for parameter in model.parameters():  # memory of its own, laid out as a new model's
         parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
-    return dataclasses.replace(config, model=model.config), model, tokenizer
+    return model, tokenizer
 
 
 def resolve(config: TrainConfig, data: Prepared, checkpoint: Checkpoint | None) -> TrainConfig:
@@ -142,26 +137,34 @@ def padded(vocab_size: int) -> int:
     return vocab_size if vocab_size < 1024 else -(-vocab_size // 128) * 128
 
 
-def check_changes(config: TrainConfig, checkpoint: Checkpoint, text: Shard, say: Say) -> None:
-    """Say what was changed since the checkpoint; ``UsageError`` if it would make it another run."""
+def check_changes(
+    run: Path, model: ModelConfig, now: Mapping[str, Any], checkpoint: Checkpoint
+) -> list[str]:
+    """A sentence for each of the :func:`settings` that has changed since the checkpoint;
+    ``UsageError`` if one of them must not change. A model's field that only follows from another
+    one is not named.
+    """
+    follows = {
+        f"model.{name}"
+        for name, value in dataclasses.asdict(checkpoint.model).items()
+        if value == getattr(model, name)
+    }
     before = checkpoint.progress.get("settings", {})
     before = before if isinstance(before, dict) else {}  # restoring it says what is wrong
     before |= _resolved(checkpoint.model)
-    now = settings(config, text)
     told = {
         name: f"{name} was {before[name]} and is {value}"
         for name, value in now.items()
-        if name in before and before[name] != value
+        if name not in follows and name in before and before[name] != value
     }
     fixed = [sentence for name, sentence in told.items() if is_fixed(name)]
     free = [sentence for name, sentence in told.items() if not is_fixed(name)]
     if fixed:
         raise UsageError(
-            f"{config.run} cannot be resumed as another run: {'; '.join(fixed)}"
+            f"{run} cannot be resumed as another run: {'; '.join(fixed)}"
             + (f" (the rest may change: {'; '.join(free)})" if free else "")
         )
-    for line in free:
-        say(f"changed  {line}")
+    return free
 
 
 def settings(config: TrainConfig, text: Shard) -> dict[str, Any]:
@@ -186,18 +189,19 @@ def is_fixed(field: str) -> bool:
     return field in FIXED or (group in FIXED_GROUPS and name not in FIXED_GROUPS[group])
 
 
-def sequences_a_step(config: TrainConfig, world: World) -> int:
+def sequences_a_step(batch_tokens: int, context_length: int, world: World) -> int:
     """Sequences of one step over all processes; ``UsageError`` if these cannot share them
     equally.
     """
-    tokens, length = config.training.batch_tokens, config.model.context_length
-    if tokens // length % world.size:
-        least = length * world.size
+    sequences = batch_tokens // context_length
+    if sequences % world.size:
+        least = context_length * world.size
+        near = max(1, round(batch_tokens / least)) * least
         raise UsageError(
-            f"training.batch_tokens is {tokens}, {tokens // length} sequences, which {world.size} "
-            f"processes cannot share equally; {max(1, round(tokens / least)) * least} would do"
+            f"training.batch_tokens is {batch_tokens}, {sequences} sequences, which {world.size} "
+            f"processes cannot share equally; {near} would do"
         )
-    return tokens // length
+    return sequences
 
 
 def write_run_files(config: TrainConfig, tokenizer: Tokenizer) -> None:

@@ -6,7 +6,7 @@ state. An optimizer's hyperparameters are the configuration's, not the checkpoin
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gpt import checkpoint as checkpoints
-from gpt import tensors
+from gpt import migrations, tensors
 from gpt.checkpoint import Checkpoint
 from gpt.config import UsageError, foreign, quoted
 
@@ -47,14 +47,18 @@ def restore(
     scaler: torch.amp.GradScaler,
     checkpoint: Checkpoint,
 ) -> dict[str, Any]:
-    """Give the optimizers and the scaler what they had learned, of which each process reads its own
-    part; returns the rest of the progress: ``best``, ``best_loss``, ``losses``, ``skipped``,
-    ``overflows``.
+    """Load the weights and the state of the optimizers and the scaler; of sharded tensors, each
+    process reads its own part. Returns the rest of the progress: ``best``, ``best_loss``,
+    ``losses``, ``skipped``, ``overflows``.
     """
     parameters = dict(model.named_parameters())
+    weights = checkpoint.path / checkpoints.MODEL
+    checkpoints.check_fit(checkpoint, tensors.describe(weights), parameters)
+    tensors.read(weights, {name: parameter.detach() for name, parameter in parameters.items()})
     if checkpoint.format == 1:
         old = checkpoints.load_format_1(checkpoint)
-        saved, progress = from_format_1(old, names_of(model, optimizers))
+        saved = migrations.optimizer_state_of_format_1(old, names_of(model, optimizers))
+        progress = migrations.progress_of_format_1(old)
     else:
         saved, progress = {}, checkpoint.progress
         path = checkpoint.path / checkpoints.TRAINING
@@ -76,33 +80,31 @@ def restore(
                 state.setdefault(names.index(parameter_name), {})[key] = tensor
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
-    progress = _checked(progress, checkpoint.path)
+    progress = _checked(migrations.complete_progress(progress), checkpoint.path)
     if progress["scaler"]:  # the run had one
         scaler.load_state_dict(progress["scaler"])
     return progress
 
 
-def _checked(progress: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The progress with every field of its type; what older checkpoints lack is added."""
+def _checked(progress: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The progress; ``UsageError`` if a field is missing or has another type."""
     number = int | float
     kinds: dict[str, Any] = {"best": str | None, "best_loss": number | None, "losses": list}
     kinds |= {"least_loss": number | None, "skipped": int, "overflows": int, "scaler": dict}
     kinds |= {"settings": dict, "place": dict}
-    known: dict[str, Any] = {"settings": {}, "place": {}, "least_loss": progress.get("best_loss")}
-    known |= progress
     for name, kind in kinds.items():
-        if not isinstance(known.get(name), kind) or (name not in known):
+        if not isinstance(progress.get(name), kind) or name not in progress:
             raise UsageError(
                 f"the checkpoint {foreign(path)} cannot be resumed: its progress has "
-                f"{quoted(known.get(name))} as {name}"
+                f"{quoted(progress.get(name))} as {name}"
             )
-    if not all(isinstance(loss, number) for loss in known["losses"]):
+    if not all(isinstance(loss, number) for loss in progress["losses"]):
         raise UsageError(
             f"the checkpoint {foreign(path)} cannot be resumed: its losses are no numbers"
         )
     for name in ("best_loss", "least_loss"):
-        known[name] = math.inf if known[name] is None else known[name]
-    return known
+        progress[name] = math.inf if progress[name] is None else progress[name]
+    return progress
 
 
 def names_of(model: nn.Module, optimizers: Sequence[Optimizer]) -> list[list[str]]:
@@ -112,26 +114,3 @@ def names_of(model: nn.Module, optimizers: Sequence[Optimizer]) -> list[list[str
         [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
         for optimizer in optimizers
     ]
-
-
-def from_format_1(
-    saved: Mapping[str, Any], names: Sequence[Sequence[str]]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Format 1 had each optimizer's state by the parameter's number, and did not say which
-    checkpoint was the best.
-    """
-    learned = {
-        f"{of[number]}/{key}": value
-        for of, state in zip(names, saved["optimizers"], strict=True)
-        for number, values in state.items()
-        for key, value in values.items()
-    }
-    progress = {
-        "best": None,
-        "best_loss": saved["best_loss"],
-        "losses": [],
-        "skipped": 0,
-        "overflows": 0,
-        "scaler": saved["scaler"],
-    }
-    return learned, progress

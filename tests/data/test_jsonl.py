@@ -36,7 +36,7 @@ def test_a_file_is_its_lines_whatever_ends_them(raw, tmp_path):
         (b"[]", "has no 'text'"),
         (b'{"text": 1}', "has 1 as its 'text', which must be a string"),
         (LINE.replace(b"1}", b"true}"), "has True as its 'answer', .* whole number"),
-        (LINE.replace(b"1}", b"7" * 5000 + b"}"), "is not read"),
+        (LINE.replace(b"1}", b"7" * 5000 + b"}"), "cannot be read"),
         (LINE.replace(b"1}", b'"' + b"7" * 5000 + b'"}'), "as its 'answer'"),
         (LINE.replace(b"caf", b"\\ud83d"), "half of a surrogate pair"),
         (b"[" * 100_000, "nested too deeply"),

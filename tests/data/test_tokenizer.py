@@ -217,7 +217,7 @@ def test_a_tokenizer_that_could_not_be_one_of_ours_is_told_why(state, said, tmp_
     [
         ('{"kind": "char", "characters": "\\ud800"}', "half of a surrogate pair"),
         ("[" * 100_000, "nested too deeply"),
-        ('{"kind": "gpt2", "first_id": ' + "9" * 5000 + "}", "is not read"),
+        ('{"kind": "gpt2", "first_id": ' + "9" * 5000 + "}", "cannot be read"),
     ],
 )
 def test_json_that_python_refuses_is_told_with_the_tokenizers_file(text, said, tmp_path):

@@ -1,5 +1,6 @@
 """The valid things that cases begin with, each a folder or a file: made once, and copied."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -10,12 +11,8 @@ from safetensors.torch import save_file
 
 from gpt import cli
 from gpt.config import (
-    CheckpointConfig,
-    DataConfig,
-    EvaluationConfig,
     ModelConfig,
     TrainConfig,
-    TrainingConfig,
     to_toml,
 )
 from gpt.data.tokenizer import GPT2Tokenizer
@@ -23,6 +20,7 @@ from gpt.interop.export import export_huggingface
 from gpt.interop.families import FAMILIES
 from gpt.interop.weights import exported
 from gpt.model.gpt import GPT
+from tests.tiny import tiny_run
 
 TEXT = "Speak, speak. You are all resolved rather to die than to famish?\n" * 16
 PACKED = ("int8", "int4", "float32", "bfloat16")
@@ -33,16 +31,15 @@ def train_config(run: str, tokenizer: str) -> TrainConfig:
     """A run of four steps with two checkpoints, which takes a fraction of a second. Its paths are
     relative: a case that trains has its own folder as the current one.
     """
-    return TrainConfig(
-        run_dir=run,
-        model=ModelConfig(vocab_size=0, context_length=16, n_layer=2, n_head=2, n_embd=32),
-        data=DataConfig(source="book.txt", tokenizer=tokenizer),
-        training=TrainingConfig(
-            max_steps=4, batch_tokens=64, micro_batch_size=2, precision="float32", device="cpu"
-        ),
-        evaluation=EvaluationConfig(every=2, windows=4, sample_tokens=4),
-        checkpoint=CheckpointConfig(keep=9),
+    config = tiny_run(
+        Path(),
+        "book.txt",
+        data={"tokenizer": tokenizer},
+        training={"max_steps": 4, "batch_tokens": 64, "micro_batch_size": 2},
+        evaluation={"every": 2, "windows": 4, "sample_tokens": 4},
+        checkpoint={"keep": 9},
     )
+    return dataclasses.replace(config, run_dir=run)
 
 
 def make(folder: Path) -> None:

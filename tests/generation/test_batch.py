@@ -140,7 +140,7 @@ def test_a_broken_file_of_prompts_is_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ("\\ud800", "line 2 is not JSON: it has half of a surrogate pair"),
+        ("\\ud800", "line 2 is not JSON: it contains half of a surrogate pair"),
         ("a" * 41, "prompt 2, 'a{40}': the prompt has 41 tokens"),
     ],
 )
@@ -189,7 +189,7 @@ def test_two_processes_do_not_write_to_one_file(model, prompts, tmp_path):
 
 
 def test_a_missing_folder_is_refused(model, prompts, tmp_path):
-    with pytest.raises(UsageError, match="there is no folder"):
+    with pytest.raises(UsageError, match="does not exist"):
         continued(model, prompts, tmp_path / "none" / "out.jsonl")
 
 

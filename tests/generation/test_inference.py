@@ -767,7 +767,7 @@ def test_formats_that_there_are_not_are_refused(tmp_path):
 def test_packed_weights_that_are_damaged_or_meant_for_something_else_are_refused(tmp_path):
     folder = tmp_path / "packed"
     save_packed(prepare_for_inference(model_of(), "int8"), ByteTokenizer(), folder)
-    with pytest.raises(UsageError, match="exists, and what is written goes into a new folder"):
+    with pytest.raises(UsageError, match="exists already; name a new folder"):
         save_packed(prepare_for_inference(model_of(), "int8"), ByteTokenizer(), folder)
     with pytest.raises(UsageError, match="weights is 'int4', and .* is packed in int8"):
         gpt.load(folder, weights="int4")

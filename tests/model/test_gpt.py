@@ -242,6 +242,23 @@ def test_flops_per_token_match_a_count_by_hand():
     assert make_model(config).flops_per_token() == 6 * (matrices + norms) + attention
 
 
+def test_flops_per_token_of_gpt2_are_those_of_the_palm_formula():
+    with torch.device("meta"):
+        model = GPT(ModelConfig())
+    blocks_norms_and_head = 124_439_808 - 1024 * 768
+    assert model.flops_per_token() == 6 * blocks_norms_and_head + 12 * 12 * 768 * 1024
+
+
+def test_flops_per_token_count_the_keys_of_a_window_and_the_experts_of_a_token():
+    wide = ModelConfig(vocab_size=10, context_length=64, n_layer=2, n_head=2, n_embd=4)
+    near = dataclasses.replace(wide, window=8, window_pattern="GL")
+    keys = 12 * (64 - 8) * 4
+    assert GPT(wide).flops_per_token() - GPT(near).flops_per_token() == keys
+    few, many = (dataclasses.replace(wide, n_expert=n, n_expert_active=2) for n in (4, 8))
+    routers = 6 * 2 * 4 * 4
+    assert GPT(many).flops_per_token() - GPT(few).flops_per_token() == routers
+
+
 def test_a_cropped_model_is_the_model_on_shorter_texts(tiny_model):
     tokens = torch.randint(61, (2, 9))
     expected = tiny_model(tokens)

@@ -29,20 +29,15 @@ from rich.console import Console
 
 from gpt import checkpoint as checkpoints
 from gpt.config import (
-    CheckpointConfig,
-    DataConfig,
-    EvaluationConfig,
-    LogConfig,
     ModelConfig,
-    OptimizerConfig,
     TrainConfig,
-    TrainingConfig,
     UsageError,
 )
 from gpt.data.tokenizer import Tokenizer
 from gpt.generation.text import generate
 from gpt.model.gpt import GPT
 from gpt.training.run import train
+from tests.tiny import tiny_run
 
 FAULTS = {"kill": -1, "ENOSPC": errno.ENOSPC, "EIO": errno.EIO}
 BEFORE = 4
@@ -50,27 +45,18 @@ BEFORE = 4
 
 
 def config_of(folder: Path, *, max_steps: int = 9, every: int = 3) -> TrainConfig:
-    return TrainConfig(
-        run_dir=str(folder / "run"),
-        resume=True,
-        model=ModelConfig(
-            vocab_size=0, context_length=8, n_layer=1, n_head=2, n_embd=16, dropout=0.1
-        ),
-        data=DataConfig(
-            source=str(folder.parent / "text.txt"), cache_dir=str(folder.parent / "data")
-        ),
-        training=TrainingConfig(
-            max_steps=max_steps,
-            batch_tokens=64,
-            micro_batch_size=4,
-            precision="float32",
-            device="cpu",
-        ),
-        optimizer=OptimizerConfig(name="muon", warmup_steps=2, schedule="constant"),
-        evaluation=EvaluationConfig(every=4, windows=4, sample_tokens=0),
-        checkpoint=CheckpointConfig(every=every, keep=2),
-        log=LogConfig(every=4),
+    config = tiny_run(
+        folder,
+        folder.parent / "text.txt",
+        model={"context_length": 8, "n_layer": 1, "n_embd": 16, "dropout": 0.1},
+        data={"cache_dir": str(folder.parent / "data")},
+        training={"max_steps": max_steps, "batch_tokens": 64},
+        optimizer={"name": "muon", "schedule": "constant"},
+        evaluation={"windows": 4, "sample_tokens": 0},
+        checkpoint={"every": every},
+        log={"every": 4},
     )
+    return dataclasses.replace(config, resume=True)
 
 
 def sample(model: GPT, tokenizer: Tokenizer) -> str:

@@ -3,7 +3,7 @@ import contextlib
 import pytest
 import torch
 
-from gpt.config import TrainConfig, TrainingConfig
+from gpt.config import ParallelConfig, TrainingConfig
 from gpt.training import backends, build
 from gpt.training.backends import choose_attention, measure
 from gpt.training.parallel import World
@@ -60,10 +60,10 @@ def test_a_run_chooses_its_attention_before_it_compiles_the_blocks(monkeypatch, 
             order.append((name, options["device"], options.get("rows")))
 
         monkeypatch.setattr(build, name, called)
-    config = TrainConfig(model=tiny_config, training=TrainingConfig(micro_batch_size=4))
-    device = torch.device("cpu")
-    options = {"device": device, "dtype": torch.bfloat16, "checkpoint": None, "model": None}
-    build.build_model(config, World(), "single", say=print, **options)
+    training, device = TrainingConfig(micro_batch_size=4), torch.device("cpu")
+    groups = (tiny_config, training, ParallelConfig())
+    options = {"device": device, "dtype": torch.bfloat16, "say": print}
+    build.build_model(*groups, World(), "single", **options)
     assert order == [("choose_attention", device, 4), ("compile_blocks", device, None)]
 
 

@@ -19,13 +19,7 @@ from safetensors.torch import load_file
 
 from gpt import checkpoint as checkpoints
 from gpt.config import (
-    DataConfig,
-    EvaluationConfig,
-    LogConfig,
-    ModelConfig,
-    OptimizerConfig,
     TrainConfig,
-    TrainingConfig,
     UsageError,
     parse,
 )
@@ -42,29 +36,17 @@ from gpt.training.run import train
 from gpt.training.schedule import learning_rate_factor
 from gpt.training.setup import FIXED, FIXED_GROUPS, held, is_fixed, padded, settings
 from gpt.training.stopwatch import Forecast
+from tests import tiny
+from tests.tiny import tiny_run
 
 
 @pytest.fixture
 def config(text_file, tmp_path):
-    return TrainConfig(
-        run_dir=str(tmp_path / "run"),
-        model=ModelConfig(
-            vocab_size=0, context_length=16, n_layer=2, n_head=2, n_embd=32, dropout=0.1
-        ),
-        data=DataConfig(source=str(text_file)),
-        training=TrainingConfig(
-            max_steps=12, batch_tokens=128, micro_batch_size=4, precision="float32", device="cpu"
-        ),
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
-        evaluation=EvaluationConfig(every=4, windows=8),
-        log=LogConfig(every=2),
-    )
+    return tiny_run(tmp_path, text_file, model={"dropout": 0.1})
 
 
 def change(config, group, **values):
-    return dataclasses.replace(
-        config, **{group: dataclasses.replace(getattr(config, group), **values)}
-    )
+    return tiny.change(config, **{group: values})
 
 
 def elsewhere(config, name):
@@ -96,6 +78,12 @@ def trainer_of(config):
     data = prepare(config.data, config.cache_dir)
     model = dataclasses.replace(config.model, vocab_size=data.tokenizer.vocab_size)
     return Trainer(dataclasses.replace(config, model=model), data)
+
+
+def resumed_from(checkpoint, config):
+    trainer = trainer_of(config)
+    trainer.resume(checkpoint)
+    return trainer
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -435,8 +423,7 @@ def test_a_run_of_torchs_muon_goes_on(tmp_path):
     config = dataclasses.replace(config, run_dir=str(old), resume=True)
     config = change(config, "data", source=str(old / "text.txt"))
     checkpoint = checkpoints.find(old, "last")
-    data = prepare(config.data, config.cache_dir)
-    muon, _ = Trainer(config, data, checkpoint=checkpoint).optimizers
+    muon, _ = resumed_from(checkpoint, config).optimizers
     saved = load_file(checkpoint.path / "training.safetensors")
     buffers = [muon.state[p]["momentum_buffer"] for p in muon.param_groups[0]["params"]]
     assert len(buffers) == 4
@@ -585,13 +572,11 @@ def test_the_best_loss_and_the_loss_scale_outlive_a_stop(config):
     config = change(config, "training", precision="float16")
     result, _ = run(config)
     found = checkpoints.find(config.run, "last")
-    data = prepare(config.data, config.cache_dir)
-    resolved = dataclasses.replace(config, model=found.model)
-    resumed = Trainer(resolved, data, checkpoint=found)
+    resumed = resumed_from(found, config)
     assert resumed.best_loss == result.best_loss
     assert resumed.best == (config.run / "best").read_text().strip()
     found.progress["scaler"]["scale"] = 1234.0
-    resumed = Trainer(resolved, data, checkpoint=found)
+    resumed = resumed_from(found, config)
     assert resumed.scaler.get_scale() == 1234.0
 
 
@@ -840,15 +825,11 @@ def test_what_auto_has_come_to_is_said_where_it_changes(config):
     run(config)
     found = checkpoints.find(config.run, "last")
     found.progress["place"] |= {"precision": "float16", "processes": 8, "strategy": "ddp"}
-    said = []
-    resolved = dataclasses.replace(config, model=found.model)
-    trainer = Trainer(
-        resolved, prepare(config.data, config.cache_dir), checkpoint=found, say=said.append
-    )
-    assert said == [
-        f"changed  precision was float16 and is {str(trainer.dtype)[6:]}",
-        "changed  processes was 8 and is 1",
-        "changed  strategy was ddp and is single",
+    trainer = trainer_of(config)
+    assert trainer.resume(found) == [
+        f"precision was float16 and is {str(trainer.dtype)[6:]}",
+        "processes was 8 and is 1",
+        "strategy was ddp and is single",
     ]
 
 
@@ -1054,11 +1035,7 @@ def test_a_run_of_format_1_goes_on(config):
     config = change(config, "optimizer", name="muon")
     run(change(config, "training", max_steps=8))
     found = checkpoints.find(config.run, "last")
-    trainer = Trainer(
-        dataclasses.replace(config, model=found.model),
-        prepare(config.data, config.cache_dir),
-        checkpoint=found,
-    )
+    trainer = resumed_from(found, config)
     old = {
         "optimizers": [optimizer.state_dict()["state"] for optimizer in trainer.optimizers],
         "scaler": {},
@@ -1067,7 +1044,7 @@ def test_a_run_of_format_1_goes_on(config):
         "identity": {"training.seed": "1337"},
     }
     as_format_1(found.path, old)
-    resumed = Trainer(trainer.config, trainer.data, checkpoint=checkpoints.verify(found.path))
+    resumed = resumed_from(checkpoints.verify(found.path), config)
     assert resumed.best_loss == 1.5
     for one, two in zip(trainer.optimizers, resumed.optimizers, strict=True):
         for (_, state), (_, other) in zip(one.state.items(), two.state.items(), strict=True):
@@ -1140,9 +1117,6 @@ def test_the_best_of_other_windows_is_not_held_against_new_ones(config):
     run(config)
     found = checkpoints.find(config.run, "last")
     found.progress["best_loss"] = 0.0
-    data = prepare(config.data, config.cache_dir)
     for windows, best in ((8, 0.0), (5, math.inf)):
-        resolved = dataclasses.replace(
-            change(config, "evaluation", windows=windows), model=found.model
-        )
-        assert Trainer(resolved, data, checkpoint=found).best_loss == best
+        other = change(config, "evaluation", windows=windows)
+        assert resumed_from(found, other).best_loss == best

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -7,8 +9,10 @@ from gpt.training.optimizer import (
     clip_gradients,
     gradient_norm,
     make_optimizers,
+    roles,
     set_learning_rate,
 )
+from tests.conftest import make_model
 
 
 def names_of(model, parameters):
@@ -40,6 +44,38 @@ def test_muon_takes_the_blocks_matrices_and_adamw_the_rest(tiny_model):
         "embed.weight",
         "position.weight",
     }
+
+
+def test_the_matrix_of_the_head_is_an_embedding_and_not_muons(tiny_config):
+    untied = make_model(dataclasses.replace(tiny_config, tie_embeddings=False))
+    assert roles(untied)["head.weight"] == roles(untied)["embed.weight"] == "embedding"
+    assert roles(untied)["blocks.0.mlp.up.weight"] == "hidden matrix"
+    assert roles(untied)["blocks.0.mlp.up.bias"] == roles(untied)["norm.weight"] == "vector"
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_frozen_parameters_are_left_out_and_do_not_change(kind, tiny_model):
+    frozen = {n for n, p in tiny_model.named_parameters() if not n.startswith("blocks.1.attn.")}
+    for name in frozen:
+        tiny_model.get_parameter(name).requires_grad_(False)
+    before = {n: p.detach().clone() for n, p in tiny_model.named_parameters()}
+    optimizers = make_optimizers(tiny_model, OptimizerConfig(name=kind))
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    taken = set().union(*(names_of(tiny_model, group["params"]) for group in groups))
+    assert taken == before.keys() - frozen
+    tiny_model(torch.arange(8)[None]).square().mean().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    changed = {n for n, p in tiny_model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == taken
+
+
+@pytest.mark.parametrize(("role", "kind"), [("vector", torch.optim.AdamW), ("hidden matrix", Muon)])
+def test_there_is_no_optimizer_without_parameters(role, kind, tiny_model):
+    for name, own in roles(tiny_model).items():
+        tiny_model.get_parameter(name).requires_grad_(own == role)
+    [only] = make_optimizers(tiny_model, OptimizerConfig(name="muon"))
+    assert isinstance(only, kind)
 
 
 def test_adamw_is_fused_and_has_the_betas_that_are_asked_for(tiny_model):

@@ -18,7 +18,7 @@ from transformers import GPT2LMHeadModel
 import gpt
 from gpt import checkpoint as checkpoints
 from gpt.cli import main
-from gpt.config import ModelConfig, ParallelConfig, TrainingConfig, UsageError
+from gpt.config import CheckpointConfig, ModelConfig, ParallelConfig, UsageError
 from gpt.model.gpt import parameter_count
 from gpt.training.build import saves_shards
 from gpt.training.parallel import World, _meet, choose_strategy
@@ -231,10 +231,9 @@ def test_auto_shares_out_the_state_where_it_fills_half_a_gpu(
     )
 
 
-def test_processes_that_cannot_share_equally_are_told_what_would_do(tmp_path):
-    config = config_of(tmp_path, "run")
+def test_processes_that_cannot_share_equally_are_told_what_would_do():
     with pytest.raises(UsageError, match="128, 8 sequences, which 3 processes .* 144 would do"):
-        sequences_a_step(config, World(size=3))
+        sequences_a_step(128, 16, World(size=3))
     with pytest.raises(
         UsageError, match="shard_size is 2, and parallel.strategy ddp shares out not"
     ):
@@ -251,14 +250,13 @@ def test_every_window_is_some_process_share_once():
     assert np.concatenate(shares).tolist() == windows.tolist()
 
 
-def test_full_checkpoints_are_kept_where_the_host_can_hold_the_state(monkeypatch, tmp_path):
-    model, training = ModelConfig(), TrainingConfig(batch_tokens=2**14)
-    config = dataclasses.replace(config_of(tmp_path, "run"), model=model, training=training)
+def test_full_checkpoints_are_kept_where_the_host_can_hold_the_state(monkeypatch):
+    model, checkpoint = ModelConfig(), CheckpointConfig()
     assert parameter_count(model) == 124_439_808  # 2 GB of state
     for memory, shards in ((10e9, False), (3e9, True)):
         monkeypatch.setattr(os, "sysconf", lambda name, m=memory: 1 if "SIZE" in name else m)
-        assert saves_shards(config, "fsdp") == shards
-        assert not saves_shards(config, "ddp")
+        assert saves_shards(checkpoint, model, "fsdp") == shards
+        assert not saves_shards(checkpoint, model, "ddp")
 
 
 @pytest.mark.parametrize("n", [2, 4])

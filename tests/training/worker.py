@@ -15,48 +15,33 @@ import torch
 from rich.console import Console
 from torch.distributed.tensor import DTensor
 
-from gpt.config import (
-    CheckpointConfig,
-    DataConfig,
-    EvaluationConfig,
-    LogConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    TrainConfig,
-    TrainingConfig,
-)
+from gpt.config import CheckpointConfig, OptimizerConfig, TrainConfig
 from gpt.data.batches import IGNORED, Batch, Windows
 from gpt.data.prepare import prepare
 from gpt.training.loop import Trainer
 from gpt.training.parallel import World, join
 from gpt.training.run import train_on
+from tests.tiny import tiny_run
 
 MICRO = {1: (1, 2, 4, 8), 2: (1, 2, 4), 4: (1, 2)}
 """Micro-batches of up to a process's whole share of 8 windows."""
 FORMATS = {"fsdp": ("full", "sharded"), "hybrid": ("full", "sharded")}
 
 
-def config_of(folder: Path, run: str, *, strategy="auto", n_shards=0, **more) -> TrainConfig:
-    training = {
-        "max_steps": 6,
-        "batch_tokens": 8 * 16,
-        "micro_batch_size": 2,
-        "precision": "float32",
-        "device": "cpu",
-    } | more.pop("training", {})
-    return TrainConfig(
-        run_dir=str(folder / run),
-        model=ModelConfig(vocab_size=0, context_length=16, n_layer=2, n_head=2, n_embd=32),
-        data=DataConfig(source=str(folder / "text.txt"), cache_dir=str(folder / "data")),
-        training=TrainingConfig(**training),
-        optimizer=more.pop("optimizer", OptimizerConfig(learning_rate=3e-3, warmup_steps=2)),
-        evaluation=EvaluationConfig(every=3, windows=7, sample_tokens=0),
-        checkpoint=more.pop("checkpoint", CheckpointConfig(keep=9)),
-        parallel=ParallelConfig(strategy=strategy, shard_size=n_shards),
-        log=LogConfig(every=1),
-        **more,
+def config_of(
+    folder: Path, run: str, *, strategy="auto", n_shards=0, training=(), **more
+) -> TrainConfig:
+    config = tiny_run(
+        folder,
+        folder / "text.txt",
+        data={"cache_dir": str(folder / "data")},
+        training={"max_steps": 6, "micro_batch_size": 2} | dict(training),
+        evaluation={"every": 3, "windows": 7, "sample_tokens": 0},
+        checkpoint={"keep": 9},
+        parallel={"strategy": strategy, "shard_size": n_shards},
+        log={"every": 1},
     )
+    return dataclasses.replace(config, run_dir=str(folder / run), **more)
 
 
 def trainer_of(config: TrainConfig, world: World) -> Trainer:
