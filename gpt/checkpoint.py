@@ -346,7 +346,7 @@ def load_model(
     check_fit(checkpoint, weights, dict(model.named_parameters()))
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
-    return model.requires_grad_(True).eval()
+    return model.eval()
 
 
 def check_size(checkpoint: Checkpoint) -> None:

@@ -39,6 +39,8 @@ def resize_vocabulary(model: GPT, vocab_size: int) -> None:
     model.embed = table(_resized(model.embed.weight, vocab_size))
     model.head.weight = nn.Parameter(_resized(model.head.weight, vocab_size))
     model.head.out_features = vocab_size
+    if model.pointer is not None:
+        model.pointer.vocab_size = vocab_size
     model.tie_weights()
 
 

@@ -1,11 +1,13 @@
-"""The variants of each part of a model, and a covering set of their combinations: every two values
-of two parts meet in one of the models.
+"""The variants of each part of a model, and covering sets of their combinations: every two values
+of two parts that can meet do so in one of the models.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from allpairspy import AllPairs
 
+from gpt import kernels
 from gpt.config import ModelConfig
 from gpt.config.checks import UsageError
 
@@ -109,8 +111,24 @@ def is_possible(values: list[str]) -> bool:
     return True
 
 
-ROWS = [
-    dict(zip(PARTS, values, strict=True))
-    for values in AllPairs([list(names) for names in PARTS.values()], filter_func=is_possible)
-]
-IDS = [", ".join(name for name in row.values()) for row in ROWS]
+def covering(is_wanted: Callable[[list[str]], bool]) -> list[dict[str, str]]:
+    """Models in which every two values of two parts meet; ``is_wanted`` says of the first parts'
+    values whether they may.
+    """
+    pairs = AllPairs([list(names) for names in PARTS.values()], filter_func=is_wanted)
+    return [dict(zip(PARTS, values, strict=True)) for values in pairs]
+
+
+def is_known(values: list[str]) -> bool:
+    """Whether the kernels of whole blocks may take a model of these values."""
+    return is_possible(values) and kernels.knows(config_of(dict(zip(PARTS, values, strict=False))))
+
+
+def id_of(row: dict[str, str]) -> str:
+    """The row as the name of a test."""
+    return ", ".join(row.values())
+
+
+ROWS = covering(is_possible)
+KNOWN = covering(is_known)
+"""Of those that the kernels take."""
