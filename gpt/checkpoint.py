@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gpt import tensors
-from gpt.config import ModelConfig, UsageError, foreign, quoted
+from gpt.config import ModelConfig, UsageError, foreign, quoted, with_present_names
 from gpt.files import check_regular, flush, parse_json, write_atomically
 from gpt.model.gpt import GPT, parameter_count
 
@@ -328,7 +328,7 @@ def _described(path: Path) -> tuple[Checkpoint, dict[str, str]]:
         raise DamagedError(f"{META} belongs to step {step:,}")
     if not (isinstance(metrics, dict) and isinstance(progress, dict)):
         raise DamagedError(f"the metrics and the progress in {META} must be JSON objects")
-    model = ModelConfig(**meta["model"])
+    model = ModelConfig(**with_present_names(meta["model"]))
     return Checkpoint(path, version, step, model, metrics, progress), dict(meta["files"])
 
 

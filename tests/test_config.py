@@ -21,6 +21,7 @@ from gpt.config import (
     parse,
     to_toml,
     unescaped,
+    with_present_names,
 )
 
 CONFIGS = sorted(Path(__file__).parent.parent.joinpath("configs").glob("*.toml"))
@@ -272,3 +273,12 @@ def test_a_toml_of_windows_is_read(tmp_path):
     path = tmp_path / "run.toml"
     path.write_bytes("\ufeff[model]\r\nn_layer = 3\r\n".encode())
     assert parse(TrainConfig, [str(path)], prog="train.py").model.n_layer == 3
+
+
+def test_names_of_older_versions_still_mean_the_same(tmp_path):
+    (tmp_path / "old.toml").write_text('[model]\nnorm = "layer"\n')
+    config = parse(TrainConfig, [str(tmp_path / "old.toml")], prog="train")
+    assert config.model.norm == "layernorm"
+    old = dataclasses.asdict(ModelConfig()) | {"norm": "layer"}
+    assert ModelConfig(**with_present_names(old)) == ModelConfig()
+    assert with_present_names({"norm": 3, "n_head": "layer"}) == {"norm": 3, "n_head": "layer"}

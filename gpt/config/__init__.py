@@ -20,6 +20,7 @@ from gpt.config.model import (
     PositionScheme,
     RotaryScaling,
     RouterScore,
+    with_present_names,
 )
 from gpt.config.toml import parse, parse_training, to_toml, toml_tokens
 from gpt.config.training import (
@@ -77,4 +78,5 @@ __all__ = [
     "token_ids",
     "toml_tokens",
     "unescaped",
+    "with_present_names",
 ]

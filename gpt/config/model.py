@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from gpt.config.checks import UsageError, check, number
 
@@ -247,6 +248,15 @@ class ModelConfig:
             window_pattern=self.layer_pattern(),
             initial=placed if self.initial == "auto" else self.initial,
         )
+
+
+def with_present_names(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved model's fields, with values of older versions under their present names."""
+    older = {"norm": {"layer": "layernorm"}}
+    return {
+        name: older[name].get(value, value) if name in older and isinstance(value, str) else value
+        for name, value in fields.items()
+    }
 
 
 def _decided(choice: Choice, auto: bool) -> Choice:

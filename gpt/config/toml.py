@@ -16,6 +16,7 @@ from typing import Any, TypeVar, get_args
 
 from gpt.config.checks import UsageError, foreign
 from gpt.config.data import DataConfig
+from gpt.config.model import with_present_names
 from gpt.config.training import TrainConfig, run_of
 
 T = TypeVar("T")
@@ -123,6 +124,7 @@ def toml_tokens(path: Path) -> list[str]:
 def _tokens(table: Mapping[str, Any], group: str = "") -> Iterator[str]:
     for name, value in table.items():
         if isinstance(value, dict):
+            value = with_present_names(value) if name == "model" else value
             yield from _tokens(value, f"{group}{name}.")
         elif isinstance(value, bool):
             yield f"--{group}{name}" if value else f"--{group}no_{name}"

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from gpt.config import ModelConfig, UsageError, Weights, foreign
+from gpt.config import ModelConfig, UsageError, Weights, foreign, with_present_names
 from gpt.data import tokenizer as tokenizers
 from gpt.data.tokenizer import Tokenizer
 from gpt.files import new_folder, read_json
@@ -68,7 +68,8 @@ def load_packed(
         if meta["format"] != FORMAT:
             version = foreign(meta["format"])
             raise UsageError(f"format is {version}, and this program reads format {FORMAT}")
-        config, kind, expected = ModelConfig(**meta["model"]), meta["weights"], meta["sha256"]
+        config = ModelConfig(**with_present_names(meta["model"]))
+        kind, expected = meta["weights"], meta["sha256"]
     shapes = tensor_shapes(weights)
     with _named(described):
         plain = _plain_model(config, kind, shapes)

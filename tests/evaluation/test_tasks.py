@@ -255,7 +255,10 @@ def test_a_model_is_evaluated_in_the_format_that_is_asked_for(weights, both, tmp
     assert f"packed: weights in {weights}, on cpu" in capsys.readouterr().err
     other = "int4" if weights == "int8" else "int8"
     assert main([*words, "--weights", other, "--device", "cpu"]) == 2
-    assert f"weights is '{other}', and {tmp_path / 'packed'} is packed in {weights}" in capsys.readouterr().err
+    assert (
+        f"weights is '{other}', and {tmp_path / 'packed'} is packed in {weights}"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_command_shows_a_table_or_json_and_compares_two_models(both, tmp_path, capsys):

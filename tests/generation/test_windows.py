@@ -82,7 +82,7 @@ def test_the_other_policies_and_shared_beginnings_work_with_windows_too(past_con
     model = make_model(dataclasses.replace(SHAPE, context_length=100), dtype=torch.float64)
     config = dataclasses.replace(GREEDY, past_context=past_context)
     start = list(range(60)) + list(range(30))
-    prompts = [start + [i] for i in range(3)] + [start[:20]] + [start[:12] + [8]]
+    prompts = [[*start, i] for i in range(3)] + [start[:20]] + [[*start[:12], 8]]
     alone = [written(model, [prompt], config)[0] for prompt in prompts]
     assert written(model, prompts, config) == alone
     assert alone[3][:80] == endless(model, prompts[3], 80)
