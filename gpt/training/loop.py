@@ -24,7 +24,8 @@ from gpt.data.prepare import Prepared
 from gpt.data.tokenizer import Tokenizer
 from gpt.device import choose_device, choose_precision, peak_flops
 from gpt.model.gpt import GPT, parameter_count
-from gpt.training import build, nonfinite, setup, state
+from gpt.model.moe import auxiliary_loss
+from gpt.training import build, experts, nonfinite, setup, state
 from gpt.training.interrupt import Interrupt
 from gpt.training.metrics import Reporter, Silent
 from gpt.training.optimizer import (
@@ -138,6 +139,8 @@ class Trainer:
         """Of the steps since the last record."""
         self.skipped = 0
         """Updates that were not made since their loss or gradient was not finite."""
+        self.expert_load: Tensor | None = None
+        """In the last step, the busiest expert's share of the tokens over an equal share."""
         self.overflows = 0
         """Updates that were not made since float16's loss scale was too high for them."""
 
@@ -278,6 +281,7 @@ class Trainer:
             for optimizer in self.optimizers:
                 optimizer.zero_grad(set_to_none=True)
             self.scaler.update()
+            self.expert_load = experts.rebalance(self.model, self.world)
         self.step += 1
 
     def accumulate(self, batch: Batch, n_targets: int) -> Tensor:
@@ -291,9 +295,12 @@ class Trainer:
             with only_here(self.forward) if number < len(micros) else contextlib.nullcontext():
                 with self.stopwatch("forward"):
                     loss = self.objective(self.logits, micro) / n_targets
+                total += loss.detach()
+                spread = auxiliary_loss(self.model)
+                if spread is not None:
+                    loss = loss + spread / (len(micros) * self.world.size)
                 with self.stopwatch("backward"):  # whose gradients the processes average
                     self.scaler.scale(loss * self.world.size).backward()
-            total += loss.detach()
         return self.world.sum(total)
 
     def logits(self, tokens: Tensor) -> Tensor:
@@ -350,6 +357,8 @@ class Trainer:
         }
         if self.scaler.is_enabled():
             record |= {"loss_scale": self.scaler.get_scale(), "overflows": self.overflows}
+        if self.expert_load is not None:
+            record["expert_load"] = float(self.expert_load)
         peak = peak_flops(self.device) if self.dtype != torch.float32 else None
         if peak is not None:
             flops = tokens_per_second * self.model.flops_per_token()

@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpt.config import ParallelConfig, UsageError, foreign, quoted
 from gpt.model.gpt import GPT
+from gpt.model.moe import MoE
 
 T = TypeVar("T")
 Strategy = Literal["single", "ddp", "fsdp"]
@@ -286,6 +287,9 @@ def shard(
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # autocast does it where it is due
     )
+    # What no gradient moves stays whole, and moves equally in all processes.
+    moes = [module for module in model.modules() if isinstance(module, MoE)]
+    whole = {moe.preference for moe in moes if moe.preference is not None}
     is_new = model.embed.weight.is_meta
     for name, part in parts(model):
         model.tie_weights()
@@ -294,8 +298,10 @@ def shard(
         if is_new:  # a tied head draws again into the embedding, as without shards
             model.initialise(part)
         if name.startswith("blocks."):
-            fully_shard(part, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh)
+            fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=whole)
+    fully_shard(model, mesh=mesh, ignored_params=whole)
+    for parameter in whole:
+        parameter.data = parameter.data.to(device)
 
 
 def only_here(forward: nn.Module) -> contextlib.AbstractContextManager[object]:
