@@ -239,7 +239,7 @@ def test_a_signal_ends_training_with_a_checkpoint_and_a_status(number, status, t
     rest = "".join(lines)
     assert process.wait() == status
     process.stdout.close()
-    stopped = re.search(r"stopped at step ([\d,]+), which is saved; go on with: (.*)", rest)
+    stopped = re.search(r"stopped at step ([\d,]+), which is saved; continue with: (.*)", rest)
     assert stopped, rest
     step = int(stopped[1].replace(",", ""))
     assert (tmp_path / "run" / "last").read_text() == f"step-{step:08d}\n"
@@ -298,8 +298,8 @@ def test_two_runs_on_one_folder_do_not_train_at_once(text_file, tmp_path):
     process.wait()
     assert second.returncode == 2
     assert second.stderr == (
-        f"train.py: {tmp_path / 'run'} is in use by another process that trains it: wait for its "
-        "end, or start another run with --run_dir\n"
+        f"train.py: {tmp_path / 'run'} is in use by another process that trains it: wait until "
+        "it ends, or start another run with --run_dir\n"
     )
     assert (tmp_path / "run" / "config.toml").read_text() == before
 

@@ -1,1 +1,1 @@
-"""Training: the loop, and the parts that it names."""
+"""Training: the loop and its parts."""

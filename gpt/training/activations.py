@@ -1,4 +1,4 @@
-"""Activation checkpointing (arXiv:1604.06174): memory for time, block by block."""
+"""Activation checkpointing (arXiv:1604.06174): less memory for more time, block by block."""
 
 import functools
 from typing import Any, Literal
@@ -21,15 +21,15 @@ KEPT = {
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
-"""Operators whose results ``selective`` keeps: they take the most time to compute again. The scores
-of attention by the plain formula (``bmm``) are too many to keep (arXiv:2205.05198).
+"""Operators whose results ``selective`` keeps: they take the longest to recompute. The attention
+scores of the plain formula (``bmm``) would take too much memory (arXiv:2205.05198).
 """
 
 
 def checkpoint_activations(model: GPT, mode: Literal["none", "selective", "full"]) -> None:
-    """Let each block compute again for the backward pass what ``mode`` does not keep, in place.
+    """Make each block recompute for the backward pass everything that ``mode`` does not keep.
 
-    Gradients are the same to the last bit: dropout draws the same numbers again.
+    Changes the model in place. Gradients stay bit-identical: dropout draws the same numbers again.
     """
     if mode == "none":
         return

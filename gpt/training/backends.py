@@ -1,7 +1,7 @@
-"""Which kernels attention takes in training on CUDA: cuDNN's or torch's own, by measurement.
+"""The attention kernels for training on CUDA: cuDNN's or torch's own, chosen by measurement.
 
-Which are faster depends on the GPU, the shape and the versions. So both are timed at the start of a
-run, forward and backward, and cuDNN's must agree with the others on the run's own shape.
+The faster one depends on the GPU, the shape and the versions. So each run first times both, forward
+and backward, on its own shape. cuDNN's results must also agree with torch's.
 """
 
 import functools
@@ -18,9 +18,9 @@ from gpt.model.attend import INFERENCE
 from gpt.training.parallel import World
 
 KERNELS = {"cudnn": [SDPBackend.CUDNN_ATTENTION], "flash": INFERENCE}
-"""What is timed, by name; a shape that flash attention does not take is for the next of torch's."""
+"""The candidates by name. If flash attention does not support a shape, torch uses its next one."""
 TOLERANCE = 0.05
-"""Of the largest number: more than rounding to bfloat16 adds up to."""
+"""Relative to the largest number; larger than the rounding errors of bfloat16."""
 WARM_UP, TIMED = 3, 20
 
 
@@ -33,8 +33,8 @@ def choose_attention(
     dtype: torch.dtype,
     say: Callable[[str], None],
 ) -> None:
-    """Let this process's attention in training be cuDNN's where it is the faster for ``rows``
-    sequences of the model's context, and say so. All processes take what the main one measured.
+    """Enable cuDNN's attention in this process if it is faster for ``rows`` sequences of the full
+    context; ``say`` gets the result. All processes use the main process's measurement.
     """
     if device.type != "cuda":
         return
@@ -42,15 +42,15 @@ def choose_attention(
     chosen = min(times, key=lambda name: times[name], default="flash")
     torch.backends.cuda.enable_cudnn_sdp(chosen == "cudnn")
     measured = ", ".join(f"{name} {1000 * seconds:.3f} ms" for name, seconds in times.items())
-    reason = f"forward and backward: {measured}" if times else "cuDNN's does not fit"
+    reason = f"forward and backward: {measured}" if times else "cuDNN's cannot be used"
     say(f"attention {chosen} ({reason})")
 
 
 def measure(
     config: ModelConfig, *, rows: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, float]:
-    """Seconds of a forward and a backward pass through one layer's attention with each of
-    ``KERNELS``; nothing where cuDNN has none for the shape, or gives other numbers.
+    """Seconds of a forward and a backward pass through one layer's attention, for each of
+    ``KERNELS``; empty if cuDNN does not support the shape or disagrees with torch.
     """
     config = config.resolved()
     generator = torch.Generator(device).manual_seed(0)

@@ -1,6 +1,4 @@
-"""The model as it is trained: its weights from wherever they come, and what goes around its
-blocks.
-"""
+"""The model for training: new or given weights, and the wrappers around its blocks."""
 
 from collections.abc import Callable
 
@@ -28,7 +26,7 @@ def build_model(
     dtype: torch.dtype,
     say: Callable[[str], None],
 ) -> tuple[GPT, nn.Module]:
-    """The model to train, in training mode, and what to call for a forward pass.
+    """The model to train, in training mode, and the module to call for a forward pass.
 
     ``start`` is a model with weights, or the shape of a new one. The order matters: activation
     checkpointing wraps a block, the compiler wraps both, and the strategy wraps the model. A
@@ -54,7 +52,9 @@ def build_model(
 def whole_model(
     model: GPT, world: World, *, device: torch.device, dtype: torch.dtype
 ) -> GPT | None:
-    """On the main process, a copy of a model whose weights are shared out; all take part in it."""
+    """An unsharded copy of a sharded model on the main process, else ``None``. All processes must
+    call this.
+    """
     whole: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
@@ -84,8 +84,8 @@ def check_sizes(
     world: World,
     device: torch.device,
 ) -> None:
-    """``UsageError`` if the run needs more memory than there is, before anything is built. What is
-    counted is what any run needs at least, so whatever fits is let through.
+    """``UsageError`` if the run needs more memory than there is, before anything is built. The
+    estimate is a lower bound, so it never refuses a run that fits.
     """
     sequences = training.batch_tokens // model.context_length
     n_parameters = parameter_count(model)
@@ -93,7 +93,7 @@ def check_sizes(
         f"the weights, gradients and optimizer state of {n_parameters:,} parameters",
         STATE_BYTES * n_parameters / (1 if parallel.strategy == "ddp" else world.size),
         device,
-        advice="a smaller model.n_layer, model.n_embd or model.vocab_size would do",
+        advice="choose a smaller model.n_layer, model.n_embd or model.vocab_size",
     )
     here = -(-sequences // world.size)
     ids = 8 * here * (model.context_length + 1)
@@ -101,7 +101,7 @@ def check_sizes(
         f"the {here:,} sequences of a step",
         2 * ids,  # of this step and the next
         torch.device("cpu"),
-        advice="a smaller training.batch_tokens would do",
+        advice="choose a smaller training.batch_tokens",
     )
     kept = {"none": 8, "selective": 4, "full": 1}[training.activation_checkpointing]
     numbers = model.vocab_size + kept * model.n_layer * model.n_embd
@@ -110,6 +110,6 @@ def check_sizes(
         f"the activations of {rows:,} sequences of {model.context_length:,} tokens",
         2 * rows * model.context_length * numbers,
         device,
-        advice="a smaller training.micro_batch_size or model.context_length, or "
-        "training.activation_checkpointing full, would do",
+        advice="choose a smaller training.micro_batch_size or model.context_length, or set "
+        "training.activation_checkpointing to full",
     )

@@ -1,4 +1,4 @@
-"""torch.compile, where it is asked for or pays."""
+"""torch.compile, if the user asks for it or it makes training faster."""
 
 import subprocess
 from collections.abc import Callable
@@ -17,12 +17,12 @@ def compile_blocks(
     device: torch.device,
     say: Callable[[str], None],
 ) -> None:
-    """Compile each block, in place: one block's graph serves them all, and what shares out the
-    weights can come between them.
+    """Compile each block, in place: all blocks share one graph, and a strategy can shard the model
+    block by block.
 
-    ``auto`` compiles on CUDA; where no compiler works it says so and goes on without. On a CPU
-    compiling made training slower, so there it is left to ``on``, which raises ``UsageError``
-    instead.
+    ``auto`` compiles on CUDA, and says so if the compiler does not work. On a CPU, compiling made
+    training slower, so only ``on`` compiles there. ``on`` raises ``UsageError`` if the compiler
+    does not work.
     """
     if mode == "off" or (mode == "auto" and device.type != "cuda"):
         return
@@ -34,7 +34,7 @@ def compile_blocks(
             raise UsageError(
                 f"training.compile is on, and torch.compile does not work here: {reason}"
             ) from error
-        say(f"torch.compile does not work here ({reason}); training goes on without it")
+        say(f"torch.compile does not work here ({reason}); training continues without it")
         return
     for block in model.blocks:
         block.compile()

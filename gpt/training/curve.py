@@ -1,4 +1,4 @@
-"""A run's training curve, drawn in characters from its ``metrics.jsonl``."""
+"""A run's training curve as text, from its ``metrics.jsonl``."""
 
 import itertools
 from pathlib import Path
@@ -18,10 +18,10 @@ _DOTS = (
 def draw_curve(
     metrics: Path, *, width: int = 64, height: int = 12, ascii_only: bool = False
 ) -> str:
-    """The training loss as a line and each validation loss as a ``o`` over the steps.
+    """The training loss as a line and each validation loss as an ``o``, by step.
 
-    ``width`` and ``height`` are those of the plot in characters, without its axes. Empty if there
-    are fewer than two records to draw. ``ascii_only`` draws with ASCII characters.
+    ``width`` and ``height`` are the size of the plot in characters, without its axes. Returns an
+    empty text if there are fewer than two records. ``ascii_only`` uses only ASCII characters.
     """
     lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines()
     records = [record for line in lines if (record := read_record(line))]

@@ -1,5 +1,5 @@
-"""Ctrl-C, SIGTERM (of a job that is preempted), SIGHUP (of a terminal that is closed) and a reader
-that has left as a request: the step in hand is finished and saved.
+"""Requests to stop: Ctrl-C, SIGTERM (a preempted job), SIGHUP (a closed terminal), or a reader of
+the output that has exited. The run finishes the current step and saves.
 """
 
 import os
@@ -10,12 +10,11 @@ from typing import Any, Self, TextIO
 
 
 class Interrupt:
-    """While entered, the first signal is kept in :attr:`signal`; a second one acts as it usually
-    does.
+    """A context that stores the first signal in :attr:`signal`; a second one has its usual effect.
 
-    One within ``patience`` seconds of the first is the same request. Under torchrun there are such:
-    SLURM sends SIGTERM to all processes of a job, and torchrun passes its own on. What is ignored
-    (SIGHUP, under nohup) stays ignored.
+    A signal within ``patience`` seconds of the first counts as the same request. This happens with
+    torchrun: SLURM sends SIGTERM to all processes of a job, and torchrun forwards its own. Signals
+    that are ignored (SIGHUP, with nohup) stay ignored.
     """
 
     SIGNALS = tuple(
@@ -30,7 +29,7 @@ class Interrupt:
 
     @property
     def requested(self) -> bool:
-        """Whether the run is to end."""
+        """Whether the run should stop."""
         return self.signal is not None
 
     def __enter__(self) -> Self:
@@ -56,8 +55,8 @@ class Interrupt:
 
 
 class Output:
-    """A stream whose reader may leave (``train.py | head``): that counts as SIGTERM, and what is
-    written afterwards goes nowhere.
+    """A stream whose reader may exit (``train.py | head``). This counts as SIGTERM, and later
+    output is discarded.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -67,7 +66,7 @@ class Output:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """As of any stream."""
+        """As in any text stream."""
         try:
             return self._stream.write(text)
         except BrokenPipeError:
@@ -75,7 +74,7 @@ class Output:
             return len(text)
 
     def flush(self) -> None:
-        """As of any stream."""
+        """As in any text stream."""
         try:
             self._stream.flush()
         except BrokenPipeError:

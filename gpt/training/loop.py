@@ -1,7 +1,7 @@
 """The training loop.
 
-:meth:`Trainer.run` is the loop, :meth:`Trainer.update` one step of it. All that a step depends on
-is the weights, the optimizers' state, the loss scale, and the step's number.
+:meth:`Trainer.run` is the loop, and :meth:`Trainer.update` is one step. A step depends only on the
+weights, the optimizers' state, the loss scale, and the step's number.
 """
 
 import contextlib
@@ -43,31 +43,31 @@ from gpt.training.stopwatch import Forecast, Stopwatch, Trace
 from gpt.training.validation import score
 
 Sample = Callable[[GPT, Tokenizer], str]
-"""Makes the text that is shown with an evaluation."""
+"""Writes the text that is shown with an evaluation."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended."""
+    """The state of a run at its end."""
 
     step: int
     best_loss: float
     signal: int | None
-    """Of the signal that stopped it, if one did."""
+    """The number of the signal that stopped the run, if one did."""
 
 
 class Gradients(NamedTuple):
-    """What a step's backward passes gave, beside the parameters' ``grad``."""
+    """The results of a step's backward passes, besides the parameters' ``grad``."""
 
     loss: float
-    """The mean over the step's targets, in nats."""
+    """The mean over the step's targets, in nats per token."""
     norm: float
-    """Of all gradients together, before clipping."""
+    """The norm of all gradients together, before clipping."""
     norm_on_device: Tensor
 
 
 class Trainer:
-    """A model in training, with all that a step needs."""
+    """A model in training, with everything that a step needs."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class Trainer:
         torch.manual_seed(config.training.seed)
         self.config, self.data, self.world = config, data, world or World()
         self.device = choose_device(config.training.device)
-        # Machines may differ, and all must compute in the same dtype.
+        # The machines may differ, but all must compute in the same dtype.
         fast = common_precision(choose_precision("auto", self.device), self.world)
         auto = config.training.precision == "auto"
         self.dtype = fast if auto else choose_precision(config.training.precision, self.device)
@@ -110,10 +110,11 @@ class Trainer:
             lambda: build.saves_shards(config.checkpoint, config.model, self.strategy)
         )
         self.notes: list[str] = []
-        """What was decided here that the user should know."""
+        """Choices made here that the user should know."""
         if config.checkpoint.format == "sharded" and not self.saves_shards:
             self.notes.append(
-                "checkpoint.format is sharded, which fsdp alone can be: this run writes full ones"
+                "checkpoint.format is sharded, which only fsdp supports; this run writes full "
+                "checkpoints"
             )
         self.model, self.forward = build.build_model(
             model or config.model,
@@ -128,26 +129,26 @@ class Trainer:
         self.optimizers = make_optimizers(self.model, config.optimizer, fast=fast)
         self.stopwatch = Stopwatch(self.device)
         self.stalls: list[float] = []
-        """Seconds for which each checkpoint held up the run."""
+        """Seconds for which each checkpoint stopped the run."""
         self.reporter: Reporter | Silent = Silent()
         self.step, self.best_loss = 0, math.inf
         self.best: str | None = None
-        """The name of the checkpoint with the least validation loss."""
+        """The name of the checkpoint with the lowest validation loss."""
         self.least_loss = math.inf
-        """The least validation loss so far, that before training included."""
+        """The lowest validation loss so far, including the one before training."""
         self.losses: list[float] = []
-        """Of the steps since the last record."""
+        """The losses of the steps since the last record."""
         self.skipped = 0
-        """Updates that were not made since their loss or gradient was not finite."""
+        """Updates that were skipped because their loss or gradient was not finite."""
         self.expert_load: Tensor | None = None
         """In the last step, the busiest expert's share of the tokens over an equal share."""
         self.overflows = 0
-        """Updates that were not made since float16's loss scale was too high for them."""
+        """Updates that were skipped because float16's loss scale was too high."""
 
     def resume(self, checkpoint: Checkpoint) -> list[str]:
         """Load the checkpoint's weights, optimizer state and progress, to continue after its step.
 
-        Returns a sentence for each property of the machine that has changed since.
+        Returns a sentence for each entry of :meth:`place` that has changed.
         """
         progress = state.restore(self.model, self.optimizers, self.scaler, checkpoint)
         self.step, self.best, self.losses = checkpoint.step, progress["best"], progress["losses"]
@@ -155,10 +156,10 @@ class Trainer:
         self.skipped, self.overflows = progress["skipped"], progress["overflows"]
         windows = progress["settings"].get("evaluation.windows")
         if windows not in (None, self.config.evaluation.windows):
-            # Losses on other windows cannot be compared with the losses to come.
+            # Losses on other windows are not comparable with the new ones.
             self.best_loss = self.least_loss = math.inf
         if self.best and not (checkpoint.path.parent / self.best).is_dir():
-            # It was deleted for a later and better one, which is damaged now.
+            # A later, better one replaced it, and is damaged now.
             self.best, self.best_loss = None, math.inf
         changed = (
             (name, progress["place"].get(name, now), now) for name, now in self.place().items()
@@ -166,14 +167,14 @@ class Trainer:
         return [f"{name} was {old} and is {now}" for name, old, now in changed if old != now]
 
     def choose_strategy(self) -> Strategy:
-        """How the processes divide the work."""
+        """The way in which the processes divide the work."""
         n_parameters = parameter_count(self.config.model)
         return choose_strategy(
             self.config.parallel, self.world, n_parameters=n_parameters, device=self.device
         )
 
     def place(self) -> dict[str, str | int]:
-        """What ``auto`` and torchrun came to; it may change in a run."""
+        """The results of ``auto`` settings and torchrun. A resumed run may have others."""
         return {
             "device": self.device.type,
             "precision": str(self.dtype).removeprefix("torch."),
@@ -200,7 +201,7 @@ class Trainer:
         stop, timed, seconds = 0, 0, 0.0
         with contextlib.closing(trace), interrupt, saver:
             begun = time.monotonic()
-            if self.step == 0:  # learning is seen against it, and wrong settings come to light
+            if self.step == 0:  # a baseline, which also shows wrong settings early
                 self.evaluate(sample)
             forecast = Forecast(
                 steps=last - self.step,
@@ -235,13 +236,13 @@ class Trainer:
         return Result(self.step, self.best_loss, stop if self.step < last else None)
 
     def update(self) -> Gradients:
-        """One step."""
+        """Make one step."""
         gradients = self.gradients()
         self.apply(gradients)
         return gradients
 
     def gradients(self) -> Gradients:
-        """The gradients of the step to come, in the parameters' ``grad``."""
+        """Compute the next step's gradients, in the parameters' ``grad``."""
         config, world = self.config, self.world
         state.seed_step(config.training.seed, self.step, world.rank)
         factor = learning_rate_factor(
@@ -253,21 +254,23 @@ class Trainer:
             n_targets = int(world.sum(torch.tensor(batch.n_targets())))
         if n_targets == 0:
             raise UsageError(
-                f"every target of step {self.step + 1} is masked, in its windows "
-                f"{nonfinite.some(self.source.origin(self.step))}: there is nothing to learn from"
+                f"step {self.step + 1} has nothing to learn from: all targets in its windows "
+                f"{nonfinite.some(self.source.origin(self.step))} are masked"
             )
         total = self.accumulate(batch, n_targets)
-        with self.stopwatch("data"):  # while a GPU is at work
+        with self.stopwatch("data"):  # while a GPU is busy
             self.source.prepare(self.step + 1, self.world)
         with self.stopwatch("optimizer"):
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
             norm_here = gradient_norm(self.model)
-            loss, norm = torch.stack([total, norm_here]).tolist()  # a step's one wait for a GPU
+            loss, norm = torch.stack(
+                [total, norm_here]
+            ).tolist()  # the only wait for a GPU in a step
         return Gradients(loss, norm, norm_here)
 
     def apply(self, gradients: Gradients) -> None:
-        """Update the weights by the gradients, unless they are not finite, and count the step."""
+        """Update the weights if the gradients are finite, and count the step."""
         loss, norm, norm_on_device = gradients
         with self.stopwatch("optimizer"):
             if math.isfinite(loss) and math.isfinite(norm):
@@ -285,8 +288,8 @@ class Trainer:
         self.step += 1
 
     def accumulate(self, batch: Batch, n_targets: int) -> Tensor:
-        """Add up the gradients of the mean loss over ``n_targets``, those of all processes; returns
-        the loss.
+        """Accumulate the gradients of the mean loss over the ``n_targets`` of all processes, and
+        return that loss.
         """
         total = torch.zeros((), device=self.device)
         micros = list(batch.split(self.config.training.micro_batch_size))
@@ -299,7 +302,7 @@ class Trainer:
                 spread = auxiliary_loss(self.model)
                 if spread is not None:
                     loss = loss + spread / (len(micros) * self.world.size)
-                with self.stopwatch("backward"):  # whose gradients the processes average
+                with self.stopwatch("backward"):  # the processes average their gradients
                     self.scaler.scale(loss * self.world.size).backward()
         return self.world.sum(total)
 
@@ -310,13 +313,13 @@ class Trainer:
         return out
 
     def was_scaled_too_far(self) -> bool:
-        """Whether a gradient that is no number may be the doing of float16's loss scale, which then
-        falls; the update is left out.
+        """Whether float16's loss scale may be the cause of a non-finite gradient. The scale is then
+        reduced and the update skipped.
         """
         return self.scaler.is_enabled() and self.scaler.get_scale() >= 1
 
     def skip(self, loss: float) -> None:
-        """Leave out an update; ``UsageError`` if it is one too many."""
+        """Skip an update; ``UsageError`` if ``training.skip_nonfinite`` allows no more."""
         allowed = self.config.training.skip_nonfinite
         what = nonfinite.report(
             self.config.run,
@@ -327,9 +330,9 @@ class Trainer:
             write=self.world.is_main,
         )
         if self.skipped >= allowed:
-            passed = f" after {self.skipped} that were skipped" if self.skipped else ""
+            passed = f" after {self.skipped} skipped updates" if self.skipped else ""
             raise UsageError(
-                f"{what}{passed}: training has diverged, and the checkpoints are from before it; "
+                f"{what}{passed}: training has diverged since the last checkpoint; "
                 "try a lower optimizer.learning_rate, or training.skip_nonfinite"
             )
         self.skipped += 1
@@ -339,12 +342,12 @@ class Trainer:
         )
 
     def record(self, norm: float, *, seconds: float, steps: int) -> None:
-        """Report the steps since the last record: ``seconds`` each, for the ``steps`` of them that
-        this process made, and the last gradient's ``norm``.
+        """Report the steps since the last record. ``seconds`` is the mean time of the ``steps``
+        since then, or since the run was resumed; ``norm`` is that of the last gradient.
         """
         times = self.stopwatch.take(steps)
         if not self.losses:
-            return  # all of them were skipped, and told
+            return  # all were skipped, and reported as skipped
         tokens_per_second = self.config.training.batch_tokens / seconds
         record = {
             "step": self.step,
@@ -367,7 +370,7 @@ class Trainer:
         self.reporter.step(record)
 
     def evaluate(self, sample: Sample | None) -> float:
-        """The model's loss on the held-out text, reported with a sample of its own."""
+        """Compute and report the model's loss on the held-out text, with a sample."""
         result = score(
             self.model,
             self.validation,
@@ -379,11 +382,11 @@ class Trainer:
             world=self.world,
         )
         if isinstance(self.model, FSDPModule):
-            self.model.reshard()  # no backward pass has done it
+            self.model.reshard()  # usually the backward pass does it
         if not math.isfinite(result.loss):
             raise UsageError(
-                f"the validation loss is {result.loss} at step {self.step}: training has diverged, "
-                "and the checkpoints are from before it; try a lower optimizer.learning_rate"
+                f"the validation loss is {result.loss} at step {self.step}: training has diverged "
+                "since the last checkpoint; try a lower optimizer.learning_rate"
             )
         record = {
             "step": self.step,
@@ -397,27 +400,27 @@ class Trainer:
         return result.loss
 
     def sample(self, make: Sample) -> str:
-        """What ``make`` writes with the model, on the main process."""
+        """The text that ``make`` writes with the model, on the main process; else empty."""
         model: GPT | None = self.model
         if self.strategy == "fsdp":
             if self.saves_shards:
-                return ""  # no process could hold it
+                return ""  # the model may not fit into one process's memory
             model = build.whole_model(self.model, self.world, device=self.device, dtype=self.dtype)
         if model is None or not self.world.is_main:
             return ""
-        with torch.compiler.set_stance("force_eager"):  # no graph for each length of the text
+        with torch.compiler.set_stance("force_eager"):  # else each length would be compiled
             return make(model, self.data.tokenizer)
 
     def save(self, saver: Saver, loss: float | None = None) -> None:
-        """Let a checkpoint be written: the best one so far, if the validation ``loss`` says so.
+        """Start writing a checkpoint. It becomes the best one if its validation ``loss`` is lowest.
 
-        ``UsageError`` if a weight is not a number: that is never saved.
+        ``UsageError`` if a weight is not finite: such a model is never saved.
         """
         weights = dict(self.model.named_parameters())
         if self.world.largest(not nonfinite.all_finite(weights)):
             raise UsageError(
-                f"a weight is no number at step {self.step}: training has diverged, and the "
-                "checkpoints are from before it; try a lower optimizer.learning_rate"
+                f"a weight is not finite at step {self.step}: training has diverged since the "
+                "last checkpoint; try a lower optimizer.learning_rate"
             )
         if loss is not None and loss < self.best_loss:
             self.best_loss, self.best = loss, checkpoints.name_of(self.step)

@@ -1,7 +1,7 @@
-"""The loss, outside of the model: cross-entropy of the next token, in nats.
+"""The loss, which is not part of the model: cross-entropy of the next token, in nats.
 
-With a large vocabulary the logits are the largest tensor of a step, and a float32 copy of bfloat16
-logits takes twice their memory. So the loss and its gradient are computed for some rows at a time,
+With a large vocabulary, the logits are the largest tensor of a step, and a float32 copy of bfloat16
+logits takes twice their memory. So the loss and its gradient are computed for a few rows at a time,
 and the gradient overwrites the logits.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from gpt.data.batches import IGNORED
 
 CHUNK = {"cpu": 2**22, "gpu": 2**26}
-"""How many logits are float32 at a time: 16 MB of them on a CPU, enough to keep a GPU busy."""
+"""Logits to convert to float32 at a time: 16 MB on a CPU, enough to keep a GPU busy."""
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -49,8 +49,8 @@ def _chunks(logits: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """The sum over all targets but the ``IGNORED`` ones, in float32, of ``logits`` ``[B, T, V]``
-    against ``targets`` ``[B, T]``.
+    """The cross-entropy of ``logits`` ``[B, T, V]`` and ``targets`` ``[B, T]``, in float32, summed
+    over all targets except ``IGNORED`` ones.
 
     The backward pass overwrites ``logits`` with their gradient. If another operation needs them for
     its own backward pass, autograd raises ``RuntimeError``.

@@ -1,6 +1,4 @@
-"""What a run tells: ``metrics.jsonl`` always, a progress bar or plain lines, and wandb if asked
-for.
-"""
+"""A run's reports: ``metrics.jsonl``, a progress bar or plain lines, and optionally wandb."""
 
 import dataclasses
 import json
@@ -22,10 +20,10 @@ Record = dict[str, Any]
 
 
 class Reporter:
-    """Takes the records of a run: to the file, the terminal, and wandb.
+    """Writes the records of a run to the file, the terminal, and wandb.
 
-    ``first_step`` is the step the run starts from: records of later steps, which a killed process
-    left in the file, are dropped, so that each step stands in it once.
+    The run starts from ``first_step``. Later records, which a killed process left in the file, are
+    deleted, so that each step is recorded once.
     """
 
     def __init__(
@@ -45,7 +43,7 @@ class Reporter:
         self._validation = math.nan
         path = run / "metrics.jsonl"
         told = drop_later_records(path, first_step or -1)
-        self._sent = told  # what a killed process has told after its last checkpoint too
+        self._sent = told  # including those that a killed process sent after its last checkpoint
         self._wandb = _start_wandb(run, config, settings) if config.wandb != "off" else None
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._progress = Progress(
@@ -69,22 +67,22 @@ class Reporter:
             self._wandb.finish(exit_code=int(exception[0] is not None))
 
     def flush(self) -> None:
-        """Let what is recorded so far be on the disk."""
+        """Wait until all records so far are on the disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def skipped(self, record: Record, what: str) -> None:
-        """An update that was left out: ``step``, ``skipped`` so far; and ``what`` was wrong."""
+        """A skipped update: ``step``, and ``skipped`` so far. ``what`` is the reason."""
         self._write(record)
         self.say(f"step {record['step']:,}: {what}")
 
     def say(self, text: str) -> None:
-        """One line for the person who watches."""
+        """Print one line."""
         self._console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def step(self, record: Record) -> None:
-        """A training step: ``step``, ``loss``, ``learning_rate``, ``tokens_per_second``, perhaps
-        ``mfu``.
+        """A training step: ``step``, ``loss``, ``learning_rate``, ``tokens_per_second``, and if
+        known ``mfu``.
         """
         self._write(record)
         self._smooth.add(record["loss"])
@@ -96,8 +94,8 @@ class Reporter:
             self.say("step " + "  ".join(parts))
 
     def evaluation(self, record: Record, *, best: bool, sample: str) -> None:
-        """An evaluation: ``step``, ``validation_loss``, ``bits_per_byte``; and the text of a
-        sample.
+        """An evaluation: ``step``, ``validation_loss`` and ``bits_per_byte``; ``sample`` is a text
+        by the model, or empty.
         """
         self._validation = record["validation_loss"]
         self._write(record | ({"sample": sample} if sample else {}))
@@ -137,7 +135,7 @@ class Reporter:
 
 
 class Silent:
-    """The reporter of a process that is not the main one."""
+    """The reporter of the other processes, which reports nothing."""
 
     def __enter__(self) -> Self:
         return self
@@ -157,13 +155,13 @@ class Silent:
 
 
 class Smoothed:
-    """An exponential mean that starts unbiased (as Adam's do)."""
+    """An exponential mean with Adam's bias correction."""
 
     def __init__(self, decay: float = 0.6) -> None:
         self._decay, self._sum, self._weight = decay, 0.0, 0.0
 
     def add(self, value: float) -> None:
-        """Count one more value."""
+        """Add a value."""
         self._sum = self._decay * self._sum + (1 - self._decay) * value
         self._weight = self._decay * self._weight + (1 - self._decay)
 
@@ -177,13 +175,13 @@ Kind = tuple[int, bool, bool]
 
 
 def _kind(record: Record) -> Kind:
-    """What no two records of a run have in common."""
+    """A key that is unique among the records of a run."""
     return record["step"], "validation_loss" in record, "skipped" in record
 
 
 def read_record(line: str) -> Record | None:
-    """The record of a line; ``None`` for a line that was cut off, or that is none of this program's
-    (its ``step`` or a loss is no number).
+    """The record in a line; ``None`` for a truncated line, or one that this program did not write
+    (its ``step`` or a loss is not a number).
     """
     try:
         record = json.loads(line)
@@ -197,8 +195,8 @@ def read_record(line: str) -> Record | None:
 
 
 def drop_later_records(path: Path, step: int) -> set[Kind]:
-    """Remove from a metrics file the records past ``step``, and lines that were cut off or damaged;
-    of which kinds it had records.
+    """Remove records after ``step`` from a metrics file, and truncated or damaged lines. Returns
+    the keys of all records that it had.
     """
     if not path.exists():
         return set()
@@ -215,7 +213,7 @@ def drop_later_records(path: Path, step: int) -> set[Kind]:
 
 
 def _start_wandb(run: Path, config: LogConfig, settings: Record) -> Any:
-    """A wandb run, or the one that this run has had so far."""
+    """Start this run's wandb run, or resume it."""
     import wandb
 
     path = run / "wandb_id"
@@ -232,7 +230,7 @@ def _start_wandb(run: Path, config: LogConfig, settings: Record) -> Any:
             config=settings,
             settings=wandb.Settings(silent=True),
         )
-        started.define_metric("*", step_metric="step")  # which may come again, as W&B's own may not
+        started.define_metric("*", step_metric="step")  # unlike wandb's own step, it may repeat
         return started
     except wandb.Error as error:
         reason = str(error).strip().splitlines()[0]
@@ -246,6 +244,6 @@ def _clock(seconds: float) -> str:
 
 
 def as_settings(config: Any) -> Record:
-    """A configuration as plain values."""
+    """A configuration as values that JSON can hold."""
     record: Record = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     return record

@@ -1,8 +1,9 @@
-"""Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon): momentum whose updates of
-a matrix are made nearly orthogonal, so that every direction of it is learned at the same rate.
+"""Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon): momentum with nearly
+orthogonal updates of a matrix, so that all its directions are learned at the same rate.
 
-Matrices of one shape go through the iteration in one batched product. Its dtype is the caller's
-choice: ``torch.optim.Muon``'s bfloat16 is a scalar loop on a CPU without instructions for it.
+The iteration runs for all matrices of one shape in one batched product. The caller chooses its
+dtype: ``torch.optim.Muon`` uses bfloat16, which is a scalar loop on a CPU without instructions for
+it.
 """
 
 import math
@@ -22,23 +23,23 @@ POLAR_EXPRESS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 """Coefficients ``a, b, c`` of five iterations (Amsel et al., 2025, arXiv:2505.16932; for a safety
-factor of 1.02, as in modded-nanogpt). Every singular value above 0.01 of the norm ends between 0.84
-and 1.16.
+factor of 1.02, as in modded-nanogpt). They bring every singular value above 0.01 of the norm to
+between 0.84 and 1.16.
 """
 SAFETY = 1.02
 AT_ONCE = 1 << 26
-"""Numbers of matrices that are stacked for one batched product."""
+"""The most numbers in one batched product."""
 
 
 class Muon(Optimizer):
-    """Muon over matrices ``[N, K]``, Nesterov's momentum and decoupled weight decay.
+    """Muon for matrices ``[N, K]``, with Nesterov momentum and decoupled weight decay.
 
-    The state is the one of ``torch.optim.Muon`` with ``adjust_lr_fn="original"``: a
+    The state is the same as in ``torch.optim.Muon`` with ``adjust_lr_fn="original"``: a
     ``momentum_buffer`` for each matrix. A sharded matrix (``DTensor``) is gathered, and each
-    process keeps its own part of the update, so all processes must take the step.
+    process keeps its part of the update, so all processes must call ``step`` together.
 
-    ``dtype`` is the iteration's: float32, or bfloat16 where the device multiplies it. float16 has
-    too small a range for the coefficients. It must be the same on all processes.
+    ``dtype`` is for the iteration: float32, or bfloat16 if the device multiplies it. The range of
+    float16 is too small for the coefficients. All processes must use the same dtype.
     """
 
     def __init__(
@@ -90,12 +91,12 @@ class Muon(Optimizer):
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrices, approximately, to ``matrices`` ``[B, N, K]``, in their
-    dtype (float32 or bfloat16): each singular value becomes about 1.
+    """Approximations of the nearest semi-orthogonal matrices to ``matrices`` ``[B, N, K]``, in the
+    same dtype (float32 or bfloat16): each singular value becomes about 1.
 
     Each iteration is ``X <- F X`` with ``F = a + b A + c A A`` and ``A = X X^T``. The next ``A`` is
-    ``F A F``, so for a long matrix in float32 the small factors ``F`` are multiplied first, and
-    ``X`` once at the end. In bfloat16 the rounding errors of ``A`` would grow with each iteration.
+    ``F A F``. So for a long matrix in float32, the small factors ``F`` are multiplied first, and
+    ``X`` once at the end. In bfloat16, the rounding errors of ``A`` would grow with each iteration.
     """
     turned = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if turned else matrices
@@ -110,8 +111,8 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 def _by_factors(x: Tensor) -> Tensor:
-    """The iteration on ``x`` ``[B, N, K]``, of which only the first and the last product are of
-    ``K`` columns.
+    """The iteration on ``x`` ``[B, N, K]``; only the first and the last product have ``K``
+    columns.
     """
     gram, product = x @ x.mT, None
     for i, (a, b, c) in enumerate(POLAR_EXPRESS):
@@ -129,7 +130,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _like(whole: Tensor, parameter: Tensor) -> Tensor:
-    """``whole``, of which each process keeps what it has of ``parameter``."""
+    """``whole``, sharded like ``parameter``."""
     if not isinstance(parameter, DTensor):
         return whole
     mesh = parameter.device_mesh

@@ -1,4 +1,4 @@
-"""What is not a number: where it came from, told before anything is changed by it."""
+"""Losses, gradients and weights that are not finite: found before they change anything."""
 
 import json
 import math
@@ -13,8 +13,8 @@ SHOWN = 5
 
 
 def gradient_norms(model: nn.Module) -> dict[str, float]:
-    """The norm of each parameter's gradient, by name; on all processes at once where it is
-    sharded.
+    """The norm of each parameter's gradient, by name. If gradients are sharded, all processes must
+    call this.
     """
     norms = {}
     for name, parameter in model.named_parameters():
@@ -25,7 +25,7 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
 
 
 def all_finite(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether every number is one, in this process's part of the tensors."""
+    """Whether this process's parts of the tensors have only finite numbers."""
     here = [t.to_local() if isinstance(t, DTensor) else t for t in tensors.values()]
     return bool(torch.stack([t.detach().isfinite().all() for t in here]).all())
 
@@ -39,7 +39,9 @@ def report(
     windows: Sequence[int],
     write: bool,
 ) -> str:
-    """A sentence on the step that failed, which names a file with all of it (if ``write``)."""
+    """A sentence about the failed step. It names a file with the details, which this process
+    writes if ``write`` is set.
+    """
     largest = sorted(norms.items(), key=lambda item: -item[1] if item[1] == item[1] else -math.inf)
     path = run / f"nonfinite-{step:08d}.json"
     if write:
@@ -53,11 +55,11 @@ def report(
     named = ", ".join(f"{name} {norm:.3g}" for name, norm in largest[:SHOWN])
     return (
         f"the loss is {loss:.4g} and the largest gradients are {named} at step {step}, "
-        f"whose batch has the windows {some(windows)} ({path} has all of them)"
+        f"with the windows {some(windows)} in its batch (details in {path})"
     )
 
 
 def some(windows: Sequence[int]) -> str:
-    """The numbers of the first windows, and how many more there are."""
+    """The first window numbers, and how many more follow."""
     more = f" and {len(windows) - SHOWN} more" if len(windows) > SHOWN else ""
     return ", ".join(str(window) for window in windows[:SHOWN]) + more

@@ -72,14 +72,14 @@ def make_optimizers(
 
 
 def set_learning_rate(optimizers: Iterable[Optimizer], factor: float) -> None:
-    """Set each group's rate to ``factor`` of its highest."""
+    """Set each group's learning rate to ``factor`` times its highest."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = factor * group["peak_lr"]
 
 
 def describe_groups(optimizers: Iterable[Optimizer]) -> list[str]:
-    """A line for each group of parameters: what is learned how."""
+    """A line for each group of parameters: its optimizer, size, learning rate and weight decay."""
     lines = []
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -96,12 +96,12 @@ def describe_groups(optimizers: Iterable[Optimizer]) -> list[str]:
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
-    """The norm of all gradients together, those of other processes' shards too."""
+    """The norm of all gradients together, including other processes' shards."""
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def clip_gradients(model: nn.Module, limit: float, norm: Tensor) -> None:
-    """Scale the gradients, whose norm is ``norm``, to one of at most ``limit`` (0: leave them)."""
+    """Scale the gradients from the norm ``norm`` down to at most ``limit``; 0: no limit."""
     if limit:
         nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)

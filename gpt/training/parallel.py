@@ -1,9 +1,9 @@
-"""Several processes as one: the processes that torchrun started, and what they say to each other.
+"""The processes that torchrun started, and how they communicate.
 
-Each takes an equal share of a step's sequences. ``ddp`` keeps a whole model in each and averages
-the gradients (arXiv:2006.15704); ``fsdp`` is torch's ``fully_shard``: each keeps a part of every
-weight, gradient and optimizer state, and gathers a block's weights when it is their turn (ZeRO,
-arXiv:1910.02054). One process is a world too, in which all of this is nothing.
+Each process takes an equal share of a step's sequences. With ``ddp``, each has the whole model, and
+gradients are averaged (arXiv:2006.15704). With ``fsdp`` (torch's ``fully_shard``), each has a part
+of every weight, gradient and optimizer state, and gathers a block's weights when it needs them
+(ZeRO, arXiv:1910.02054). A single process is a world too: its communication is a no-op.
 """
 
 import contextlib
@@ -34,26 +34,26 @@ from gpt.model.moe import MoE
 T = TypeVar("T")
 Strategy = Literal["single", "ddp", "fsdp"]
 STATE_BYTES = 16
-"""Of a parameter: its weight, gradient, and two moments in float32."""
+"""Per parameter: its weight, gradient, and two moments in float32."""
 PATIENCE = timedelta(days=7)
-"""A slow process, for example one that writes a checkpoint, does not end the others. A dead process
-does.
+"""How long the processes wait for a slow one, for example one that writes a checkpoint. A process
+that dies ends the others without this wait.
 """
 
 
 @dataclass
 class World:
-    """The processes of a run, and this one's place among them."""
+    """The processes of a run, and the rank of this one."""
 
     rank: int = 0
     size: int = 1
     store: dist.Store | None = None
-    """What the processes tell each other, from this start of theirs."""
+    """Messages between the processes, since their last start."""
     job: dist.Store | None = None
-    """What outlives them where torchrun starts them again."""
+    """A store that survives when torchrun restarts the processes."""
     _broadcasts: int = 0
     _patient: dist.ProcessGroup | None = None
-    """All processes, over gloo."""
+    """All processes, with gloo."""
 
     @property
     def is_main(self) -> bool:
@@ -61,20 +61,18 @@ class World:
         return self.rank == 0
 
     def split(self, windows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The part of a step's windows that this process takes: the parts are equal."""
+        """The part of this process in a step's windows. All parts have the same size."""
         part: NDArray[np.int64] = windows.reshape(self.size, -1)[self.rank]
         return part
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes, in place; through gloo for tensors on the CPU, so that
-        nothing waits for a GPU.
-        """
+        """The sum over all processes, in place. Tensors on the CPU use gloo: no wait for a GPU."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def largest(self, number: int) -> int:
-        """The largest of the processes' numbers."""
+        """The largest ``number`` of all processes."""
         if self.size == 1:
             return number
         everywhere = torch.tensor(int(number))
@@ -82,9 +80,9 @@ class World:
         return int(everywhere)
 
     def broadcast(self, make: Callable[[], T]) -> T:
-        """The result of ``make`` on the main process, on all of them: a value that JSON can hold.
+        """Call ``make`` on the main process, and return its result, a JSON value, on all.
 
-        The others wait as long as it takes. If ``make`` raises, they raise ``UsageError`` with the
+        The others wait as long as necessary. If ``make`` raises, they raise ``UsageError`` with the
         same message.
         """
         if self.store is None:
@@ -107,32 +105,32 @@ class World:
         return value
 
     def wait_for_all(self) -> None:
-        """Go on when all processes are here, as long as it takes: what follows may then use NCCL,
-        which gives up after minutes.
+        """Wait until all processes are here, as long as necessary. NCCL, which gives up after
+        minutes, can be used afterwards.
         """
         if self._patient is not None:
             dist.all_reduce(torch.zeros(1), group=self._patient)
 
     def main_first(self, make: Callable[[], T]) -> T:
-        """What ``make`` returns here; the main process calls it before the others do."""
+        """Call ``make`` on all processes, and on the main process first."""
         results: list[T] = []
 
         self.broadcast(lambda: results.append(make()))
         return results[0] if results else make()
 
     def connect(self, device: torch.device) -> None:
-        """Make tensors on ``device`` and on the CPU go between the processes."""
+        """Set up communication of tensors on ``device`` and on the CPU."""
         if self.size == 1:
             return
         if device.type == "mps":
-            raise UsageError("device is mps, which one process alone can train on")
+            raise UsageError("device is mps, which can train with a single process only")
         if device.type == "cuda":
             n_gpus = torch.cuda.device_count()
             local_rank = int(os.environ.get("LOCAL_RANK", self.rank % n_gpus))
             if local_rank >= n_gpus:
                 raise UsageError(
                     f"torchrun started process {local_rank} on a machine with {n_gpus} GPUs: "
-                    f"--nproc-per-node {n_gpus} is one for each"
+                    f"use --nproc-per-node {n_gpus}"
                 )
             torch.cuda.set_device(local_rank)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -140,29 +138,29 @@ class World:
         self._patient = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def remember(self, run: str) -> None:
-        """Let processes that torchrun starts again know that the run is this job's."""
+        """Store that this job has begun ``run``, for processes that torchrun restarts."""
         if self.job is not None:
             self.job.set(f"run {run}", "")
 
     def remembers(self, run: str) -> bool:
-        """Whether an earlier start of the processes had begun with the run."""
+        """Whether this job had begun ``run`` before torchrun restarted the processes."""
         return self.job is not None and bool(self.job.check([f"run {run}"]))
 
     def fails_first(self) -> bool:
-        """Whether this is the first process to fail: its error is the one to print."""
+        """Whether this is the first process to fail. Only its error is printed."""
         try:
             return self.store is None or self.store.add("failures", 1) == 1
-        except dist.DistError:  # the store went with the process that kept it
+        except dist.DistError:  # the process that held the store has exited
             return True
 
 
 @contextlib.contextmanager
 def join() -> Iterator[World]:
-    """The world that torchrun made (or whoever set its variables), while entered; without one, this
-    process alone.
+    """A context with the world of torchrun's environment variables; without them, a world of one
+    process.
 
-    Of the errors that end it everywhere, one is raised: on the other processes that follows from
-    it, and they end with ``SystemExit``.
+    If the processes fail, only the first error is raised. The other processes exit with
+    ``SystemExit``.
     """
     if _from_environment("WORLD_SIZE", 1) == 1:
         yield World()
@@ -171,14 +169,14 @@ def join() -> Iterator[World]:
         _from_environment(name, 0)
     try:
         job, rank, size = next(dist.rendezvous("env://"))
-    except ValueError as error:  # one of the other variables is not set
+    except ValueError as error:  # another variable is missing
         raise UsageError(f"WORLD_SIZE is set, as torchrun does, but {foreign(error)}") from None
     world = World(rank, size, store=_meet(job, rank, size), job=job)
     try:
         yield world
-        world.wait_for_all()  # all are done
+        world.wait_for_all()
         world._patient = None
-        gc.collect()  # what still holds a process group would abort the process at its end
+        gc.collect()  # a process group that is still referenced would abort the process at its end
         dist.destroy_process_group()
     except Exception as error:
         if not world.fails_first():
@@ -187,8 +185,8 @@ def join() -> Iterator[World]:
         if lost and not isinstance(error, UsageError):
             reason = str(error).splitlines()[0]
             raise UsageError(
-                f"process {rank} of {size} has lost another one, which was killed or stopped "
-                f"({reason}); --resume goes on from the last checkpoint"
+                f"process {rank} of {size} has lost another process, which was killed or stopped "
+                f"({reason}); --resume continues from the last checkpoint"
             ) from error
         raise
 
@@ -197,18 +195,19 @@ def _from_environment(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
     if not (text.isascii() and text.isdigit() and len(text) < 10):
         raise UsageError(
-            f"{name} is {quoted(text)} in the environment, and must be a whole number, as torchrun "
-            "sets it; without torchrun it must not be set"
+            f"the environment variable {name} is {quoted(text)}, and must be a whole number, which "
+            "torchrun sets; unset it if you do not use torchrun"
         )
     return int(text)
 
 
 def _meet(job: dist.Store, rank: int, size: int) -> dist.Store:
-    """A part of the job's store that these processes, and none before them, have written to.
+    """A part of the job's store that only these processes use, and no earlier ones.
 
-    torchrun keeps the store when it starts processes again, and counts its starts on each machine
-    for itself. So the first process calls a meeting, the others come with a word of their own, and
-    who does not find this word among those that were heard was at a meeting of the past.
+    torchrun keeps the store when it restarts processes, and each machine counts restarts by itself.
+    So the first process announces a meeting, and each other process answers with a random word. The
+    first one lists the words that it has read. A process that does not find its word in the list
+    has answered an old meeting, and tries again.
     """
     word = secrets.token_hex(8)
     if rank == 0:
@@ -224,7 +223,7 @@ def _meet(job: dist.Store, rank: int, size: int) -> dist.Store:
         try:
             job.wait([f"{meeting} heard"], timedelta(seconds=1))
         except dist.DistStoreError:
-            continue  # not all are there yet, or never will be
+            continue  # some have not answered yet, or the meeting is old
         heard = json.loads(job.get(f"{meeting} heard"))
         if rank <= len(heard) and heard[rank - 1] == word:
             return dist.PrefixStore(meeting, job)
@@ -234,8 +233,8 @@ def _meet(job: dist.Store, rank: int, size: int) -> dist.Store:
 def choose_strategy(
     config: ParallelConfig, world: World, *, n_parameters: int, device: torch.device
 ) -> Strategy:
-    """What ``auto`` means here; ``UsageError`` where the processes cannot share the state as asked
-    for.
+    """The strategy to use; ``UsageError`` if the number of processes does not fit the
+    configuration.
     """
     if world.size == 1:
         return "single"
@@ -255,7 +254,7 @@ def choose_strategy(
 
 
 def replicate(model: GPT, device: torch.device) -> DistributedDataParallel:
-    """The model with a backward pass that averages the gradients over all processes."""
+    """The model, wrapped so that its backward pass averages the gradients over all processes."""
     devices = [torch.cuda.current_device()] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
@@ -272,7 +271,7 @@ def shard(
 
     A ``model`` on ``meta`` gets new weights part by part: each part is initialised in full and then
     sharded, so that no process ever holds more than one whole block.
-    On GPUs blocks are gathered in ``dtype``, and embeddings and head in float32; gradients are
+    On GPUs, blocks are gathered in ``dtype``, and embeddings and head in float32. Gradients are
     averaged in float32.
     """
     n_shards = config.shard_size or world.size
@@ -281,11 +280,11 @@ def shard(
     )
     if n_shards == world.size:
         mesh = mesh["shard"]
-    small = device.type == "cuda" and dtype != torch.float32  # a CPU's norms take no mixture
+    small = device.type == "cuda" and dtype != torch.float32  # norms on a CPU need one dtype
     policy = MixedPrecisionPolicy(
         param_dtype=dtype if small else None,
         reduce_dtype=torch.float32,
-        cast_forward_inputs=False,  # autocast does it where it is due
+        cast_forward_inputs=False,  # autocast does it
     )
     # What no gradient moves stays whole, and moves equally in all processes.
     moes = [module for module in model.modules() if isinstance(module, MoE)]
@@ -305,8 +304,8 @@ def shard(
 
 
 def only_here(forward: nn.Module) -> contextlib.AbstractContextManager[object]:
-    """Backward passes that keep their gradients to this process, for a later one to average; fsdp
-    averages each, since it keeps no whole gradient.
+    """A context for backward passes without communication; a later one averages the gradients.
+    fsdp averages in each one, because it keeps no whole gradients.
     """
     if isinstance(forward, DistributedDataParallel):
         return forward.no_sync()
@@ -314,7 +313,7 @@ def only_here(forward: nn.Module) -> contextlib.AbstractContextManager[object]:
 
 
 def parts(model: GPT) -> Iterator[tuple[str, nn.Module]]:
-    """The model's children, the blocks one by one, in the order in which they are initialised."""
+    """The model's children, with each block separately, in the order of their initialisation."""
     for name, child in model.named_children():
         if name == "blocks":
             yield from ((f"blocks.{i}", block) for i, block in enumerate(child.children()))
@@ -322,9 +321,9 @@ def parts(model: GPT) -> Iterator[tuple[str, nn.Module]]:
             yield name, child
 
 
-@functools.cache  # a mesh makes groups of processes, which all of them take part in
+@functools.cache  # creating a mesh involves all processes
 def cpu_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """The same processes, for tensors on the CPU."""
+    """A mesh of the same processes for tensors on the CPU."""
     if mesh.device_type == "cpu":
         return mesh
     return DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)

@@ -1,4 +1,4 @@
-"""A run from its first line to its last: what stands before the loop, and after it."""
+"""A whole run: the preparation before the loop, the loop, and the report after it."""
 
 import contextlib
 import dataclasses
@@ -32,12 +32,11 @@ def train(
     sample: Sample | None = None,
     initial: setup.Initial | None = None,
 ) -> Result:
-    """Train the model that ``config`` describes, from its start or from the run's last checkpoint,
-    on all the processes that torchrun started. ``initial`` loads the model that ``config.init``
-    names; ``sample`` makes the text that is shown with an evaluation.
+    """Train the model that ``config`` describes, from the start or from the run's last checkpoint,
+    on all processes that torchrun started. ``initial`` loads the model that ``config.init`` names.
+    ``sample`` writes the text that is shown with each evaluation.
 
-    Raises :class:`UsageError` for what cannot be trained; nothing that the run's folder holds is
-    lost.
+    Raises :class:`UsageError` if the run cannot be trained, and then loses nothing in its folder.
     """
     with join() as world:
         console.quiet = console.quiet or not world.is_main
@@ -54,8 +53,8 @@ def train(
                     raise
                 raise UsageError(
                     f"{error.filename or config.run} cannot be read or written: {error.strerror}; "
-                    f"the checkpoints of {config.run} are whole, and --resume goes on from the "
-                    "newest one"
+                    f"the checkpoints of {config.run} are complete, and --resume continues from "
+                    "the newest one"
                 ) from error
 
 
@@ -67,7 +66,7 @@ def train_on(
     sample: Sample | None = None,
     initial: setup.Initial | None = None,
 ) -> Result:
-    """:func:`train`, for whoever has joined the world and holds the run."""
+    """:func:`train` in a world, by a process that holds the run's folder."""
 
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
@@ -78,7 +77,7 @@ def train_on(
     if config.init:
         if initial is None:
             raise UsageError(
-                f"init is {config.init!r}, and this run was given nothing that loads it"
+                f"init is {config.init!r}, and the caller of train() gave no function to load it"
             )
         model, tokenizer = world.main_first(
             lambda: setup.take_initial_model(config.init, config.model, checkpoint, initial, say)
@@ -86,7 +85,7 @@ def train_on(
         config = dataclasses.replace(config, model=model.config)
     with console.status("preparing the text", spinner="line") as status:
         source = world.broadcast(lambda: keep(config.data, config.cache_dir).source)
-        kept = dataclasses.replace(config.data, source=source)  # a resumed run finds a pipe's copy
+        kept = dataclasses.replace(config.data, source=source)  # a pipe's copy, for resuming
         config = dataclasses.replace(config, run_dir=str(config.run), data=kept)
         data = world.main_first(
             lambda: prepare(
@@ -132,7 +131,7 @@ def train_on(
             reporter.say(line)
     if result.signal is not None:
         say(
-            f"stopped at step {result.step:,}, which is saved; go on with: "
+            f"stopped at step {result.step:,}, which is saved; continue with: "
             f"python train.py {shlex.quote(str(config.run / 'config.toml'))} --resume"
         )
     elif world.is_main:
@@ -142,19 +141,19 @@ def train_on(
 
 
 def check_source(data: DataConfig, run: Path) -> None:
-    """``UsageError`` if there is no such text, or the run would be written between its files."""
+    """``UsageError`` if the text does not exist, or the run's folder is the folder of the text."""
     if is_piped(data):
         return
     folder = open_corpus(data.source).folder
     if folder is not None and run.exists() and folder.samefile(run):
         raise UsageError(
-            f"run_dir is {run}, which is the folder of the text: give another one, which "
-            "may be in it"
+            f"run_dir is {run}, which is the folder of the text; choose another one, which may "
+            "be inside it"
         )
 
 
 def beginning(trainer: Trainer) -> list[str]:
-    """The run in a few lines, for the person who starts it."""
+    """A summary of the run in a few lines, for the user."""
     config, model = trainer.config, trainer.config.model
     tokens, n = config.training.batch_tokens, trainer.world.size
     sequences = trainer.source.sequences // n
@@ -163,7 +162,7 @@ def beginning(trainer: Trainer) -> list[str]:
     processes = f"{trainer.strategy} on {n} processes, " if n > 1 else ""
     return [
         f"run      {config.run}"
-        + (f", going on from step {trainer.step:,}" if trainer.step else ""),
+        + (f", continuing from step {trainer.step:,}" if trainer.step else ""),
         f"text     {config.data.source}: {len(trainer.data.train):,} training and "
         f"{len(trainer.data.validation):,} validation tokens, "
         f"{trainer.data.tokenizer.kind} tokenizer",
@@ -180,9 +179,11 @@ def beginning(trainer: Trainer) -> list[str]:
 
 
 def ending(trainer: Trainer) -> list[str]:
-    """Where the time went, once the run is over."""
+    """A summary of the run's time in a few lines, for the user."""
     lines = trainer.stopwatch.summary()
     if trainer.stalls:
         mean = 1000 * sum(trainer.stalls) / len(trainer.stalls)
-        lines.append(f"a checkpoint ({len(trainer.stalls)} in all) held it up for {mean:.0f} ms")
+        lines.append(
+            f"a checkpoint ({len(trainer.stalls)} in all) stopped the run for {mean:.0f} ms"
+        )
     return lines

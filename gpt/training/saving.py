@@ -1,7 +1,7 @@
-"""Checkpoints while training goes on: a copy is taken, and a thread writes it.
+"""Checkpoints during training: the run copies its state, and a thread writes the copy.
 
-The run stands still for the copy alone. At most one copy is in flight: the next save waits for it,
-and so does the end of the run. What the thread could not write is raised at the next step.
+The run waits only for the copy. There is at most one copy at a time: the next save, and the end of
+the run, wait until it is written. An error in the thread is raised at the next step.
 """
 
 import dataclasses
@@ -24,9 +24,10 @@ from gpt.training.parallel import PATIENCE, World, cpu_mesh
 
 
 class Saver:
-    """Writes the states that it is given as checkpoints of ``run``, one after the other.
+    """Writes states as checkpoints of ``run``, one after the other.
 
-    ``flush`` is called before a checkpoint gets its name: what it tells of is then on the disk.
+    ``flush`` is called before a checkpoint is written, so that the metrics up to it are on the
+    disk.
     """
 
     def __init__(
@@ -50,9 +51,9 @@ class Saver:
         self._copies: dict[str, Tensor] = {}
         self._own: list[str] = []
         self.last = last
-        """The newest checkpoint that is whole."""
+        """The name of the newest complete checkpoint."""
         self.stalls: list[float] = []
-        """Seconds for which each save held up the run."""
+        """Seconds for which each save stopped the run."""
 
     def __enter__(self) -> Self:
         return self
@@ -70,12 +71,12 @@ class Saver:
             self.check()
 
     def save(self, state: State, *, best: str | None) -> None:
-        """Copy the state, and let it be written; ``best`` is the name of the best checkpoint so
-        far, this one or another.
+        """Copy the state and start writing it. ``best`` is the name of the best checkpoint so far,
+        this one or another.
         """
         start = time.perf_counter()
         self._join()
-        self._world.wait_for_all()  # each may have had another time to write
+        self._world.wait_for_all()  # other processes may still have been writing
         self.check()
         copied = dataclasses.replace(
             state,
@@ -87,15 +88,15 @@ class Saver:
         self.stalls.append(time.perf_counter() - start)
 
     def check(self) -> None:
-        """Raise what the thread has met."""
+        """Raise the thread's error, if there is one."""
         if self._error is not None:
             error, self._error = self._error, None
             if not isinstance(error, OSError):
                 raise error
             before = (
-                f"those up to {self.last} are whole, and --resume goes on from there"
+                f"those up to {self.last} are complete, and --resume continues from there"
                 if self.last
-                else "and there is no earlier one"
+                else "there is no earlier one"
             )
             raise UsageError(
                 f"a checkpoint of {self._run} cannot be written: {error}; {before}"
@@ -107,8 +108,8 @@ class Saver:
             self._thread = None
 
     def _copy(self, part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors on the CPU, in memory that each save uses again; in full on the main process,
-        or each process's shards.
+        """Copies on the CPU, in memory that each save reuses: whole tensors on the main process, or
+        each process's shards.
         """
         copies, on_gpu = {}, False
         for name, tensor in tensors.items():
@@ -118,7 +119,7 @@ class Saver:
                 if self._world.is_main or self._group is not None:
                     copies[name] = self._keep(f"{part}/{name}", tensor)
             elif self._group is None:
-                whole = tensor.full_tensor()  # all processes take part in it
+                whole = tensor.full_tensor()  # all processes must call it
                 if self._world.is_main:
                     copies[name] = self._keep(f"{part}/{name}", whole)
             else:
@@ -172,8 +173,8 @@ def point_and_prune(
     own: Collection[str] = (),
     say: Callable[[str], None],
 ) -> None:
-    """Let ``last`` and ``best`` name these checkpoints, and delete those that are not kept; one
-    that cannot be deleted is told and does no harm. ``own`` are those that this process wrote.
+    """Make ``RUN/last`` and ``RUN/best`` name these checkpoints, and delete old ones; ``own`` are
+    those that this process wrote. ``say`` gets a sentence for each one that cannot be deleted.
     """
     checkpoints.point(run, "last", last)
     if best is not None and checkpoints.pointed(run, "best") != best:

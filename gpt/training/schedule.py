@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step: a factor from 0 to 1 of each group's highest
+"""The learning rate as a function of the step: a factor from 0 to 1 for each group's highest
 rate.
 """
 
@@ -8,10 +8,11 @@ from gpt.config import OptimizerConfig
 
 
 def learning_rate_factor(step: int, *, max_steps: int, config: OptimizerConfig) -> float:
-    """The factor for ``step`` (from 0): a warmup in a line, then cosine, constant, or wsd.
+    """The factor for ``step`` (from 0): a linear warmup, then cosine, constant, or wsd.
 
-    Cosine (arXiv:1608.03983) falls from the warmup's end to the floor; warmup-stable-decay
-    (arXiv:2404.06395) holds, and falls in a line over the last ``decay_fraction`` of ``max_steps``.
+    Cosine (arXiv:1608.03983) falls from the end of the warmup to the floor. Warmup-stable-decay
+    (arXiv:2404.06395) stays at 1, then falls linearly over the last ``decay_fraction`` of
+    ``max_steps``.
     """
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)

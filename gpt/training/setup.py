@@ -1,4 +1,4 @@
-"""What stands before the first step: the run's folder, and the checkpoint to go on from."""
+"""The preparation of a run: its folder, its configuration, and the checkpoint to resume from."""
 
 import contextlib
 import dataclasses
@@ -27,24 +27,24 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
 TEXT = "the text's fingerprint"
 FIXED = (TEXT, "training.seed", "training.batch_tokens", "optimizer.name")
 FIXED_GROUPS = {"model": ("dropout",), "data": ("source", "cache_dir")}
-"""What makes a run this run, beside the text; of a group, all but these."""
+"""Groups whose settings must not change in a run either, except the named ones."""
 
 
 @contextlib.contextmanager
 def held(run: Path) -> Iterator[str]:
-    """The run's folder, made if need be, for this process alone while entered."""
+    """A context in which only this process can use the run's folder, which it creates if needed."""
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(run, error) from None
     if (run / ".lock").is_symlink():
-        raise UsageError(f"{run / '.lock'} is a link, and must be a file of the run's own")
+        raise UsageError(f"{run / '.lock'} is a link, and must be a regular file")
     try:
         with FileLock(run / ".lock", timeout=0):
             yield str(run)
     except Timeout:
         raise UsageError(
-            f"{run} is in use by another process that trains it: wait for its end, or start "
+            f"{run} is in use by another process that trains it: wait until it ends, or start "
             "another run with --run_dir"
         ) from None
 
@@ -63,14 +63,14 @@ def checkpoint_to_resume(run: Path, world: World, *, resume: bool, say: Say) -> 
         checkpoint = checkpoints.find(run, "last", say=say)
         if checkpoint is not None and not resumes:
             raise UsageError(
-                f"{run} holds a run at step {checkpoint.step:,} already: --resume goes on "
-                "with it, --run_dir starts another one elsewhere"
+                f"{run} holds a run at step {checkpoint.step:,} already: --resume continues it, "
+                "--run_dir starts another one elsewhere"
             )
         if checkpoint is None and resumes:
             say(f"{run} has no checkpoint to resume from; starting at step 0")
         if checkpoint is not None:
             for path in checkpoints.set_aside(run, newer_than=checkpoint.step):
-                say(f"{path} was damaged, and has this name now")
+                say(f"a damaged checkpoint was renamed to {path}")
         world.remember(place)
         return str(checkpoint.path) if checkpoint else ""
 
@@ -79,14 +79,14 @@ def checkpoint_to_resume(run: Path, world: World, *, resume: bool, say: Say) -> 
 
 
 Initial = Callable[[str | Path], tuple[GPT, Tokenizer]]
-"""Loads a model to start from, and its tokenizer, by its name or a checkpoint's path."""
+"""Loads an initial model and its tokenizer, by the model's name or a checkpoint's path."""
 
 
 def take_initial_model(
     init: str, wanted: ModelConfig, checkpoint: Checkpoint | None, load: Initial, say: Say
 ) -> tuple[GPT, Tokenizer]:
-    """The model that ``init`` names, or its trained form in the ``checkpoint``, with the context,
-    vocabulary and dropout that are ``wanted``; and its tokenizer.
+    """The model that ``init`` names, or the one in the ``checkpoint``, and its tokenizer. Its
+    context, vocabulary and dropout are changed to the ``wanted`` ones.
     """
     model, tokenizer = load(checkpoint.path if checkpoint else init)
     own = model.config.context_length
@@ -96,24 +96,24 @@ def take_initial_model(
             say(f"the model's context of {own:,} tokens is cropped to {wanted.context_length:,}")
     elif wanted.context_length > own:
         raise UsageError(
-            f"model.context_length is {wanted.context_length:,}, and {init} has learned "
-            f"{own:,} positions (0 keeps them)"
+            f"model.context_length is {wanted.context_length:,}, and {init} has only {own:,} "
+            "positions (0 keeps them)"
         )
     for name, value in dataclasses.asdict(wanted).items():
         kept, usual = getattr(model.config, name), getattr(ModelConfig(), name)
         if name not in ("vocab_size", "context_length", "dropout") and value not in (kept, usual):
-            say(f"model.{name} is {value}, and that of {init} stays: {kept}")
+            say(f"model.{name} is {value}, but {init} keeps its own: {kept}")
     if wanted.vocab_size > model.config.vocab_size:
         resize_vocabulary(model, wanted.vocab_size)
     set_dropout(model, wanted.dropout)
-    for parameter in model.parameters():  # memory of its own, laid out as a new model's
+    for parameter in model.parameters():  # its own memory, with a new model's layout
         parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
     return model, tokenizer
 
 
 def resolve(config: TrainConfig, data: Prepared, checkpoint: Checkpoint | None) -> TrainConfig:
-    """The configuration with every field known; ``UsageError`` if it does not fit the
-    checkpoint.
+    """The configuration with all fields known: the vocabulary's size, and the run's folder.
+    ``UsageError`` if ``model.vocab_size`` is too small for the tokenizer.
     """
     tokenizer = data.tokenizer
     there = checkpoint.model.vocab_size if checkpoint else 0
@@ -122,17 +122,16 @@ def resolve(config: TrainConfig, data: Prepared, checkpoint: Checkpoint | None) 
     if vocab_size < tokenizer.vocab_size:
         raise UsageError(
             f"model.vocab_size is {vocab_size}, and the {tokenizer.kind} tokenizer of "
-            f"{config.data.source} needs {tokenizer.vocab_size} (0 takes that)"
+            f"{config.data.source} needs {tokenizer.vocab_size} (0 chooses it)"
         )
     model = dataclasses.replace(config.model, vocab_size=vocab_size)
-    config = dataclasses.replace(config, run_dir=str(config.run), resume=False, model=model)
-    return config
+    return dataclasses.replace(config, run_dir=str(config.run), resume=False, model=model)
 
 
 def padded(vocab_size: int) -> int:
-    """Rows of the embedding for so many tokens: a large vocabulary is padded to a multiple of 128.
-
-    GPUs multiply aligned matrices several times faster; 50,257 becomes 50,304, as in nanoGPT.
+    """The number of embedding rows for ``vocab_size`` tokens: a large vocabulary is padded to a
+    multiple of 128. GPUs multiply aligned matrices several times faster; 50,257 becomes 50,304, as
+    in nanoGPT.
     """
     return vocab_size if vocab_size < 1024 else -(-vocab_size // 128) * 128
 
@@ -141,8 +140,7 @@ def check_changes(
     run: Path, model: ModelConfig, now: Mapping[str, Any], checkpoint: Checkpoint
 ) -> list[str]:
     """A sentence for each of the :func:`settings` that has changed since the checkpoint;
-    ``UsageError`` if one of them must not change. A model's field that only follows from another
-    one is not named.
+    ``UsageError`` if one of them must not change. Derived values of the model are not named.
     """
     follows = {
         f"model.{name}"
@@ -150,7 +148,7 @@ def check_changes(
         if value == getattr(model, name)
     }
     before = checkpoint.progress.get("settings", {})
-    before = before if isinstance(before, dict) else {}  # restoring it says what is wrong
+    before = before if isinstance(before, dict) else {}  # restoring it raises the error
     before |= _resolved(checkpoint.model)
     told = {
         name: f"{name} was {before[name]} and is {value}"
@@ -161,37 +159,37 @@ def check_changes(
     free = [sentence for name, sentence in told.items() if not is_fixed(name)]
     if fixed:
         raise UsageError(
-            f"{run} cannot be resumed as another run: {'; '.join(fixed)}"
-            + (f" (the rest may change: {'; '.join(free)})" if free else "")
+            f"{run} cannot be resumed with other settings: {'; '.join(fixed)}"
+            + (f" (these may change: {'; '.join(free)})" if free else "")
         )
     return free
 
 
 def settings(config: TrainConfig, text: Shard) -> dict[str, Any]:
-    """Each ``group.field`` of a run, its text, and what it began with."""
+    """Each ``group.field`` of a run, its text's fingerprint, and its initial model."""
     flat = {TEXT: text.corpus.hex()[:12], "init": config.init}
     for name, value in dataclasses.asdict(config).items():
         if isinstance(value, dict):
             flat |= {f"{name}.{field}": setting for field, setting in value.items()}
-    if config.init:  # whose tokenizer is taken
-        del flat["data.tokenizer"]
+    if config.init:
+        del flat["data.tokenizer"]  # the initial model's tokenizer is used
     return flat | _resolved(config.model)
 
 
 def _resolved(model: ModelConfig) -> dict[str, Any]:
-    """The model's fields, those that were left open with what they stand for."""
+    """The model's fields, with their derived values where they were left open."""
     return {f"model.{name}": value for name, value in dataclasses.asdict(model.resolved()).items()}
 
 
 def is_fixed(field: str) -> bool:
-    """Whether a run stays itself only if this ``group.field`` stays."""
+    """Whether this ``group.field`` must not change when a run is resumed."""
     group, _, name = field.partition(".")
     return field in FIXED or (group in FIXED_GROUPS and name not in FIXED_GROUPS[group])
 
 
 def sequences_a_step(batch_tokens: int, context_length: int, world: World) -> int:
-    """Sequences of one step over all processes; ``UsageError`` if these cannot share them
-    equally.
+    """The number of sequences in a step, over all processes; ``UsageError`` if the processes cannot
+    share them equally.
     """
     sequences = batch_tokens // context_length
     if sequences % world.size:
@@ -199,7 +197,7 @@ def sequences_a_step(batch_tokens: int, context_length: int, world: World) -> in
         near = max(1, round(batch_tokens / least)) * least
         raise UsageError(
             f"training.batch_tokens is {batch_tokens}, {sequences} sequences, which {world.size} "
-            f"processes cannot share equally; {near} would do"
+            f"processes cannot share equally; {near} is the nearest that fits"
         )
     return sequences
 

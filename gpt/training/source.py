@@ -1,4 +1,4 @@
-"""Where a run's batches come from, and what is learned from them."""
+"""A run's source of batches, and its objective: the loss of a batch."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -11,21 +11,21 @@ from gpt.training.parallel import World
 
 
 class Source(Protocol):
-    """What a run learns from, step by step."""
+    """Gives a run its batches, step by step."""
 
     sequences: int
-    """Of one step, over all processes."""
+    """Sequences in one step, over all processes."""
 
     def batch(self, step: int, world: World) -> Batch:
-        """What ``step`` (from 0) learns from, the part of this process."""
+        """The part of this process in the batch for ``step`` (from 0)."""
 
     def prepare(self, step: int, world: World) -> None:
-        """Read the batch of ``step`` ahead, while the step before is being computed. A source whose
-        batches depend on the weights does nothing here.
+        """Read the batch of ``step`` in advance, during the step before. A no-op if the batches
+        depend on the weights.
         """
 
     def origin(self, step: int) -> list[int]:
-        """What the batch of ``step`` is made of on all processes, for a report: window numbers."""
+        """The window numbers in the batch of ``step`` on all processes, for a report."""
 
 
 Forward = Callable[[Tensor], Tensor]
@@ -35,7 +35,7 @@ Objective = Callable[[Forward, Batch], Tensor]
 
 
 class ShuffledWindows:
-    """The windows of a text, in a new order each epoch: a :class:`Source`."""
+    """A :class:`Source` of a text's windows, in a new order each epoch."""
 
     def __init__(self, windows: Windows, *, sequences: int, seed: int) -> None:
         self.windows, self.sequences = windows, sequences
@@ -43,17 +43,17 @@ class ShuffledWindows:
         self._ahead: tuple[int, Batch] | None = None
 
     def batch(self, step: int, world: World) -> Batch:
-        """As :class:`Source`."""
+        """As in :class:`Source`."""
         if self._ahead is not None and self._ahead[0] == step:
             return self._ahead[1]
         return self.windows.batch(world.split(self.order.step(step)))
 
     def prepare(self, step: int, world: World) -> None:
-        """As :class:`Source`."""
+        """As in :class:`Source`."""
         self._ahead = step, self.batch(step, world)
 
     def origin(self, step: int) -> list[int]:
-        """As :class:`Source`."""
+        """As in :class:`Source`."""
         windows: list[int] = self.order.step(step).tolist()
         return windows
 

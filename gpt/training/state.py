@@ -1,8 +1,7 @@
-"""What resuming needs beside the weights: what the optimizers have learned, by parameter, and the
-loss scale.
+"""The state that resuming needs: weights, the optimizers' state by parameter, and the loss scale.
 
-The schedule, the place in the data and the random state are functions of the step, and need no
-state. An optimizer's hyperparameters are the configuration's, not the checkpoint's.
+The schedule, the position in the data and the random state are functions of the step and need no
+state. An optimizer's hyperparameters come from the configuration, not from the checkpoint.
 """
 
 import math
@@ -22,16 +21,16 @@ from gpt.config import UsageError, foreign, quoted
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Set torch's random state to that of ``step`` on the process ``rank``.
+    """Set torch's random state for ``step`` on the process ``rank``.
 
-    So dropout draws the same numbers whatever came before the step: a resumed run, an evaluation.
+    So dropout draws the same numbers in a resumed run, or after an evaluation.
     """
     state = np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0]))
 
 
 def learned(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
-    """The optimizers' state as ``parameter/name``: the tensors themselves."""
+    """The optimizers' state as ``parameter/name``. The tensors are not copied."""
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     return {
         f"{names[parameter]}/{key}": value
@@ -47,9 +46,8 @@ def restore(
     scaler: torch.amp.GradScaler,
     checkpoint: Checkpoint,
 ) -> dict[str, Any]:
-    """Load the weights and the state of the optimizers and the scaler; of sharded tensors, each
-    process reads its own part. Returns the rest of the progress: ``best``, ``best_loss``,
-    ``losses``, ``skipped``, ``overflows``.
+    """Load the weights and the state of the optimizers and the scaler, in place. Each process reads
+    its own shards. Returns the progress: ``best``, ``best_loss``, ``losses``, ``skipped``, ...
     """
     parameters = dict(model.named_parameters())
     weights = checkpoint.path / checkpoints.MODEL
@@ -64,7 +62,7 @@ def restore(
         path = checkpoint.path / checkpoints.TRAINING
         for name, like in tensors.describe(path).items():
             parameter = parameters[name.rpartition("/")[0]]
-            # of the parameter's shape, it is laid out and shared out like it
+            # A tensor of the parameter's shape has its layout and its shards too.
             same = like.shape == parameter.shape
             saved[name] = (
                 torch.empty_like(parameter, dtype=like.dtype, requires_grad=False)
@@ -81,7 +79,7 @@ def restore(
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
     progress = _checked(migrations.complete_progress(progress), checkpoint.path)
-    if progress["scaler"]:  # the run had one
+    if progress["scaler"]:  # the run used one
         scaler.load_state_dict(progress["scaler"])
     return progress
 
@@ -100,7 +98,7 @@ def _checked(progress: dict[str, Any], path: Path) -> dict[str, Any]:
             )
     if not all(isinstance(loss, number) for loss in progress["losses"]):
         raise UsageError(
-            f"the checkpoint {foreign(path)} cannot be resumed: its losses are no numbers"
+            f"the checkpoint {foreign(path)} cannot be resumed: its losses are not numbers"
         )
     for name in ("best_loss", "least_loss"):
         progress[name] = math.inf if progress[name] is None else progress[name]
@@ -108,7 +106,7 @@ def _checked(progress: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def names_of(model: nn.Module, optimizers: Sequence[Optimizer]) -> list[list[str]]:
-    """The names of each optimizer's parameters, in its order."""
+    """The names of each optimizer's parameters, in the optimizer's order."""
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     return [
         [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]

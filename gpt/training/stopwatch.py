@@ -1,4 +1,4 @@
-"""Where a step's time goes, and a trace of some steps on request."""
+"""The time of each part of a step, and on request a trace of some steps."""
 
 import contextlib
 import time
@@ -13,10 +13,10 @@ PARTS = ("data", "forward", "backward", "optimizer")
 
 
 class Stopwatch:
-    """The seconds of each part of a step.
+    """Measures the seconds of each part of a step.
 
-    On CUDA a part is what the GPU took for it, between two events that nothing waits for until the
-    times are asked for; ``data``, which the host makes, is the host's time everywhere.
+    On CUDA it is the GPU's time between two events; only :meth:`take` waits for them. ``data`` runs
+    on the host, so it is always the host's time.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -28,7 +28,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        """Count what happens while this is entered for ``part``."""
+        """A context whose time counts for ``part``."""
         if self._on_gpu and part != "data":
             start = torch.cuda.Event(enable_timing=True)
             end = torch.cuda.Event(enable_timing=True)
@@ -42,7 +42,7 @@ class Stopwatch:
             self._seconds[part] += time.perf_counter() - begin
 
     def take(self, n_steps: int) -> dict[str, float]:
-        """Seconds a step of each part since the last call, over ``n_steps``; as
+        """Seconds per step of each part over the ``n_steps`` since the last call, as
         ``data_seconds`` etc.
         """
         if self._events:
@@ -57,7 +57,7 @@ class Stopwatch:
         return seconds
 
     def summary(self) -> list[str]:
-        """A line on the mean step so far; none if there was none."""
+        """A line about the mean step so far; empty if there was no step."""
         whole = sum(self._total.values())
         if not whole:
             return []
@@ -66,8 +66,8 @@ class Stopwatch:
 
 
 class Trace:
-    """torch.profiler over ``n_steps`` steps after two that warm up, written to ``path``; nothing
-    for 0.
+    """Runs torch.profiler for ``n_steps`` steps after two warmup steps, and writes ``path``; a
+    no-op if ``n_steps`` is 0.
     """
 
     WARMUP = 2
@@ -90,7 +90,7 @@ class Trace:
         self._profiler.start()
 
     def step(self) -> bool:
-        """Count a step; whether the trace has just been written."""
+        """Count a step. Returns whether the trace was written now."""
         if self._left == 0:
             return False
         self._profiler.step()
@@ -101,7 +101,7 @@ class Trace:
         return False
 
     def close(self) -> None:
-        """Write what there is of the trace, if it was not written yet."""
+        """Write the trace so far, unless it was written already."""
         if self._profiler is not None:
             self._profiler.stop()
             if self._left < self._active:
@@ -110,13 +110,11 @@ class Trace:
 
 
 class Forecast:
-    """Tells once how long a run will take on this machine: after a second of steps, and after an
-    evaluation.
-    """
+    """Estimates once how long a run will take: after a second of steps and one evaluation."""
 
     def __init__(self, *, steps: int, evaluations: int, evaluation_seconds: float | None) -> None:
-        """``steps`` and ``evaluations`` are those to come. One evaluation takes
-        ``evaluation_seconds``; a resumed run has not made one yet (None).
+        """``steps`` and ``evaluations`` are those that remain. One evaluation takes
+        ``evaluation_seconds``, or ``None`` if a resumed run has not measured it yet.
         """
         self.steps, self.evaluations = steps, evaluations
         self.evaluation_seconds = evaluation_seconds
@@ -124,8 +122,8 @@ class Forecast:
         self.told = False
 
     def add(self, seconds: float) -> str | None:
-        """Count a step; the sentence to print, once. The first step warms up and is left out of the
-        mean.
+        """Count a step. Returns the estimate as a sentence, once. The mean excludes the first step,
+        which warms up.
         """
         if self.told:
             return None
@@ -143,6 +141,6 @@ class Forecast:
         return f"this run takes about {length} on this machine"
 
     def evaluated(self, seconds: float) -> None:
-        """Note what an evaluation took; of a resumed run, the first one."""
+        """Set the seconds of an evaluation, if they are not known yet."""
         if self.evaluation_seconds is None:
             self.evaluation_seconds = seconds

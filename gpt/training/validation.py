@@ -1,4 +1,4 @@
-"""How well a model predicts held-out text, on windows that are the same at every evaluation."""
+"""A model's loss on held-out text, on the same windows at every evaluation."""
 
 import math
 from contextlib import AbstractContextManager
@@ -16,12 +16,12 @@ from gpt.training.parallel import World
 
 @dataclass(frozen=True)
 class Score:
-    """The mean loss over the targets of the windows."""
+    """The mean loss over the targets in the windows."""
 
     loss: float
     """Nats per token."""
     bits_per_byte: float
-    """The same loss per byte of text: comparable between tokenizers."""
+    """The same loss per byte of text, which is comparable between tokenizers."""
 
 
 @torch.no_grad()
@@ -36,12 +36,11 @@ def score(
     autocast: AbstractContextManager[object],
     world: World,
 ) -> Score:
-    """The model's score on the ``chosen`` windows, in evaluation mode; leaves the model's mode as
-    it was.
+    """The model's score on the ``chosen`` windows, in evaluation mode. Restores the model's mode.
 
-    The processes take turns with the batches, and the batches' losses are added in their order: the
-    score is the same on any number of processes. ``byte_lengths`` ``[V]`` says how many bytes of
-    text each token stands for.
+    The processes take turns with the batches, and the losses are added in the order of the batches:
+    the score is the same on any number of processes. ``byte_lengths`` ``[V]`` has the bytes of text
+    in each token.
     """
     training = model.training
     model.eval()
@@ -50,7 +49,7 @@ def score(
     figures = torch.zeros(3, len(batches), dtype=torch.float64)  # losses, tokens, bytes
     for turn in range(0, len(batches), world.size):
         number = turn + world.rank
-        # a process without a batch computes the last one with the others: fsdp needs all at once
+        # A process without a batch computes the last one again: fsdp needs all processes.
         batch = windows.batch(batches[min(number, len(batches) - 1)])
         with autocast:
             logits = model(batch.tokens.to(device))
@@ -60,7 +59,7 @@ def score(
             figures[1, number] = len(learned)
             figures[2, number] = int(byte_lengths[learned.numpy()].sum())
     model.train(training)
-    for number, summed in losses.items():  # now, so that nothing waited for a GPU before
+    for number, summed in losses.items():  # only here, to wait for a GPU once
         figures[0, number] = summed.item()
     loss, n_tokens, n_bytes = world.sum(figures).sum(1).tolist()
     return Score(loss / n_tokens, loss / (max(n_bytes, 1) * math.log(2)))

@@ -55,16 +55,16 @@ def test_a_run_on_a_pipe_is_resumed_without_it_also_where_it_was_moved_to(folder
     assert Path(source_of(run)).parent == run / "data"
     status, output = train(str(run / "config.toml"), "--resume", steps=4)
     assert status == 0, output
-    assert "going on from step 2" in output
+    assert "continuing from step 2" in output
     with piped(TEXT) as source:  # the same text again
         status, output = train("--data.source", source, "--resume", steps=6)
     assert status == 0, output
-    assert "going on from step 4" in output
+    assert "continuing from step 4" in output
     assert len(list((run / "data").glob("piped-*.txt"))) == 1
     moved = run.rename("moved")
     status, output = train(str(moved / "config.toml"), "--resume", steps=8)
     assert status == 0, output
-    assert "going on from step 6" in output
+    assert "continuing from step 6" in output
     with piped(TEXT + b"!") as source:
         status, output = train("--data.source", source, "--run_dir", "moved", "--resume", steps=9)
     assert status == 2
@@ -111,16 +111,16 @@ def test_a_run_among_its_own_text_is_no_part_of_it(source, words, run, folder, t
     assert status == 0, output
     status, output = train("--data.source", source, *words, "--resume", steps=4)
     assert status == 0, output
-    assert "going on from step 2" in output
+    assert "continuing from step 2" in output
     status, output = train(str(Path(run, "config.toml")), "--resume", steps=6)
     assert status == 0, output
-    assert "going on from step 4" in output
+    assert "continuing from step 4" in output
 
 
 def test_a_run_in_the_folder_of_its_text_is_refused_before_it_is_written(folder, train):
     status, output = train("--data.source", ".", "--run_dir", str(folder))
     assert status == 2
-    assert "which is the folder of the text: give another one" in output
+    assert "which is the folder of the text; choose another one" in output
     assert [path.name for path in folder.iterdir()] == ["a.txt"]
 
 

@@ -30,7 +30,7 @@ def cudnn():
             {"cudnn": 0.002, "flash": 0.0015},
             "attention flash (forward and backward: cudnn 2.000 ms, flash 1.500 ms)",
         ),
-        ({}, "attention flash (cuDNN's does not fit)"),
+        ({}, "attention flash (cuDNN's cannot be used)"),
     ],
 )
 def test_training_on_cuda_takes_the_faster_attention_and_says_so(

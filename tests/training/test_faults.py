@@ -33,7 +33,7 @@ def test_a_full_disk_ends_the_run_in_a_sentence(place):
     assert sentence.startswith(f"a checkpoint of {place / 'faulty' / 'run'} cannot be written: ")
     assert "No space left on device" in sentence
     assert sentence.endswith(
-        "; those up to step-00000004 are whole, and --resume goes on from there"
+        "; those up to step-00000004 are complete, and --resume continues from there"
     )
 
 

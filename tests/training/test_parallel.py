@@ -156,7 +156,7 @@ def test_a_run_is_resumed_on_other_processes_than_it_began_on(made, folder, resu
         target.symlink_to(folder / made / name)
     (folder / f"{made}-on-one" / "metrics.jsonl").unlink()
     said = train(config, World())
-    assert "going on from step 3" in said
+    assert "continuing from step 3" in said
     assert checkpoints.find(config.run, "last").step == 6
     last = [r for r in records(folder / "single-1-full") if r["step"] > 3]
     assert [r["step"] for r in records(config.run)] == [r["step"] for r in last]
@@ -232,7 +232,9 @@ def test_auto_shares_out_the_state_where_it_fills_half_a_gpu(
 
 
 def test_processes_that_cannot_share_equally_are_told_what_would_do():
-    with pytest.raises(UsageError, match="128, 8 sequences, which 3 processes .* 144 would do"):
+    with pytest.raises(
+        UsageError, match="128, 8 sequences, which 3 processes .* 144 is the nearest"
+    ):
         sequences_a_step(128, 16, World(size=3))
     with pytest.raises(
         UsageError, match="shard_size is 2, and parallel.strategy ddp shares out not"

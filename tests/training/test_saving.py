@@ -128,7 +128,9 @@ def test_what_the_thread_meets_is_raised_at_the_next_step_and_names_what_is_whol
     monkeypatch.setattr(checkpoints, "save", full)
     saver.save(state(2), best=None)
     saver._thread.join()
-    with pytest.raises(UsageError, match="No space left on device.*up to step-00000001 are whole"):
+    with pytest.raises(
+        UsageError, match="No space left on device.*up to step-00000001 are complete"
+    ):
         saver.check()
     saver.check()  # once
     saver.save(state(3), best=None)

@@ -145,14 +145,14 @@ def test_a_crop_of_the_context_is_said_and_growth_is_refused(foreign, capsys):
     assert "context of 32 tokens is cropped to 16" in capsys.readouterr().out
     assert train(*words, "--run_dir", "b", "--model.context_length", "64",
                  "--training.batch_tokens", "256") == 2  # fmt: skip
-    assert "has learned 32 positions" in capsys.readouterr().err
+    assert "has only 32 positions" in capsys.readouterr().err
 
 
 def test_a_shape_that_init_does_not_take_is_said(foreign, capsys):
     words = ["--init", "G", "--data.source", "book.txt", "--training.max_steps", "1"]
     words += ["--training.batch_tokens", "128", "--evaluation.windows", "1"]
     assert train(*words, "--model.n_layer", "3") == 0
-    assert "model.n_layer is 3, and that of G stays: 1" in capsys.readouterr().out
+    assert "model.n_layer is 3, but G keeps its own: 1" in capsys.readouterr().out
 
 
 def test_a_context_of_0_needs_a_model_to_take_it_from(place, capsys):

@@ -129,7 +129,7 @@ def test_after_a_rank_was_killed_a_restart_goes_on_as_if_nothing_had_been(torchr
     when_at_step(whole, run, 20, job)
     os.kill(workers(job)[rank], signal.SIGKILL)
     out, _ = finish(job)
-    assert re.search(r"going on from step [12]\d", out)
+    assert re.search(r"continuing from step [12]\d", out)
     assert_same(whole, run, "whole")
 
 
@@ -140,7 +140,7 @@ def test_a_killed_rank_ends_the_job_in_seconds_and_its_error_is_told_once(place)
     os.kill(workers(job)[1], signal.SIGKILL)
     _, err = finish(job, status=1)
     assert time.monotonic() - killed < 10
-    assert err.count("process 0 of 2 has lost another one") == 1
+    assert err.count("process 0 of 2 has lost another process") == 1
     assert err.count("train.py: ") == 1
     assert "[rank0]: Traceback" not in err
     assert 19 <= checkpoints.find(place / "killed", "last").step < 60
@@ -207,7 +207,7 @@ def test_two_nodes_meet_and_train_as_one_and_again_after_one_has_lost_its_proces
     outputs = [finish(node)[0] for node in nodes]
     told = "".join(outputs)
     assert told.count("fsdp on 2 processes") == 2  # by one of them, at each start
-    assert re.search(r"going on from step [12]\d", told)
+    assert re.search(r"continuing from step [12]\d", told)
     for one, two in zip(metrics(place, "nodes"), metrics(place, "alone"), strict=True):
         assert one["step"] == two["step"]
         for key in {"loss", "validation_loss"} & two.keys():
