@@ -148,6 +148,13 @@ def test_an_impossible_value_is_refused_and_its_field_named(schema, values, fiel
         schema(**values)
 
 
+def test_a_pattern_may_be_longer_than_the_model():
+    model = ModelConfig(n_layer=1, window=8, sinks=2, window_pattern="GL").resolved()
+    assert (model.window_pattern, model.window, model.sinks) == ("G", 0, 0)
+    model = ModelConfig(n_layer=5, window=8, sinks=2, window_pattern="GL").resolved()
+    assert (model.window_pattern, model.window, model.sinks) == ("GLGLG", 8, 2)
+
+
 def test_batch_tokens_that_do_not_divide_are_refused_with_the_nearest_that_do():
     config = TrainConfig()
     training = dataclasses.replace(config.training, batch_tokens=40_000)
