@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal, get_origin
 
 import pytest
+import torch
 
 from gpt import config as configs
 from gpt.config import (
@@ -23,8 +24,20 @@ from gpt.config import (
     unescaped,
     with_present_names,
 )
+from gpt.model.gpt import GPT, parameter_count
 
-CONFIGS = sorted(Path(__file__).parent.parent.joinpath("configs").glob("*.toml"))
+CONFIGS = sorted(Path(__file__).parent.parent.joinpath("configs").rglob("*.toml"))
+TECHNIQUES = [path for path in CONFIGS if path.parent.name == "techniques"]
+GPT2 = {
+    "gpt2": 124_439_808, "gpt2_medium": 354_823_168, "gpt2_large": 774_030_080,
+    "gpt2_xl": 1_557_611_200,
+}  # fmt: skip
+"""Parameters, of the published weights."""
+GPT3 = {
+    "125m": 125e6, "350m": 350e6, "760m": 760e6, "1.3b": 1.3e9, "2.7b": 2.7e9, "6.7b": 6.7e9,
+    "13b": 13e9, "175b": 175e9,
+}  # fmt: skip
+"""Parameters, of table 2.1 of Brown et al. (2020): 350M is its number for 356 million."""
 
 
 def test_there_are_configurations():
@@ -35,6 +48,50 @@ def test_there_are_configurations():
 def test_every_configuration_of_the_project_parses(path):
     words = ["--init", "model"] if path.name == "finetune.toml" else []
     assert isinstance(parse(TrainConfig, [str(path), *words], prog="train.py"), TrainConfig)
+
+
+def model_of(path):
+    """The model of a configuration, on characters where the text decides the vocabulary."""
+    words = ["--init", "model"] if path.name == "finetune.toml" else []
+    model = parse(TrainConfig, [str(path), *words], prog="train.py").model
+    return dataclasses.replace(
+        model, vocab_size=model.vocab_size or 65, context_length=model.context_length or 8
+    )
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_every_configuration_of_the_project_builds(path):
+    with torch.device("meta"):
+        model = GPT(model_of(path))
+    assert model.parameter_count() == parameter_count(model.config)
+
+
+@pytest.mark.parametrize("size", [*GPT2, *GPT3])
+def test_a_published_model_has_the_published_number_of_parameters(size):
+    [path] = [path for path in CONFIGS if path.stem in (size, f"gpt3_{size}")][:1]
+    count = parameter_count(model_of(path))
+    assert count == GPT2.get(size) or count == pytest.approx(GPT3.get(size), rel=0.02)
+
+
+def test_gpt_3_alternates_dense_and_banded_layers():
+    paths = [path for path in CONFIGS if path.name.startswith("gpt3_")]
+    assert len(paths) == len(GPT3)
+    for path in paths:
+        model = model_of(path)
+        assert model.layer_pattern() == "GL" * (model.n_layer // 2)
+        assert model.context_length == 2048 > model.window
+
+
+@pytest.mark.parametrize("path", TECHNIQUES, ids=lambda p: p.name)
+def test_a_technique_changes_the_model_alone(path):
+    base, mine = (
+        parse(TrainConfig, [str(each)], prog="train.py")
+        for each in (path.with_name("gpt2.toml"), path)
+    )
+    assert (base.model == mine.model) == (path.name == "gpt2.toml")
+    precision = mine.training.precision  # float32 for experts
+    training = dataclasses.replace(base.training, precision=precision)
+    assert dataclasses.replace(base, model=mine.model, training=training) == mine
 
 
 def test_the_command_line_beats_the_toml_and_the_toml_beats_the_defaults(tmp_path):
@@ -146,6 +203,13 @@ def test_a_toml_that_cannot_be_read_is_named(text, said, tmp_path):
 def test_an_impossible_value_is_refused_and_its_field_named(schema, values, field):
     with pytest.raises(UsageError, match=field.replace(".", r"\.")):
         schema(**values)
+
+
+def test_a_pattern_may_be_longer_than_the_model():
+    model = ModelConfig(n_layer=1, window=8, sinks=2, window_pattern="GL").resolved()
+    assert (model.window_pattern, model.window, model.sinks) == ("G", 0, 0)
+    model = ModelConfig(n_layer=5, window=8, sinks=2, window_pattern="GL").resolved()
+    assert (model.window_pattern, model.window, model.sinks) == ("GLGLG", 8, 2)
 
 
 def test_batch_tokens_that_do_not_divide_are_refused_with_the_nearest_that_do():

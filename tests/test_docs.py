@@ -1,13 +1,17 @@
 """What the pages of docs/ say of the code, and what draws them, agree with the code."""
 
 import ast
+import dataclasses
 import importlib.util
 import json
 import re
 from pathlib import Path
+from typing import get_args
 from xml.etree import ElementTree
 
 import pytest
+
+from gpt.config import ModelConfig
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -91,3 +95,63 @@ def test_the_pictures_are_drawn_from_a_run_and_need_no_other_file(tmp_path):
             picture = (folder / f"{name}.svg").read_text(encoding="utf-8")
             assert words in "".join(ElementTree.fromstring(picture).itertext())
             assert "http" not in picture.replace("http://www.w3.org/2000/svg", "")
+
+
+@pytest.fixture
+def techniques(monkeypatch):
+    """The program that compares them."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("techniques")
+
+
+def test_each_technique_has_a_file_a_paragraph_and_code(techniques):
+    found = techniques.techniques()
+    assert [each.name for each in found] != sorted(each.name for each in found)
+    for each in found:
+        assert each.line > 0
+        assert each.paper
+        assert (each.switch == "") == (each.name == techniques.BASE)
+
+
+def test_the_page_of_techniques_names_every_switch_of_the_model():
+    page = (DOCS / "techniques.md").read_text(encoding="utf-8")
+    sizes = {"vocab_size", "context_length", "n_layer", "norm_eps"}
+    for field in dataclasses.fields(ModelConfig):
+        assert field.name in sizes or re.search(rf"`{field.name}\b", page), field.name
+    for field in ("position", "rotary_scaling", "norm", "norm_placement", "mlp", "activation",
+                  "initial", "copy", "moe_balance", "moe_score"):  # fmt: skip
+        for choice in get_args(ModelConfig.__dataclass_fields__[field].type):
+            assert choice == "none" or f'"{choice}"' in page, (field, choice)
+
+
+def test_the_table_of_techniques_has_the_lines_of_the_code(techniques):
+    page = (DOCS / "techniques.md").read_text(encoding="utf-8").partition(techniques.BEGIN)[2]
+    lines = {each.name: f"`{each.path}:{each.line}`" for each in techniques.techniques()}
+    for name, line in re.findall(r"^\| (\w+) \|.*\| (`gpt/[^`]*`) \|", page, re.MULTILINE):
+        assert line == lines[name], "run `python benchmarks/techniques.py --draw`"
+
+
+def test_techniques_that_were_measured_fill_the_page_and_a_picture(
+    techniques, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    pytest.importorskip("matplotlib", reason="the extra docs draws it", exc_type=ImportError)
+    page, picture = tmp_path / "page.md", tmp_path / "page.svg"
+    page.write_text((DOCS / "techniques.md").read_text(encoding="utf-8") + "\nThe end.\n")
+    monkeypatch.setattr(techniques, "PAGE", page)
+    monkeypatch.setattr(techniques, "PICTURE", picture)
+    seeds = {
+        seed: {"parameters": 9000, "loss": 2 + loss, "trains": 10.4, "decodes": 7.6}
+        for seed, loss in (("1", 0.1), ("2", 0.4))
+    }
+    runs = {name: {"made_of": [], "seeds": seeds} for name in ("multi_query", "gpt2")}
+    for _ in range(2):  # what was there before is replaced
+        techniques.write({"machine": "a machine", "runs": runs})
+    first, filled = page.read_text(encoding="utf-8").split(techniques.BEGIN)
+    assert first == (DOCS / "techniques.md").read_text(encoding="utf-8").split(techniques.BEGIN)[0]
+    rows = [line for line in filled.splitlines() if line.startswith("|")]
+    assert [row.split(" | ")[0] for row in rows[2:]] == ["| gpt2", "| multi_query"]
+    assert "| `n_kv_head = 1` | arXiv:1911.02150 |" in rows[3]
+    assert rows[3].endswith("| 9,000 | 2.250 ± 0.150 | 10 | 8 | 1,024 |")
+    assert filled.endswith("\nThe end.\n")
+    assert "multi query" in "".join(ElementTree.parse(picture).getroot().itertext())

@@ -19,7 +19,9 @@ from gpt.interop.export import export_huggingface
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-NAMES = ["training", "generation", "models", "evaluation", "performance", "architecture"]
+NAMES = [
+    "training", "generation", "models", "techniques", "evaluation", "performance", "architecture",
+]  # fmt: skip
 PAGES = {"README": README} | {
     name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in NAMES
 }
@@ -171,8 +173,14 @@ def test_the_python_runs(place, monkeypatch, capsys):
 def test_the_readme_is_short_and_leads_to_every_page():
     assert README.count("\n") <= 150
     for page in (ROOT / "docs").iterdir():
-        if page.suffix in (".md", ".ipynb", ".svg"):
+        if page.suffix in (".md", ".ipynb"):
             assert f"(docs/{page.name})" in README, page.name
+
+
+def test_each_picture_is_shown():
+    for picture in (ROOT / "docs").glob("*.svg"):
+        shown = f"(docs/{picture.name})" in README
+        assert shown or any(f"({picture.name})" in page for page in PAGES.values()), picture.name
 
 
 def test_the_links_lead_somewhere():

@@ -232,6 +232,8 @@ class ModelConfig:
         placed: Initial = "deepnorm" if self.norm_placement == "deepnorm" else "gpt2"
         turns = 4.0 if self.rotary_scaling == "llama3" else 32.0
         norm_bias = self.norm_weight and self.norm == "layernorm" and self.bias
+        pattern = self.layer_pattern()
+        is_local = "L" in pattern  # a pattern that is longer than the model may lose its L
         return dataclasses.replace(
             self,
             n_kv_head=self.n_kv_head or self.n_head,
@@ -245,7 +247,9 @@ class ModelConfig:
             or 0.1 * math.log(self.rotary_scaling_factor) + 1,
             norm_bias=_decided(self.norm_bias, norm_bias),
             qkv_bias=_decided(self.qkv_bias, self.bias),
-            window_pattern=self.layer_pattern(),
+            window=self.window if is_local else 0,
+            sinks=self.sinks if is_local else 0,
+            window_pattern=pattern,
             initial=placed if self.initial == "auto" else self.initial,
         )
 
