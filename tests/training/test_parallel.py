@@ -236,9 +236,7 @@ def test_processes_that_cannot_share_equally_are_told_what_would_do():
         UsageError, match="128, 8 sequences, which 3 processes .* 144 is the nearest"
     ):
         sequences_a_step(128, 16, World(size=3))
-    with pytest.raises(
-        UsageError, match="shard_size is 2, and parallel.strategy ddp shares out not"
-    ):
+    with pytest.raises(UsageError, match="shard_size is 2, and parallel.strategy is ddp, which"):
         ParallelConfig(strategy="ddp", shard_size=2)
     with pytest.raises(UsageError, match="shard_size is 3, and must divide .* \\(4\\)"):
         choose_strategy(
