@@ -24,7 +24,7 @@ from gpt.training.build import saves_shards
 from gpt.training.parallel import World, _meet, choose_strategy
 from gpt.training.setup import sequences_a_step
 from tests.conftest import LINES
-from tests.training.worker import FORMATS, MICRO, config_of, train
+from tests.training.worker import COMPOSITES, FORMATS, MICRO, config_of, train
 
 ROOT = Path(__file__).parent.parent.parent
 WORLDS = {1: ("single",), 2: ("ddp", "fsdp"), 4: ("ddp", "fsdp", "hybrid")}
@@ -77,6 +77,15 @@ def test_gradients_are_the_same_however_a_step_is_split(n, strategy, micro, kind
     assert max(difference(split, whole)) < 1e-6
     assert split["loss"].item() == pytest.approx(whole["loss"].item(), rel=1e-6)
     assert split["norm"].item() == pytest.approx(whole["norm"].item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", COMPOSITES)
+@pytest.mark.parametrize(("n", "strategy"), PLACES[1:])
+def test_gradients_of_composite_models_are_those_of_one_process(n, strategy, kind, results):
+    split, whole = results[n][strategy, kind], results[1]["single", kind]
+    assert max(difference(split, whole)) < 1e-5
+    assert split["loss"].item() == pytest.approx(whole["loss"].item(), rel=1e-6)
+    assert split["norm"].item() == pytest.approx(whole["norm"].item(), rel=1e-5)
 
 
 def test_masked_targets_change_the_gradients(results):  # or the test above says nothing of them

@@ -25,17 +25,35 @@ from tests.tiny import tiny_run
 
 MICRO = {1: (1, 2, 4, 8), 2: (1, 2, 4), 4: (1, 2)}
 """Micro-batches of up to a process's whole share of 8 windows."""
+COMPOSITES = {
+    "rotary": {
+        "position": "rotary", "norm": "rmsnorm", "mlp": "gated", "activation": "silu",
+        "n_kv_head": 1, "qk_norm": True, "bias": False, "tie_embeddings": False,
+        "window": 5, "window_pattern": "LG",
+    },
+    "sandwich": {
+        "position": "alibi", "norm_placement": "sandwich", "scale_embeddings": True,
+        "embedding_norm": True, "learned_sinks": True, "attention_softcap": 5.0,
+        "logit_softcap": 7.0, "window_pattern": "S", "sparse_block": 3,
+    },
+    "experts": {
+        "position": "xpos", "norm_placement": "deepnorm", "n_expert": 4, "n_expert_active": 2,
+        "moe_shared": 1, "moe_balance": "bias", "copy": "pointer",
+    },
+}  # fmt: skip
+"""Models of many techniques at once."""
 FORMATS = {"fsdp": ("full", "sharded"), "hybrid": ("full", "sharded")}
 
 
 def config_of(
-    folder: Path, run: str, *, strategy="auto", n_shards=0, training=(), **more
+    folder: Path, run: str, *, strategy="auto", n_shards=0, training=(), model=(), **more
 ) -> TrainConfig:
     config = tiny_run(
         folder,
         folder / "text.txt",
         data={"cache_dir": str(folder / "data")},
         training={"max_steps": 6, "micro_batch_size": 2} | dict(training),
+        model=dict(model),
         evaluation={"every": 3, "windows": 7, "sample_tokens": 0},
         checkpoint={"keep": 9},
         parallel={"strategy": strategy, "shard_size": n_shards},
@@ -61,7 +79,8 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 def gradients(config: TrainConfig, world: World) -> dict[str, torch.Tensor]:
     trainer = trainer_of(config, world)
     loss, norm, _ = trainer.gradients()
-    found = {name: whole(p.grad) for name, p in trainer.model.named_parameters()}
+    named = trainer.model.named_parameters()
+    found = {name: whole(p.grad) for name, p in named if p.requires_grad}
     return {"loss": torch.tensor(loss), "norm": torch.tensor(norm), **found}
 
 
@@ -98,6 +117,9 @@ def main(folder: Path) -> None:
                 results[name, "gradients", micro] = gradients(config, world)
                 with mock.patch("gpt.training.loop.Windows", Masked):
                     results[name, "masked", micro] = gradients(config, world)
+            for kind, model in COMPOSITES.items():
+                config = config_of(folder, "none", **options, model=model)
+                results[name, kind] = gradients(config, world)
             config = config_of(folder, "none", **options)
             results[name, "new"] = weights(trainer_of(config, world))
             for kind in ("selective", "full"):
