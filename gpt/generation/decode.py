@@ -243,13 +243,12 @@ class Decoder:
         ids = torch.tensor(padded, device=self.model.device)
         size = max(1, PREFILL // len(prompts))
         features = []
-        for at in range(0, max(ends), size):
-            chunk = ids[:, at : at + size]
-            n = chunk.shape[1]
-            valid = [min(max(0, end - at), n) for end in ends]
-            features.append(
-                self.model.features(chunk, cache=cache, valid=None if min(valid) == n else valid)
-            )
+        for at, chunk in zip(range(0, max(ends), size), ids.split(size, dim=1), strict=True):
+            valid = None
+            if self.model.config.window:  # in a ring, padding would overwrite a row's own tokens
+                valid = [min(max(0, end - at), chunk.shape[1]) for end in ends]
+            features.append(self.model.features(chunk, cache=cache, valid=valid))
+        cache.truncate([len(prompt) for prompt in prompts])
         assert self._cache is not None
         self._cache.add(cache, own)
         self._rows += arriving

@@ -161,6 +161,22 @@ def test_reading_prompts_in_chunks_does_not_change_the_tokens(prefill, tiny_mode
     assert max(read) <= max(prefill, 3)
 
 
+@pytest.mark.parametrize("window", [0, 5])
+def test_only_rings_need_the_numbers_of_valid_tokens(window, tiny_config, monkeypatch):
+    """Packed models read prompts with padding in the kernels only without these numbers."""
+    told = []
+    features = GPT.features
+
+    def recorded(self, tokens, *, valid=None, **options):
+        told.append(valid)
+        return features(self, tokens, valid=valid, **options)
+
+    monkeypatch.setattr(GPT, "features", recorded)
+    model = make_model(dataclasses.replace(tiny_config, window=window))
+    continued(model, [prompt_of(2), prompt_of(3)], greedy(1))
+    assert told == [[2, 3] if window else None]
+
+
 def test_tokens_chosen_ahead_come_several_at_a_time(tiny_model, monkeypatch):
     counts = []
     run = TokenLoop.run

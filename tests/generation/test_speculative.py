@@ -110,8 +110,8 @@ def test_samples_have_the_models_distribution(name, filters):
     own = SamplingConfig(temperature=2.0)  # the draft has other settings
     draft = {
         "look-up": PromptLookup(),
-        "near": DraftModel(near(model, 0.1), own),
-        "another model": DraftModel(model_of(5, vocab_size=4), own),
+        "near": DraftModel(near(model, 0.1), own, seed=0),
+        "another model": DraftModel(model_of(5, vocab_size=4), own, seed=0),
     }[name]
     prompt = [1, 2, 3, 1, 2]
     speculator = Speculator(model, config, draft, num_draft_tokens=2)
