@@ -31,12 +31,14 @@ def score_targets(model: GPT, features: Tensor, targets: Tensor) -> Tensor:
     over some positions at a time, so that a long text does not need all its logits in memory.
     """
     scores = []
-    weight = model.head.weight
-    features = features.to(weight.dtype)
+    weight, config = model.head.weight, model.config
+    is_plain = not config.logit_softcap and config.copy == "none"
+    features = features.to(weight.dtype) if is_plain else features
     for x, target in zip(
         features.split(POSITIONS_AT_ONCE), targets.split(POSITIONS_AT_ONCE), strict=True
     ):
-        logits = (weight @ x.T).float()  # V, N: faster on a CPU than N, V
+        # V, N: faster on a CPU than N, V
+        logits = (weight @ x.T).float() if is_plain else model.logits(x).float().T
         scores.append(logits.gather(0, target[None]).squeeze(0) - logits.logsumexp(dim=0))
     return torch.cat(scores)
 

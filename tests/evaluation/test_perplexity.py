@@ -133,6 +133,16 @@ def test_windows_may_be_shorter_than_the_context(stride, model):
         score_text(model, ByteTokenizer(), ids, context=17)
 
 
+@pytest.mark.parametrize("changes", [{"logit_softcap": 2.0}, {"copy": "pointer"}], ids=str)
+def test_the_score_is_of_the_logits_and_not_of_the_heads_matrix(changes, model):
+    other = make_model(dataclasses.replace(model.config, **changes))
+    ids = some_ids(17)
+    score = score_text(other, ByteTokenizer(), ids)
+    logprobs = other(torch.from_numpy(ids[None, :-1].astype(np.int64)))[0].log_softmax(-1)
+    expected = -logprobs[range(16), ids[1:].tolist()].sum().item()
+    assert score.losses.sum() == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("position", ["sinusoidal", "rotary", "alibi", "xpos", "none"])
 def test_windows_may_be_longer_than_the_context_where_positions_have_no_end(position, model):
     longer = make_model(dataclasses.replace(model.config, position=position))
