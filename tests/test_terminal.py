@@ -178,7 +178,7 @@ def test_beams_and_guesses_are_shown_as_texts(capsys, model):
 def test_a_draft_with_another_tokenizer_is_refused(capsys, model):
     other = gpt.interop.load.Loaded(model.model, gpt.data.tokenizer.ByteTokenizer())
     config = SampleConfig(model=str(RUN), num_draft_tokens=3, draft="other")
-    with pytest.raises(UsageError, match="draft model has another tokenizer"):
+    with pytest.raises(UsageError, match="the draft model's tokenizer differs"):
         Session(config, model, other).answer_once("JULIET")
 
 

@@ -132,11 +132,11 @@ class EvaluateConfig:
     """A JSONL file of multiple-choice questions: context, choices and answer (from 0) on each
     line."""
     context_length: int = number(0, at_least=0)
-    """Tokens in a window of the text, and the loss by position in the window as well; it may exceed
-    the model's context where positions have no end. 0: the model's context."""
+    """Length of a window of the text, in tokens; also reports the loss by position in the window.
+    It may exceed the model's context if its positions are not learned. 0: the model's context."""
     stride: int = number(0, at_least=0)
-    """Distance between windows of the text, in tokens; 0: half the context, or with context_length
-    all of it."""
+    """Distance between windows of the text, in tokens; 0: half the context, or context_length
+    if that is given."""
     paired: bool = False
     """Test whether the difference of two models on one text is more than noise."""
     json: bool = False
