@@ -48,7 +48,7 @@ def folder(run, step):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_what_is_loaded_is_what_was_saved(tied, tiny_config, tmp_path):
+def test_a_loaded_checkpoint_equals_the_saved_state(tied, tiny_config, tmp_path):
     model = make_model(dataclasses.replace(tiny_config, tie_embeddings=tied, n_kv_head=2))
     training = {"norm.bias/exp_avg": torch.arange(3), "norm.bias/step": torch.tensor(4.0)}
     progress = {"nested": [{"x": 0.1, "y": None}]}
@@ -66,7 +66,7 @@ def test_what_is_loaded_is_what_was_saved(tied, tiny_config, tmp_path):
     assert all(torch.equal(learned[name], training[name]) for name in training)
 
 
-def test_weights_are_loaded_in_the_dtype_that_is_asked_for(run, tiny_model):
+def test_weights_are_loaded_in_the_given_dtype(run, tiny_model):
     found = checkpoints.find(run)
     loaded = checkpoints.load_model(found, dtype=torch.bfloat16)
     for name, parameter in loaded.named_parameters():
@@ -99,9 +99,7 @@ def damage(path, how):
 
 @pytest.mark.parametrize("how", ["flipped bit", "truncated", "empty", "missing"])
 @pytest.mark.parametrize("file", ["model.safetensors", "training.safetensors", "meta.json"])
-def test_a_damaged_checkpoint_is_passed_over_for_the_newest_valid_one_and_it_is_said(
-    file, how, run
-):
+def test_a_damaged_checkpoint_is_reported_and_the_newest_valid_one_used(file, how, run):
     damage(folder(run, 30) / file, how)
     said = []
     assert checkpoints.find(run, "last", say=said.append).step == 20
@@ -116,7 +114,7 @@ def test_a_run_with_no_valid_checkpoint_is_refused(run):
         checkpoints.find(run)
 
 
-def test_a_checkpoint_that_is_named_itself_and_damaged_is_refused(run):
+def test_a_damaged_checkpoint_that_is_named_directly_is_refused(run):
     damage(folder(run, 20) / "model.safetensors", "flipped bit")
     with pytest.raises(UsageError, match=r"step-00000020 is damaged: model\.safetensors"):
         checkpoints.find(folder(run, 20))
@@ -151,13 +149,13 @@ def test_a_checkpoint_is_flushed_to_disk_before_it_has_its_name(tmp_path, tiny_m
     assert flushed[-1] == ("checkpoints", True)
 
 
-def test_a_temporary_folder_that_a_kill_left_is_no_checkpoint(run):
+def test_a_leftover_temporary_folder_is_no_checkpoint(run):
     shutil.copytree(folder(run, 30), run / "checkpoints" / ".step-00000040-abc")
     (run / "last").write_text("step-00000040\n")
     assert checkpoints.find(run, "last").step == 30
 
 
-def test_a_checkpoint_makes_the_runs_folder(tmp_path, tiny_model):
+def test_saving_creates_the_runs_folder(tmp_path, tiny_model):
     path = save(tmp_path / "a" / "run", 3, tiny_model)
     assert checkpoints.find(tmp_path / "a" / "run").path == path
 
@@ -184,7 +182,7 @@ def test_pruning_keeps_the_newest_and_the_best(run, tiny_model):
     assert left == ["step-00000020", "step-00000040", "step-00000050"]
 
 
-def test_pruning_keeps_the_multiples_that_are_asked_for(run, tiny_model):
+def test_pruning_keeps_the_configured_multiples(run, tiny_model):
     for step in (40, 45, 50):
         checkpoints.point(run, "last", save(run, step, tiny_model).name)
     assert checkpoints.prune(run, keep=1, keep_every=20) == []
@@ -281,7 +279,7 @@ def test_model_configurations_survive_the_meta_file():
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "training.safetensors", "meta.json"])
-def test_no_flipped_bit_and_no_cut_goes_unseen(file, run):
+def test_every_flipped_bit_and_every_cut_is_detected(file, run):
     path = folder(run, 30) / file
     whole = path.read_bytes()
     chance = random.Random(0)
@@ -294,7 +292,7 @@ def test_no_flipped_bit_and_no_cut_goes_unseen(file, run):
             found = checkpoints.verify(folder(run, 30))
         except UsageError:
             continue
-        assert file == "meta.json"  # whose white space may change
+        assert file == "meta.json"  # only its white space changed
         assert found.step == 30
         assert json.loads(raw) == meta
     for _ in range(20):
@@ -311,14 +309,14 @@ def test_a_broken_pointer_leads_to_the_newest_valid_one(content, pointer, run):
     assert "and the newest valid one is step-00000030" in said[-1]
 
 
-def test_last_is_the_newest_even_if_a_kill_came_before_it_was_named(run):
+def test_last_is_the_newest_even_if_the_pointer_is_older(run):
     (run / "last").write_text("step-00000010\n")
     said = []
     assert checkpoints.find(run, "last", say=said.append).step == 30
     assert said == []
 
 
-def test_what_is_being_deleted_loses_its_name_first(run, monkeypatch):
+def test_a_checkpoint_is_renamed_before_it_is_deleted(run, monkeypatch):
     def killed(path, **options):
         if path.exists():
             raise KeyboardInterrupt
@@ -365,7 +363,7 @@ def test_tensors_are_filled_by_name_and_the_others_are_not_read(tmp_path):
         tensors.load(tmp_path / "x")
 
 
-def test_what_cannot_be_read_and_may_be_whole_is_not_passed_over(run, monkeypatch):
+def test_an_unreadable_checkpoint_that_may_be_valid_is_not_passed_over(run, monkeypatch):
     newest = folder(run, 30) / "meta.json"
     whole = newest.read_text()
     newest.write_text(json.dumps(json.loads(whole) | {"format": 3}))
@@ -385,7 +383,7 @@ def test_what_cannot_be_read_and_may_be_whole_is_not_passed_over(run, monkeypatc
         checkpoints.find(run, "last")
 
 
-def test_nothing_that_was_set_aside_is_lost(run):
+def test_damaged_checkpoints_of_the_same_name_are_all_kept(run):
     for content in (b"first", b"second"):
         (folder(run, 30) / "model.safetensors").write_bytes(content)
         [place] = checkpoints.set_aside(run, newer_than=20)
@@ -394,7 +392,7 @@ def test_nothing_that_was_set_aside_is_lost(run):
     assert len(list((run / "checkpoints").glob("damaged-*"))) == 2
 
 
-def test_an_old_checkpoint_that_cannot_be_deleted_is_told_and_does_no_harm(run, monkeypatch):
+def test_an_old_checkpoint_that_cannot_be_deleted_is_only_reported(run, monkeypatch):
     def busy(path):
         raise OSError(errno.EBUSY, "Device or resource busy", str(path))
 
@@ -404,7 +402,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_told_and_does_no_harm(run, 
     assert folder(run, 10).exists()
 
 
-def test_a_configuration_of_a_giant_is_refused_before_it_is_built(run):
+def test_a_giant_configuration_is_refused_before_it_is_built(run):
     found = checkpoints.find(run)
     for sizes in ({"n_layer": 10**9}, {"vocab_size": 10**12}, {"n_inner": 2**60}):
         giant = dataclasses.replace(found, model=dataclasses.replace(found.model, **sizes))
@@ -426,7 +424,7 @@ def write_meta(path, **changes):
      {"model": {"n_layer": 0}}, {"files": ["x"]}, {"files": {"nul\0": "x"}}],
     ids=str,
 )  # fmt: skip
-def test_a_meta_file_with_nonsense_in_it_is_damaged(changes, run):
+def test_a_meta_file_with_invalid_fields_is_damaged(changes, run):
     write_meta(folder(run, 30), **changes)
     with pytest.raises(checkpoints.DamagedError, match=r"step-00000030 is damaged: "):
         checkpoints.verify(folder(run, 30))
@@ -434,7 +432,7 @@ def test_a_meta_file_with_nonsense_in_it_is_damaged(changes, run):
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"step": 1' + "0" * 5_000 + "}", "\xff", ""])
-def test_a_meta_file_that_is_no_json_is_damaged(text, run):
+def test_a_meta_file_that_is_not_json_is_damaged(text, run):
     (folder(run, 30) / "meta.json").write_text(text)
     assert checkpoints.find(run, "last").step == 20
 
@@ -473,7 +471,7 @@ def test_pruning_through_a_link_deletes_only_what_this_run_wrote(linked, run, ti
     assert {p.name for p in (run / "checkpoints").iterdir()} == before | {"step-00000033"}
 
 
-def test_a_step_of_another_run_is_set_aside_and_not_replaced(linked, run, tiny_config):
+def test_a_checkpoint_of_another_run_is_renamed_and_not_replaced(linked, run, tiny_config):
     theirs = checkpoints.load_model(checkpoints.verify(folder(run, 30)))
     save(linked, 30, make_model(tiny_config, seed=9))
     kept = folder(run, 30).with_name("replaced-step-00000030")

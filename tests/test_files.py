@@ -20,14 +20,14 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("text", BROKEN.values(), ids=list(BROKEN))
-def test_what_is_no_json_is_refused_in_a_sentence(text, tmp_path):
+def test_invalid_json_is_refused_in_one_sentence(text, tmp_path):
     path = tmp_path / "x.json"
     path.write_text(text)
     with pytest.raises(UsageError, match="the table .*x.json (is not|cannot be read)"):
         read_json(path, "the table")
 
 
-def test_what_is_json_is_read(tmp_path):
+def test_valid_json_is_read(tmp_path):
     path = tmp_path / "x.json"
     for value in ({"a": [1, 2.5, None, True]}, {"emoji": "\U0001f600"}, "\n"):
         path.write_text(json.dumps(value))
@@ -40,7 +40,7 @@ def test_a_byte_order_mark_is_dropped_and_line_ends_stay(tmp_path):
     assert read_text(path, "the prompt") == "one\r\ntwo"
 
 
-def test_what_is_no_text_is_refused(tmp_path):
+def test_a_file_that_is_not_text_is_refused(tmp_path):
     path = tmp_path / "x.txt"
     path.write_bytes(b"abc\xff")
     with pytest.raises(UsageError, match="is not UTF-8 text: .* at byte 3"):
@@ -48,7 +48,7 @@ def test_what_is_no_text_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["no/such/file", "nul\0inside", "x" * 5_000])
-def test_a_file_that_cannot_be_there_is_refused(name, tmp_path):
+def test_a_missing_file_or_an_impossible_path_is_refused(name, tmp_path):
     with pytest.raises(UsageError, match="the prompt .* cannot be read"):
         read_text(tmp_path / name, "the prompt")
 
@@ -108,7 +108,7 @@ def test_a_write_that_fails_leaves_the_old_text_and_nothing_else(tmp_path, monke
     assert (tmp_path / "x").read_text() == "old"
 
 
-def test_a_new_folder_is_there_whole_or_not_at_all(tmp_path):
+def test_a_new_folder_is_complete_or_absent(tmp_path):
     out = tmp_path / "deep" / "out"
 
     def fill(error):

@@ -8,7 +8,7 @@ from gpt.training.activations import checkpoint_activations
 
 
 def run(config, kind):
-    """Gradients, and how often the feed-forward layer and its first product were computed."""
+    """Gradients, and how often the feed-forward layer and its first product are computed."""
     torch.manual_seed(0)
     model = GPT(dataclasses.replace(config, dropout=0.2)).train()
     checkpoint_activations(model, kind)
@@ -38,7 +38,7 @@ def test_gradients_are_the_same_to_the_bit_with_dropout_too(kind, tiny_config):
     assert all(torch.equal(plain[name], again[name]) for name in plain)
 
 
-def test_full_computes_a_block_again_and_selective_no_linear_layer(tiny_config):
+def test_full_recomputes_a_block_and_selective_recomputes_no_linear_layer(tiny_config):
     _, once, products = run(tiny_config, "none")
     _, full_calls, full_products = run(tiny_config, "full")
     _, selective_calls, selective_products = run(tiny_config, "selective")
@@ -48,7 +48,7 @@ def test_full_computes_a_block_again_and_selective_no_linear_layer(tiny_config):
 
 
 @pytest.mark.parametrize("kind", ["selective", "full"])
-def test_without_gradients_nothing_is_kept_or_computed_again(kind, tiny_model, tiny_config):
+def test_without_gradients_nothing_is_kept_or_recomputed(kind, tiny_model, tiny_config):
     tokens = torch.arange(16)[None]
     expected = tiny_model(tokens)
     checkpoint_activations(tiny_model, kind)

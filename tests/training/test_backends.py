@@ -13,7 +13,7 @@ CUDA = torch.device("cuda")
 
 @pytest.fixture(autouse=True)
 def cudnn():
-    """Whether CUDA's attention may be cuDNN's; afterwards as it was."""
+    """Whether CUDA's attention may use cuDNN; restored afterwards."""
     before = torch.backends.cuda.cudnn_sdp_enabled()
     yield torch.backends.cuda.cudnn_sdp_enabled
     torch.backends.cuda.enable_cudnn_sdp(before)
@@ -33,7 +33,7 @@ def cudnn():
         ({}, "attention flash (cuDNN's cannot be used)"),
     ],
 )
-def test_training_on_cuda_takes_the_faster_attention_and_says_so(
+def test_training_on_cuda_uses_the_faster_attention_and_says_so(
     times, line, tiny_config, monkeypatch, cudnn
 ):
     monkeypatch.setattr(backends, "measure", lambda *args, **options: times)
@@ -44,7 +44,7 @@ def test_training_on_cuda_takes_the_faster_attention_and_says_so(
     assert cudnn() == line.startswith("attention cudnn")
 
 
-def test_elsewhere_nothing_is_measured_and_nothing_said(tiny_config, monkeypatch, cudnn):
+def test_on_other_devices_attention_is_not_measured(tiny_config, monkeypatch, cudnn):
     monkeypatch.setattr(backends, "measure", None)
     before, said = cudnn(), []
     options = {"rows": 4, "dtype": torch.bfloat16, "say": said.append}
@@ -68,7 +68,7 @@ def test_a_run_chooses_its_attention_before_it_compiles_the_blocks(monkeypatch, 
 
 
 def measured(config, monkeypatch, *, fits=True, wrong=0.0, fails=False):
-    """On the CPU, whose own kernel stands for all; cuDNN's has an error of ``wrong`` or fails."""
+    """On the CPU, with its own kernel for all; cuDNN's has an error of ``wrong``, or fails."""
     inside = []
 
     @contextlib.contextmanager
@@ -93,7 +93,7 @@ def measured(config, monkeypatch, *, fits=True, wrong=0.0, fails=False):
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-def test_both_kernels_are_timed_where_they_agree(grouped, tiny_config, monkeypatch):
+def test_both_kernels_are_timed_if_they_agree(grouped, tiny_config, monkeypatch):
     if grouped:
         tiny_config = type(tiny_config)(context_length=16, n_head=4, n_kv_head=2, n_embd=32)
     times = measured(tiny_config, monkeypatch)
@@ -101,10 +101,10 @@ def test_both_kernels_are_timed_where_they_agree(grouped, tiny_config, monkeypat
     assert all(seconds > 0 for seconds in times.values())
 
 
-def test_cudnns_attention_is_not_taken_where_it_is_wrong_or_has_no_kernel(tiny_config, monkeypatch):
+def test_cudnns_attention_is_not_used_if_it_is_wrong_or_has_no_kernel(tiny_config, monkeypatch):
     assert measured(tiny_config, monkeypatch, fits=False) == {}
     assert measured(tiny_config, monkeypatch, wrong=10.0) == {}
 
 
-def test_a_failing_cudnn_kernel_is_not_taken_and_does_not_end_the_run(tiny_config, monkeypatch):
+def test_a_failing_cudnn_kernel_is_not_used_and_does_not_end_the_run(tiny_config, monkeypatch):
     assert measured(tiny_config, monkeypatch, fails=True) == {}

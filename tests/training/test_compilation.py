@@ -33,7 +33,7 @@ def test_one_graph_serves_all_blocks(settings, tiny_config):
     torch.testing.assert_close(compiled, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
-def test_training_goes_on_where_a_kernel_cannot_be_built(monkeypatch, tiny_model):
+def test_training_continues_if_a_kernel_cannot_be_built(monkeypatch, tiny_model):
     def broken(what):
         raise subprocess.CalledProcessError(1, ["gcc", "main.c"])  # as Triton does
 

@@ -32,7 +32,7 @@ def test_a_constant_loss_is_drawn(tmp_path):
     assert "step 9" in drawn(tmp_path, [{"step": s, "loss": 2.0} for s in range(10)])
 
 
-def test_a_terminal_that_shows_ascii_alone_gets_a_curve_of_it(tmp_path):
+def test_a_terminal_without_unicode_gets_an_ascii_curve(tmp_path):
     records = [{"step": s, "loss": 4 - s / 50} for s in range(0, 101, 10)]
     picture = drawn(tmp_path, records, width=20, height=5, ascii_only=True)
     assert picture.isascii()

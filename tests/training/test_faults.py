@@ -1,4 +1,4 @@
-"""Disks that fail and runs that are killed; `make soak` does the same at length."""
+"""Failing disks and killed runs; `make soak` does the same for longer."""
 
 import re
 
@@ -18,10 +18,10 @@ def test_a_disk_that_fails_at_any_call_costs_no_checkpoint_and_changes_no_result
     told, *problems = runs.serve(place, "inject", {"stride": 6})
     assert problems == []
     assert int(told.split()[0]) > 40
-    assert int(re.search(r"(\d+) ended it in a sentence", told)[1]) > 20  # the faults were met
+    assert int(re.search(r"(\d+) ended it in a sentence", told)[1]) > 20  # the faults had an effect
 
 
-def test_a_sharded_checkpoint_is_whole_or_not_there_too(place):
+def test_a_sharded_checkpoint_is_complete_or_absent(place):
     told, *problems = runs.serve(place, "inject_sharded", {"stride": 2})
     assert problems == []
     assert int(told.split()[0]) > 15
@@ -37,7 +37,7 @@ def test_a_full_disk_ends_the_run_in_a_sentence(place):
     )
 
 
-def test_runs_that_are_killed_at_any_instant_end_as_the_uninterrupted_one(place):
+def test_runs_that_are_killed_at_any_time_give_the_uninterrupted_result(place):
     hits, whole, *killed = runs.serve(place, "kill", {"n_runs": 4, "kills": 3})
-    assert int(hits) >= 6  # of 12: the others came when the run was over
+    assert int(hits) >= 6  # of 12; the others came after the run had ended
     assert killed == [whole] * 4

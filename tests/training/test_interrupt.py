@@ -14,7 +14,7 @@ def default_sigint():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_is_a_request_that_says_which(number):
+def test_the_first_signal_is_a_request_with_its_number(number):
     with Interrupt() as interrupt:
         assert interrupt.signal is None
         os.kill(os.getpid(), number)
@@ -23,13 +23,13 @@ def test_the_first_signal_is_a_request_that_says_which(number):
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_the_second_acts_at_once():
+def test_a_second_signal_acts_at_once():
     with pytest.raises(KeyboardInterrupt), Interrupt():  # noqa: PT012
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_with_patience_a_signal_that_comes_twice_is_one(monkeypatch):
+def test_with_patience_two_signals_count_as_one(monkeypatch):
     clock = iter([100.0, 100.5, 101.2])
     monkeypatch.setattr("gpt.training.interrupt.time.monotonic", lambda: next(clock))
     with Interrupt(patience=1.0) as interrupt:

@@ -97,7 +97,7 @@ def test_training_learns(optimizer, config):
     assert result.best_loss < 2.7
 
 
-def test_a_run_leaves_the_folder_that_the_design_names(config):
+def test_a_run_writes_the_documented_files(config):
     result, output = run(config)
     assert (result.step, result.signal) == (12, None)
     assert {p.name for p in config.run.iterdir()} == {
@@ -110,7 +110,7 @@ def test_a_run_leaves_the_folder_that_the_design_names(config):
     assert "step 12: validation" in output
 
 
-def test_the_resolved_configuration_runs_again_as_it_stands(config):
+def test_the_resolved_configuration_can_be_run_again(config):
     run(config)
     again = parse(TrainConfig, [str(config.run / "config.toml")], prog="train.py")
     assert again.model.vocab_size == prepare(config.data, config.cache_dir).tokenizer.vocab_size
@@ -120,7 +120,7 @@ def test_the_resolved_configuration_runs_again_as_it_stands(config):
     assert_equal_weights(weights(again), first)
 
 
-def test_the_same_seed_gives_the_same_run_bit_for_bit_and_another_seed_another(config):
+def test_the_same_seed_gives_a_bit_identical_run_and_another_seed_does_not(config):
     run(config)
     same = elsewhere(config, "-same")
     run(same)
@@ -134,7 +134,7 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit_and_another_seed_another(c
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_resumed_run_is_the_uninterrupted_one(optimizer, config):
+def test_a_resumed_run_gives_the_uninterrupted_result(optimizer, config):
     config = change(config, "optimizer", name=optimizer, schedule="constant")
     whole = elsewhere(config, "-whole")
     run(whole)
@@ -166,7 +166,7 @@ def test_accumulation_changes_no_gradient(micro_batch_size, config):
         assert error < 1e-5, name
 
 
-def test_the_loss_that_is_reported_is_the_mean_over_the_steps_tokens(config):
+def test_the_reported_loss_is_the_mean_over_the_steps_tokens(config):
     trainer = trainer_of(change(config, "model", dropout=0.0))
     batch = trainer.source.batch(0, trainer.world)
     logits = trainer.model(batch.tokens).detach().double()
@@ -183,7 +183,7 @@ def test_smaller_precisions_train_with_float32_weights(precision, config):
     assert losses[-1] < losses[0] - 0.5
 
 
-def test_best_names_the_checkpoint_with_the_least_validation_loss(config):
+def test_best_names_the_checkpoint_with_the_lowest_validation_loss(config):
     config = change(config, "optimizer", learning_rate=0.3, schedule="constant")  # it gets worse
     config = change(config, "checkpoint", keep=1)
     result, _ = run(config)
@@ -194,14 +194,14 @@ def test_best_names_the_checkpoint_with_the_least_validation_loss(config):
     assert checkpoints.find(config.run, "last").step == 12
 
 
-def test_checkpoints_are_written_between_evaluations_when_asked_for(config):
+def test_checkpoint_every_writes_checkpoints_between_evaluations(config):
     config = change(config, "checkpoint", every=3, keep=9)
     run(config)
     names = sorted(p.name for p in (config.run / "checkpoints").iterdir())
     assert [int(name[5:]) for name in names] == [3, 4, 6, 8, 9, 12]
 
 
-def test_a_run_that_is_there_is_not_started_over(config):
+def test_an_existing_run_is_not_started_over(config):
     run(config)
     before = weights(config)
     with pytest.raises(UsageError, match=r"holds a run at step 12 already: --resume"):
@@ -230,7 +230,7 @@ def test_resuming_a_finished_run_does_nothing_to_it(config):
         ("data", {"tokenizer": "byte"}, "model.vocab_size"),
     ],
 )
-def test_what_does_not_fit_the_run_cannot_resume_it(group, values, said, config):
+def test_another_shape_or_tokenizer_cannot_resume_a_run(group, values, said, config):
     run(config)
     with pytest.raises(UsageError, match=said):
         run(dataclasses.replace(change(config, group, **values), resume=True))
@@ -244,7 +244,7 @@ def test_another_text_cannot_resume_a_run(config, text_file):
         run(dataclasses.replace(config, resume=True))
 
 
-def test_dropout_may_change_on_resuming(config):
+def test_dropout_may_change_when_a_run_is_resumed(config):
     run(config)
     more = change(change(config, "model", dropout=0.0), "training", max_steps=14)
     result, _ = run(dataclasses.replace(more, resume=True))
@@ -259,7 +259,7 @@ def default_sigint():
 
 
 @pytest.mark.usefixtures("default_sigint")
-def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(config, monkeypatch):
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_continue(config, monkeypatch):
     update = Trainer.update
 
     def interrupted(self):
@@ -299,7 +299,7 @@ def test_a_diverged_run_is_stopped_and_not_saved(config):
 
 
 @pytest.mark.parametrize("group", ["evaluation", "checkpoint"])
-def test_what_is_no_number_is_not_saved_even_when_it_is_not_logged(group, config):
+def test_a_diverged_run_is_not_saved_even_if_nothing_is_logged(group, config):
     run(change(config, "training", max_steps=4))
     good = weights(config)
     config = change(change(config, "log", every=1000), group, every=6)
@@ -317,9 +317,7 @@ def test_what_is_no_number_is_not_saved_even_when_it_is_not_logged(group, config
         ("training", {"batch_tokens": 256}, "training.batch_tokens was 128 and is 256"),
     ],
 )
-def test_what_would_make_another_run_is_refused_and_the_run_is_left_as_it_was(
-    group, values, said, config
-):
+def test_a_change_of_a_fixed_setting_is_refused_and_changes_no_file(group, values, said, config):
     run(config)
     before = (config.run / "config.toml").read_text()
     with pytest.raises(UsageError, match=said):
@@ -336,7 +334,7 @@ def test_another_text_of_the_same_characters_cannot_resume_a_run(config, text_fi
         run(dataclasses.replace(config, resume=True))
 
 
-def test_the_seeds_of_the_order_and_of_the_weights_are_the_configurations(config):
+def test_the_configured_seed_sets_the_order_and_the_weights(config):
     one, two = trainer_of(config), trainer_of(change(config, "training", seed=5))
     assert not torch.equal(one.model.embed.weight, two.model.embed.weight)
     assert one.source.order.step(0).tolist() != two.source.order.step(0).tolist()
@@ -355,7 +353,7 @@ def test_the_validation_loss_is_that_of_the_held_out_text(config):
 
 @pytest.mark.slow  # the compiler takes half a minute
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-def test_compiled_blocks_learn_what_plain_ones_do(config):
+def test_compiled_blocks_learn_the_same_as_plain_ones(config):
     config = change(config, "model", dropout=0.0)
     plain, compiled = elsewhere(config, "-plain"), change(config, "training", compile="on")
     run(plain)
@@ -372,7 +370,7 @@ def test_compiling_is_block_by_block_and_in_place(monkeypatch, tiny_model):
     assert compiled == list(tiny_model.blocks)
 
 
-def test_a_sample_goes_with_each_evaluation(config):
+def test_each_evaluation_shows_a_sample(config):
     modes = []
 
     def sample(model, tokenizer):
@@ -384,7 +382,7 @@ def test_a_sample_goes_with_each_evaluation(config):
     assert records(config)[-1]["sample"] == "a sample of char"
 
 
-def test_a_sample_that_cannot_be_made_is_told_before_training(config, monkeypatch):
+def test_an_impossible_sample_is_an_error_before_training(config, monkeypatch):
     def refuse(model, tokenizer):
         raise UsageError("no such prompt")
 
@@ -393,7 +391,7 @@ def test_a_sample_that_cannot_be_made_is_told_before_training(config, monkeypatc
         run(config, sample=refuse)
 
 
-def test_a_vocabulary_may_be_padded_and_not_cut(config):
+def test_a_vocabulary_can_be_padded_but_not_cut(config):
     run(change(config, "model", vocab_size=64))
     assert weights(config)["embed.weight"].shape == (64, 32)
     with pytest.raises(UsageError, match=r"model\.vocab_size is 5, and the char tokenizer"):
@@ -410,15 +408,15 @@ def test_a_large_vocabulary_is_padded_for_gpus(config, tmp_path):
     assert [padded(n) for n in (65, 257, 1023, 1024, 50257)] == [65, 257, 1023, 1024, 50304]
 
 
-def test_an_unpadded_run_is_resumed_unpadded(config, monkeypatch):
+def test_a_run_without_padding_is_resumed_without_padding(config, monkeypatch):
     run(change(config, "training", max_steps=4))
     monkeypatch.setattr(setup, "padded", lambda n: 1000)
     run(dataclasses.replace(config, resume=True))
     assert weights(config)["embed.weight"].shape[0] < 1000
 
 
-def test_a_run_of_torchs_muon_goes_on(tmp_path):
-    """Version 2 of the format, from before this project had a Muon of its own."""
+def test_a_run_of_torchs_muon_can_be_resumed(tmp_path):
+    """An early version of format 2, before this project had its own Muon."""
     old = tmp_path / "run"
     shutil.copytree(Path(__file__).parents[1] / "checkpoints" / "torch-muon", old)
     config = parse(TrainConfig, [str(old / "config.toml")], prog="train")
@@ -435,7 +433,7 @@ def test_a_run_of_torchs_muon_goes_on(tmp_path):
     assert result.best_loss < checkpoint.progress["best_loss"]
 
 
-def test_processes_on_unlike_machines_multiply_in_one_dtype(config, monkeypatch):
+def test_processes_on_different_machines_use_one_dtype(config, monkeypatch):
     trainer = trainer_of(change(config, "training", precision="auto"))
     monkeypatch.setattr(World, "largest", lambda self, number: 2)  # another one has float32 alone
     apart = trainer_of(
@@ -475,13 +473,13 @@ def test_the_trained_run_is_loaded_for_sampling(config):
     assert_equal_weights(dict(model.named_parameters()), weights(config))
 
 
-def test_an_untrained_models_loss_is_that_of_guessing(config):
+def test_an_untrained_models_loss_is_the_loss_of_guessing(config):
     trainer = trainer_of(config)
     loss = trainer.update().loss
     assert loss == pytest.approx(math.log(trainer.config.model.vocab_size), abs=0.1)
 
 
-def test_without_a_working_compiler_auto_goes_on_and_on_refuses(monkeypatch, tiny_model):
+def test_without_a_working_compiler_auto_continues_and_on_refuses(monkeypatch, tiny_model):
     def broken(*args, **kwargs):
         raise RuntimeError("no compiler\nin many lines")
 
@@ -498,14 +496,14 @@ def test_without_a_working_compiler_auto_goes_on_and_on_refuses(monkeypatch, tin
         compile_blocks(tiny_model, "on", device=cpu, say=said.append)
 
 
-def test_a_run_may_start_from_another_models_weights_and_tokenizer(config, tmp_path):
+def test_a_run_can_start_from_another_models_weights_and_tokenizer(config, tmp_path):
     run(change(config, "training", max_steps=60))
     start = change(elsewhere(config, "-on"), "model", n_layer=7, context_length=8, dropout=0.3)
     start = dataclasses.replace(start, init=config.run_dir)
     _, output = run(start)
     assert "2 layers" in output
     first = next(r["validation_loss"] for r in records(start))
-    assert first < 3.0  # not a new model's, which is that of guessing
+    assert first < 3.0  # less than a new model's, which guesses
     found = checkpoints.find(start.run, "last")
     assert (found.model.n_layer, found.model.context_length, found.model.dropout) == (2, 8, 0.3)
     assert (start.run / "tokenizer.json").read_text() == (config.run / "tokenizer.json").read_text()
@@ -515,7 +513,7 @@ def test_a_run_may_start_from_another_models_weights_and_tokenizer(config, tmp_p
     assert kept.shape == (8, 32)
 
 
-def test_a_run_may_start_from_hugging_faces_gpt2(config, tmp_path):
+def test_a_run_can_start_from_hugging_faces_gpt2(config, tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     theirs = GPT2LMHeadModel(GPT2Config(n_positions=32, n_layer=1, n_head=2, n_embd=16))
@@ -559,7 +557,7 @@ def test_float16s_gradients_are_unscaled_before_they_are_clipped(config):
     assert norms[1] == pytest.approx(norms[0], rel=0.05)
 
 
-def test_the_forward_runs_in_the_precision_that_is_asked_for(config):
+def test_the_forward_pass_uses_the_configured_precision(config):
     for precision in ("float32", "bfloat16", "float16"):
         trainer = trainer_of(change(config, "training", precision=precision))
         seen = []
@@ -570,7 +568,7 @@ def test_the_forward_runs_in_the_precision_that_is_asked_for(config):
         assert set(seen) == {getattr(torch, precision)}
 
 
-def test_the_best_loss_and_the_loss_scale_outlive_a_stop(config):
+def test_the_best_loss_and_the_loss_scale_are_resumed(config):
     config = change(config, "training", precision="float16")
     result, _ = run(config)
     found = checkpoints.find(config.run, "last")
@@ -582,7 +580,7 @@ def test_the_best_loss_and_the_loss_scale_outlive_a_stop(config):
     assert resumed.scaler.get_scale() == 1234.0
 
 
-def test_what_is_logged_is_the_mean_loss_and_the_speed_of_training_alone(config, monkeypatch):
+def test_a_record_has_the_mean_loss_and_the_speed_without_evaluations(config, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("gpt.training.loop.time.monotonic", lambda: clock[0])
     monkeypatch.setattr("gpt.training.loop.peak_flops", lambda device: 1e9)
@@ -609,7 +607,7 @@ def test_what_is_logged_is_the_mean_loss_and_the_speed_of_training_alone(config,
 
 
 def poison(monkeypatch, steps, *, parameter="blocks.1.mlp.down.weight", value=math.nan):
-    """Let a gradient be no number in these steps (from 1)."""
+    """Make a gradient NaN in these steps (from 1)."""
     accumulate = Trainer.accumulate
 
     def poisoned(self, batch, n_targets):
@@ -621,7 +619,7 @@ def poison(monkeypatch, steps, *, parameter="blocks.1.mlp.down.weight", value=ma
     monkeypatch.setattr(Trainer, "accumulate", poisoned)
 
 
-def test_a_gradient_that_is_no_number_stops_the_run_before_anything_is_changed_by_it(
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_changes_anything(
     config, monkeypatch
 ):
     poison(monkeypatch, {7})
@@ -644,7 +642,7 @@ def test_a_gradient_that_is_no_number_stops_the_run_before_anything_is_changed_b
     assert_equal_weights(weights(config), weights(whole))
 
 
-def test_updates_that_may_be_skipped_are_counted_and_change_nothing(config, monkeypatch):
+def test_skipped_updates_are_counted_and_change_nothing(config, monkeypatch):
     poison(monkeypatch, {3, 6, 7}, value=math.inf)
     config = change(change(config, "training", skip_nonfinite=3), "optimizer", name="muon")
     trainer = trainer_of(config)
@@ -665,7 +663,7 @@ def test_updates_that_may_be_skipped_are_counted_and_change_nothing(config, monk
         run(dataclasses.replace(longer, resume=True))
 
 
-def test_a_loss_that_is_no_number_is_in_no_mean(config, monkeypatch):
+def test_a_loss_that_is_not_finite_is_in_no_mean(config, monkeypatch):
     config = change(change(config, "training", skip_nonfinite=1), "log", every=4)
     accumulate = Trainer.accumulate
     losses = []
@@ -684,7 +682,7 @@ def test_a_loss_that_is_no_number_is_in_no_mean(config, monkeypatch):
     assert logged["loss"] == pytest.approx(sum(finite) / 3)
 
 
-def test_weights_that_are_no_numbers_are_not_saved(config, monkeypatch):
+def test_weights_that_are_not_finite_are_not_saved(config, monkeypatch):
     config = change(change(config, "checkpoint", every=2), "log", every=100)
     update = Trainer.update
 
@@ -701,7 +699,7 @@ def test_weights_that_are_no_numbers_are_not_saved(config, monkeypatch):
     assert checkpoints.find(config.run, "last").step == 4
 
 
-def test_a_scale_that_is_too_high_for_float16_is_lowered_and_stops_nothing(config):
+def test_a_loss_scale_that_is_too_high_is_lowered_and_training_continues(config):
     config = change(config, "training", precision="float16")
     trainer = trainer_of(config)
     trainer.update()
@@ -727,7 +725,7 @@ def test_a_scale_that_is_too_high_for_float16_is_lowered_and_stops_nothing(confi
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
-def test_a_scale_of_one_or_more_may_be_what_a_gradient_suffers_from(scale, config):
+def test_a_loss_scale_of_one_or_more_can_cause_a_nonfinite_gradient(scale, config):
     trainer = trainer_of(change(config, "training", precision="float16"))
     trainer.scaler.scale(torch.ones(()))
     trainer.scaler._scale.fill_(scale)
@@ -752,7 +750,7 @@ def test_masked_targets_do_not_count(config, monkeypatch):
     assert trainer.update()[0] == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_a_batch_with_nothing_to_learn_is_an_error_that_names_its_windows(config, monkeypatch):
+def test_a_batch_with_only_masked_targets_is_an_error_that_names_its_windows(config, monkeypatch):
     class Masked(Windows):
         def batch(self, windows):
             batch = super().batch(windows)
@@ -771,14 +769,14 @@ def test_a_second_run_on_one_folder_is_refused(config):
     run(config)
 
 
-def test_a_text_that_is_not_there_leaves_no_folder(config):
+def test_a_missing_text_leaves_no_folder(config):
     config = change(config, "data", source="no/such/text")
     with pytest.raises(UsageError, match="data.source is 'no/such/text'"):
         run(config)
     assert not config.run.exists()
 
 
-def test_what_was_changed_is_said_and_what_may_not_change_is_told_apart(config):
+def test_changed_settings_are_reported_and_fixed_ones_refused(config):
     run(change(config, "training", max_steps=4))
     more = change(change(config, "log", every=1), "optimizer", learning_rate=1e-3)
     _, output = run(dataclasses.replace(change(more, "training", max_steps=8), resume=True))
@@ -796,7 +794,7 @@ def test_what_was_changed_is_said_and_what_may_not_change_is_told_apart(config):
     )
 
 
-def test_the_fields_that_may_not_change_are_fields(config):
+def test_the_fixed_settings_exist(config):
     names = set(settings(config, prepare(config.data, config.cache_dir).train))
     assert set(FIXED) <= names
     for group, free in FIXED_GROUPS.items():
@@ -808,7 +806,7 @@ def test_the_fields_that_may_not_change_are_fields(config):
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"[x\xff")])
-def test_what_may_not_change_is_known_without_the_runs_configuration(damage, config):
+def test_fixed_settings_are_known_without_the_runs_configuration(damage, config):
     run(config)
     damage(config.run / "config.toml")
     other = change(change(config, "data", validation_fraction=0.3), "log", every=1)
@@ -820,7 +818,7 @@ def test_what_may_not_change_is_known_without_the_runs_configuration(damage, con
     assert "changed  log.every was 2 and is 1" in output
 
 
-def test_what_auto_has_come_to_is_said_where_it_changes(config):
+def test_a_changed_result_of_auto_is_reported_on_resuming(config):
     config = change(config, "training", precision="auto")
     run(config)
     found = checkpoints.find(config.run, "last")
@@ -833,13 +831,13 @@ def test_what_auto_has_come_to_is_said_where_it_changes(config):
     ]
 
 
-def test_a_checkpoint_has_what_auto_has_come_to(config):
+def test_a_checkpoint_stores_the_results_of_auto(config):
     run(config)
     place = {"device": "cpu", "precision": "float32", "processes": 1, "strategy": "single"}
     assert checkpoints.find(config.run, "last").progress["place"] == place
 
 
-def test_a_damaged_checkpoint_is_set_aside_and_takes_no_place(config):
+def test_a_damaged_checkpoint_is_renamed_and_does_not_count(config):
     config = change(config, "checkpoint", every=2, keep=2)
     run(config)
     newest = config.run / "checkpoints" / "step-00000012"
@@ -893,7 +891,7 @@ def test_the_metrics_are_json_after_an_overflow_too(config):
     assert checkpoints.find(config.run, "last").progress["overflows"] == counts[-1]
 
 
-def test_a_resumed_runs_first_record_is_of_the_steps_before_the_stop_too(config):
+def test_a_resumed_runs_first_record_includes_the_steps_before_the_stop(config):
     config = change(change(config, "log", every=5), "checkpoint", every=3, keep=9)
     whole = elsewhere(config, "-whole")
     run(whole)
@@ -909,7 +907,7 @@ def test_a_resumed_runs_first_record_is_of_the_steps_before_the_stop_too(config)
     ]
 
 
-def test_resuming_takes_the_newest_valid_checkpoint_whatever_last_names(config):
+def test_resuming_uses_the_newest_valid_checkpoint_whatever_last_names(config):
     run(change(config, "checkpoint", keep=9))
     (config.run / "last").write_text("step-00000004\n")
     before = (config.run / "metrics.jsonl").read_text()
@@ -919,7 +917,7 @@ def test_resuming_takes_the_newest_valid_checkpoint_whatever_last_names(config):
     assert (config.run / "metrics.jsonl").read_text() == before
 
 
-def test_dropout_is_that_of_the_step_whatever_came_before(config):
+def test_dropout_depends_only_on_the_step(config):
     one, two = trainer_of(config), trainer_of(config)
     torch.rand(100)
     losses = [one.update()[0]]
@@ -932,7 +930,7 @@ def test_dropout_is_that_of_the_step_whatever_came_before(config):
     assert other_rank.update()[0] != losses[0]  # the processes do not drop the same
 
 
-def test_a_run_tells_where_its_time_went(config):
+def test_a_run_reports_the_time_of_each_part(config):
     _, output = run(change(config, "log", profile=2))
     assert re.search(
         r"a step took [\d.]+ ms: data \d+%, forward \d+%, backward \d+%, optimizer \d+%", output
@@ -956,7 +954,7 @@ def test_the_groups_of_parameters_are_listed_at_the_start(config):
     assert "adamw    18 biases and norms (896 numbers), learning rate 0.003, decay 0" in output
 
 
-def test_a_forecast_is_told_of_all_that_is_left(config, monkeypatch):
+def test_a_forecast_includes_all_remaining_steps_and_evaluations(config, monkeypatch):
     made = []
 
     class Recorded(Forecast):
@@ -1012,7 +1010,7 @@ def test_a_batch_is_read_once(config, monkeypatch):
     assert read == [trainer.source.order.step(step).tolist() for step in range(4)]
 
 
-def test_a_resumed_run_that_cannot_save_names_what_it_began_with(config, monkeypatch):
+def test_a_resumed_run_that_cannot_save_names_its_last_checkpoint(config, monkeypatch):
     run(change(config, "training", max_steps=4))
 
     def full(*args, **options):
@@ -1023,7 +1021,7 @@ def test_a_resumed_run_that_cannot_save_names_what_it_began_with(config, monkeyp
         run(dataclasses.replace(config, resume=True))
 
 
-def test_tf32_is_on_when_it_is_asked_for(config):
+def test_tf32_is_on_if_it_is_configured(config):
     before = torch.get_float32_matmul_precision()
     trainer_of(change(config, "training", tf32=True))
     assert torch.get_float32_matmul_precision() == "high"
@@ -1032,8 +1030,8 @@ def test_tf32_is_on_when_it_is_asked_for(config):
     torch.set_float32_matmul_precision(before)
 
 
-def test_a_run_of_format_1_goes_on(config):
-    """Its optimizers had their state by the number of the parameter."""
+def test_a_run_of_format_1_can_be_resumed(config):
+    """Format 1 numbers the parameters in an optimizer's state."""
     config = change(config, "optimizer", name="muon")
     run(change(config, "training", max_steps=8))
     found = checkpoints.find(config.run, "last")
@@ -1056,7 +1054,7 @@ def test_a_run_of_format_1_goes_on(config):
 
 
 def as_format_1(path, training):
-    """Rewrite a checkpoint as the first format had it."""
+    """Rewrite a checkpoint in format 1."""
     (path / "training.safetensors").unlink()
     torch.save(training, path / "training.pt")
     meta = json.loads((path / "meta.json").read_text())
@@ -1067,7 +1065,7 @@ def as_format_1(path, training):
     (path / "meta.json").write_text(json.dumps(meta))
 
 
-def test_the_last_records_speed_is_that_of_its_own_steps(config, monkeypatch):
+def test_the_last_records_speed_is_for_its_own_steps(config, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("gpt.training.loop.time.monotonic", lambda: clock[0])
 
@@ -1081,7 +1079,7 @@ def test_the_last_records_speed_is_that_of_its_own_steps(config, monkeypatch):
     assert [r["tokens_per_second"] for r in records(config) if "loss" in r] == [64.0] * 3
 
 
-def test_a_best_checkpoint_that_is_gone_is_looked_for_anew(config):
+def test_a_missing_best_checkpoint_is_replaced_by_a_later_one(config):
     run(change(config, "checkpoint", keep=9))
     shutil.rmtree(config.run / "checkpoints" / "step-00000004")  # the best until the one
     for step in (8, 12):
@@ -1106,7 +1104,7 @@ def test_one_process_says_that_its_checkpoints_are_not_sharded(config):
     assert (checkpoints.find(config.run).path / "model.safetensors").exists()
 
 
-def test_a_width_that_was_left_open_may_be_named_on_resuming(config):
+def test_a_default_width_can_be_spelled_out_on_resuming(config):
     run(config)
     same = change(config, "model", n_kv_head=2, n_inner=128)
     _, output = run(dataclasses.replace(same, resume=True))
@@ -1115,7 +1113,7 @@ def test_a_width_that_was_left_open_may_be_named_on_resuming(config):
         run(dataclasses.replace(change(config, "model", n_inner=64), resume=True))
 
 
-def test_the_best_of_other_windows_is_not_held_against_new_ones(config):
+def test_the_best_loss_on_other_windows_does_not_count(config):
     run(config)
     found = checkpoints.find(config.run, "last")
     found.progress["best_loss"] = 0.0

@@ -17,7 +17,7 @@ def made(dtype=torch.float32):
 
 @pytest.mark.parametrize("rows", [1, 4, 21, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_loss_and_gradient_are_those_of_cross_entropy_whatever_the_chunks(rows, dtype, monkeypatch):
+def test_loss_and_gradient_equal_cross_entropy_for_every_chunk_size(rows, dtype, monkeypatch):
     monkeypatch.setitem(loss.CHUNK, "cpu", rows * 61)
     logits, targets = made(dtype)
     mine = summed_loss(logits * 1, targets)
@@ -31,7 +31,7 @@ def test_loss_and_gradient_are_those_of_cross_entropy_whatever_the_chunks(rows, 
     torch.testing.assert_close(gradient, expected)
 
 
-def test_a_batch_of_ignored_targets_alone_has_no_loss_and_no_gradient():
+def test_a_batch_with_only_ignored_targets_has_no_loss_and_no_gradient():
     logits, targets = made()
     total = summed_loss(logits * 1, torch.full_like(targets, IGNORED))
     total.backward()
@@ -40,7 +40,7 @@ def test_a_batch_of_ignored_targets_alone_has_no_loss_and_no_gradient():
 
 
 class Largest(TorchDispatchMode):
-    """The most elements of a tensor that an operation made anew."""
+    """The most elements in a tensor that an operation allocates."""
 
     def __init__(self):
         super().__init__()
@@ -55,7 +55,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_no_second_tensor_of_all_logits_is_made(monkeypatch):
+def test_the_loss_makes_no_second_tensor_of_all_logits(monkeypatch):
     monkeypatch.setitem(loss.CHUNK, "cpu", 4 * 61)
     logits, targets = made(torch.bfloat16)
     output = logits.detach().requires_grad_()
@@ -64,7 +64,7 @@ def test_no_second_tensor_of_all_logits_is_made(monkeypatch):
     assert 0 < largest.elements <= 4 * 61
 
 
-def test_logits_that_another_backward_pass_needs_are_not_overwritten_in_silence():
+def test_overwriting_logits_that_another_backward_pass_needs_is_an_error():
     logits, targets = made()
     capped = torch.tanh(logits)  # whose derivative is computed from its output
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

@@ -28,7 +28,7 @@ def reporter_on(run, *, terminal=False, first_step=0, **log):
     return reporter, console.file
 
 
-def test_plain_output_has_a_line_a_record(tmp_path):
+def test_plain_output_has_one_line_for_each_record(tmp_path):
     reporter, output = reporter_on(tmp_path)
     with reporter:
         reporter.step(record(10))
@@ -45,7 +45,7 @@ def test_plain_output_has_a_line_a_record(tmp_path):
     assert "\x1b" not in output.getvalue()
 
 
-def test_a_sample_is_shown_as_it_is_with_each_line_on_one(tmp_path):
+def test_a_sample_is_shown_unchanged_line_by_line(tmp_path):
     reporter, output = reporter_on(tmp_path)
     long = "[b]word :cat: " * 30
     with reporter:
@@ -65,7 +65,7 @@ def test_on_a_terminal_there_is_a_bar_with_the_same_figures(tmp_path):
     assert "━" in output.getvalue()
 
 
-def test_metrics_are_one_json_object_a_line(tmp_path):
+def test_metrics_have_one_json_object_on_each_line(tmp_path):
     reporter, _ = reporter_on(tmp_path)
     with reporter:
         reporter.step(record(10))
@@ -119,7 +119,7 @@ def test_the_bar_and_its_figures_fit_80_columns(tmp_path):
     assert "12,346 tok/s 0:00:00<0:00:0" in output.getvalue()
 
 
-def test_wandb_without_a_login_is_told_in_a_sentence(tmp_path, monkeypatch):
+def test_wandb_without_a_login_is_a_one_line_error(tmp_path, monkeypatch):
     import wandb
 
     def refuse(**options):
@@ -130,7 +130,7 @@ def test_wandb_without_a_login_is_told_in_a_sentence(tmp_path, monkeypatch):
         reporter_on(tmp_path, wandb="online")
 
 
-def test_a_run_that_starts_again_has_its_step_0_once(tmp_path):
+def test_a_restarted_run_has_step_0_once(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0, "validation_loss": 4.0}\n')
     reporter, _ = reporter_on(tmp_path)
@@ -186,7 +186,7 @@ def test_two_real_offline_runs_have_one_id(tmp_path):
     assert all((path / f"run-{run_id}.wandb").exists() for path in started)
 
 
-def test_a_damaged_line_of_the_metrics_is_dropped(tmp_path):
+def test_a_damaged_line_in_the_metrics_is_deleted(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 10}\n{"st\xffep": 15}\nnull\n{"step": 20}\n{"step": 30}\n')
     assert {kind[0] for kind in drop_later_records(path, 20)} == {10, 20, 30}
@@ -211,6 +211,6 @@ def test_a_skipped_update_is_a_record_and_a_line(tmp_path):
     assert "step 1,234: the loss is nan" in output.getvalue()
 
 
-def test_the_silent_reporter_has_all_that_a_reporter_has():
+def test_the_silent_reporter_has_all_methods_of_a_reporter():
     public = {name for name in vars(Reporter) if not name.startswith("_")}
     assert public == {name for name in vars(Silent) if not name.startswith("_")}

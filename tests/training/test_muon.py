@@ -12,7 +12,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 def matrices_of(n, shape, *, seed=0):
-    """Matrices whose singular values are from 1 down to 1/100."""
+    """Matrices with singular values from 1 down to 1/100."""
     generator = torch.Generator().manual_seed(seed)
     u, _, v = torch.linalg.svd(torch.randn(n, *shape, generator=generator), full_matrices=False)
     return u @ torch.diag(torch.logspace(0, -2, min(shape))) @ v
@@ -37,7 +37,7 @@ def test_the_coefficients_bring_every_value_above_a_hundredth_near_one():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES[:-1], ids=str)
-def test_the_iteration_is_that_of_its_formula_in_float64(shape, dtype):
+def test_the_iteration_equals_its_formula_in_float64(shape, dtype):
     matrices = matrices_of(2, shape)
     for matrix, made in zip(matrices.double(), orthogonalise(matrices.to(dtype)), strict=True):
         x = matrix / (matrix.norm() * muon.SAFETY)
@@ -54,7 +54,7 @@ def test_a_gradient_of_zeros_moves_nothing(shape, dtype):
 
 
 class Products(TorchDispatchMode):
-    """Counts matrix products, and the numbers of the largest result."""
+    """Counts matrix products, and the numbers in the largest result."""
 
     def __init__(self):
         super().__init__()
@@ -83,7 +83,7 @@ def test_matrices_of_one_shape_share_their_products(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(96, 24), (24, 96)])
-def test_products_are_of_the_shorter_side(shape, dtype):
+def test_products_use_the_shorter_side(shape, dtype):
     parameter = torch.nn.Parameter(torch.randn(shape))
     parameter.grad = torch.randn(shape)
     with Products() as counted:
@@ -108,7 +108,7 @@ def trained(optimizer_of, *, steps=4):
     return parameters, optimizer
 
 
-def test_momentum_decay_and_rates_are_those_of_torchs_muon(monkeypatch):
+def test_momentum_decay_and_rates_equal_torchs_muon(monkeypatch):
     monkeypatch.setattr(muon, "orthogonalise", lambda matrices: matrices)
     monkeypatch.setattr(
         "torch.optim._muon._zeropower_via_newtonschulz", lambda gradient, *rest: gradient

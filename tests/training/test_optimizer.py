@@ -46,7 +46,7 @@ def test_muon_takes_the_blocks_matrices_and_adamw_the_rest(tiny_model):
     }
 
 
-def test_the_matrix_of_the_head_is_an_embedding_and_not_muons(tiny_config):
+def test_the_heads_matrix_is_an_embedding_and_not_for_muon(tiny_config):
     untied = make_model(dataclasses.replace(tiny_config, tie_embeddings=False))
     assert roles(untied)["head.weight"] == roles(untied)["embed.weight"] == "embedding"
     assert roles(untied)["blocks.0.mlp.up.weight"] == "hidden matrix"
@@ -78,7 +78,7 @@ def test_there_is_no_optimizer_without_parameters(role, kind, tiny_model):
     assert isinstance(only, kind)
 
 
-def test_adamw_is_fused_and_has_the_betas_that_are_asked_for(tiny_model):
+def test_adamw_is_fused_and_has_the_configured_betas(tiny_model):
     [adamw] = make_optimizers(tiny_model, OptimizerConfig(beta1=0.8, beta2=0.97))
     assert all(group["fused"] for group in adamw.param_groups)
     assert {group["betas"] for group in adamw.param_groups} == {(0.8, 0.97)}

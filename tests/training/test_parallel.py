@@ -1,4 +1,4 @@
-"""One result on any number of processes: gloo on the CPU, two and four of them."""
+"""The same result on any number of processes: two and four, with gloo on the CPU."""
 
 import dataclasses
 import datetime
@@ -34,7 +34,7 @@ RUNS = [(n, s, f) for n, s in PLACES[1:] for f in FORMATS.get(s, ("full",))]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where worker.py has been on one, two and four processes."""
+    """A folder with the results of worker.py on one, two and four processes."""
     place = tmp_path_factory.mktemp("parallel")
     (place / "text.txt").write_text("".join(LINES[i % 3] for i in range(160)))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -58,7 +58,7 @@ def results(folder):
 
 
 def difference(one, two):
-    """Of two models' gradients, relative, and that of their worst parameter."""
+    """The relative difference of all gradients together, and of the worst parameter."""
     names = [name for name in two if name not in ("loss", "norm")]
     assert one.keys() == two.keys()
     apart = [(one[n].double() - two[n].double()).norm() for n in names]
@@ -102,7 +102,7 @@ def test_activation_checkpointing_changes_no_bit(n, strategy, kind, results):
 
 
 @pytest.mark.parametrize(("n", "strategy"), PLACES)
-def test_new_weights_are_the_same_to_the_bit_also_made_part_by_part(n, strategy, results):
+def test_new_weights_are_bit_identical_when_made_part_by_part(n, strategy, results):
     plain = results[1]["single", "new"]
     assert all(torch.equal(plain[name], v) for name, v in results[n][strategy, "new"].items())
 
@@ -111,7 +111,9 @@ def test_new_weights_are_the_same_to_the_bit_also_made_part_by_part(n, strategy,
     ("kind", "tolerance"), [("bfloat16", 1e-3), ("float16", 1e-3), ("muon", 1e-3)]
 )
 @pytest.mark.parametrize(("n", "strategy"), PLACES)
-def test_rounded_training_is_the_same_to_its_rounding(n, strategy, kind, tolerance, results):
+def test_training_in_low_precision_is_the_same_within_rounding(
+    n, strategy, kind, tolerance, results
+):
     one = results[1]["single", kind]
     assert one[0] - one[-1] > 0.05  # it learns
     assert results[n][strategy, kind].tolist() == pytest.approx(one.tolist(), abs=tolerance)
@@ -141,7 +143,7 @@ def test_a_run_has_the_metrics_and_the_weights_of_one_process(n, strategy, kind,
     assert_same_records(run, folder / "single-1-full")
     model, expected = gpt.load(run).model, gpt.load(folder / "single-1-full").model
     for name, parameter in expected.named_parameters():
-        # the gradient of a key's bias is 0 but for rounding, which Adam makes a step of
+        # a key's bias has a gradient of 0 except for rounding, from which Adam makes a step
         torch.testing.assert_close(model.get_parameter(name), parameter, rtol=1e-5, atol=2e-5)
     said = results[n][strategy, kind, "said"]
     assert f"{'fsdp' if strategy == 'hybrid' else strategy} on {n} processes" in said
@@ -152,7 +154,7 @@ def test_a_run_has_the_metrics_and_the_weights_of_one_process(n, strategy, kind,
 @pytest.mark.parametrize(
     "made", ["single-1-full", "fsdp-2-full", "fsdp-2-sharded", "hybrid-4-sharded"]
 )
-def test_a_run_is_resumed_on_other_processes_than_it_began_on(made, folder, results):
+def test_a_run_can_be_resumed_on_another_number_of_processes(made, folder, results):
     resumed = [path for path in folder.glob(f"{made}-on-*") if path.is_dir()]
     assert resumed or made == "hybrid-4-sharded"  # by one process, below
     for run in resumed:
@@ -174,7 +176,7 @@ def test_a_run_is_resumed_on_other_processes_than_it_began_on(made, folder, resu
             assert one[key] == pytest.approx(two[key], rel=1e-6)
 
 
-def test_one_process_makes_the_sample_also_of_weights_that_are_shared_out(results):
+def test_one_process_writes_the_sample_even_if_weights_are_sharded(results):
     assert results[1]["single", "full", "samples"] == 3
     for n, strategy in PLACES[1:]:
         assert results[n][strategy, "full", "samples"] == 3
@@ -207,7 +209,7 @@ def test_a_damaged_shard_is_passed_over(damaged, folder, tmp_path):
     assert f"damaged: {damaged}/{shard.name}" in said[0]
 
 
-def test_the_largest_number_is_known_to_all(results):
+def test_all_processes_get_the_largest_number(results):
     assert [results[n]["largest"] for n in WORLDS] == [0, 1, 3]
 
 
@@ -224,9 +226,7 @@ def test_the_largest_number_is_known_to_all(results):
         (8, "cuda", 80e9, "shard_size", "fsdp"),
     ],
 )
-def test_auto_shares_out_the_state_where_it_fills_half_a_gpu(
-    n, device, memory, wanted, chosen, monkeypatch
-):
+def test_auto_shards_a_state_that_fills_half_a_gpu(n, device, memory, wanted, chosen, monkeypatch):
     class Properties:
         total_memory = memory
 
@@ -240,7 +240,7 @@ def test_auto_shares_out_the_state_where_it_fills_half_a_gpu(
     )
 
 
-def test_processes_that_cannot_share_equally_are_told_what_would_do():
+def test_an_unequal_division_is_an_error_that_says_what_fits():
     with pytest.raises(
         UsageError, match="128, 8 sequences, which 3 processes .* 144 is the nearest"
     ):
@@ -253,13 +253,13 @@ def test_processes_that_cannot_share_equally_are_told_what_would_do():
         )
 
 
-def test_every_window_is_some_process_share_once():
+def test_each_window_belongs_to_one_process():
     windows = np.arange(24)
     shares = [World(rank=rank, size=4).split(windows) for rank in range(4)]
     assert np.concatenate(shares).tolist() == windows.tolist()
 
 
-def test_full_checkpoints_are_kept_where_the_host_can_hold_the_state(monkeypatch):
+def test_checkpoints_are_full_if_the_host_can_hold_the_state(monkeypatch):
     model, checkpoint = ModelConfig(), CheckpointConfig()
     assert parameter_count(model) == 124_439_808  # 2 GB of state
     for memory, shards in ((10e9, False), (3e9, True)):
@@ -273,7 +273,7 @@ def test_processes_wait_for_each_other_for_days(n, results):
     assert results[n]["patience"] >= datetime.timedelta(days=1)
 
 
-def test_a_restarted_job_knows_its_own_runs_alone():
+def test_a_restarted_job_knows_only_its_own_runs():
     store = torch.distributed.HashStore()
     first = World(store=torch.distributed.PrefixStore("a", store), job=store)
     assert not first.remembers("runs/x")
@@ -284,8 +284,8 @@ def test_a_restarted_job_knows_its_own_runs_alone():
     assert not World().remembers("runs/x")
 
 
-def test_the_processes_of_one_start_find_each_other_whatever_earlier_ones_have_left():
-    """Three starts on one store, the second of which was killed while it met."""
+def test_the_processes_of_one_start_find_each_other_despite_earlier_starts():
+    """Three starts on one store; the second one is killed during its meeting."""
     job = torch.distributed.HashStore()
 
     def meet(n):
@@ -300,7 +300,7 @@ def test_the_processes_of_one_start_find_each_other_whatever_earlier_ones_have_l
         job.set("meeting", "called by one that was killed then")
 
 
-def test_what_only_main_knows_is_shared_and_so_is_its_mistake():
+def test_results_and_errors_of_the_main_process_are_broadcast():
     store = torch.distributed.HashStore()
     worlds = [World(rank, 2, store=store) for rank in range(2)]
     with ThreadPoolExecutor(2) as pool:
@@ -325,5 +325,5 @@ class GoneStore:
         raise torch.distributed.DistNetworkError("Failed to recv")
 
 
-def test_a_survivor_of_the_stores_keeper_tells_what_happened_itself():
+def test_a_process_that_outlives_the_store_reports_the_error_itself():
     assert World(1, 2, store=GoneStore()).fails_first()

@@ -1,4 +1,4 @@
-"""Checkpoints that a thread writes while training goes on."""
+"""Checkpoints that a thread writes during training."""
 
 import threading
 
@@ -28,7 +28,7 @@ def state(tiny_model):
 
 
 class Gate:
-    """A disk that takes nothing before it is opened."""
+    """A disk that blocks until it is opened."""
 
     def __init__(self, monkeypatch):
         self.open, self.at_work, self.most = threading.Event(), 0, 0
@@ -46,7 +46,7 @@ class Gate:
 
 
 class Together(World):
-    """A world that tells when it waits for the others."""
+    """A world that records when it waits for the others."""
 
     def __init__(self, log):
         super().__init__()
@@ -56,7 +56,7 @@ class Together(World):
         self.log.append("all are here")
 
 
-def test_processes_meet_once_each_has_written_and_before_they_copy(state, tmp_path, monkeypatch):
+def test_processes_wait_for_each_other_before_they_copy(state, tmp_path, monkeypatch):
     log = []
     for name in ("_join", "_copy", "check"):
         method = getattr(Saver, name)
@@ -73,14 +73,14 @@ def test_processes_meet_once_each_has_written_and_before_they_copy(state, tmp_pa
     assert log == ["_join", "all are here", "check"]
 
 
-def test_a_checkpoint_has_the_weights_of_its_step_whatever_comes_after(
+def test_a_checkpoint_has_the_weights_of_its_step_despite_later_steps(
     state, tiny_model, tmp_path, monkeypatch
 ):
     gate = Gate(monkeypatch)
     before = tiny_model.embed.weight.detach().clone()
     with Saver(tmp_path, CheckpointConfig(), World()) as saver:
         saver.save(state(1), best=None)
-        assert not (tmp_path / "last").exists()  # training goes on at once
+        assert not (tmp_path / "last").exists()  # training continues at once
         with torch.no_grad():
             tiny_model.embed.weight.zero_()
         gate.open.set()
@@ -105,10 +105,10 @@ def test_at_most_one_checkpoint_is_being_written(state, tmp_path, monkeypatch):
         saver.save(state(3), best=None)
     assert gate.most == 1
     assert len(list((tmp_path / "checkpoints").iterdir())) == 3
-    assert saver.stalls[0] < saver.stalls[1]  # which had to wait, and is told
+    assert saver.stalls[0] < saver.stalls[1]  # the second one waited
 
 
-def test_each_copy_takes_the_same_memory(state, tmp_path):
+def test_all_copies_use_the_same_memory(state, tmp_path):
     with Saver(tmp_path, CheckpointConfig(), World()) as saver:
         saver.save(state(1), best=None)
         places = {name: copy.data_ptr() for name, copy in saver._copies.items()}
@@ -116,7 +116,7 @@ def test_each_copy_takes_the_same_memory(state, tmp_path):
         assert places == {name: copy.data_ptr() for name, copy in saver._copies.items()}
 
 
-def test_what_the_thread_meets_is_raised_at_the_next_step_and_names_what_is_whole(
+def test_an_error_in_the_thread_is_raised_at_the_next_step_with_the_last_complete_checkpoint(
     state, tmp_path, monkeypatch
 ):
     with Saver(tmp_path, CheckpointConfig(), World()) as saver:
@@ -144,12 +144,12 @@ def test_a_second_ctrl_c_does_not_wait_for_the_disk(state, tmp_path, monkeypatch
         saver.save(state(1), best=None)
         raise KeyboardInterrupt
     assert saver._thread.is_alive()
-    assert saver._thread.daemon  # nor does the end of the process
+    assert saver._thread.daemon  # the end of the process does not wait either
     gate.open.set()
     saver._thread.join()
 
 
-def test_what_is_recorded_is_on_the_disk_before_a_checkpoint_has_its_name(state, tmp_path):
+def test_records_are_on_the_disk_before_a_checkpoint_has_its_name(state, tmp_path):
     seen = []
 
     def flush():
@@ -161,7 +161,7 @@ def test_what_is_recorded_is_on_the_disk_before_a_checkpoint_has_its_name(state,
     assert seen == [[], ["step-00000001"]]
 
 
-def test_the_last_ones_each_mth_and_the_best_stay(state, tmp_path):
+def test_the_newest_each_mth_and_the_best_checkpoint_stay(state, tmp_path):
     config = CheckpointConfig(keep=2, keep_every=4)
     with Saver(tmp_path, config, World()) as saver:
         for step in range(1, 11):

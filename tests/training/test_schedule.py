@@ -10,7 +10,7 @@ def factors(schedule, steps=range(101), **options):
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant", "wsd"])
-def test_every_schedule_warms_up_in_a_line_and_never_trains_at_0(schedule):
+def test_every_schedule_warms_up_linearly_and_never_trains_at_0(schedule):
     assert factors(schedule, range(11)) == pytest.approx([(s + 1) / 11 for s in range(11)])
 
 
@@ -23,11 +23,11 @@ def test_cosine_falls_from_the_warmup_to_the_floor():
     assert values[10] - values[20] < values[50] - values[60]  # flat at first
 
 
-def test_constant_stays():
+def test_constant_stays_at_the_highest_rate():
     assert set(factors("constant")[10:]) == {1}
 
 
-def test_wsd_holds_and_then_falls_in_a_line_to_the_floor():
+def test_wsd_holds_and_then_falls_linearly_to_the_floor():
     values = factors("wsd", decay_fraction=0.2)
     assert set(values[10:81]) == {1}
     assert values[90] == pytest.approx(0.55)
@@ -35,7 +35,7 @@ def test_wsd_holds_and_then_falls_in_a_line_to_the_floor():
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant", "wsd"])
-def test_past_max_steps_the_rate_stays_where_it_ended(schedule):
+def test_the_rate_is_constant_after_max_steps(schedule):
     assert factors(schedule, [100, 101, 1000]) == [factors(schedule, [100])[0]] * 3
 
 

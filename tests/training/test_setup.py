@@ -1,4 +1,4 @@
-"""What stands before the first step, as the user of ``train.py`` meets it."""
+"""The preparation of a run, from the command line."""
 
 import json
 import os
@@ -56,16 +56,14 @@ GIANTS = {
 
 
 @pytest.mark.parametrize(("words", "said"), GIANTS.values(), ids=list(GIANTS))
-def test_what_needs_more_memory_than_there_is_is_refused_before_it_is_built(
-    words, said, place, capsys
-):
+def test_a_run_that_needs_too_much_memory_is_refused_before_it_is_built(words, said, place, capsys):
     assert train("--data.source", "book.txt", *SMALL, *words) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert said in line
     assert steps("runs/book") == []
 
 
-def test_a_run_that_was_moved_goes_on_where_it_is(place):
+def test_a_moved_run_continues_in_its_new_place(place):
     assert train("--data.source", "book.txt", "--run_dir", "R", *SMALL) == 0
     Path("R").rename("R2")
     assert train("R2/config.toml", "--resume", "--training.max_steps", "6") == 0
@@ -73,7 +71,7 @@ def test_a_run_that_was_moved_goes_on_where_it_is(place):
     assert not Path("R").exists()
 
 
-def test_a_run_that_was_copied_leaves_the_first_one_alone(place, capsys):
+def test_a_copied_run_leaves_the_first_one_unchanged(place, capsys):
     assert train("--data.source", "book.txt", "--run_dir", "R", *SMALL) == 0
     shutil.copytree("R", "R2")
     assert train("R2/config.toml", "--resume", "--training.max_steps", "6") == 0
@@ -138,7 +136,7 @@ def test_a_pretrained_model_keeps_its_context_and_is_not_ruined(foreign, capsys)
     assert losses[-1] < losses[0] + 0.005
 
 
-def test_a_crop_of_the_context_is_said_and_growth_is_refused(foreign, capsys):
+def test_a_cropped_context_is_reported_and_a_longer_one_refused(foreign, capsys):
     words = ["--init", "G", "--data.source", "book.txt", "--training.max_steps", "1"]
     words += ["--training.batch_tokens", "64", "--evaluation.windows", "1"]
     assert train(*words, "--run_dir", "a", "--model.context_length", "16") == 0
@@ -148,7 +146,7 @@ def test_a_crop_of_the_context_is_said_and_growth_is_refused(foreign, capsys):
     assert "has only 32 positions" in capsys.readouterr().err
 
 
-def test_a_shape_that_init_does_not_take_is_said(foreign, capsys):
+def test_a_shape_that_init_ignores_is_reported(foreign, capsys):
     words = ["--init", "G", "--data.source", "book.txt", "--training.max_steps", "1"]
     words += ["--training.batch_tokens", "128", "--evaluation.windows", "1"]
     assert train(*words, "--model.n_layer", "3") == 0
@@ -161,7 +159,7 @@ def test_a_context_of_0_needs_a_model_to_take_it_from(place, capsys):
     assert "context_length is 0" in capsys.readouterr().err
 
 
-def test_best_so_far_is_said_of_what_is_better_than_before_training(place, capsys):
+def test_best_so_far_means_better_than_before_training(place, capsys):
     words = ["--data.source", "book.txt", "--run_dir", "R", *SMALL]
     assert train(*words, "--optimizer.learning_rate", "3e-3") == 0
     words = "--init R --data.source book.txt --run_dir worse --training.max_steps 2 "
@@ -170,7 +168,7 @@ def test_best_so_far_is_said_of_what_is_better_than_before_training(place, capsy
     out = capsys.readouterr().out.split("run      worse")[1]
     assert "step 2: validation" in out
     assert "best so far" not in out
-    # nor after a stop
+    # and also after a stop
     assert train("--run_dir", "worse", "--resume", "--training.max_steps", "4") == 0
     assert "best so far" not in capsys.readouterr().out
 
@@ -181,7 +179,7 @@ def test_best_so_far_is_said_of_what_is_better_than_before_training(place, capsy
      '{"step": 1, "loss": NaN}', '{"step": true}', "\xff", '{"loss": 1}', "3"],
     ids=lambda line: line[:30],
 )  # fmt: skip
-def test_lines_of_the_metrics_that_make_no_sense_are_passed_over(line, place):
+def test_invalid_lines_in_the_metrics_are_skipped(line, place):
     assert train("--data.source", "book.txt", "--run_dir", "R", *SMALL) == 0
     before = Path("R/metrics.jsonl").read_text()
     Path("R/metrics.jsonl").write_text(f"{line}\n{before}{line}\n")
@@ -195,7 +193,7 @@ def test_lines_of_the_metrics_that_make_no_sense_are_passed_over(line, place):
     [("losses", "x"), ("losses", ["x"]), ("best", 3), ("best_loss", "x"), ("skipped", None),
      ("scaler", []), ("settings", 1), ("place", [])],
 )  # fmt: skip
-def test_progress_that_makes_no_sense_is_named(field, value, place, capsys):
+def test_invalid_progress_is_an_error_that_names_it(field, value, place, capsys):
     from gpt import checkpoint as checkpoints
 
     assert train("--data.source", "book.txt", "--run_dir", "R", *SMALL) == 0
@@ -238,14 +236,14 @@ def started(*, stdout):
 
 @pytest.fixture
 def hangups():
-    """SIGHUP is not ignored, as it would be under nohup, also in processes that are started."""
+    """SIGHUP is not ignored, unlike under nohup; child processes inherit this."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.usefixtures("hangups")
-def test_a_closed_terminal_saves_and_stops(place):
+def test_a_closed_terminal_makes_the_run_save_and_stop(place):
     with started(stdout=subprocess.PIPE) as process:
         for line in process.stdout:
             if line.startswith("step      3/"):
@@ -257,7 +255,7 @@ def test_a_closed_terminal_saves_and_stops(place):
     assert len(steps("runs/book")) >= 1
 
 
-def test_what_is_ignored_stays_ignored(place):
+def test_ignored_signals_stay_ignored(place):
     from gpt.training.interrupt import Interrupt
 
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
@@ -269,7 +267,7 @@ def test_what_is_ignored_stays_ignored(place):
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_reader_that_leaves_saves_and_stops(place):
+def test_a_reader_that_exits_makes_the_run_save_and_stop(place):
     with started(stdout=subprocess.PIPE) as process:
         for line in process.stdout:
             if line.startswith("step      3/"):

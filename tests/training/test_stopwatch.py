@@ -9,7 +9,7 @@ from gpt.training.stopwatch import Forecast, Stopwatch, Trace
 CPU = torch.device("cpu")
 
 
-def test_each_part_has_its_own_time_a_step(monkeypatch):
+def test_each_part_has_its_own_time_per_step(monkeypatch):
     clock = iter([0.0, 1.0, 10.0, 14.0, 20.0, 21.0, 30.0, 30.5])
     monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: next(clock))
     watch = Stopwatch(CPU)
@@ -27,11 +27,11 @@ def test_each_part_has_its_own_time_a_step(monkeypatch):
     assert line == "a step took 2166.7 ms: data 15%, forward 77%, backward 0%, optimizer 8%"
 
 
-def test_nothing_is_said_of_no_steps():
+def test_a_run_without_steps_has_no_summary():
     assert Stopwatch(CPU).summary() == []
 
 
-def test_a_trace_has_the_steps_after_those_that_warm_up(tmp_path):
+def test_a_trace_has_the_steps_after_the_warmup(tmp_path):
     trace = Trace(tmp_path / "trace.json", 2, device=CPU)
     written = []
     for step in range(6):
@@ -48,7 +48,7 @@ def test_a_trace_has_the_steps_after_those_that_warm_up(tmp_path):
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_a_run_that_ends_early_writes_what_there_is(steps, tmp_path):
+def test_a_run_that_ends_early_writes_its_trace_so_far(steps, tmp_path):
     trace = Trace(tmp_path / "trace.json", 9, device=CPU)
     for _ in range(steps):
         trace.step()
@@ -71,7 +71,7 @@ def test_no_trace_costs_nothing(tmp_path):
         (2.0, 10_000, "about 5 h 34 min"),
     ],
 )
-def test_a_run_tells_its_length_once_after_a_second_of_steps(seconds, steps, length):
+def test_a_run_estimates_its_length_once_after_a_second_of_steps(seconds, steps, length):
     forecast = Forecast(steps=steps, evaluations=5, evaluation_seconds=2.0)
     said = [forecast.add(9.0), *(forecast.add(seconds) for _ in range(40))]
     told = [text for text in said if text]

@@ -1,4 +1,4 @@
-"""torchrun, as its users type it: processes that die, that are told to stop, on two nodes."""
+"""torchrun from the command line: processes that are killed or stopped, and two nodes."""
 
 import json
 import os
@@ -75,7 +75,7 @@ def finish(process, status=0):
 
 
 def when_at_step(place, run, step, process):
-    """Wait for the step, with the run's processes still at work."""
+    """Wait for the step while the run's processes are working."""
     path = place / run / "metrics.jsonl"
     while process.poll() is None:
         if path.exists() and f'{{"step": {step},' in path.read_text():
@@ -110,7 +110,7 @@ def assert_same(place, run, other):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """An uninterrupted run on two processes, beside its text."""
+    """An uninterrupted run on two processes, next to its text."""
     place = make(tmp_path_factory.mktemp("whole"))
     finish(start(place, "whole"))
     return place
@@ -123,7 +123,7 @@ def whole(tmp_path_factory):
         pytest.param(("--standalone", "--nproc-per-node", "2"), 1, marks=pytest.mark.slow),
     ],
 )
-def test_after_a_rank_was_killed_a_restart_goes_on_as_if_nothing_had_been(torchrun, rank, whole):
+def test_a_restart_after_a_killed_rank_gives_the_uninterrupted_result(torchrun, rank, whole):
     run = f"restarted-{rank}"
     job = start(whole, run, torchrun=(*torchrun, "--max-restarts", "1"))
     when_at_step(whole, run, 20, job)
@@ -133,7 +133,7 @@ def test_after_a_rank_was_killed_a_restart_goes_on_as_if_nothing_had_been(torchr
     assert_same(whole, run, "whole")
 
 
-def test_a_killed_rank_ends_the_job_in_seconds_and_its_error_is_told_once(place):
+def test_a_killed_rank_ends_the_job_in_seconds_with_one_error(place):
     job = start(place, "killed")
     when_at_step(place, "killed", 20, job)
     killed = time.monotonic()
@@ -147,7 +147,7 @@ def test_a_killed_rank_ends_the_job_in_seconds_and_its_error_is_told_once(place)
 
 
 @pytest.mark.slow
-def test_a_restart_does_not_take_a_run_that_was_there_for_its_own(whole):
+def test_a_restart_does_not_resume_a_run_of_another_job(whole):
     before = metrics(whole, "whole")
     restarts = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
     _, err = finish(
@@ -157,12 +157,12 @@ def test_a_restart_does_not_take_a_run_that_was_there_for_its_own(whole):
     assert metrics(whole, "whole") == before
 
 
-def test_sigterm_to_torchrun_finishes_the_step_saves_it_and_the_run_can_go_on(whole):
+def test_after_sigterm_to_torchrun_the_run_can_be_resumed(whole):
     job = start(whole, "stopped")
     when_at_step(whole, "stopped", 20, job)
     job.send_signal(signal.SIGTERM)
     out, _ = job.communicate(timeout=60)
-    assert job.returncode != 0  # torchrun's own
+    assert job.returncode != 0  # torchrun's own status
     [step] = re.findall(r"stopped at step (\d+), which is saved", out)
     assert checkpoints.find(whole / "stopped", "last").step == int(step)
     finish(start(whole, "stopped", "--resume"))
@@ -181,7 +181,7 @@ def test_sigterm_to_torchrun_finishes_the_step_saves_it_and_the_run_can_go_on(wh
         (["--training.max_stpes", "3"], "max_stpes"),
     ],
 )
-def test_a_mistake_is_told_once(words, said, place):
+def test_a_users_mistake_is_reported_once(words, said, place):
     _, err = finish(start(place, "run", *words), status=1)
     told = re.sub(r"(?s)Traceback .*|^[WE]\d{4} .*?$", "", err, flags=re.MULTILINE)  # torchrun's
     assert told.count(said) == 1, err
@@ -196,7 +196,7 @@ def rendezvous():
     return [*words, "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "a-job"]
 
 
-def test_two_nodes_meet_and_train_as_one_and_again_after_one_has_lost_its_process(place):
+def test_two_nodes_train_together_and_again_after_a_process_was_killed(place):
     finish(start(place, "alone", torchrun=()))
     torchrun = rendezvous()
     options = ["--parallel.strategy", "fsdp"]

@@ -1,6 +1,6 @@
-"""What tests/training/test_parallel.py lets several processes do: ``torchrun worker.py FOLDER``.
+"""The work of the processes in tests/training/test_parallel.py: ``torchrun worker.py FOLDER``.
 
-Also run by one process, whose results the others' are held against.
+A single process runs it too, and its results are the reference.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from gpt.training.run import train_on
 from tests.tiny import tiny_run
 
 MICRO = {1: (1, 2, 4, 8), 2: (1, 2, 4), 4: (1, 2)}
-"""Micro-batches of up to a process's whole share of 8 windows."""
+"""Micro batch sizes, up to a process's whole share of 8 windows."""
 COMPOSITES = {
     "rotary": {
         "position": "rotary", "norm": "rmsnorm", "mlp": "gated", "activation": "silu",
@@ -85,7 +85,7 @@ def gradients(config: TrainConfig, world: World) -> dict[str, torch.Tensor]:
 
 
 class Masked(Windows):
-    """Windows of which each has other targets masked: 0 to 15 of the 16."""
+    """Windows with different masked targets in each: 0 to 15 of the 16."""
 
     def batch(self, windows):
         batch = super().batch(windows)
@@ -131,7 +131,7 @@ def main(folder: Path) -> None:
                 trainer = trainer_of(config, world)
                 losses = [trainer.update()[0] for _ in range(4)]
                 if precision == "float16":
-                    trainer.scaler._scale.fill_(2.0**30)  # too far
+                    trainer.scaler._scale.fill_(2.0**30)  # too high
                     before = weights(trainer)
                     trainer.update()
                     after = weights(trainer)
@@ -154,7 +154,7 @@ def main(folder: Path) -> None:
                     config_of(folder, run, **options), world, sample
                 )
                 results[name, kind, "samples"] = len(texts)
-            # on from what another number of processes has made
+            # resume runs of other numbers of processes
             for made in ("single-1-full", "fsdp-2-full", "fsdp-2-sharded", "hybrid-4-sharded"):
                 if (folder / made / "last").exists() and not made.startswith(f"{name}-{n}"):
                     run = f"{made}-on-{name}-{n}"
