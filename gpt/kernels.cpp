@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <type_traits>
 #include <vector>
 
@@ -48,17 +49,18 @@ struct FeedForward {
 };
 
 // Keys and values [B, Hkv, slots, D] of one layer, float32 or bfloat16 (halves); strides are in
-// numbers. With a window, tokens behind the first `sinks` are in a ring of the other slots.
+// numbers. With a window, tokens behind the first `sinks` are in a ring of the other slots. With a
+// block size, a query sees its `local` newest blocks, the `first` ones, and `random` drawn ones.
 struct Store {
   void *keys, *values;
-  long row_stride, head_stride, slots, window, sinks;
+  long row_stride, head_stride, slots, window, sinks, block, local, first, random;
 };
 
 // The angles by which queries and keys are rotated: position times turns[i], for `pairs` pairs of a
 // head's numbers; cosines and sines are multiplied by `factor`. xPos: queries are multiplied by
-// decay[i] ** (position / 512), and keys divided.
+// decay[i] ** (position / 512), and keys divided. Towards sinks, a query's position is at most `last`.
 struct Rotary {
-  long pairs;
+  long pairs, last;
   const float *turns, *decay;
   double factor;
 };
@@ -75,6 +77,7 @@ struct Layer {
   double scale, softcap;       // of the attention scores
   const float *slopes, *sinks;  // of each head: ALiBi's, and learned scores of no key; or null
   long rotary;                 // the number of its Rotary, or -1
+  long top_k;                  // keys with the largest scores, or 0 for all
   Store store;
 };
 
@@ -718,40 +721,64 @@ inline void weigh(const float* weights, const Number* values, long S, long D, fl
 // Keys of consecutive positions in consecutive slots.
 struct Stretch {
   long slot, n, at;  // the position of the first
+  bool sinks;
 };
 
-// What a query at a position sees: its window, which may wrap in the ring, and the sinks.
-inline int stretches(const Store& store, long at, Stretch (&out)[3]) {
-  if (!store.window) {
-    out[0] = {0, at + 1, 0};
-    return 1;
-  }
-  int count = 0;
-  long ring = store.slots - store.sinks, sinks = store.sinks;
-  long from = std::max(sinks, at - store.window + 1);
-  if (sinks) out[count++] = {0, std::min(sinks, at + 1), 0};
-  while (from <= at) {
-    long offset = (from - sinks) % ring, n = std::min(at + 1 - from, ring - offset);
-    out[count++] = {sinks + offset, n, from};
-    from += n;
-  }
-  return count;
+// A block of earlier keys for a block of queries, as gpt/model/masks.py draws it.
+inline long drawn(long block, long number) {
+  uint64_t mask = 0xffffffff;
+  uint64_t mixed = (uint64_t(block) * 0x9E3779B1 + uint64_t(number + 1) * 0x85EBCA77) & mask;
+  mixed = ((mixed ^ (mixed >> 15)) * 0x2C1B3C6D) & mask;
+  return long((mixed ^ (mixed >> 13)) % uint64_t(block + 1));
 }
 
-// One query's attention over the stretches of keys and values [slots, D] that it sees.
+// What a query at a position sees: all keys before it; blocks of them; or its window, which may wrap
+// in the ring, and the sinks.
+inline void stretches(const Store& store, long at, std::vector<Stretch>& out) {
+  out.clear();
+  if (store.block) {
+    static thread_local std::vector<long> blocks;
+    long mine = at / store.block;
+    blocks.clear();
+    for (long n = 0; n < store.local && n <= mine; n++) blocks.push_back(mine - n);
+    for (long n = 0; n < store.first && n <= mine; n++) blocks.push_back(n);
+    for (long n = 0; n < store.random; n++) blocks.push_back(drawn(mine, n));
+    std::sort(blocks.begin(), blocks.end());
+    blocks.erase(std::unique(blocks.begin(), blocks.end()), blocks.end());
+    for (long n : blocks) {
+      long from = n * store.block;
+      out.push_back({from, std::min(store.block, at + 1 - from), from, false});
+    }
+  } else if (!store.window) {
+    out.push_back({0, at + 1, 0, false});
+  } else {
+    long ring = store.slots - store.sinks, sinks = store.sinks;
+    long from = std::max(sinks, at - store.window + 1);
+    if (sinks) out.push_back({0, std::min(sinks, at + 1), 0, true});
+    while (from <= at) {
+      long offset = (from - sinks) % ring, n = std::min(at + 1 - from, ring - offset);
+      out.push_back({sinks + offset, n, from, false});
+      from += n;
+    }
+  }
+}
+
+// One query's attention over the stretches of keys and values [slots, D] that it sees. Towards sinks
+// the query is another one.
 template <class Number>
-void attend(const Layer& layer, long head, const float* q, const Number* keys, const Number* values,
-            long at, long D, float* out) {
-  static thread_local std::vector<float> weights;
-  Stretch seen[3];
-  int count = stretches(layer.store, at, seen);
-  long S = 0;
-  for (int i = 0; i < count; i++) S += seen[i].n;
+void attend(const Layer& layer, long head, const float* query, const float* to_sinks,
+            const Number* keys, const Number* values, long at, long D, float* out) {
+  static thread_local std::vector<float> weights, best;
+  static thread_local std::vector<Stretch> seen;
+  stretches(layer.store, at, seen);
+  long S = 0, count = long(seen.size()), last = layer.store.sinks + layer.store.window - 1;
+  for (const Stretch& stretch : seen) S += stretch.n;
   weights.resize(S);
   float scale = float(layer.scale), softcap = float(layer.softcap);
   float* to = weights.data();
-  for (int i = 0; i < count; i++) {
+  for (long i = 0; i < count; i++) {
     const Number* from = keys + seen[i].slot * D;
+    const float* q = seen[i].sinks ? to_sinks : query;
     long s = 0, n = seen[i].n;
     for (; s + 4 <= n; s += 4) scores<4>(q, from + s * D, D, to + s);
     for (; s < n; s++) scores<1>(q, from + s * D, D, to + s);
@@ -760,12 +787,14 @@ void attend(const Layer& layer, long head, const float* q, const Number* keys, c
   if (softcap || layer.slopes) {
     to = weights.data();
     float slope = layer.slopes ? layer.slopes[head] : 0;
-    for (int i = 0; i < count; to += seen[i].n, i++)
+    for (long i = 0; i < count; to += seen[i].n, i++) {
+      long mine = seen[i].sinks ? std::min(at, last) : at;
       for (long s = 0; s < seen[i].n; s++) {
         to[s] *= scale;
         if (softcap) to[s] = softcap * tanhf(to[s] / softcap);
-        to[s] += slope * float(seen[i].at + s - at);
+        to[s] += slope * float(std::min(0L, seen[i].at + s - mine));
       }
+    }
     scale = 1;
   }
   float largest = layer.sinks ? layer.sinks[head] : -INFINITY;
@@ -773,12 +802,26 @@ void attend(const Layer& layer, long head, const float* q, const Number* keys, c
     weights[s] *= scale;
     largest = weights[s] > largest ? weights[s] : largest;
   }
+  float least = -INFINITY;
+  if (layer.top_k && layer.top_k < S + (layer.sinks ? 1 : 0)) {
+    best.assign(weights.begin(), weights.begin() + S);
+    if (layer.sinks) best.push_back(layer.sinks[head]);
+    std::nth_element(best.begin(), best.begin() + layer.top_k - 1, best.end(), std::greater<float>());
+    least = best[layer.top_k - 1];
+    long room = layer.top_k;  // for what equals the least
+    for (float score : best) room -= score > least;
+    for (long s = 0; s < S; s++)
+      if (weights[s] < least || (weights[s] == least && room-- <= 0)) weights[s] = -INFINITY;
+  }
   each(weights.data(), S, [=](Floats v) { return exponential(v - largest); });
+  if (layer.top_k)
+    for (long s = 0; s < S; s++)
+      if (weights[s] < 1e-37f) weights[s] = 0;
   float total = add_up(weights.data(), S, [](auto v) { return v; });
-  if (layer.sinks) total += std::exp(layer.sinks[head] - largest);
+  if (layer.sinks && layer.sinks[head] >= least) total += std::exp(layer.sinks[head] - largest);
   std::fill_n(out, D, 0.0f);
   const float* from = weights.data();
-  for (int i = 0; i < count; from += seen[i].n, i++) {
+  for (long i = 0; i < count; from += seen[i].n, i++) {
     const Number* its = values + seen[i].slot * D;
     long d = 0, n = seen[i].n;
     for (; d + 4 * LANES <= D; d += 4 * LANES) weigh<4>(from, its + d, n, D, out + d);
@@ -787,18 +830,24 @@ void attend(const Layer& layer, long head, const float* q, const Number* keys, c
   for (long d = 0; d < D; d += LANES) put(out + d, floats(out + d) / total);
 }
 
-// The cosines and sines of a token for one Rotary: those of queries, and then those of keys.
+// The cosines and sines of a token for one Rotary: of its key, its query, and its query to sinks.
 struct Turned {
-  std::vector<float> numbers;  // [4, pairs]
+  std::vector<float> numbers;  // [6, pairs]
 
-  Turned(const Rotary& rotary, long at) : numbers(4 * rotary.pairs) {
-    long n = rotary.pairs;
-    for (long i = 0; i < n; i++) {
+  Turned(const Rotary& rotary, long at) : numbers(6 * rotary.pairs) {
+    put(rotary, at, true, 0);
+    put(rotary, at, false, 2 * rotary.pairs);
+    put(rotary, rotary.last < 0 ? at : std::min(at, rotary.last), false, 4 * rotary.pairs);
+  }
+
+ private:
+  void put(const Rotary& rotary, long at, bool of_key, long place) {
+    for (long i = 0; i < rotary.pairs; i++) {
       float angle = float(at) * rotary.turns[i], factor = float(rotary.factor);
       float decay = rotary.decay ? std::pow(rotary.decay[i], float(at) / 512) : 1;
       float cosine = factor * std::cos(angle), sine = factor * std::sin(angle);
-      numbers[i] = cosine * decay, numbers[n + i] = sine * decay;
-      numbers[2 * n + i] = cosine / decay, numbers[3 * n + i] = sine / decay;
+      numbers[place + i] = of_key ? cosine / decay : cosine * decay;
+      numbers[place + rotary.pairs + i] = of_key ? sine / decay : sine * decay;
     }
   }
 };
@@ -828,8 +877,8 @@ void attention(const Shape& shape, const Layer& layer, const Token* tokens, long
   auto angles = [&](long m) {
     return rotates ? turned[layer.rotary * M + m].numbers.data() : nullptr;
   };
-  static thread_local std::vector<float> head;
-  head.resize(D);
+  static thread_local std::vector<float> head, to_sinks;
+  head.resize(D), to_sinks.resize(D);
   Share appending(M * G), own(M * H);
   for (long i = appending.begin; i < appending.end; i++) {
     long m = i / G, g = i % G, slot = tokens[m].at;
@@ -837,7 +886,7 @@ void attention(const Shape& shape, const Layer& layer, const Token* tokens, long
       slot = store.sinks + (slot - store.sinks) % (store.slots - store.sinks);
     long at = tokens[m].row * store.row_stride + g * store.head_stride + slot * D;
     const float *k = qkv + (m * (H + 2 * G) + H + g) * D, *v = k + G * D;
-    prepare(layer.k_norm, k, D, rotates ? angles(m) + 2 * pairs : nullptr, pairs, head.data());
+    prepare(layer.k_norm, k, D, angles(m), pairs, head.data());
     for (long d = 0; d < D; d += LANES) {
       put(keys + at + d, floats(&head[d]));
       put(values + at + d, floats(v + d));
@@ -847,8 +896,12 @@ void attention(const Shape& shape, const Layer& layer, const Token* tokens, long
   for (long i = own.begin; i < own.end; i++) {
     long m = i / H, h = i % H;
     long at = tokens[m].row * store.row_stride + h / (H / G) * store.head_stride;
-    prepare(layer.q_norm, qkv + (m * (H + 2 * G) + h) * D, D, angles(m), pairs, head.data());
-    attend(layer, h, head.data(), keys + at, values + at, tokens[m].at, D, out + i * D);
+    const float* q = qkv + (m * (H + 2 * G) + h) * D;
+    prepare(layer.q_norm, q, D, rotates ? angles(m) + 2 * pairs : nullptr, pairs, head.data());
+    if (store.sinks)
+      prepare(layer.q_norm, q, D, rotates ? angles(m) + 4 * pairs : nullptr, pairs, to_sinks.data());
+    attend(layer, h, head.data(), to_sinks.data(), keys + at, values + at, tokens[m].at, D,
+           out + i * D);
   }
 }
 
@@ -880,7 +933,7 @@ std::vector<Load> route(const Layer& layer, const float* logits, long M) {
     total = 0;
     for (long i = 0; i < layer.n_active; i++) total += scores[order[i]];
     for (long i = 0; i < layer.n_active; i++) {
-      float weight = scores[order[i]] / (layer.renormalise ? total : 1);
+      float weight = scores[order[i]] / (layer.renormalise ? total + 1e-20f : 1);
       loads[order[i]].tokens.push_back(m), loads[order[i]].weights.push_back(weight);
     }
     for (long e = E; e < E + layer.n_shared; e++)

@@ -56,7 +56,7 @@ KNOWN: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("vocab_size", "context_length", "n_layer", "n_embd", "n_inner"), _any),
     **dict.fromkeys(("n_head", "n_kv_head", "head_dim", "bias", "qkv_bias", "qk_norm"), _any),
     **dict.fromkeys(("scale_attention", "scale_attention_by_layer", "attention_softcap"), _any),
-    **dict.fromkeys(("window", "sinks", "learned_sinks"), _any),
+    **dict.fromkeys(("window", "sinks", "learned_sinks", "attention_top_k"), _any),
     **dict.fromkeys(("rotary_base", "rotary_base_local", "rotary_fraction"), _any),
     **dict.fromkeys(("rotary_scaling_factor", "rotary_trained_length"), _any),
     **dict.fromkeys(("rotary_low_frequency", "rotary_high_frequency", "rotary_temperature"), _any),
@@ -74,9 +74,8 @@ KNOWN: dict[str, Callable[[Any], bool]] = {
     "norm_placement": ("pre", "sandwich", "parallel", "parallel_shared").__contains__,
     "mlp": ("plain", "gated").__contains__,
     "moe_score": ("softmax", "sigmoid").__contains__,
-    "window_pattern": lambda pattern: not set(pattern) - {"G", "L"},
-    "attention_top_k": lambda k: k == 0,
-    "copy": lambda kind: kind == "none",
+    "window_pattern": lambda pattern: not set(pattern) - {"G", "L", "S"},
+    "copy": ("none", "pointer").__contains__,
 }
 """Each field of a model's configuration that the kernels of whole blocks handle, and which values
 of it. A model with a field that is not here runs matrix by matrix.
@@ -262,34 +261,40 @@ class FeedForward(ctypes.Structure):
 
 class Rotary(ctypes.Structure):
     """By what queries and keys are rotated: ``turns`` ``[n]`` in radians a position, the factor of
-    cosines and sines, and xPos's ``decay`` ``[n]``.
+    cosines and sines, xPos's ``decay`` ``[n]``, and the ``last`` position of queries to sinks.
     """
 
     _fields_ = (
-        ("pairs", _LONG), ("turns", _POINTER), ("decay", _POINTER), ("factor", _DOUBLE),
+        ("pairs", _LONG), ("last", _LONG), ("turns", _POINTER), ("decay", _POINTER),
+        ("factor", _DOUBLE),
     )  # fmt: skip
 
-    def __init__(self, turns: Tensor, factor: float, decay: Tensor | None) -> None:
+    def __init__(
+        self, turns: Tensor, factor: float, decay: Tensor | None, last: int | None = None
+    ) -> None:
         n = len(turns)
-        super().__init__(n, _numbers(turns, n), _numbers(decay, n), factor)
+        last = -1 if last is None else last
+        super().__init__(n, last, _numbers(turns, n), _numbers(decay, n), factor)
         self.tensors = turns, decay
 
 
 class Store(ctypes.Structure):
-    """The keys and values of one layer, ``[B, Hkv, S, D]``, float32 or bfloat16; with a ``window``
-    a ring behind the first ``sinks``. It keeps them alive.
+    """The keys and values of one layer, ``[B, Hkv, S, D]``, float32 or bfloat16. It keeps them
+    alive. With a ``window``, tokens behind the first ``sinks`` are in a ring. With a ``block``
+    size, queries see the ``local`` newest blocks, the ``first`` ones, and ``random`` drawn ones.
     """
 
     _fields_ = (
         *((name, _POINTER) for name in ("keys", "values")),
         *((n, _LONG) for n in ("row_stride", "head_stride", "slots", "window", "sinks")),
+        *((n, _LONG) for n in ("block", "local", "first", "random")),
     )
 
-    def __init__(self, keys: Tensor, values: Tensor, window: int = 0, sinks: int = 0) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, **seen: int) -> None:
         self.halves = keys.dtype == torch.bfloat16
         dtype = torch.bfloat16 if self.halves else torch.float32
         places = (_address(tensor, dtype, *keys.shape) for tensor in (keys, values))
-        super().__init__(*places, *keys.stride()[:2], keys.shape[2], window, sinks)
+        super().__init__(*places, *keys.stride()[:2], keys.shape[2], **seen)
         self.tensors = keys, values
 
 
@@ -309,7 +314,7 @@ class Layer(ctypes.Structure):
         *((name, _LONG) for name in ("by_sigmoid", "renormalise")),
         *((name, _DOUBLE) for name in ("scale", "softcap")),
         *((name, _POINTER) for name in ("slopes", "sinks")),
-        ("rotary", _LONG),
+        *((name, _LONG) for name in ("rotary", "top_k")),
         ("store", Store),
     )
 

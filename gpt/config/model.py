@@ -189,7 +189,8 @@ class ModelConfig:
             f"model.rotary_scaling is '{self.rotary_scaling}', and model.position "
             f"'{self.position}' is not rotary": self.rotary_scaling != "none" and not rotary,
             f"model.rotary_scaling is '{self.rotary_scaling}', and needs a "
-            "model.rotary_scaling_factor above 1": self.rotary_scaling in ("linear", "ntk", "yarn")
+            "model.rotary_scaling_factor above 1": self.rotary_scaling
+            in ("linear", "ntk", "yarn", "llama3", "dynamic_ntk")
             and self.rotary_scaling_factor == 1,
             f"model.rotary_fraction is {self.rotary_fraction}, and must rotate at least 2 of the "
             f"{width} numbers of a head": rotary and int(width * self.rotary_fraction) < 2,
@@ -199,18 +200,50 @@ class ModelConfig:
             "number": self.position == "sinusoidal" and bool(self.n_embd % 2),
             f"model.n_expert_active is {self.n_expert_active}, and model.n_expert is "
             f"{self.n_expert}": self.n_expert_active > max(1, self.n_expert),
-            "model.moe_shared, moe_capacity, moe_balance and moe_z_weight need "
-            "model.n_expert": not self.n_expert
-            and (
-                self.moe_shared > 0
-                or self.moe_capacity > 0
-                or self.moe_balance != "none"
-                or self.moe_z_weight > 0
-            ),
+            "model.moe_renormalise makes the weight of a single expert 1, and its router would not "
+            "learn: set model.n_expert_active above 1": self.moe_renormalise
+            and self.n_expert_active == 1,
+            f"model.rotary_base_local is {self.rotary_base_local}, and must be 0 or above 1": 0
+            < self.rotary_base_local
+            <= 1,
+            f"model.rotary_low_frequency is {self.rotary_low_frequency}, and must be below "
+            f"model.rotary_high_frequency ({self.rotary_high_frequency})": self.rotary_scaling
+            in ("yarn", "llama3")
+            and 0 < self.rotary_high_frequency <= self.rotary_low_frequency,
+            "model.rotary_scaling 'dynamic_ntk' needs model.position 'rotary' and no "
+            "model.sinks": self.rotary_scaling == "dynamic_ntk"
+            and (self.position == "xpos" or self.sinks > 0),
+            f"model.initial 'zero' makes each block the identity, which model.norm_placement "
+            f"'{self.norm_placement}' undoes": self.initial == "zero"
+            and self.norm_placement in ("post", "deepnorm", "sandwich"),
             "model.norm_bias is 'yes', and needs model.norm_weight": self.norm_bias == "yes"
             and not self.norm_weight,
         }
-        return [problem for problem, is_so in found.items() if is_so]
+        return [problem for problem, is_so in found.items() if is_so] + self._without_effect()
+
+    def _without_effect(self) -> list[str]:
+        """One sentence for each field that was set and does nothing in this model."""
+        rotary, local = self.position in ("rotary", "xpos"), "L" in self._pattern()
+        needs = {
+            "rotary_base": (rotary, "model.position 'rotary' or 'xpos'"),
+            "rotary_fraction": (rotary, "model.position 'rotary' or 'xpos'"),
+            "rotary_scaling_factor": (self.rotary_scaling != "none", "model.rotary_scaling"),
+            "rotary_base_local": (
+                (rotary and local) or self.rotary_base_local == self.rotary_base,
+                "rotary positions and local layers (model.window)",
+            ),
+        }
+        for item in dataclasses.fields(self):
+            if item.name.startswith("sparse_"):
+                needs[item.name] = "S" in self._pattern(), "sparse layers (S in window_pattern)"
+            if item.name.startswith("moe_"):
+                needs[item.name] = self.n_expert > 0, "model.n_expert"
+        defaults = {item.name: item.default for item in dataclasses.fields(self)}
+        return [
+            f"model.{name} is {getattr(self, name)!r}, and has an effect only with {what}"
+            for name, (has_effect, what) in needs.items()
+            if not has_effect and getattr(self, name) != defaults[name]
+        ]
 
     def layer_pattern(self) -> str:
         """The letter of each layer: G global, L local, S sparse."""
@@ -221,8 +254,11 @@ class ModelConfig:
         return self.window_pattern or ("L" if self.window else "G")
 
     def most_positions(self) -> int | None:
-        """The number of positions; ``None`` if it is unlimited."""
-        return self.context_length if self.position == "learned" else None
+        """The number of positions; ``None`` if it is unlimited. The decay of xPos leaves the range
+        of float32 after some 35,000.
+        """
+        limits = {"learned": self.context_length, "xpos": max(self.context_length, 32_768)}
+        return limits.get(self.position)
 
     def resolved(self) -> Self:
         """The same shape, with each 0, '' and 'auto' that means a default replaced by that
@@ -232,8 +268,6 @@ class ModelConfig:
         placed: Initial = "deepnorm" if self.norm_placement == "deepnorm" else "gpt2"
         turns = 4.0 if self.rotary_scaling == "llama3" else 32.0
         norm_bias = self.norm_weight and self.norm == "layernorm" and self.bias
-        pattern = self.layer_pattern()
-        is_local = "L" in pattern  # a pattern that is longer than the model may lose its L
         return dataclasses.replace(
             self,
             n_kv_head=self.n_kv_head or self.n_head,
@@ -247,9 +281,7 @@ class ModelConfig:
             or 0.1 * math.log(self.rotary_scaling_factor) + 1,
             norm_bias=_decided(self.norm_bias, norm_bias),
             qkv_bias=_decided(self.qkv_bias, self.bias),
-            window=self.window if is_local else 0,
-            sinks=self.sinks if is_local else 0,
-            window_pattern=pattern,
+            window_pattern=self._pattern(),
             initial=placed if self.initial == "auto" else self.initial,
         )
 

@@ -21,12 +21,13 @@ from gpt.model.block import RESIDUALS, Block
 from gpt.model.cache import KVCache
 from gpt.model.dropout import Dropout
 from gpt.model.gpt import GPT
+from gpt.model.masks import MaskRule, blocks
 from gpt.model.mlp import ACTIVATIONS, MLP, GatedMLP
 from gpt.model.moe import MoE
 from gpt.model.norm import LayerNorm, RMSNorm
 from gpt.model.position import POSITIONS, RotaryPosition, alibi_slopes
 from gpt.model.rotary import frequencies
-from gpt.model.store import Ring
+from gpt.model.store import Ring, Store
 
 FORWARDS = {
     kind: kind.forward
@@ -71,10 +72,10 @@ def _memory(cache: KVCache) -> list[tuple[int, torch.Size]]:
 
 
 def _gathered(model: GPT, cache: KVCache) -> kernels.Blocks | None:
-    config, blocks = model.config.resolved(), cast("list[Block]", list(model.blocks))
-    if not all(_is_as_built(block, config, layer) for layer, block in enumerate(blocks)):
+    config, built = model.config.resolved(), cast("list[Block]", list(model.blocks))
+    if not all(_is_as_built(block, config, layer) for layer, block in enumerate(built)):
         return None
-    if len(blocks) != config.n_layer or cache.n_layer < config.n_layer:
+    if len(built) != config.n_layer or cache.n_layer < config.n_layer:
         return None
     if type(model.position) is not KNOWN_POSITIONS[config.position]:
         return None
@@ -82,15 +83,17 @@ def _gathered(model: GPT, cache: KVCache) -> kernels.Blocks | None:
     if isinstance(model.position, RotaryPosition):
         for kind in model.kinds:
             turns, factor = frequencies(config, kind.rotary_base)
-            rotaries[kind] = kernels.Rotary(turns, factor, model.position.zeta())
+            decay, last = model.position.zeta(), kind.last_to_sinks
+            rotaries[kind] = kernels.Rotary(turns, factor, decay, last)
     slopes = torch.tensor(alibi_slopes(config.n_head)) if config.position == "alibi" else None
     layers = []
-    for layer, block in enumerate(blocks):
+    for layer, block in enumerate(built):
         store, number = cache.layer(layer)
         if store.keys.shape[2::2] != (config.n_kv_head, config.head_dim):
             return None
-        ring = (store.window, store.sinks) if isinstance(store, Ring) else ()
-        memory = kernels.Store(store.keys[number], store.values[number], *ring)
+        memory = kernels.Store(
+            store.keys[number], store.values[number], **_seen(store, block.attn.kind.rule)
+        )
         rotary = list(rotaries).index(block.attn.kind) if rotaries else -1
         layers.append(_layer(block, config, memory, slopes, rotary))
     return kernels.Blocks(
@@ -103,6 +106,16 @@ def _gathered(model: GPT, cache: KVCache) -> kernels.Blocks | None:
         parallel=config.norm_placement.startswith("parallel"),
         rotaries=list(rotaries.values()),
     )
+
+
+def _seen(store: Store, rule: MaskRule) -> dict[str, int]:
+    """What queries see of a store, if it is not everything before them."""
+    if isinstance(store, Ring):
+        return {"window": store.window, "sinks": store.sinks}
+    if isinstance(rule, blocks):
+        sizes = {"block": rule.size, "local": rule.local}
+        return sizes | {"first": rule.first, "random": rule.random}
+    return {}
 
 
 @functools.lru_cache(maxsize=64)
@@ -176,6 +189,7 @@ def _layer(
         n_head=config.n_head,
         scale=attn.scale,
         softcap=attn.softcap,
+        top_k=attn.top_k,
         slopes=slopes,
         sinks=attn.sinks,
         rotary=rotary,

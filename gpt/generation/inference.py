@@ -26,6 +26,7 @@ from gpt.generation.packed_layers import FEW, PackedEmbedding, PackedLinear
 from gpt.generation.quantisation import GROUP, Matrix
 from gpt.model.cache import KVCache
 from gpt.model.gpt import GPT
+from gpt.model.shared import Shared
 
 
 class InferenceGPT(GPT):
@@ -77,8 +78,10 @@ class InferenceGPT(GPT):
         x = self.embed_tokens(tokens, plan.at).float()
         x = x.flatten(0, 1).contiguous()
         fused.run(x, [(b, start + t) for b, start in enumerate(starts) for t in range(T)])
-        cache.advance(plan)
         out: Tensor = self.norm(x.view(B, T, -1))
+        if self.pointer is not None:
+            out = self.pointer(out, tokens, Shared(plan.at, {}, cache, plan))
+        cache.advance(plan)
         return out
 
     def _fused(self, cache: KVCache, rows: int) -> Fused | None:
@@ -226,6 +229,9 @@ class _Packing:
         """The module, made to run; the one that was given stays as it is."""
         if isinstance(module, nn.Linear):
             _check_plain(module, nn.Linear, name)
+            if name.endswith(".router"):  # rounding it would choose other experts
+                matrix = Matrix("float32", module.weight.detach())
+                return PackedLinear(matrix, module.bias, torch.float32, self.few)
             return PackedLinear(self.matrix(module.weight), module.bias, self.wide, self.few)
         if isinstance(module, nn.Embedding) and id(module.weight) in self.tables:
             _check_plain(module, nn.Embedding, name)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpt.model.dropout import dropout as drop
-from gpt.model.masks import Blocks
+from gpt.model.masks import Blocks, as_bias
 
 PLAIN_UP_TO = 1024
 """Keys. Above, the plain formula's T * T numbers are too many to keep for the backward pass."""
@@ -65,6 +65,7 @@ def attend(
     scale: float | None = None,
     training: bool = False,
     blocks: Blocks | None = None,
+    to_sinks: tuple[Tensor, Tensor] | None = None,
     softcap: float = 0.0,
     top_k: int = 0,
     learned_sinks: Tensor | None = None,
@@ -74,21 +75,26 @@ def attend(
     Without ``mask``, either ``Tq == Tk`` (square causal) or ``Tq == 1`` (one query sees every key).
     ``mask``, broadcast over heads, is True where a query may look, or a number that is added to the
     score. ``Hkv`` divides ``H``. ``scale`` multiplies the scores; it is ``1 / sqrt(D)`` unless
-    given. Kernels that are for ``training`` alone are taken there alone. Returns ``[B, H, Tq, D]``.
+    given. Some kernels are used only in ``training``. Returns ``[B, H, Tq, D]``.
 
     With ``blocks`` each block of queries reads a few blocks of keys, under its own ``mask``
     ``[N, 1 or H, size, S]``.
 
-    ``softcap`` bounds the scores, ``top_k`` leaves the best keys alone, and ``learned_sinks``
-    ``[H]`` are scores of keys that have no value: the plain formula has these.
+    The plain formula computes what fused kernels cannot: ``to_sinks`` are other queries, shaped
+    like ``q``, and the keys that they look at (True), broadcastable to the scores. ``softcap``
+    bounds the scores, ``top_k`` keeps only the largest ones, and ``learned_sinks`` ``[H]`` are
+    scores of keys that have no value.
     """
     if blocks is not None:
         assert mask is not None
         shape = q.shape
+        if to_sinks is not None:
+            keys = to_sinks[1].repeat(shape[0], 1, 1, 1)
+            to_sinks = _split(to_sinks[0], blocks.size).flatten(0, 1), keys
         q, k, v, mask = _by_blocks(q, k, v, mask, blocks)
         y = attend(
             q, k, v, mask=mask, dropout=dropout, scale=scale, training=training,
-            softcap=softcap, top_k=top_k, learned_sinks=learned_sinks,
+            to_sinks=to_sinks, softcap=softcap, top_k=top_k, learned_sinks=learned_sinks,
         )  # fmt: skip
         y = y.view(shape[0], -1, *y.shape[1:]).transpose(1, 2).flatten(2, 3)
         return y[:, :, : shape[2]]
@@ -96,10 +102,10 @@ def attend(
     assert mask is not None or n_query in (1, n_key), "fewer queries than keys need a mask"
     if mask is not None and mask.dtype not in (torch.bool, q.dtype):
         mask = mask.to(q.dtype)
-    if softcap or top_k or learned_sinks is not None:
-        return _plain(q, k, v, mask, dropout, scale, softcap, top_k, learned_sinks)
-    if mask is None and n_query > 1 and _trains_faster_plainly(q, dropout):
-        return _plain(q, k, v, None, dropout, scale)
+    if softcap or top_k or learned_sinks is not None or to_sinks is not None:
+        return _plain(q, k, v, mask, dropout, scale, to_sinks, softcap, top_k, learned_sinks)
+    if n_query > 1 and _trains_faster_plainly(q, dropout):
+        return _plain(q, k, v, mask, dropout, scale)
     if n_query == 1 and q.shape[1] != k.shape[1]:
         # The queries of a group see the same keys: as rows of one head, they are what every kernel
         # takes. With a mask only some take fewer heads of keys.
@@ -124,14 +130,14 @@ def _kernels(q: Tensor, training: bool) -> contextlib.AbstractContextManager[Non
     """Which of the fused kernels may be taken: in training, those that the process has chosen."""
     if training or q.device.type != "cuda":
         return contextlib.nullcontext()
-    if torch.compiler.is_compiling():  # which knows no locks, and chooses while it traces
+    if torch.compiler.is_compiling():  # a lock cannot be traced; the choice is part of the graph
         return sdpa_kernel(INFERENCE)
     return _without_cudnn
 
 
 def _trains_faster_plainly(q: Tensor, dropout: float) -> bool:
-    """On a CPU the fused kernel knows no dropout, and its bfloat16 backward pass takes 2 to 4 times
-    as long as the plain formula's (benchmarks/RESULTS.md).
+    """On a CPU the fused kernel has no dropout, and its bfloat16 backward pass takes 2 to 4 times
+    the time of the plain formula (benchmarks/RESULTS.md).
     """
     if not (q.requires_grad and q.device.type == "cpu"):
         return False
@@ -145,6 +151,7 @@ def _plain(
     mask: Tensor | None,
     dropout: float,
     scale: float | None,
+    to_sinks: tuple[Tensor, Tensor] | None = None,
     softcap: float = 0.0,
     top_k: int = 0,
     learned_sinks: Tensor | None = None,
@@ -155,10 +162,13 @@ def _plain(
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = (q * scale) @ k.transpose(-2, -1)
+    if to_sinks is not None:
+        other, is_sink = to_sinks
+        scores = torch.where(is_sink, (other.to(q.dtype) * scale) @ k.transpose(-2, -1), scores)
     if softcap:
         scores = softcap * (scores / softcap).tanh()
     if mask is not None:
-        scores = scores + mask
+        scores = scores + (as_bias(mask, scores.dtype) if mask.dtype == torch.bool else mask)
     elif T > 1:
         scores = scores + torch.full((T, T), -torch.inf, dtype=q.dtype, device=q.device).triu_(1)
     if learned_sinks is not None:
@@ -189,13 +199,15 @@ def _by_blocks(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Queries ``[B * N, H, size, D]``, and the keys, values and masks that they read."""
 
-    def split(x: Tensor) -> Tensor:  # B, N, heads, size, D
-        padded = F.pad(x, (0, 0, 0, -x.shape[2] % blocks.size))
-        return padded.view(*x.shape[:2], -1, blocks.size, x.shape[3]).transpose(1, 2)
-
     def read(x: Tensor) -> Tensor:  # B * N, heads, sinks + K size, D
-        near = split(x)[:, blocks.numbers.clamp(min=0)].transpose(2, 3).flatten(3, 4)
+        near = _split(x, blocks.size)[:, blocks.numbers.clamp(min=0)].transpose(2, 3).flatten(3, 4)
         first = x[:, None, :, : blocks.sinks].expand(-1, near.shape[1], -1, -1, -1)
         return torch.cat([first, near], dim=3).flatten(0, 1)
 
-    return split(q).flatten(0, 1), read(k), read(v), mask.repeat(q.shape[0], 1, 1, 1)
+    return _split(q, blocks.size).flatten(0, 1), read(k), read(v), mask.repeat(q.shape[0], 1, 1, 1)
+
+
+def _split(x: Tensor, size: int) -> Tensor:
+    """``[B, H, T, D]`` in blocks, padded with zeros, ``[B, N, H, size, D]``."""
+    padded = F.pad(x, (0, 0, 0, -x.shape[2] % size))
+    return padded.view(*x.shape[:2], -1, size, x.shape[3]).transpose(1, 2)

@@ -31,14 +31,15 @@ class CausalSelfAttention(nn.Module):
         self.scale_tensor: Tensor | None = None
         if config.scale_attention_by_layer:
             self.scale /= layer + 1
-            # Of no device, as a number is, and of the exact type.
+            # On the CPU, where it mixes with tensors of any device, and in float64, exactly.
             self.scale_tensor = torch.tensor(self.scale, dtype=torch.float64, device="cpu")
         heads = config.n_head + 2 * config.n_kv_head
         has_bias = config.qkv_bias == "yes"
         self.qkv = nn.Linear(config.n_embd, heads * config.head_dim, bias=has_bias)
         self.out = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
-        self.q_norm = RMSNorm(config, config.head_dim) if config.qk_norm else None
-        self.k_norm = RMSNorm(config, config.head_dim) if config.qk_norm else None
+        make_norm = functools.partial(RMSNorm, config, config.head_dim, can_have_bias=False)
+        self.q_norm = make_norm() if config.qk_norm else None
+        self.k_norm = make_norm() if config.qk_norm else None
         self.sinks = nn.Parameter(torch.empty(config.n_head)) if config.learned_sinks else None
 
     @torch.no_grad()
@@ -66,8 +67,7 @@ class CausalSelfAttention(nn.Module):
         """Those of the projections, and 12 for each number of each key: two products, forward and
         twice backward. Keys that the causal mask hides are counted too.
         """
-        window = self.kind.window
-        keys = context_length if window is None else min(window + self.kind.sinks, context_length)
+        keys = min(self.kind.most_keys or context_length, context_length)
         projections = (flops_per_token(child, context_length) for child in self.children())
         return sum(projections) + 12 * keys * self.n_head * self.head_dim
 
@@ -81,6 +81,9 @@ class CausalSelfAttention(nn.Module):
         view = shared.views[self.kind]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        to_sinks = None
+        if view.sinks is not None:
+            to_sinks = view.sinks.rotation.query(q), view.sinks.keys
         if view.rotation is not None:
             q, k = view.rotation.query(q), view.rotation.key(k)
         if shared.cache is not None:
@@ -105,6 +108,6 @@ class CausalSelfAttention(nn.Module):
         if view.dynamic is not None:
             y = view.dynamic(q, k, v, view.mask, attended)
         else:
-            y = attended(q, k, v, mask=view.mask, blocks=view.blocks)
+            y = attended(q, k, v, mask=view.mask, blocks=view.blocks, to_sinks=to_sinks)
         out: Tensor = self.out(y.transpose(1, 2).reshape(B, T, -1).to(x.dtype))
         return out

@@ -193,7 +193,12 @@ class KVCache:
                 f"cannot truncate a cache of {held} tokens to {wanted}: the attention window "
                 "before them was overwritten"
             )
-        peaks = [max(pair) for pair in zip(self._peaks, held, strict=True)]
+        rings = [store for store in self.stores.values() if isinstance(store, Ring)]
+        fresh = min((ring.sinks for ring in rings), default=0)  # a ring of such a row holds nothing
+        peaks = [
+            new if new <= fresh else max(length, peak)
+            for new, length, peak in zip(wanted, held, self._peaks, strict=True)
+        ]
         self.lengths, self._peaks = wanted, peaks
 
     def can_truncate(self, lengths: Sequence[int]) -> bool:

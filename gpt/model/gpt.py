@@ -22,12 +22,12 @@ from gpt.model.masks import causal, dense, in_blocks
 from gpt.model.norm import make_norm
 from gpt.model.pointer import Pointer
 from gpt.model.position import POSITIONS
-from gpt.model.shared import Shared, View
+from gpt.model.shared import Shared, Sinks, View
 from gpt.model.store import Slots
 
 
 class GPT(nn.Module):
-    """A GPT of the shape that ``config`` gives, initialised as GPT-2 was."""
+    """A GPT of the shape that ``config`` gives, with new weights (``config.initial``)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -99,7 +99,8 @@ class GPT(nn.Module):
     def logits(self, features: Tensor) -> Tensor:
         """Features, ``[..., C]``, to logits ``[..., V]``; with ``copy`` to log-probabilities."""
         width, cap = self.config.n_embd, self.config.logit_softcap
-        logits: Tensor = self.head(features if self.pointer is None else features[..., :width])
+        x = features if self.pointer is None else features[..., :width].to(self.dtype)
+        logits: Tensor = self.head(x)
         if cap:
             logits = cap * (logits / cap).tanh()
         if self.pointer is not None:
@@ -113,32 +114,42 @@ class GPT(nn.Module):
         T, most = tokens.shape[1], self.config.most_positions()
         if cache is not None:
             plan = cache.plan(T, valid)
-            views = {kind: self._view(kind, plan.at, plan.slots[kind]) for kind in self.kinds}
+            end = plan.new.end
+            views = {kind: self._view(kind, plan.at, end, plan.slots[kind]) for kind in self.kinds}
             return Shared(plan.at, views, cache, plan)
         if most is not None and most < T:
             raise ValueError(f"{T} tokens are longer than the model's context_length ({most})")
         at = torch.arange(T, device=tokens.device)
         slots = Slots(at, is_square=True, sees_all=False, to=slice(0, T))
-        return Shared(at, {kind: self._view(kind, at, slots) for kind in self.kinds})
+        return Shared(at, {kind: self._view(kind, at, T, slots) for kind in self.kinds})
 
-    def _view(self, kind: Kind, at: Tensor, slots: Slots) -> View:
-        """What the layers of a kind share, for queries at the positions ``at`` ``[..., T]``."""
-        T, keys = at.shape[-1], slots.keys
-        rotation, blocks = self.position.rotation(at, kind), None
+    def _view(self, kind: Kind, at: Tensor, end: int, slots: Slots) -> View:
+        """What the layers of a kind share, for queries at the positions ``at`` ``[..., T]``, all
+        below ``end``. Attention needs no mask if it is square causal, or if each query sees every
+        key. Of tokens alone, a rule that sees little is computed by blocks. Else there is a mask.
+        """
+        T, keys, blocks = at.shape[-1], slots.keys, None
+        rotation = self.position.rotation(at, kind)
         dynamic = self.position.dynamic(at, keys, kind)
-        is_whole = dynamic is None or dynamic.is_one
-        sees_all = kind.rule is causal and (slots.is_square or slots.sees_all)
         if slots.is_square:
-            sees_all = sees_all or (kind.window is not None and kind.window >= T)
+            sees_all = kind.rule is causal or (kind.window is not None and kind.window >= T)
             blocks = in_blocks(kind.rule, T, at.device) if dynamic is None else None
-            if blocks is not None:
-                at, keys = blocks.at, blocks.positions
-        bias = self.position.bias(at, keys)
-        if sees_all and bias is None and is_whole:
+        else:
+            sees_all = kind.rule is causal and slots.sees_all
+        queries = at if blocks is None else blocks.at
+        keys = keys if blocks is None else blocks.positions
+        bias = self.position.bias(queries, keys, kind)
+        if sees_all and bias is None and (dynamic is None or dynamic.is_one):
             return View(None, rotation, dynamic)
-        mask = dense(kind.rule, at, keys, self._score_dtype())
+        mask = dense(kind.rule, queries, keys, self._score_dtype())
         mask = mask if bias is None else (mask + bias).to(mask.dtype)
-        return View(mask, rotation, dynamic, blocks)
+        last, sinks = kind.last_to_sinks, None
+        if rotation is not None and last is not None and end > last + 1:
+            near = self.position.rotation(at.clamp(max=last), kind)
+            assert near is not None
+            is_sink = (keys >= 0) & (keys < kind.sinks)
+            sinks = Sinks(near, is_sink if is_sink.ndim == 1 else is_sink[:, None, None])
+        return View(mask, rotation, dynamic, sinks, blocks)
 
     def _score_dtype(self) -> torch.dtype:
         """What attention computes its scores in, most of the time."""
@@ -213,7 +224,8 @@ class GPT(nn.Module):
         """Floating-point operations of a forward and a backward pass for one token at full context:
         the sum of what the modules spend (:mod:`gpt.model.flops`). Looking up embeddings is free.
         """
-        spending = (self.embed_norm, *self.blocks, self.norm, self.head)
+        spending = [self.embed_norm, *self.blocks, self.norm, self.head]
+        spending += [] if self.pointer is None else [self.pointer]
         return sum(flops_per_token(part, self.config.context_length) for part in spending)
 
 

@@ -20,6 +20,20 @@ class Kind:
     rule: MaskRule = causal
     """Which keys a query sees."""
 
+    @property
+    def most_keys(self) -> int | None:
+        """How many keys a query sees at most; ``None`` if there is no limit."""
+        if isinstance(self.rule, blocks):
+            return self.rule.size * (self.rule.local + self.rule.first + self.rule.random)
+        return self.window and self.window + self.sinks
+
+    @property
+    def last_to_sinks(self) -> int | None:
+        """The position from which a query looks at sinks when its own is larger, so that sinks stay
+        right before the window (StreamingLLM, arXiv:2309.17453).
+        """
+        return self.sinks + self.window - 1 if self.sinks and self.window else None
+
 
 def layer_kinds(config: ModelConfig) -> list[Kind]:
     """The kind of each layer. Equal kinds are one object."""
@@ -33,4 +47,4 @@ def layer_kinds(config: ModelConfig) -> list[Kind]:
         "L": Kind("L", config.rotary_base_local, config.window, config.sinks, local),
         "S": Kind("S", config.rotary_base, rule=sparse),
     }
-    return [kinds[letter] for letter in config.window_pattern]
+    return [kinds[letter] for letter in config.layer_pattern()]

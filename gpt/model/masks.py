@@ -1,7 +1,7 @@
 """Attention masks as rules on positions.
 
 A rule takes the positions of queries and keys, broadcast against each other, and says where a query
-may look. The same rule serves dense masks, masks by blocks, and ``flex_attention``.
+may look. The same rule serves masks of all queries by all keys and masks by blocks.
 """
 
 from collections.abc import Callable
@@ -117,7 +117,7 @@ def in_blocks(rule: MaskRule, n_token: int, device: torch.device) -> Blocks | No
         return None
     again = (index[:, :, None] == index[:, None]).tril(-1).any(dim=-1)
     index = torch.where(again, -1, index)
-    return Blocks(size, index, rule.sinks if isinstance(rule, window) else 0)
+    return Blocks(size, index, min(rule.sinks, n_token) if isinstance(rule, window) else 0)
 
 
 def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:

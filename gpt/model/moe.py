@@ -31,9 +31,10 @@ class MoE(nn.Module):
         if config.moe_balance == "bias":
             self.preference = nn.Parameter(torch.zeros(config.n_expert), requires_grad=False)
         self.loss: Tensor | None = None
-        """Of the last forward pass in training: what spreads the tokens, weighted."""
+        """The weighted balancing losses of the last forward pass in training."""
         self.load: Tensor | None = None
-        """How many choices fell on each expert since :meth:`rebalance`, in training."""
+        """How many choices fell on each expert since :meth:`rebalance`, in training; activation
+        checkpointing computes and counts each twice."""
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -58,7 +59,7 @@ class MoE(nn.Module):
         chosen = preferred.topk(k, dim=-1).indices  # N, k
         weights = scores.gather(1, chosen)
         if self.config.moe_renormalise:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         if self.training:
             self._watch(logits, scores, chosen)
             if self.config.moe_capacity:
@@ -66,7 +67,8 @@ class MoE(nn.Module):
         out = (self._outputs(flat, chosen) * weights[..., None].to(x.dtype)).sum(dim=1)
         for expert in self.shared:
             out = out + expert(flat)
-        return out.view_as(x)
+        result: Tensor = out.view_as(x)
+        return result
 
     def _logits(self, x: Tensor) -> Tensor:
         """The router's, ``[N, E]``, not in autocast's dtype: close choices would change."""
@@ -76,6 +78,7 @@ class MoE(nn.Module):
             logits: Tensor = self.router(x)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # sizes differ at each call
     def _outputs(self, x: Tensor, chosen: Tensor) -> Tensor:
         """``[N, k, C]`` of each token's experts. The tokens are sorted by expert, so that each
         expert is one product over its own tokens.
@@ -101,8 +104,8 @@ class MoE(nn.Module):
         config = self.config
         room = math.ceil(config.moe_capacity * chosen.numel() / config.n_expert)
         turn = nn.functional.one_hot(chosen.T.flatten(), config.n_expert).cumsum(dim=0)
-        place = turn.gather(1, chosen.T.reshape(-1, 1)).view(chosen.T.shape).T
-        return place <= room
+        number = turn.gather(1, chosen.T.reshape(-1, 1)).view(chosen.T.shape).T
+        return number <= room
 
     def _watch(self, logits: Tensor, scores: Tensor, chosen: Tensor) -> None:
         """Count the choices, and compute the loss.
@@ -137,8 +140,12 @@ class MoE(nn.Module):
 
 
 def auxiliary_loss(model: nn.Module) -> Tensor | None:
-    """The sum of the losses that spread tokens over experts, of the last forward pass; ``None`` for
-    a model without experts.
+    """The sum of the balancing losses of the last forward pass, which are then forgotten; ``None``
+    if there are none.
     """
-    losses = [m.loss for m in model.modules() if isinstance(m, MoE) and m.loss is not None]
+    losses = []
+    for module in model.modules():
+        if isinstance(module, MoE) and module.loss is not None:
+            losses.append(module.loss)
+            module.loss = None
     return torch.stack(losses).sum() if losses else None

@@ -27,10 +27,10 @@ class LayerNorm(nn.LayerNorm):
 class RMSNorm(nn.Module):
     """Root mean square normalisation (arXiv:1910.07467): no mean is subtracted."""
 
-    def __init__(self, config: ModelConfig, width: int) -> None:
+    def __init__(self, config: ModelConfig, width: int, *, can_have_bias: bool = True) -> None:
         super().__init__()
         self.width, self.eps = width, config.norm_eps
-        has_bias = config.resolved().norm_bias == "yes"
+        has_bias = can_have_bias and config.resolved().norm_bias == "yes"
         self.weight = nn.Parameter(torch.ones(width)) if config.norm_weight else None
         self.bias = nn.Parameter(torch.zeros(width)) if has_bias else None
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from gpt.config import ModelConfig
 from gpt.model.cache import COPIED
+from gpt.model.flops import flops_per_token
 from gpt.model.initial import normal
 from gpt.model.masks import causal
 from gpt.model.shared import Shared
@@ -22,6 +23,10 @@ class Pointer(nn.Module):
         self.width, self.vocab_size = config.n_embd, config.vocab_size
         self.query = nn.Linear(config.n_embd, config.n_embd)
         self.sentinel = nn.Parameter(torch.empty(config.n_embd))
+
+    def flops_per_token(self, context_length: int) -> int:
+        """Those of the query, and 6 for each number of each state that it is multiplied with."""
+        return flops_per_token(self.query, context_length) + 6 * self.width * context_length
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -49,7 +54,7 @@ class Pointer(nn.Module):
         copied = weights.new_zeros(*x.shape[:2], self.vocab_size)
         where = seen[:, None].expand(-1, x.shape[1], -1)
         copied = copied.scatter_add(-1, where, weights[..., :-1])
-        return torch.cat([x, weights[..., -1:].to(x.dtype), copied.to(x.dtype)], dim=-1)
+        return torch.cat([x.to(exact), weights[..., -1:], copied], dim=-1)
 
     def mix(self, logits: Tensor, weights: Tensor) -> Tensor:
         """The mixture's log-probabilities, ``[..., V]``, of the vocabulary's ``logits`` and the

@@ -39,7 +39,7 @@ class Position(nn.Module):
         """
         return None
 
-    def bias(self, at: Tensor, keys: Tensor) -> Tensor | None:
+    def bias(self, at: Tensor, keys: Tensor, kind: Kind) -> Tensor | None:
         """The number that is added to the scores of queries at ``at`` ``[..., T]`` over keys at the
         positions ``keys`` ``[..., S]``: ``[..., H, T, S]``.
         """
@@ -126,10 +126,13 @@ class ALiBi(Position):
     arXiv:2108.12409).
     """
 
-    def bias(self, at: Tensor, keys: Tensor) -> Tensor:
+    def bias(self, at: Tensor, keys: Tensor, kind: Kind) -> Tensor:
         """``slope * (key - query)`` for each head."""
         slopes = torch.tensor(alibi_slopes(self.config.n_head), device=at.device)
-        distance = (keys[..., None, :] - at[..., :, None]).clamp(max=0)
+        at, keys = at[..., :, None], keys[..., None, :]
+        if kind.last_to_sinks is not None:
+            at = torch.where(keys < kind.sinks, at.clamp(max=kind.last_to_sinks), at)
+        distance = (keys - at).clamp(max=0)
         return slopes[:, None, None] * distance[..., None, :, :]
 
 

@@ -44,6 +44,15 @@ class Rotation(NamedTuple):
         return torch.cat([*turned, rest] if rest.shape[-1] else turned, dim=-1)
 
 
+class Sinks(NamedTuple):
+    """How queries that are far from the sinks look at them."""
+
+    rotation: Rotation
+    """The rotation of queries towards sinks."""
+    keys: Tensor
+    """Which keys are sinks, broadcastable to ``[B, H, T, S]``."""
+
+
 class View(NamedTuple):
     """What the layers of one kind share."""
 
@@ -56,6 +65,8 @@ class View(NamedTuple):
     """By what queries and keys are rotated; ``None`` where they are not."""
     dynamic: "DynamicRotation | None" = None
     """By what queries and keys are rotated when they meet."""
+    sinks: Sinks | None = None
+    """Where positions are rotated and queries are beyond the window from the sinks."""
     blocks: Blocks | None = None
     """How attention that sees little of a long context is computed, without a cache."""
 

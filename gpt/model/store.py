@@ -95,9 +95,9 @@ class Store:
 
     def take(self, start: int, other: "Store", rows: Sequence[int], longest: int) -> None:
         """Put the ``rows`` of another store, of up to ``longest`` tokens, at row ``start`` on."""
+        longest = min(longest, self.size, other.size)
         for mine, its in ((self.keys, other.keys), (self.values, other.values)):
-            used = its[:, list(rows), :, :longest]
-            mine[:, start : start + len(rows), :, : used.shape[3]] = used
+            mine[:, start : start + len(rows), :, :longest] = its[:, list(rows), :, :longest]
 
 
 class Copied(Store):
