@@ -207,10 +207,59 @@ def test_an_impossible_value_is_refused_and_its_field_named(schema, values, fiel
 
 
 def test_a_pattern_may_be_longer_than_the_model():
-    model = ModelConfig(n_layer=1, window=8, sinks=2, window_pattern="GL").resolved()
-    assert (model.window_pattern, model.window, model.sinks) == ("G", 0, 0)
-    model = ModelConfig(n_layer=5, window=8, sinks=2, window_pattern="GL").resolved()
-    assert (model.window_pattern, model.window, model.sinks) == ("GLGLG", 8, 2)
+    for n, letters in ((1, "G"), (5, "GLGLG")):
+        model = ModelConfig(n_layer=n, window=8, sinks=2, window_pattern="GL").resolved()
+        assert model.resolved() == model
+        assert model.layer_pattern() == letters
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"rotary_base": 500.0}, "rotary_base is 500.0, and has an effect only with"),
+        ({"rotary_fraction": 0.5}, "rotary_fraction is 0.5, and has an effect only with"),
+        ({"position": "rotary", "rotary_scaling_factor": 8.0}, "only with model.rotary_scaling"),
+        ({"position": "rotary", "rotary_base_local": 50.0}, "only with rotary positions and local"),
+        ({"sparse_block": 3}, "sparse_block is 3, and has an effect only with sparse layers"),
+        ({"moe_renormalise": True}, "moe_renormalise makes the weight of a single expert 1"),
+        ({"moe_score": "sigmoid"}, "moe_score is 'sigmoid', and has an effect only with"),
+        ({"moe_shared": 1}, "moe_shared is 1, and has an effect only with model.n_expert"),
+        ({"n_expert": 4, "moe_renormalise": True}, "set model.n_expert_active above 1"),
+        ({"n_expert_active": 2}, "n_expert_active is 2, and model.n_expert is 0"),
+        (
+            {"position": "rotary", "window": 4, "rotary_base_local": 0.5},
+            "rotary_base_local is 0.5, and must be 0 or above 1",
+        ),
+        (
+            {
+                "position": "rotary", "rotary_scaling": "llama3", "rotary_scaling_factor": 8.0,
+                "rotary_low_frequency": 4.0, "rotary_high_frequency": 4.0,
+            },
+            "rotary_low_frequency is 4.0, and must be below",
+        ),
+        (
+            {"position": "xpos", "rotary_scaling": "dynamic_ntk", "rotary_scaling_factor": 2.0},
+            "'dynamic_ntk' needs model.position 'rotary'",
+        ),
+        ({"rotary_scaling": "yarn", "rotary_scaling_factor": 2.0}, "'learned' is not rotary"),
+        (
+            {"position": "rotary", "rotary_scaling": "llama3"},
+            "needs a model.rotary_scaling_factor above 1",
+        ),
+        ({"initial": "zero", "norm_placement": "post"}, "which model.norm_placement 'post' undoes"),
+        ({"window_pattern": "LX"}, "must have only the letters G, L, S"),
+        ({"window_pattern": "LG"}, "need a model.window of at least 1"),
+        ({"window": 4, "window_pattern": "G"}, "no layer of model.window_pattern 'G' is local"),
+        ({"sinks": 2}, "only local layers have sinks"),
+        ({"norm_weight": False, "norm_bias": "yes"}, "needs model.norm_weight"),
+        ({"position": "sinusoidal", "n_embd": 15, "n_head": 3}, "needs an even number"),
+        ({"position": "rotary", "n_embd": 15, "n_head": 3}, "needs heads of an even width"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_model_that_contradicts_itself_or_sets_what_does_nothing_is_refused(fields, said):
+    with pytest.raises(UsageError, match=re.escape(said)):
+        ModelConfig(**fields)
 
 
 def test_batch_tokens_that_do_not_divide_are_refused_with_the_nearest_that_do():

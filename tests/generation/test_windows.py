@@ -11,6 +11,7 @@ from gpt.generation.beam import BeamSearch
 from gpt.generation.decode import Decoder, decode
 from gpt.generation.inference import prepare_for_inference
 from gpt.generation.speculative import PromptLookup, Speculator
+from gpt.model.gpt import GPT
 from gpt.model.store import SPARE
 from tests.conftest import make_model
 
@@ -37,7 +38,7 @@ def written(model, prompts, config, **options):
     return texts
 
 
-@pytest.mark.parametrize("position", ["rotary", "alibi", "none", "xpos", "sinusoidal"])
+@pytest.mark.parametrize("position", ["rotary", "alibi", "none", "sinusoidal"])
 @pytest.mark.parametrize("options", [{}, {"ahead": 4}, {"batch_size": 2}])
 @torch.inference_mode()
 def test_sinks_write_without_end_what_full_forward_passes_write(position, options):
@@ -64,7 +65,12 @@ def test_the_memory_of_windows_does_not_grow_with_the_text():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"window_pattern": "LG"}, {"window": 0, "sinks": 0}, {"position": "learned"}],
+    [
+        {"window_pattern": "LG"},
+        {"window": 0, "sinks": 0},
+        {"position": "learned"},
+        {"position": "xpos"},
+    ],
     ids=str,
 )
 def test_a_model_that_has_to_see_or_number_everything_is_refused(changes):
@@ -114,3 +120,50 @@ def test_beams_keep_their_windows():
         logprobs = one(text)[0].log_softmax(-1)
         total = sum(float(logprobs[i + 2, token.id]) for i, token in enumerate(tokens))
         assert tokens[-1].score == pytest.approx(total / len(tokens), rel=1e-4)
+
+
+@pytest.mark.parametrize("position", ["rotary", "alibi", "none"])
+@torch.inference_mode()
+def test_sinks_count_however_far_they_are(position):
+    model = make_model(dataclasses.replace(SHAPE, position=position))
+    text = torch.randint(61, (1, 3000))
+    other = text.clone()
+    other[0, :2] = (other[0, :2] + 7) % 61
+    difference = (model(text) - model(other))[0].abs().amax(dim=-1)
+    assert difference[2990:].min() > 0.1 * difference[30:60].mean()
+
+
+@torch.inference_mode()
+def test_there_may_be_more_sinks_than_tokens():
+    many = make_model(dataclasses.replace(SHAPE, context_length=1024, sinks=300))
+    whole = make_model(dataclasses.replace(SHAPE, context_length=1024, window=0, sinks=0))
+    text = torch.randint(61, (1, 290))
+    torch.testing.assert_close(many(text), whole(text), rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_a_ring_that_was_emptied_forgets_how_full_it_was():
+    model = make_model(dataclasses.replace(SHAPE, context_length=1000), dtype=torch.float64)
+    cache, text = model.new_cache(), torch.randint(61, (1, 20))
+    model(torch.randint(61, (1, 200)), cache=cache)
+    cache.truncate(0)
+    model(text, cache=cache)
+    cache.truncate(19)
+    got = model(text[:, 19:], cache=cache)
+    torch.testing.assert_close(got, model(text)[:, 19:], rtol=0, atol=1e-9)
+
+
+@torch.inference_mode()
+def test_speculation_after_a_slide_reads_no_more_than_without_windows(monkeypatch):
+    read = []
+    features = GPT.features
+    monkeypatch.setattr(
+        GPT, "features", lambda self, x, **more: read.append(x.numel()) or features(self, x, **more)
+    )
+    counts = []
+    for changes in ({}, {"window": 0, "sinks": 0}):
+        model = make_model(dataclasses.replace(SHAPE, context_length=120, **changes))
+        read.clear()
+        list(Speculator(model, GREEDY, PromptLookup()).decode([5, 9, 3] * 10))
+        counts.append(sum(read))
+    assert counts[0] < 1.5 * counts[1]

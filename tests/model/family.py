@@ -35,6 +35,9 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
             "position": "rotary", "rotary_scaling": "llama3", "rotary_scaling_factor": 8.0,
         },
         "xpos": {"position": "xpos"},
+        "xpos yarn": {
+            "position": "xpos", "rotary_scaling": "yarn", "rotary_scaling_factor": 4.0,
+        },
         "alibi": {"position": "alibi"},
         "none": {"position": "none"},
     },
@@ -59,7 +62,10 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
     "attention": {
         "all": {},
         "window": {"window": 5},
-        "pattern": {"window": 6, "window_pattern": "LLG", "rotary_base_local": 100.0},
+        "pattern": {"window": 6, "window_pattern": "LLG"},
+        "two bases": {
+            "window": 6, "window_pattern": "LG", "position": "rotary", "rotary_base_local": 100.0,
+        },
         "sinks": {"window": 5, "sinks": 2},
         "learned sinks": {"window": 7, "learned_sinks": True},
         "softcap": {"attention_softcap": 5.0, "logit_softcap": 7.0},

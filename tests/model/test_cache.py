@@ -451,3 +451,17 @@ def test_a_cache_works_under_another_default_device(tiny_config):
         cache.add(other, [2])
         assert cache.expand(2).lengths == [5, 5, 5, 5, 0, 0]
     assert cache.layer(0)[0].keys[0, :2, 0, 4, 0].tolist() == [2, 1]
+
+
+@torch.inference_mode()
+def test_a_truncated_cache_fits_wherever_what_it_still_holds_fits(tiny_model):
+    cache, tokens = tiny_model.new_cache(), some_tokens(1, 16)
+    tiny_model(tokens, cache=cache)
+    cache.truncate(5)
+    smaller = tiny_model.new_cache(2, capacity=7)
+    smaller.reorder([])
+    smaller.add(cache)
+    full = tiny_model(tokens[:, :6])[:, 5:]
+    for other in (cache.expand(1, capacity=7), smaller):
+        got = tiny_model(tokens[:, 5:6], cache=other)
+        torch.testing.assert_close(got, full, rtol=0, atol=1e-5 * float(full.abs().max()))

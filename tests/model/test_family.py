@@ -204,8 +204,16 @@ def test_every_variant_that_the_kernels_know_is_tested_in_them():
     others = {(part, name) for part, values in PARTS.items() for name in values} - names
     assert others == {
         ("position", "dynamic ntk"), ("placement", "post"), ("placement", "deepnorm"),
-        ("attention", "three best"), ("attention", "sparse"), ("ends", "pointer"),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_prepared_router_is_exact_in_every_format(kind):
+    model = make_model(config_of({"mlp": "mixtral"}), seed=1)
+    prepared = prepare_for_inference(model, kind)
+    x = torch.randn(5, 64)
+    ours, theirs = (m.blocks[0].mlp.router(x) for m in (prepared, model))
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
 def learns(model):

@@ -20,6 +20,7 @@ from gpt.config import ModelConfig
 from gpt.model import kinds
 from gpt.model.attend import attend
 from gpt.model.gpt import GPT
+from gpt.model.kinds import Kind
 from gpt.model.mlp import MLP, GatedMLP
 from gpt.model.moe import MoE
 from gpt.model.norm import LayerNorm, RMSNorm
@@ -244,7 +245,9 @@ def test_alibis_slopes_are_the_published_ones():
 
 
 def test_alibi_takes_from_a_score_its_slope_for_each_token_between():
-    bias = POSITIONS["alibi"](of(position="alibi")).bias(torch.tensor([3, 5]), torch.arange(6))
+    bias = POSITIONS["alibi"](of(position="alibi")).bias(
+        torch.tensor([3, 5]), torch.arange(6), Kind()
+    )
     for head, slope in enumerate([1 / 4, 1 / 16, 1 / 64, 1 / 256]):
         assert bias[head, 0, :4].tolist() == [-3 * slope, -2 * slope, -slope, 0]
         assert bias[head, 1].tolist() == [-n * slope for n in (5, 4, 3, 2, 1, 0)]
@@ -413,7 +416,9 @@ def test_a_window_of_the_contexts_length_is_full_attention():
 
 
 def test_a_pattern_gives_each_layer_its_kind():
-    model = exact(n_layer=5, window=4, window_pattern="LGS", rotary_base_local=50.0)
+    model = exact(
+        n_layer=5, window=4, window_pattern="LGS", position="rotary", rotary_base_local=50.0
+    )
     assert [block.attn.kind.letter for block in model.blocks] == list("LGSLG")
     assert [kind.window for kind in model.kinds] == [4, None, None]
     assert [kind.rotary_base for kind in model.kinds] == [50.0, 10_000.0, 10_000.0]

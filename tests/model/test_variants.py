@@ -133,7 +133,7 @@ class Everything(Position):
         angles = angles if at.ndim == 1 else angles[:, None]
         return Rotation(angles.cos(), angles.sin())
 
-    def bias(self, at, keys):
+    def bias(self, at, keys, kind):
         distance = (keys[..., None, :] - at[..., :, None]).clamp(max=0)
         return distance[..., None, :, :] * 0.5 ** torch.arange(self.n_head)[:, None, None]
 
