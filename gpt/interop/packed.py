@@ -92,7 +92,7 @@ def _named(path: Path) -> Iterator[None]:
         yield
     except UsageError as error:
         raise UsageError(f"{foreign(path)}: {error}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{foreign(path)} is broken ({foreign(repr(error))})") from None
 
 

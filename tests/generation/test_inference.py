@@ -762,7 +762,7 @@ def test_a_packed_folder_has_the_users_umask(tmp_path):
 def test_formats_that_there_are_not_are_refused(tmp_path):
     with pytest.raises(UsageError, match="weights is 'int5', and must be one of auto, float32"):
         gpt.load(tmp_path, weights="int5")
-    with pytest.raises(UsageError, match="to packed takes a format"):
+    with pytest.raises(UsageError, match="a format needs --to packed"):
         ExportConfig(model="m", out=tmp_path, weights="int4")
 
 
