@@ -230,7 +230,7 @@ class _Packing:
         """The converted module; ``module`` does not change."""
         if isinstance(module, nn.Linear):
             _check_plain(module, nn.Linear, name)
-            if name.endswith(".router"):  # rounding it would choose other experts
+            if name.endswith(".router"):  # rounded weights would choose other experts
                 matrix = Matrix("float32", module.weight.detach())
                 return PackedLinear(matrix, module.bias, torch.float32, self.few)
             return PackedLinear(self.matrix(module.weight), module.bias, self.wide, self.few)
