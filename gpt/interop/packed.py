@@ -113,7 +113,8 @@ def _plain_model(config: ModelConfig, kind: Weights, shapes: Mapping[str, list[i
         shape, packed = list(parameter.shape), f"{name.removesuffix('weight')}matrix.data"
         if packed in shapes:
             name, padded = packed, -(-shape[1] // PADDED) * PADDED
-            shape[1] = {"int8": padded, "int4": padded // 2}.get(str(kind), shape[1])
+            if ".router." not in name:  # routers stay float32
+                shape[1] = {"int8": padded, "int4": padded // 2}.get(str(kind), shape[1])
         if shapes.get(name) != shape:
             raise UsageError(
                 f"the configuration needs {name} of shape {shape}, and {WEIGHTS} has "
