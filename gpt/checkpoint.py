@@ -175,15 +175,15 @@ def _finish(
     work.chmod(0o755)
     for folder in {work, *((work / name).parent for name in files)}:
         flush(folder)
-    place = run / "checkpoints" / state.name
-    if os.path.lexists(place):  # damaged, or the run was resumed from an earlier step
-        if place.parent.is_symlink() and state.name not in own:
-            _set_aside(place, "replaced")
+    path = run / "checkpoints" / state.name
+    if os.path.lexists(path):  # damaged, or the run was resumed from an earlier step
+        if path.parent.is_symlink() and state.name not in own:
+            _set_aside(path, "replaced")
         else:
-            _delete(place)
-    work.rename(place)
-    flush(place.parent)
-    return place
+            _delete(path)
+    work.rename(path)
+    flush(path.parent)
+    return path
 
 
 def point(run: Path, name: Pointer, checkpoint: str) -> None:
@@ -243,10 +243,10 @@ def set_aside(run: Path, *, newer_than: int) -> list[Path]:
 
 def _set_aside(path: Path, why: str) -> Path:
     """Rename the folder so that it no longer counts as a checkpoint."""
-    place = path.with_name(f"{why}-{path.name}")
-    while os.path.lexists(place):
-        place = place.with_name(f"{place.name}-again")
-    return path.rename(place)
+    target = path.with_name(f"{why}-{path.name}")
+    while os.path.lexists(target):
+        target = target.with_name(f"{target.name}-again")
+    return path.rename(target)
 
 
 def find(path: Path, name: Pointer = "best", *, say: Say = lambda text: None) -> Checkpoint | None:

@@ -238,8 +238,8 @@ def prepare(words: Sequence[str], prog: str) -> int:
         prepared = run(
             config.data,
             config.out,
-            progress=lambda share: status.update(
-                Text(f"preparing {config.data.source}: {share:.0%}")
+            progress=lambda fraction: status.update(
+                Text(f"preparing {config.data.source}: {fraction:.0%}")
             ),
             say=_tell,
         )

@@ -1,11 +1,10 @@
-"""What decoding on a CPU spends its time on, in C++: products of a few rows with a matrix that is
-read once, and whole blocks for a few tokens.
+"""C++ kernels for decoding on a CPU: products of a few rows with a matrix that is read once, and
+whole blocks for a few tokens.
 
-``kernels.cpp`` is compiled for this machine at its first use, in two seconds, with the C++ compiler
-that is there (``CXX``, or c++), and kept in the user's cache folder, where nobody else may write.
-It works on raw memory, which is checked here, and shares torch's threads (OpenMP). Where there is
-no compiler, :func:`library` is ``None``, :func:`problem` says why, and callers use torch's own
-operators.
+The machine's C++ compiler (``CXX``, or c++) compiles ``kernels.cpp`` at its first use, in two
+seconds. The library stays in the user's cache folder, where only the user may write. It works on
+raw memory, which this module checks, and shares torch's threads (OpenMP). Without a compiler,
+:func:`library` is ``None``, :func:`problem` gives the reason, and callers use torch's operators.
 """
 
 import ctypes
@@ -33,15 +32,15 @@ from gpt.device import cpu_limit
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = (
     *("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC"),
-    # Not -ffast-math: what is not a number stays so, and sums have one order whatever the rows.
+    # Not -ffast-math: NaN stays NaN, and the order of a sum does not depend on the number of rows.
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"),
 )
 TARGETS = {None: "native", "avx2": "x86-64-v3", "default": "x86-64"}
 """The compiler's ``-march`` for each :func:`gpt.device.cpu_limit`, on x86."""
 OTHERS = stat.S_IWGRP | stat.S_IWOTH
-"""The bits of a file's mode that let others than its owner write."""
+"""The bits of a file's mode that let users other than its owner write."""
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
-"""Of a matrix: the number that ``kernels.cpp`` knows each by."""
+"""The formats of a matrix, with their numbers in ``kernels.cpp``."""
 
 
 def _any(value: Any) -> bool:
@@ -62,7 +61,7 @@ KNOWN: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("rotary_low_frequency", "rotary_high_frequency", "rotary_temperature"), _any),
     **dict.fromkeys(("norm_weight", "norm_bias", "norm_eps"), _any),
     **dict.fromkeys(("n_expert", "n_expert_active", "moe_shared", "moe_renormalise"), _any),
-    # outside of the blocks, in training, or in sparse layers alone
+    # used only outside the blocks, in training, or in sparse layers
     **dict.fromkeys(("tie_embeddings", "scale_embeddings", "embedding_norm"), _any),
     **dict.fromkeys(("logit_softcap", "dropout", "initial"), _any),
     **dict.fromkeys(("moe_capacity", "moe_balance", "moe_balance_weight", "moe_z_weight"), _any),
@@ -92,12 +91,12 @@ def knows(config: ModelConfig) -> bool:
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled functions; ``None`` where they cannot be had: see :func:`problem`."""
+    """The compiled functions; ``None`` if they are not available, see :func:`problem`."""
     return _library()[0]
 
 
 def problem() -> str | None:
-    """Why there is no :func:`library`, in a sentence."""
+    """The reason why there is no :func:`library`, in a sentence."""
     return _library()[1]
 
 
@@ -110,8 +109,8 @@ def _library() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 def load() -> ctypes.CDLL:
-    """The compiled functions: those that are kept, or compiled anew and kept where that is safe.
-    ``UsageError`` or ``OSError`` if they cannot be had.
+    """Load the compiled functions from the cache folder, or compile them and store them there if
+    the folder is safe. ``UsageError`` or ``OSError`` if neither works.
     """
     command, key = _command()
     folder = _folder()
@@ -129,9 +128,9 @@ def load() -> ctypes.CDLL:
         if done.returncode:
             said = (done.stderr.strip().splitlines() or ["no message"])[0]
             raise UsageError(f"{command[0]} cannot compile {SOURCE.name}: {foreign(said)}")
-        place = _keep(made, folder, key) if folder else None
-        # what is loaded stays loaded, also when its file is removed
-        return _declared(ctypes.CDLL(str(place or made)))
+        kept_file = _keep(made, folder, key) if folder else None
+        # a loaded library works after its file is removed
+        return _declared(ctypes.CDLL(str(kept_file or made)))
 
 
 def _declared(lib: ctypes.CDLL) -> ctypes.CDLL:
@@ -145,7 +144,7 @@ def _declared(lib: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def _address(tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> int:
-    """Where the tensor's numbers are; ``ValueError`` unless they lie as the kernels read them."""
+    """The tensor's address; ``ValueError`` unless it is contiguous on the CPU in this dtype."""
     if (
         tensor is None
         or tensor.dtype != dtype
@@ -154,15 +153,15 @@ def _address(tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> int:
         or not tensor.is_contiguous()
     ):
         has = "nothing" if tensor is None else f"{tensor.dtype} {[*tensor.shape]} {tensor.device}"
-        raise ValueError(f"the kernels take {dtype} {[*shape]} on the CPU, and not {has}")
+        raise ValueError(f"the kernels take {dtype} {[*shape]} on the CPU, not {has}")
     return tensor.data_ptr()
 
 
 class RawMatrix(ctypes.Structure):
     """A matrix ``[N, K]`` as ``kernels.cpp`` reads it. It keeps its tensors alive.
 
-    ``kind`` is one of :data:`FORMATS`; :mod:`gpt.generation.quantisation` says how each lies in
-    memory. ``ValueError`` for tensors that lie otherwise, or not in the CPU's memory.
+    ``kind`` is one of :data:`FORMATS`; :mod:`gpt.generation.quantisation` describes their memory
+    layouts. ``ValueError`` for tensors with another layout or on another device.
     """
 
     _fields_ = (
@@ -202,7 +201,7 @@ def linear(x: Tensor, matrix: RawMatrix) -> Tensor:
     assert lib is not None
     if x.dtype != torch.float32 or x.device.type != "cpu" or x.shape[-1] != matrix.K:
         raise ValueError(
-            f"the product takes float32 of {matrix.K} numbers on the CPU, and not {x.dtype} of "
+            f"the product takes float32 of {matrix.K} numbers on the CPU, not {x.dtype} of "
             f"{x.shape[-1]} on {x.device}"
         )
     x = x.contiguous()
@@ -212,24 +211,24 @@ def linear(x: Tensor, matrix: RawMatrix) -> Tensor:
 
 
 def dense(matrix: RawMatrix, dtype: torch.dtype) -> Tensor:
-    """A matrix of int8 or int4 as ``[N, K]`` of float32 or bfloat16."""
+    """Convert a matrix of int8 or int4 to ``[N, K]`` of float32 or bfloat16."""
     lib = library()
     assert lib is not None
     is_packed = matrix.kind in (FORMATS["int8"], FORMATS["int4"])
     if not is_packed or dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"int8 and int4 become float32 or bfloat16, and not {dtype}")
+        raise ValueError(f"int8 and int4 are converted to float32 or bfloat16, not to {dtype}")
     out = torch.empty(matrix.N, matrix.K, dtype=dtype, device="cpu")
     lib.gpt_dense(matrix, dtype == torch.bfloat16, out.data_ptr())
     return out
 
 
 def _numbers(tensor: Tensor | None, *shape: int) -> int | None:
-    """Where a tensor of float32 is, or nothing."""
+    """The address of a float32 tensor; ``None`` without a tensor."""
     return None if tensor is None else _address(tensor, torch.float32, *shape)
 
 
 class Norm(ctypes.Structure):
-    """A norm's weight ``[width]`` and bias, float32, each or both ``None``. It keeps them alive."""
+    """A norm's weight and bias, float32 ``[width]`` or ``None``. It keeps them alive."""
 
     KINDS: ClassVar[dict[NormName, int]] = {"layernorm": 1, "rmsnorm": 2}
     _fields_ = (
@@ -239,13 +238,13 @@ class Norm(ctypes.Structure):
     def __init__(
         self, kind: NormName, width: int, weight: Tensor | None, bias: Tensor | None, epsilon: float
     ) -> None:
-        places = _numbers(weight, width), _numbers(bias, width)
-        super().__init__(self.KINDS[kind], *places, epsilon)
+        addresses = _numbers(weight, width), _numbers(bias, width)
+        super().__init__(self.KINDS[kind], *addresses, epsilon)
         self.tensors = weight, bias
 
 
 class FeedForward(ctypes.Structure):
-    """A feed-forward layer of the width ``C``, with or without a gate."""
+    """A feed-forward layer for ``width`` channels, with or without a gate."""
 
     _fields_ = tuple((name, RawMatrix) for name in ("up", "gate", "down"))
 
@@ -254,14 +253,15 @@ class FeedForward(ctypes.Structure):
     ) -> None:
         shapes = [(up.N, up.K), (down.K, down.N)] + ([] if gate is None else [(gate.N, gate.K)])
         if set(shapes) != {(up.N, width)}:
-            raise ValueError(f"the matrices of a feed-forward layer do not fit a width of {width}")
+            raise ValueError(f"the matrices of a feed-forward layer do not fit the width {width}")
         super().__init__(up=up, down=down, **({} if gate is None else {"gate": gate}))
         self.parts = up, gate, down
 
 
 class Rotary(ctypes.Structure):
-    """By what queries and keys are rotated: ``turns`` ``[n]`` in radians a position, the factor of
-    cosines and sines, xPos's ``decay`` ``[n]``, and the ``last`` position of queries to sinks.
+    """The rotation of queries and keys: ``turns`` ``[n]`` in radians per position, the ``factor``
+    of cosines and sines, xPos's ``decay`` ``[n]``, and ``last``, the highest position to which a
+    query is rotated when it reads sinks.
     """
 
     _fields_ = (
@@ -279,9 +279,10 @@ class Rotary(ctypes.Structure):
 
 
 class Store(ctypes.Structure):
-    """The keys and values of one layer, ``[B, Hkv, S, D]``, float32 or bfloat16. It keeps them
-    alive. With a ``window``, tokens behind the first ``sinks`` are in a ring. With a ``block``
-    size, queries see the ``local`` newest blocks, the ``first`` ones, and ``random`` drawn ones.
+    """The keys and values of one layer, ``[B, Hkv, S, D]``, float32 or bfloat16. It keeps its
+    tensors alive. With an attention ``window``, the slots after the first ``sinks`` are a ring.
+    With a ``block`` size, queries see the ``local`` newest blocks, the ``first`` blocks, and
+    ``random`` drawn ones.
     """
 
     _fields_ = (
@@ -293,14 +294,15 @@ class Store(ctypes.Structure):
     def __init__(self, keys: Tensor, values: Tensor, **seen: int) -> None:
         self.halves = keys.dtype == torch.bfloat16
         dtype = torch.bfloat16 if self.halves else torch.float32
-        places = (_address(tensor, dtype, *keys.shape) for tensor in (keys, values))
-        super().__init__(*places, *keys.stride()[:2], keys.shape[2], **seen)
+        addresses = (_address(tensor, dtype, *keys.shape) for tensor in (keys, values))
+        super().__init__(*addresses, *keys.stride()[:2], keys.shape[2], **seen)
         self.tensors = keys, values
 
 
 class Layer(ctypes.Structure):
-    """One block and its part of the cache. What is not given, the block does not have: a norm
-    passes its input, attention sees all earlier tokens, and there is one expert and no router.
+    """One block and its part of the cache. Parts are optional: without a norm, its input passes
+    unchanged; without an attention window, attention sees all earlier tokens; without a router,
+    the block has one expert.
     """
 
     NORMS = ("attn_norm", "mlp_norm", "attn_out_norm", "mlp_out_norm", "q_norm", "k_norm")
@@ -329,7 +331,7 @@ class Layer(ctypes.Structure):
         rotary: int = -1,
         **given: Any,
     ) -> None:
-        """The other fields by name, parts that the block does not have as ``None``."""
+        """``given`` has the other fields by name; ``None`` for a part that the block lacks."""
         given = {name: part for name, part in given.items() if part is not None}
         array = (FeedForward * len(experts))(*experts)
         super().__init__(
@@ -352,8 +354,8 @@ class _Shape(ctypes.Structure):
 
 
 class Blocks:
-    """Blocks and their cache as ``kernels.cpp`` takes them. ``ValueError`` if their widths do not
-    fit each other. They keep their tensors alive.
+    """Blocks and their cache for ``kernels.cpp``. ``ValueError`` if their widths do not match. They
+    keep their tensors alive.
     """
 
     def __init__(
@@ -373,17 +375,17 @@ class Blocks:
         for layer in layers:
             shapes = [(m.N, m.K) for m in (layer.qkv, layer.out)]
             if shapes != [(qkv, width), (width, heads)]:
-                raise ValueError(f"the blocks' matrices do not fit a width of {width}")
+                raise ValueError(f"the blocks' matrices do not fit the width {width}")
             router = layer.router.N, layer.router.K
             if layer.n_expert and router != (layer.n_expert, width):
                 raise ValueError(f"a router does not fit {layer.n_expert} experts")
         if not layers or head_dim % 16 or n_head % kv_heads:
-            raise ValueError("the kernels take blocks whose heads have 16, 32, 48, ... numbers")
+            raise ValueError(f"the size of a head must be a multiple of 16, not {head_dim}")
         if any(2 * rotary.pairs > head_dim for rotary in rotaries):
-            raise ValueError(f"more than the {head_dim} numbers of a head are rotated")
+            raise ValueError(f"a rotation has more than the {head_dim} numbers of a head")
         halves = {bool(layer.kept[0]["store"].halves) for layer in layers}
         if len(halves) > 1:
-            raise ValueError("the layers' caches have unlike dtypes")
+            raise ValueError("the layers' caches have different dtypes")
         self._array = (Layer * len(layers))(*layers)
         self._rotaries = (Rotary * len(rotaries))(*rotaries)
         self._shape = _Shape(
@@ -393,9 +395,9 @@ class Blocks:
         self._kept = list(rotaries)
 
     def run(self, x: Tensor, tokens: Sequence[tuple[int, int]]) -> None:
-        """The blocks for a few new tokens, in place: ``x`` ``[M, C]`` of float32. ``tokens`` has
-        each token's row of the cache and its position in it; the cache takes them, and must have
-        these rows and positions.
+        """Apply the blocks to a few new tokens, in-place: ``x`` ``[M, C]`` of float32. ``tokens``
+        has each token's row of the cache and its position in it. The cache must have these rows
+        and positions; the call writes the tokens' keys and values to it.
         """
         lib = library()
         assert lib is not None
@@ -406,14 +408,14 @@ class Blocks:
 
 
 def _command() -> tuple[list[str], str]:
-    """What compiles the source, but for the names of files, and the key of what comes out."""
+    """The compiler's command without file names, and the key of the library that it makes."""
     try:
         words = shlex.split(os.environ.get("CXX", "")) or ["c++"]
     except ValueError as error:
         raise UsageError(f"CXX is {foreign(os.environ['CXX'])!r}: {error}") from None
     compiler = shutil.which(words[0])
     if compiler is None:
-        raise UsageError(f"there is no C++ compiler '{foreign(words[0])}', and CXX can name one")
+        raise UsageError(f"there is no C++ compiler '{foreign(words[0])}'; CXX can name one")
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     march = f"-march={TARGETS[cpu_limit()] if is_x86 else 'native'}"
     command = [compiler, *words[1:], *FLAGS, march]
@@ -423,8 +425,8 @@ def _command() -> tuple[list[str], str]:
 
 
 def _folder() -> Path | None:
-    """Where the user's kernels are kept and nobody else can write; ``None`` if there is no such
-    folder, and none can be made.
+    """The folder of compiled kernels, where only the user can write; ``None`` if it cannot be made
+    or is not safe.
     """
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
@@ -437,17 +439,17 @@ def _folder() -> Path | None:
         may_be_swapped = above & stat.S_IWOTH and not above & stat.S_ISVTX
         if may_be_swapped or not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
             return None
-        if status.st_mode & OTHERS:  # until now: what is in it may be anyone's
+        if status.st_mode & OTHERS:  # others may have written its files
             folder.chmod(0o700)
             for kept in folder.glob("kernels-*"):
                 kept.unlink()
-    except (OSError, RuntimeError):  # RuntimeError: a home that nobody can tell
+    except (OSError, RuntimeError):  # RuntimeError: no home folder
         return None
     return folder
 
 
 def _is_whole(kept: Path) -> bool:
-    """Whether the file is the user's own, no link, and has the hash that its name says."""
+    """Whether the file belongs to the user, is not a link, and has the hash in its name."""
     try:
         status = kept.lstat()
         if status.st_uid != os.getuid() or status.st_mode & OTHERS:
@@ -462,11 +464,11 @@ def _hash(data: bytes) -> str:
 
 
 def _keep(made: Path, folder: Path, key: str) -> Path | None:
-    """A copy of the file in the folder, flushed before it gets its name; ``None`` if the disk takes
-    none.
+    """Copy the file into the folder, and flush the copy before it gets its name. ``None`` if
+    writing fails.
     """
     data = made.read_bytes()
-    place = folder / f"kernels-{key}-{_hash(data)}.so"
+    path = folder / f"kernels-{key}-{_hash(data)}.so"
     try:
         # private, of an unpredictable name, and new
         with tempfile.NamedTemporaryFile(dir=folder, suffix=".new", delete=False) as file:
@@ -474,17 +476,17 @@ def _keep(made: Path, folder: Path, key: str) -> Path | None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-                Path(file.name).replace(place)
+                Path(file.name).replace(path)
             except BaseException:
                 Path(file.name).unlink(missing_ok=True)
                 raise
     except OSError:
         return None
-    return place
+    return path
 
 
 def _processor() -> str:
-    """What the compiler's ``native`` depends on, for a home that several machines share."""
+    """The processor's features, on which ``native`` depends: machines may share a home folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

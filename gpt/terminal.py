@@ -311,8 +311,8 @@ def _set(config: SampleConfig, name: str, words: list[str]) -> SampleConfig:
 def _speculation(decoder: Speculator) -> str:
     if not decoder.guesses:
         return "no tokens were guessed"
-    share, tokens = decoder.accepted / decoder.guesses, decoder.written / decoder.rounds
+    fraction, tokens = decoder.accepted / decoder.guesses, decoder.written / decoder.rounds
     return (
-        f"{decoder.accepted:,} of {decoder.guesses:,} guesses were right ({share:.0%}): "
+        f"{decoder.accepted:,} of {decoder.guesses:,} guesses were right ({fraction:.0%}): "
         f"{tokens:.2f} tokens per forward pass"
     )

@@ -1,20 +1,20 @@
-"""Products with int8 and int4 matrices on a GPU, in Triton: each packed byte is read once, and the
-matrix is never written in a wider format.
+"""Products with int8 and int4 matrices on a GPU, in Triton: each packed byte is read once, and no
+wider copy of the matrix is written.
 
-:mod:`gpt.generation.quantisation` says how a matrix lies in memory. In both formats the 32 weights
-of a group lie as two halves of 16: in int8 as 16 bytes and another 16 that follow 64 bytes later,
-in int4 as the lower and the upper bits of the same 16 bytes. A program takes some rows of the
-matrix and goes along them, some groups at a time. It sums in float32 and in a fixed order, so the
-same product has the same bits. Block sizes depend on shapes alone: nothing is tuned at run time,
-and CUDA graphs can capture the kernels.
+:mod:`gpt.generation.quantisation` describes the memory layout of a matrix. In both formats, the 32
+weights of a group are two halves of 16. In int8, the second 16 bytes begin 64 bytes after the
+first; in int4, the halves are the lower and the upper bits of the same 16 bytes. A program computes
+some rows of the matrix, and reads some groups of them at a time. It sums in float32 and in a fixed
+order, so the same product has the same bits. Block sizes depend only on shapes: nothing is tuned at
+run time, and CUDA graphs can capture the kernels.
 
-Triton, because torch's own operators do not fit. ``_weight_int8pack_mm`` on CUDA gives each number
-of the product to one thread, which reads a whole row of the matrix alone: its loads are not
-coalesced. ``_weight_int4pack_mm`` takes bfloat16 only, on Ampere or newer, and requires K to be a
-multiple of its tiles and callers to pad N to a multiple of 8 (GPT-2 has 50257 tokens). Both want
-another order of the bytes, so packed folders would need one layout for CPUs and one for GPUs.
+Torch's own operators are not used, for these reasons. In ``_weight_int8pack_mm`` on CUDA, one
+thread computes each number of the product and reads a whole row of the matrix: its loads are not
+coalesced. ``_weight_int4pack_mm`` takes only bfloat16, on Ampere or newer; K must be a multiple of
+its tiles, and callers must pad N to a multiple of 8 (GPT-2 has 50257 tokens). Both need another
+order of the bytes, so packed folders would need one layout for CPUs and one for GPUs.
 
-The import needs Triton, so callers import this module only when they have a matrix on a GPU.
+This module imports Triton, so callers import it only when they have a matrix on a GPU.
 """
 
 import torch
@@ -23,38 +23,40 @@ import triton.language as tl
 from torch import Tensor
 
 FEW = 32
-"""Rows of activations up to which :func:`linear` is meant; for more, a product with :func:`dense`.
+"""The most rows of activations that :func:`linear` takes. For more, use a product with
+:func:`dense`.
 """
 WARPS = 4
-"""Of each program. :func:`_some_rows` divides the inputs among them."""
+"""Warps of each program. :func:`_some_rows` divides the inputs among them."""
 LARGE = 8192
-"""Rows of a matrix from which a program takes more of them, and there are still enough programs to
-fill a GPU."""
+"""From this many rows of a matrix on, a program computes more rows: the programs still fill a GPU.
+"""
 
 
 @triton.jit
 def _weights(data, scales, lows, rows, groups, N, K):
     """The first and second halves of ``groups`` ``[G]`` in ``rows`` ``[R]``: two tiles
-    ``[R, G, 16]`` of float32, zeros outside the matrix. Those of int8 lack the row's scale.
+    ``[R, G, 16]`` of float32, zeros outside the matrix. For int8, the caller multiplies by the
+    row's scale.
     """
     blocks = tl.cdiv(K, 128)  # rows are padded to whole blocks of 128 weights
     n, g = rows.to(tl.int64)[:, None], groups[None, :]
     inside = (n < N) & (g < 4 * blocks)
     i = tl.arange(0, 16)[None, None, :]
     if lows is not None:
-        place = (data + n * (64 * blocks) + g * 16)[:, :, None] + i
-        pairs = tl.load(place, mask=inside[:, :, None], other=0)
-        # A load of [R, G] and not [R, G, 1]: the other way round, the compiler passes whole tiles
-        # through shared memory.
+        address = (data + n * (64 * blocks) + g * 16)[:, :, None] + i
+        pairs = tl.load(address, mask=inside[:, :, None], other=0)
+        # Load [R, G], not [R, G, 1]: with the latter, the compiler moves whole tiles through
+        # shared memory.
         group = n * (4 * blocks) + g
         scale = tl.load(scales + group, mask=inside, other=0).to(tl.float32)[:, :, None]
         low = tl.load(lows + group, mask=inside, other=0).to(tl.float32)[:, :, None]
         first = (pairs & 15).to(tl.float32) * scale + low
         second = (pairs >> 4).to(tl.float32) * scale + low
     else:
-        place = (data + n * (128 * blocks) + g // 4 * 128 + g % 4 * 16)[:, :, None] + i
-        first = tl.load(place, mask=inside[:, :, None], other=128).to(tl.float32) - 128
-        second = tl.load(place + 64, mask=inside[:, :, None], other=128).to(tl.float32) - 128
+        address = (data + n * (128 * blocks) + g // 4 * 128 + g % 4 * 16)[:, :, None] + i
+        first = tl.load(address, mask=inside[:, :, None], other=128).to(tl.float32) - 128
+        second = tl.load(address + 64, mask=inside[:, :, None], other=128).to(tl.float32) - 128
     return first, second
 
 
@@ -79,8 +81,8 @@ def _some_rows(
 ):  # fmt: skip
     """The product of up to ``TILE`` rows of activations, ``[TILE, R]``, with matrix units.
 
-    The tile of the product is too small to be divided among warps, so each takes a part of the
-    inputs: a batched product, whose parts are added at the end.
+    The tile of the product is too small to be divided among warps, so each warp takes a part of
+    the inputs. This is a batched product; its parts are added at the end.
     """
     PART: tl.constexpr = G * 16 // WARPS
     total = tl.zeros((WARPS, TILE, R), tl.float32)
@@ -146,16 +148,16 @@ def linear(
     """``x`` ``[..., K]`` of float32, bfloat16 or float16 times the matrix ``[N, K]``, plus ``bias``
     ``[N]`` of float32: ``[..., N]`` of ``x``'s dtype.
 
-    ``data``, ``scales`` and ``lows`` are those of a matrix of int8, or of int4 where there are
-    ``lows``; ``width`` is K. ``ValueError`` for more than :data:`FEW` rows.
+    ``data``, ``scales`` and ``lows`` are the tensors of an int8 matrix, which has no ``lows``, or
+    of an int4 matrix; ``width`` is K. ``ValueError`` for more than :data:`FEW` rows.
     """
     N, M = len(data), x.numel() // width
     if M > FEW:
-        raise ValueError(f"the kernel takes up to {FEW} rows of activations, and not {M}")
+        raise ValueError(f"the kernel takes up to {FEW} rows of activations, not {M}")
     y = x.new_empty(*x.shape[:-1], N)
     if M == 1:
-        # A thread takes whole groups, so that it loads 16 bytes at once, and some rows, so that it
-        # loads activations once for them. Narrow matrices have few rows: there programs count more.
+        # A thread computes whole groups, so that it loads 16 bytes at once, and several rows, so
+        # that it loads activations once for them. A matrix with few rows needs more programs.
         tile, G = 1, min(128, triton.next_power_of_2(triton.cdiv(width, 32)))
         R = 4 if N < LARGE else min(16, 512 // G)
     else:

@@ -1,4 +1,4 @@
-"""The house's imports run downward only."""
+"""Imports in the package run only downward."""
 
 import ast
 import subprocess

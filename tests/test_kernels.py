@@ -408,5 +408,7 @@ def test_only_packed_numbers_are_unpacked():
             if packed and dtype != torch.float16:
                 assert kernels.dense(matrix, dtype).dtype == dtype
             else:
-                with pytest.raises(ValueError, match="int8 and int4 become float32 or bfloat16"):
+                with pytest.raises(
+                    ValueError, match="int8 and int4 are converted to float32 or bfloat16"
+                ):
                     kernels.dense(matrix, dtype)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import gpt
 from gpt import GPT, ModelConfig
 from gpt.config import EvaluateConfig, ExportConfig, SampleConfig, TrainConfig, parse
 from gpt.data.tokenizer import ByteTokenizer
@@ -208,3 +209,14 @@ def test_what_make_offers_is_there():
     shown = subprocess.run(["make", "-C", ROOT], capture_output=True, text=True, check=True).stdout
     for target in ("demo", "test", "test-all", "soak", "lint", "format", "clean"):
         assert f"make {target} " in shown
+
+
+@pytest.mark.parametrize("text", [README, gpt.__doc__], ids=["README", "docstring"])
+def test_the_core_to_read_in_an_evening_has_the_files_and_lines_that_are_named(text):
+    named = re.search(r"an evening to read: (.*?); ([\d,]+) lines in all", text, re.DOTALL)
+    *model, rest = named[1].replace("`", "").split(" in gpt/model/")
+    paths = [f"gpt/model/{name}" for name in re.findall(r"\w+\.py", model[0])]
+    paths += re.findall(r"gpt/\w+/\w+\.py", rest)
+    lines = sum(len((ROOT / path).read_text().splitlines()) for path in paths)
+    assert len(paths) == 8
+    assert abs(lines - int(named[2].replace(",", ""))) <= 100

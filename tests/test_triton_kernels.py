@@ -108,7 +108,7 @@ def test_a_product_takes_any_leading_shape_and_refuses_more_rows_than_it_is_mean
     assert torch.equal(product(matrix, x, None), flat.view(2, 3, 6))
     assert torch.equal(product(matrix, x.mT.contiguous().mT, None), flat.view(2, 3, 6))
     assert product(matrix, x[:, :0], None).shape == (2, 0, 6)
-    with pytest.raises(ValueError, match="up to 32 rows of activations, and not 33"):
+    with pytest.raises(ValueError, match="up to 32 rows of activations, not 33"):
         product(matrix, torch.randn(33, 64), None)
 
 

@@ -127,7 +127,7 @@ class GenerationConfig(SamplingConfig):
     past_context: Literal["slide", "stop", "sinks"] = "slide"
     """What happens when the context is full. slide: the model reads the newer half again and
     continues; stop: the text ends; sinks: continue without reading again (only models in which
-    every layer has a window)."""
+    every layer has an attention window)."""
     logprobs: int | None = number(None, at_least=0)
     """Also return the log-probability of each token and of this many likeliest alternatives (in
     Python, and in the lines of out)."""

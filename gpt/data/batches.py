@@ -92,6 +92,6 @@ class Order:
         """The windows of ``step`` (from 0), ``[batch_size]``. A step may contain the end of one
         epoch and the start of the next.
         """
-        places = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        epochs, within = np.divmod(places, self.n_windows)
+        indices = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs, within = np.divmod(indices, self.n_windows)
         return np.array([self._epoch(int(e))[w] for e, w in zip(epochs, within, strict=True)])

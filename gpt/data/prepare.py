@@ -44,7 +44,7 @@ def prepare(
     cache_dir: Path,
     *,
     tokenizer: Tokenizer | None = None,
-    progress: Progress = lambda share: None,
+    progress: Progress = lambda fraction: None,
     say: Say = lambda text: None,
 ) -> Prepared:
     """The shards of ``config.source`` in ``cache_dir``; they are written if they are not there yet.

@@ -25,8 +25,8 @@ from gpt.model.gpt import GPT
 MOST = 16
 """Tokens of each row that a GPU chooses before the host waits."""
 WORTH_CAPTURING = 32
-"""Tokens of each row, at one number of rows. For fewer, operations run one by one: a capture runs
-them twice, records them once, and builds the graph.
+"""From this many tokens of each row on, a graph is captured; for fewer, the operations run one by
+one. A capture runs them twice, records them once, and builds the graph.
 """
 ROUNDED = 128
 """A cache's capacity is a multiple of this, up to the context, so that longer texts also fit."""

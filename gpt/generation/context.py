@@ -10,7 +10,7 @@
 ``sinks``
     The sequence goes on. It needs a model whose layers all have an attention window, and positions
     that have no end: then the cache is a ring, memory and time per token are constant, and the
-    model sees the window and the first tokens (``model.sinks``; arXiv:2309.17453).
+    model sees the attention window and the first tokens (``model.sinks``; arXiv:2309.17453).
 
 Beam search always stops: after a slide, a beam's tokens would no longer be predicted from one text.
 """

@@ -160,8 +160,8 @@ def _summary(tokens: list[ExplainedToken]) -> str:
 
 
 def _colour(probability: float) -> str:
-    share = 1 - min(1.0, -math.log(max(probability, 1e-9)) / 7)  # 0.1 % and below is red
-    return f"rgb({round(235 - 115 * share)},{round(110 + 110 * share)},90)"
+    fraction = 1 - min(1.0, -math.log(max(probability, 1e-9)) / 7)  # 0.1 % and below is red
+    return f"rgb({round(235 - 115 * fraction)},{round(110 + 110 * fraction)},90)"
 
 
 def _bar(i: int, token: ExplainedToken, highest: float) -> str:

@@ -1,13 +1,14 @@
-"""A model made to run: its matrices in a smaller format, each read once a token.
+"""A model converted for inference: its matrices have a smaller format, and are read once per token.
 
-Decoding one sequence reads every weight for every token, so the bytes of the weights are its time.
-:func:`prepare_for_inference` makes of a model one with the same methods whose matrices, the head's
-and the embedding's too, lie in one of the formats of :mod:`gpt.generation.quantisation`.
+Decoding one sequence reads every weight for every token, so its time is proportional to the bytes
+of the weights. :func:`prepare_for_inference` converts a model to one that has the same methods. All
+its matrices, also those of the head and the embedding, are stored in one of the formats of
+:mod:`gpt.generation.quantisation`.
 
-On a CPU a few tokens at a time (decoding) go through the kernels of :mod:`gpt.kernels`. Activations
-are float32; products with int8 and int4 round them to 8 bits, with a scale for each 32. Many tokens
-at a time (a prompt) go through torch's matrix products, in bfloat16 where the processor multiplies
-it. On a GPU int8 and int4 have kernels in :mod:`gpt.triton_kernels`.
+On a CPU, a few tokens at a time (decoding) use the kernels of :mod:`gpt.kernels`. Activations are
+float32; products with int8 and int4 round them to 8 bits, with one scale for 32 numbers. Many
+tokens at a time (a prompt) use torch's matrix products, in bfloat16 if the processor has
+instructions for it. On a GPU, int8 and int4 have kernels in :mod:`gpt.triton_kernels`.
 """
 
 import copy
@@ -30,18 +31,18 @@ from gpt.model.shared import Shared
 
 
 class InferenceGPT(GPT):
-    """A :class:`GPT` made to run. A few tokens go through all blocks in one call of the kernels,
-    where these know the blocks and the cache.
+    """A :class:`GPT` converted for inference. One call of the kernels computes all blocks for a few
+    tokens, if the kernels support the blocks and the cache.
     """
 
     weights: Weights
-    """The format of its matrices."""
+    """The format of the matrices."""
     few: int
     _found: WeakKeyDictionary[KVCache, Fused] | None
 
     def __init__(self, model: GPT, weights: Weights, *, wide: torch.dtype, few: int) -> None:
-        """Of ``model``, with its matrices as ``weights``. Up to ``few`` tokens go through the
-        kernels, more through products of the dtype ``wide``.
+        """Convert ``model``, with its matrices in the format ``weights``. Up to ``few`` tokens use
+        the kernels; more tokens use matrix products of the dtype ``wide``.
         """
         nn.Module.__init__(self)
         self.config, self.kinds, self.weights, self._found = (
@@ -65,9 +66,9 @@ class InferenceGPT(GPT):
         cache: KVCache | None = None,
         valid: Sequence[int] | None = None,
     ) -> Tensor:
-        """As :meth:`GPT.features`."""
+        """The same as :meth:`GPT.features`."""
         B, T = tokens.shape
-        few = 2 * self.few if T == 1 else self.few  # a prompt goes well through matrix products
+        few = 2 * self.few if T == 1 else self.few  # for prompts, matrix products are fast too
         padded = valid is not None and set(valid) != {T}
         fused = None
         if cache is not None and tokens.numel() <= few and not padded:
@@ -85,10 +86,9 @@ class InferenceGPT(GPT):
         return out
 
     def _fused(self, cache: KVCache, rows: int) -> Fused | None:
-        """The blocks and the cache for the kernels, if these know both.
+        """The blocks and the cache for the kernels; ``None`` if the kernels do not support them.
 
-        The blocks are looked at once for each cache: what is changed about them counts from the
-        next text on.
+        The blocks are read once for each cache. A later change to them applies from the next text.
         """
         if self._found is None:
             self._found = WeakKeyDictionary()
@@ -98,41 +98,41 @@ class InferenceGPT(GPT):
         return found if found.is_known and cache.batch_size == rows <= found.rows else None
 
     def parameter_count(self, *, embeddings: bool = True) -> int:
-        """Of the model that it was made of."""
+        """The number of parameters of the original model."""
         with torch.device("meta"):
             return GPT(self.config).parameter_count(embeddings=embeddings)
 
     def own_tensors(self) -> dict[str, Tensor]:
-        """What it is made of by name, what is shared once."""
+        """The parameters and buffers by name; shared ones once."""
         return {**dict(self.named_parameters()), **dict(self.named_buffers())}
 
     def take(self, tensors: Mapping[str, Tensor]) -> None:
-        """Be made of ``tensors``, named as by :meth:`own_tensors`. ``UsageError`` if they do not
-        fit.
+        """Use ``tensors``, with the names of :meth:`own_tensors`, as parameters and buffers.
+        ``UsageError`` if names, shapes or dtypes differ.
         """
         old = self.own_tensors()
         wants, has = (
-            # norms and biases have the dtype that is right for where they run
+            # the dtype of norms and biases depends on the device
             {(n, t.shape, t.dtype if ".matrix." in n else None) for n, t in each.items()}
             for each in (old, tensors)
         )
         if wants != has:
             odd = ", ".join(sorted({name for name, *_ in wants ^ has})[:3])
-            raise UsageError(f"the packed weights do not fit their configuration: {odd}")
+            raise UsageError(f"the packed weights do not match their configuration: {odd}")
         kept = {name: t.to(old[name].dtype) for name, t in tensors.items()}
         self.load_state_dict(kept, strict=False, assign=True)
 
     def load_state_dict(self, *args: Any, **options: Any) -> Any:
-        """As of any module."""
+        """The same as :meth:`torch.nn.Module.load_state_dict`."""
         result = super().load_state_dict(*args, **options)
         self._forget()
         return result
 
     def train(self, mode: bool = True) -> Self:
-        """It is always in evaluation mode."""
+        """Always evaluation mode; ``ValueError`` for training mode."""
         if mode:
             raise ValueError(
-                "a model that was made to run cannot be trained; the one that it was made of can"
+                "a model that was converted for inference cannot be trained; train the original"
             )
         return super().train(mode)
 
@@ -141,13 +141,13 @@ class InferenceGPT(GPT):
         self._forget()
         if any(isinstance(m, Matrix) and m.dtypes() != m.has_dtypes for m in self.modules()):
             raise TypeError(
-                f"a model that was made to run in {self.weights} cannot become another dtype; "
-                "prepare_for_inference makes one of the model that it was made of"
+                f"a model that was converted to {self.weights} cannot change its dtype; "
+                "call prepare_for_inference on the original model"
             )
         return self
 
     def _forget(self) -> None:
-        """Where everything was: the kernels' places are taken anew."""
+        """Drop cached addresses; they are read again at the next call."""
         self._found = None
         for module in self.modules():
             if isinstance(module, PackedLinear):
@@ -160,18 +160,19 @@ class InferenceGPT(GPT):
 def prepare_for_inference(
     model: GPT, weights: Weights = "auto", *, device: torch.device | None = None
 ) -> InferenceGPT:
-    """A model with ``model``'s methods that is made to run, its matrices in the format ``weights``.
+    """Convert ``model`` for inference, with its matrices in the format ``weights``.
 
-    ``model`` stays as it is, and may be dropped; what needs no conversion is shared. ``auto`` is
-    bfloat16 where the processor multiplies it, else float32 (float16 on GPUs without it). The new
-    model cannot be trained. ``device`` is where it will run, ``model``'s unless given.
-    ``UsageError`` for int8 and int4 on a GPU without Triton, and for subclasses of ``GPT``,
-    ``nn.Linear`` and ``nn.Embedding``: what they have more would be lost.
+    The result has the same methods, but cannot be trained. ``model`` does not change; tensors that
+    need no conversion are shared with it. ``auto`` is bfloat16 if the processor has instructions
+    for it, else float32 (float16 on GPUs without bfloat16). ``device`` is where the result will
+    run; by default, that of ``model``. ``UsageError`` for int8 and int4 on a GPU without Triton,
+    and for subclasses of ``GPT``, ``nn.Linear`` and ``nn.Embedding``: the conversion would drop
+    their changes.
     """
     if isinstance(model, InferenceGPT):
-        raise UsageError(f"the model is made to run in {model.weights} already")
+        raise UsageError(f"the model is already converted to {model.weights}")
     if type(model) is not GPT:
-        raise UsageError(f"the model is a {type(model).__name__}, and a GPT alone is made to run")
+        raise UsageError(f"expected a GPT; cannot convert a {type(model).__name__}")
     device = device or model.device
     kind, fast = choose_weights(weights, device), choose_precision("auto", device)
     if device.type == "cuda" and kind in ("int8", "int4"):
@@ -181,12 +182,12 @@ def prepare_for_inference(
     few = FEW if known else 0
     wide = fast if kind in ("int8", "int4") else getattr(torch, kind)
     if here and wide not in (torch.float32, fast):
-        wide = torch.float32  # the processor only emulates products of the format's dtype
+        wide = torch.float32  # the processor only emulates the format's dtype
     return InferenceGPT(model, kind, wide=wide, few=few)
 
 
 def choose_weights(weights: Weights, device: torch.device) -> Weights:
-    """The format that ``auto`` means on ``device``, or the one that was named."""
+    """The format for ``weights``; ``auto`` depends on ``device``."""
     if weights not in get_args(Weights):
         raise UsageError(
             f"weights is {weights!r}, and must be one of {', '.join(get_args(Weights))}"
@@ -197,27 +198,27 @@ def choose_weights(weights: Weights, device: torch.device) -> Weights:
 
 
 def _check_triton(kind: Weights, device: torch.device) -> None:
-    """Run each kernel once. ``UsageError`` where one fails: without Triton's kernels each token
-    would convert the whole matrix, which takes longer than reading it in bfloat16.
+    """Run each kernel once; ``UsageError`` if one fails. Without Triton's kernels, each token would
+    convert the whole matrix, which takes longer than a product with a bfloat16 matrix.
     """
     try:
         from gpt import triton_kernels
 
         packed = Matrix(kind, torch.ones(1, GROUP, device=device))
         matrix = packed.data, packed.scales, packed.lows, GROUP
-        for rows in (1, 2):  # one row has a kernel of its own
+        for rows in (1, 2):  # one row has its own kernel
             triton_kernels.linear(torch.ones(rows, GROUP, device=device), *matrix, None)
         triton_kernels.dense(*matrix, torch.float32)
-    except Exception as error:  # an import, a compiler of C, Triton's own: each fails in its way
+    except Exception as error:  # the import, the C compiler, or Triton's
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(
-            f"weights {kind} need Triton on a GPU, and it does not work here ({reason}); "
+            f"weights {kind} need Triton on a GPU, which does not work here ({reason}); "
             "weights bfloat16 need no compiler"
         ) from error
 
 
 class _Packing:
-    """Modules to their packed kin; what they share stays shared."""
+    """Converts modules to packed ones; shared weights stay shared."""
 
     def __init__(self, model: GPT, kind: Weights, wide: torch.dtype, few: int) -> None:
         self.kind, self.wide, self.few = kind, wide, few
@@ -226,10 +227,10 @@ class _Packing:
         self.matrices: dict[int, Matrix] = {}
 
     def of(self, module: nn.Module, name: str) -> nn.Module:
-        """The module, made to run; the one that was given stays as it is."""
+        """The converted module; ``module`` does not change."""
         if isinstance(module, nn.Linear):
             _check_plain(module, nn.Linear, name)
-            if name.endswith(".router"):  # rounding it would choose other experts
+            if name.endswith(".router"):  # rounded weights would choose other experts
                 matrix = Matrix("float32", module.weight.detach())
                 return PackedLinear(matrix, module.bias, torch.float32, self.few)
             return PackedLinear(self.matrix(module.weight), module.bias, self.wide, self.few)
@@ -251,18 +252,18 @@ class _Packing:
         return new
 
     def matrix(self, weight: Tensor) -> Matrix:
-        """The weight's matrix: one for a head and the embedding that it is tied to."""
+        """The weight's matrix; a head and an embedding that are tied share one."""
         if id(weight) not in self.matrices:
             self.matrices[id(weight)] = Matrix(self.kind, weight.detach())
         return self.matrices[id(weight)]
 
 
 def _check_plain(module: nn.Module, kind: type[nn.Module], name: str) -> None:
-    """``UsageError`` if there is more in the module than torch's own of this kind has."""
+    """``UsageError`` if the module has more parts than torch's class ``kind``."""
     more = module._parameters.keys() - {"weight", "bias"} or module._modules or module._buffers
     if type(module) is not kind or more or "forward" in vars(module):
         what = type(module).__name__ + (f" with {', '.join(map(str, more))}" if more else "")
         raise UsageError(
-            f"{foreign(name)} is a {foreign(what)}, and only torch's own {kind.__name__} can be "
-            "packed; merge what it adds into its weight first"
+            f"{foreign(name)} is a {foreign(what)}; only torch's own {kind.__name__} can be "
+            "packed, so merge its additions into its weight first"
         )

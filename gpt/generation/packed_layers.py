@@ -12,14 +12,14 @@ from gpt.generation.quantisation import Matrix
 from gpt.generation.torch_products import TorchProduct
 
 FEW = 32
-"""Tokens of a prompt up to which the kernels are faster than matrix products; of rows that take one
-token each, twice as many.
+"""The kernels are faster than matrix products up to this many tokens of a prompt, and up to twice
+as many rows with one token each.
 """
 
 
 class PackedLinear(nn.Module):
-    """A linear layer of a :class:`Matrix`: up to ``few`` rows go through the kernels, more through
-    a matrix product of the dtype ``wide``.
+    """A linear layer with a :class:`Matrix`. Up to ``few`` rows use the kernels; more rows use a
+    matrix product of the dtype ``wide``.
     """
 
     bias: Tensor | None
@@ -27,7 +27,7 @@ class PackedLinear(nn.Module):
     def __init__(self, matrix: Matrix, bias: Tensor | None, wide: torch.dtype, few: int) -> None:
         super().__init__()
         self.matrix, self.wide, self.few = matrix, wide, few
-        kept = torch.float32 if few else wide  # the kernels', or the matrix product's
+        kept = torch.float32 if few else wide  # for the kernels, or for the matrix product
         self.register_buffer("bias", None if bias is None else bias.detach().to(kept))
         self._raw: kernels.RawMatrix | None = None
         self._product: TorchProduct | None = None
@@ -35,8 +35,8 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """``[N, K]``, as wide products have it. It is kept where every product needs it: without
-        kernels, on a processor that only emulates the weights' dtype.
+        """The matrix ``[N, K]`` in the dtype ``wide``. It is kept if every product needs it:
+        without kernels, on a processor that only emulates the weights' dtype.
         """
         if self._dense is not None:
             return self._dense
@@ -47,18 +47,18 @@ class PackedLinear(nn.Module):
 
     @property
     def raw(self) -> kernels.RawMatrix:
-        """As the kernels see it."""
+        """The matrix for the kernels, described once."""
         if self._raw is None:
             self._raw = self.described()
         return self._raw
 
     def described(self) -> kernels.RawMatrix:
-        """As the kernels see it, from where its tensors are now."""
+        """The matrix for the kernels, with the present addresses of its tensors."""
         m = self.matrix
         return kernels.RawMatrix(m.kind, m.width, m.data, m.scales, m.lows, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., K]`` to ``[..., N]``, of few rows on a CPU in float32."""
+        """``[..., K]`` to ``[..., N]``; float32 if the kernels compute it, else ``x``'s dtype."""
         if x.numel() <= self.few * self.matrix.width:
             return kernels.linear(x.float(), self.raw)
         if x.is_cuda and self.matrix.scales is not None:
@@ -78,7 +78,7 @@ class PackedLinear(nn.Module):
         return F.linear(x.to(self.wide), self.weight, bias).to(x.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._raw = self._product = self._dense = None  # they know the old places
+        self._raw = self._product = self._dense = None  # they have the old addresses
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -87,7 +87,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedEmbedding(nn.Module):
-    """A table of tokens that is a :class:`Matrix`: few tokens become float32, many ``wide``."""
+    """An embedding with a :class:`Matrix`. A few tokens give float32, more give ``wide``."""
 
     def __init__(self, matrix: Matrix, wide: torch.dtype, few: int) -> None:
         super().__init__()

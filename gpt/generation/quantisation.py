@@ -1,11 +1,10 @@
-"""Matrices in fewer bits: how each format of :class:`Matrix` lies in memory, and how weights get
-there.
+"""Matrices with fewer bits: the memory layout of each format, and the conversion to it.
 
 ======== ====== ==================================================================================
-float32  4 B    as they are
-bfloat16 2 B    rounded (float16 as well, for older GPUs)
-int8     1 B    8 bits, a scale for each output channel
-int4     0.63 B 4 bits, a scale and an offset for each 32 inputs of an output channel, fitted by
+float32  4 B    unchanged
+bfloat16 2 B    rounded; also float16, for older GPUs
+int8     1 B    8 bits; a scale for each output channel
+int4     0.63 B 4 bits; a scale and an offset for each 32 inputs of an output channel, fitted by
                 least squares
 ======== ====== ==================================================================================
 """
@@ -20,21 +19,25 @@ from gpt.config import Weights
 GROUP = 32
 """Inputs of an output channel that share a scale and an offset in int4."""
 PADDED = 128
-"""The bytes of an int8 or int4 row are those of a multiple of this many weights."""
+"""Rows of int8 and int4 are padded to a multiple of this many weights."""
 BLOCK = 1 << 18
-"""Weights that are rounded at once: what a processor's cache holds."""
+"""Weights that are rounded at a time, so that they fit into a processor's cache."""
 ROUNDS = 6
-"""Of the least squares of int4."""
+"""Rounds of the least squares of int4."""
 
 
 class Matrix(nn.Module):
     """A matrix ``[N, K]`` in one of the formats.
 
-    ``data`` is ``[N, K]`` of float32, bfloat16 or float16. For int8 it is bytes ``[N, P]`` (P is K,
-    padded), where ``b`` stands for ``(b - 128) * scales[n]``; each block of 128 stores the first 16
-    of its four groups of 32, then their last 16. For int4 it is bytes ``[N, P / 2]``, 16 for the 32
-    weights of a group ``g``, the first 16 in the lower halves, where ``b`` stands for
-    ``lows[n, g] + b * scales[n, g]``, both bfloat16.
+    float32, bfloat16, float16: ``data`` is ``[N, K]``.
+
+    int8: ``data`` is bytes ``[N, P]``, and P is K, padded. Byte ``b`` is the weight
+    ``(b - 128) * scales[n]``. A block of 128 weights has four groups of 32. It stores the first 16
+    weights of each group, then the last 16 of each.
+
+    int4: ``data`` is bytes ``[N, P / 2]``, 16 bytes for each group ``g`` of 32 weights. The lower 4
+    bits are the first 16 weights, the upper 4 bits the last 16. Bits ``b`` are the weight
+    ``lows[n, g] + b * scales[n, g]``; ``lows`` and ``scales`` are bfloat16.
     """
 
     data: Tensor
@@ -60,15 +63,15 @@ class Matrix(nn.Module):
         self.has_dtypes = self.dtypes()
 
     def dtypes(self) -> list[torch.dtype]:
-        """Of its tensors, which the kernels rely on."""
+        """The dtypes of the tensors. The kernels need these."""
         return [buffer.dtype for buffer in self.buffers()]
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """``[N, K]``."""
+        """The matrix ``[N, K]`` in ``dtype``."""
         return self._numbers(self.data, self.scales, self.lows, dtype)
 
     def numbers(self) -> Tensor:
-        """What int8 and int4 store, in the order of the weights: ``[N, P]`` of uint8."""
+        """The stored numbers of int8 or int4 in the order of the weights: ``[N, P]`` of uint8."""
         return _in_order(self.data, self.lows)
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -123,8 +126,8 @@ def _int8(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rounding, and the scale and offset that fit the rounded best, in turns; the best of all is
-    kept.
+    """In turns, round the weights, and fit scale and offset to the rounded weights by least
+    squares. Keep the round with the smallest error.
     """
     N = len(weight)
     groups = F.pad(weight.float(), (0, -weight.shape[1] % PADDED)).view(N, -1, GROUP)
@@ -132,21 +135,21 @@ def _int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     low, high = groups.amin(dim=2, keepdim=True), groups.amax(dim=2, keepdim=True)
     scale = (high - low) / 15
     least = torch.full_like(low, torch.inf)
-    best_steps, best_scale, best_low = torch.zeros_like(groups), scale, low
+    best_levels, best_scale, best_low = torch.zeros_like(groups), scale, low
     for _ in range(ROUNDS):
         scale, low = scale.bfloat16().float(), low.bfloat16().float()
-        steps = ((groups - low) / scale.clamp_min(1e-30)).round_().clamp_(0, 15)
-        error = (steps * scale).add_(low).sub_(groups).square_().sum(dim=2, keepdim=True)
+        levels = ((groups - low) / scale.clamp_min(1e-30)).round_().clamp_(0, 15)
+        error = (levels * scale).add_(low).sub_(groups).square_().sum(dim=2, keepdim=True)
         better = error < least
         least = torch.where(better, error, least)
-        best_steps = torch.where(better, steps, best_steps)
+        best_levels = torch.where(better, levels, best_levels)
         best_scale = torch.where(better, scale, best_scale)
         best_low = torch.where(better, low, best_low)
-        middle = steps.mean(dim=2, keepdim=True)
-        away = steps - middle
+        middle = levels.mean(dim=2, keepdim=True)
+        away = levels - middle
         spread = away.square().sum(dim=2, keepdim=True).clamp_min_(1e-30)
         scale = (away * groups).sum(dim=2, keepdim=True) / spread
         low = mean - scale * middle
-    first, second = best_steps.to(torch.uint8).split(GROUP // 2, dim=2)
+    first, second = best_levels.to(torch.uint8).split(GROUP // 2, dim=2)
     data = (first | second << 4).reshape(N, -1)
     return data, best_scale.squeeze(2).bfloat16(), best_low.squeeze(2).bfloat16()

@@ -1,8 +1,8 @@
-"""Products with int8 and int4 matrices by torch's own CPU operators, where there is no compiler for
-the kernels. They take bfloat16 activations, convert weights to float32 in registers, and are fast
-with and without bfloat16 instructions.
+"""Products with int8 and int4 matrices by torch's CPU operators, for machines without a C++
+compiler. The operators take bfloat16 activations and convert weights to float32 in registers. They
+are fast with and without bfloat16 instructions.
 
-The operators want the weights in another order, so a second copy of them is made.
+The operators need another order of the weights, so the weights are copied once.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from gpt.generation.quantisation import GROUP, Matrix
 
 ROWS = 64
-"""The int4 operator takes multiples of this many rows of a matrix."""
+"""The int4 operator needs a multiple of this many rows of the matrix."""
 
 
 class TorchProduct:
@@ -37,9 +37,9 @@ class TorchProduct:
             self.weights = torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 2)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """``x`` ``[..., K]`` to ``[..., N]`` of float32, rounded to bfloat16 on the way.
+        """``x`` ``[..., K]`` to ``[..., N]`` of float32; input and output are rounded to bfloat16.
 
-        (In float32 the operators are a scalar loop, 10 times slower.)
+        With float32 inputs, the operators are a scalar loop, which is 10 times slower.
         """
         rows = F.pad(x, (0, self.padded - x.shape[-1])).flatten(0, -2).bfloat16()
         if self.is_int8:

@@ -98,8 +98,8 @@ class Stored(NamedTuple):
             return False
         if self.tensor.data_ptr() == other.tensor.data_ptr():
             return True
-        step = rows_at_once(self.tensor)
-        for one, two in zip(self.tensor.split(step), other.tensor.split(step), strict=True):
+        rows = rows_at_once(self.tensor)
+        for one, two in zip(self.tensor.split(rows), other.tensor.split(rows), strict=True):
             if not torch.equal(one, two):
                 return False
             self.forget(one)
@@ -114,22 +114,22 @@ def rows_at_once(tensor: Tensor) -> int:
 
 def _sharded(folder: Path, index: Path) -> tuple[dict[str, Path], dict[str, list[int]]]:
     what = f"the index {foreign(index)}"
-    places = read_object(index, "the index").get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(p, str) for p in places.values()):
-        raise UsageError(f"{what} has the weight_map {quoted(places)}, and needs file names")
-    names = sorted(set(places.values()))
+    weight_map = read_object(index, "the index").get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(p, str) for p in weight_map.values()):
+        raise UsageError(f"{what} has the weight_map {quoted(weight_map)}, and needs file names")
+    names = sorted(set(weight_map.values()))
     beside = {path.name for path in folder.iterdir()}
     for name in names:
         if name not in beside:
             raise UsageError(f"{what} names {quoted(name)}, which is not in its folder")
     held = {name: tensor_shapes(folder / name) for name in names}
-    for tensor, name in places.items():
+    for tensor, name in weight_map.items():
         if tensor not in held[name]:
             raise UsageError(
                 f"{what} says that {foreign(tensor)} is in {foreign(name)}, but it is not"
             )
-    files = {tensor: folder / name for tensor, name in places.items()}
-    return files, {tensor: held[name][tensor] for tensor, name in places.items()}
+    files = {tensor: folder / name for tensor, name in weight_map.items()}
+    return files, {tensor: held[name][tensor] for tensor, name in weight_map.items()}
 
 
 def tensor_shapes(path: Path) -> dict[str, list[int]]:

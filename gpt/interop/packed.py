@@ -92,7 +92,7 @@ def _named(path: Path) -> Iterator[None]:
         yield
     except UsageError as error:
         raise UsageError(f"{foreign(path)}: {error}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{foreign(path)} is broken ({foreign(repr(error))})") from None
 
 
@@ -113,7 +113,8 @@ def _plain_model(config: ModelConfig, kind: Weights, shapes: Mapping[str, list[i
         shape, packed = list(parameter.shape), f"{name.removesuffix('weight')}matrix.data"
         if packed in shapes:
             name, padded = packed, -(-shape[1] // PADDED) * PADDED
-            shape[1] = {"int8": padded, "int4": padded // 2}.get(str(kind), shape[1])
+            if ".router." not in name:  # routers stay float32
+                shape[1] = {"int8": padded, "int4": padded // 2}.get(str(kind), shape[1])
         if shapes.get(name) != shape:
             raise UsageError(
                 f"the configuration needs {name} of shape {shape}, and {WEIGHTS} has "

@@ -82,8 +82,8 @@ def fill(
             if name not in weights:
                 weights[name] = torch.empty(shape, dtype=dtype, device=device)
             target = weights[name][ours]
-            step = rows_at_once(source) if source.is_contiguous() else len(source)
-            pairs = zip(source.split(step), target.split(step), strict=True)
+            rows = rows_at_once(source) if source.is_contiguous() else len(source)
+            pairs = zip(source.split(rows), target.split(rows), strict=True)
             copies += [_Copy(stored, one, two, part.add) for one, two in pairs]
     _copy(copies)
     model.load_state_dict(weights, strict=False, assign=True)

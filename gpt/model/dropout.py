@@ -1,8 +1,8 @@
-"""Dropout (arXiv:1207.0580) that a CPU can afford.
+"""Dropout (arXiv:1207.0580) that is fast on a CPU.
 
 ``F.dropout`` on a CPU draws one Bernoulli variable at a time, which took a third of a training
-step. Here one draw of 64 random bits decides for four elements. Elsewhere ``F.dropout`` is as fast
-as it gets.
+step. Here one draw of 64 random bits decides for four elements. On other devices, ``F.dropout`` is
+used.
 """
 
 import math
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """``x`` with each element zero with probability ``p``, and the others scaled by ``1 / (1 -
-    p)``.
+    """Set each element of ``x`` to zero with probability ``p``, and scale the others by
+    ``1 / (1 - p)``.
 
-    On a CPU ``p`` is rounded to a multiple of 2**-16, and the scale is that of the rounded ``p``.
+    On a CPU ``p`` is rounded to a multiple of 2**-16, and the scale uses the rounded ``p``.
     """
     if p == 0:
         return x
@@ -24,7 +24,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
         return F.dropout(x, p)
     dropped = min(round(p * 2**16), 2**16 - 1)
     n = x.numel()
-    # from -2**63 with no end is the full range: the plain call would leave the sign bit 0
+    # from -2**63 without an end is the full range; the default range leaves the sign bit 0
     words = torch.empty(math.ceil(n / 4), dtype=torch.int64).random_(-(2**63), None)
     keep = words.view(torch.int16)[:n].view(x.shape) >= dropped - 2**15
     return (x * keep.to(x.dtype)).mul_(2**16 / (2**16 - dropped))
@@ -38,5 +38,5 @@ class Dropout(nn.Module):
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape, to the same."""
+        """``x`` of any shape; the result has the same shape."""
         return dropout(x, self.p) if self.training else x

@@ -1,5 +1,5 @@
-"""Initial weights: each module with parameters of its own has a ``reset``, which asks the
-configuration's scheme how large they are.
+"""Initial weights. Each module with its own parameters has a method ``reset``, which gets their
+standard deviation from the configuration's scheme.
 """
 
 import math
@@ -13,15 +13,15 @@ from gpt.config import Initial, ModelConfig
 
 STD = 0.02
 Role = Literal["scores", "value", "inner", "out"]
-"""Of a matrix: queries and keys, values, the feed-forward layer's inner ones, and what is added to
-the residual stream.
+"""The role of a matrix: it computes queries and keys, values, the inner features of a feed-forward
+layer, or the output that is added to the residual stream.
 """
 
 
 @torch.no_grad()
 def reset(module: nn.Module) -> None:
-    """Give the module and those in it their initial weights. A ``reset`` method covers all that the
-    module holds. ``TypeError`` for parameters that no ``reset`` covers.
+    """Draw initial weights for the module and its submodules. A ``reset`` method covers all the
+    submodules too. ``TypeError`` for parameters that no ``reset`` covers.
     """
     own = getattr(module, "reset", None)
     if own is not None:
@@ -63,14 +63,14 @@ def draw(module: nn.Linear, role: Role, config: ModelConfig, layer: int) -> None
 
 
 def _gpt2(role: Role, config: ModelConfig, layer: int, fans: int) -> float:
-    """0.02. What is added to the residual stream is scaled by ``1 / sqrt(2 n_layer)``, so that the
-    stream's variance does not grow with the number of branches (GPT-2).
+    """0.02. Outputs to the residual stream are scaled by ``1 / sqrt(2 n_layer)``, so that its
+    variance does not grow with the number of branches (GPT-2).
     """
     return STD / math.sqrt(2 * config.n_layer) if role == "out" else STD
 
 
 def _depth(role: Role, config: ModelConfig, layer: int, fans: int) -> float:
-    """0.02, and each layer's outputs by ``1 / sqrt(2 (layer + 1))``: by its own depth."""
+    """0.02, and outputs scaled by ``1 / sqrt(2 (layer + 1))``, by the layer's depth."""
     return STD / math.sqrt(2 * (layer + 1)) if role == "out" else STD
 
 
@@ -80,7 +80,7 @@ def _zero(role: Role, config: ModelConfig, layer: int, fans: int) -> float:
 
 
 def _deepnorm(role: Role, config: ModelConfig, layer: int, fans: int) -> float:
-    """Xavier's, times ``(8 n_layer) ** -1/4`` but for queries and keys (arXiv:2203.00555)."""
+    """Xavier's, times ``(8 n_layer) ** -1/4`` except for queries and keys (arXiv:2203.00555)."""
     gain = 1.0 if role == "scores" else (8 * config.n_layer) ** -0.25
     return gain * math.sqrt(2 / fans)
 
@@ -91,6 +91,6 @@ INITIALS: dict[Initial, Callable[[Role, ModelConfig, int, int], float]] = {
     "zero": _zero,
     "deepnorm": _deepnorm,
 }
-"""The configuration's ``initial`` to a matrix's standard deviation, given its role, its layer, and
-the sum of its two widths.
+"""For each ``initial`` of the configuration, a function of a matrix's role, the configuration, its
+layer and the sum of its two widths. The result is the standard deviation.
 """

@@ -13,9 +13,8 @@ from gpt.model.initial import table
 
 @torch.no_grad()
 def crop_context(model: GPT, context_length: int) -> None:
-    """Shorten the context to its first ``context_length`` positions. Not while a cache is in use.
-
-    ``ValueError`` if the model's context is not that long.
+    """Shorten the context to its first ``context_length`` positions. Do not call this while a cache
+    is in use. ``ValueError`` if the model's context is shorter.
     """
     if not 0 < context_length <= model.config.context_length:
         raise ValueError(
@@ -23,7 +22,7 @@ def crop_context(model: GPT, context_length: int) -> None:
             f"({model.config.context_length})"
         )
     config = dataclasses.replace(model.config, context_length=context_length)
-    if config.rotary_scaling != "none":  # the frequencies stay
+    if config.rotary_scaling != "none":  # the frequencies do not change
         trained = model.config.resolved().rotary_trained_length
         config = dataclasses.replace(config, rotary_trained_length=trained)
     model.config = config

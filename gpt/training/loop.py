@@ -148,7 +148,7 @@ class Trainer:
     def resume(self, checkpoint: Checkpoint) -> list[str]:
         """Load the checkpoint's weights, optimizer state and progress, to continue after its step.
 
-        Returns a sentence for each entry of :meth:`place` that has changed.
+        Returns a sentence for each entry of :meth:`environment` that has changed.
         """
         progress = state.restore(self.model, self.optimizers, self.scaler, checkpoint)
         self.step, self.best, self.losses = checkpoint.step, progress["best"], progress["losses"]
@@ -161,10 +161,9 @@ class Trainer:
         if self.best and not (checkpoint.path.parent / self.best).is_dir():
             # A later, better one replaced it, and is damaged now.
             self.best, self.best_loss = None, math.inf
-        changed = (
-            (name, progress["place"].get(name, now), now) for name, now in self.place().items()
-        )
-        return [f"{name} was {old} and is {now}" for name, old, now in changed if old != now]
+        old = progress["place"]
+        changed = [(name, old.get(name, now), now) for name, now in self.environment().items()]
+        return [f"{name} was {was} and is {now}" for name, was, now in changed if was != now]
 
     def choose_strategy(self) -> Strategy:
         """The way in which the processes divide the work."""
@@ -173,7 +172,7 @@ class Trainer:
             self.config.parallel, self.world, n_parameters=n_parameters, device=self.device
         )
 
-    def place(self) -> dict[str, str | int]:
+    def environment(self) -> dict[str, str | int]:
         """The results of ``auto`` settings and torchrun. A resumed run may have others."""
         return {
             "device": self.device.type,
@@ -440,7 +439,7 @@ class Trainer:
                     "scaler": self.scaler.state_dict(),
                     "settings": setup.settings(self.config, self.data.train),
                     "tokenizer": self._tokenizer,
-                    "place": self.place(),
+                    "place": self.environment(),
                 },
                 metrics={} if loss is None else {"validation_loss": loss},
             ),

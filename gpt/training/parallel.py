@@ -212,9 +212,9 @@ def _meet(job: dist.Store, rank: int, size: int) -> dist.Store:
     word = secrets.token_hex(8)
     if rank == 0:
         job.set("meeting", word)
-        places = [f"{word} {other}" for other in range(1, size)]
-        job.wait(places)
-        job.set(f"{word} heard", json.dumps([job.get(place).decode() for place in places]))
+        answers = [f"{word} {other}" for other in range(1, size)]
+        job.wait(answers)
+        job.set(f"{word} heard", json.dumps([job.get(answer).decode() for answer in answers]))
         return dist.PrefixStore(word, job)
     while True:
         job.wait(["meeting"])

@@ -92,8 +92,8 @@ def train_on(
                 config.data,
                 config.cache_dir,
                 tokenizer=tokenizer,
-                progress=lambda share: status.update(
-                    Text(f"preparing {config.data.source}: {share:.0%}")
+                progress=lambda fraction: status.update(
+                    Text(f"preparing {config.data.source}: {fraction:.0%}")
                 ),
                 say=say,
             )

@@ -56,10 +56,10 @@ def checkpoint_to_resume(run: Path, world: World, *, resume: bool, say: Say) -> 
     Processes that torchrun restarts after a failure always resume. Newer checkpoints that are
     damaged are renamed, not deleted.
     """
-    place = str(run.resolve())
+    resolved = str(run.resolve())
 
     def look() -> str:
-        resumes = resume or world.remembers(place)
+        resumes = resume or world.remembers(resolved)
         checkpoint = checkpoints.find(run, "last", say=say)
         if checkpoint is not None and not resumes:
             raise UsageError(
@@ -71,7 +71,7 @@ def checkpoint_to_resume(run: Path, world: World, *, resume: bool, say: Say) -> 
         if checkpoint is not None:
             for path in checkpoints.set_aside(run, newer_than=checkpoint.step):
                 say(f"a damaged checkpoint was renamed to {path}")
-        world.remember(place)
+        world.remember(resolved)
         return str(checkpoint.path) if checkpoint else ""
 
     path = world.broadcast(look)

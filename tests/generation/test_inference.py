@@ -1,5 +1,5 @@
-"""Models made to run: every format's arithmetic is that of its dense weights, and its rounding is
-bounded.
+"""Models converted for inference: every format's arithmetic is that of its dense weights, and its
+rounding is bounded.
 """
 
 import copy
@@ -168,8 +168,10 @@ def test_tokens_that_are_read_together_are_each_read_alone_to_the_bit(kind):
     assert torch.equal(prepared(tokens, cache=chunked), rows)
     for i in range(5):
         alone = prepared.new_cache()
-        steps = tokens[i : i + 1].split(1, dim=1)
-        assert torch.equal(torch.cat([prepared(t, cache=alone) for t in steps], dim=1)[0], rows[i])
+        singles = tokens[i : i + 1].split(1, dim=1)
+        assert torch.equal(
+            torch.cat([prepared(t, cache=alone) for t in singles], dim=1)[0], rows[i]
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -545,9 +547,9 @@ def test_an_embedding_or_a_model_of_another_class_is_not_packed():
 
     model = model_of()
     model.embed.__class__ = Table
-    with pytest.raises(UsageError, match="model.embed is a Table, and only torch's own Embedding"):
+    with pytest.raises(UsageError, match="model.embed is a Table; only torch's own Embedding"):
         prepare_for_inference(model, "int8")
-    with pytest.raises(UsageError, match="the model is a Other, and a GPT alone is made to run"):
+    with pytest.raises(UsageError, match="expected a GPT; cannot convert a Other"):
         prepare_for_inference(Other(CONFIG), "int8")
 
 
@@ -628,15 +630,15 @@ def test_a_model_made_to_run_can_be_copied_refilled_and_not_cast_or_trained():
             prepare_for_inference(model_of(), "int4").state_dict(), assign=True
         )
         assert torch.equal(prepared(tokens, cache=prepared.new_cache()), before)
-    with pytest.raises(ValueError, match="cannot be trained"):
+    with pytest.raises(ValueError, match="cannot be trained; train the original"):
         prepared.train()
-    with pytest.raises(UsageError, match="made to run in int4 already"):
+    with pytest.raises(UsageError, match="already converted to int4"):
         prepare_for_inference(prepared, "int8")
     with pytest.raises(
-        ValueError, match="float32 of 64 numbers on the CPU, and not torch.float32 of 1"
+        ValueError, match="float32 of 64 numbers on the CPU, not torch.float32 of 1"
     ):
         prepared.head(torch.randn(1, 128))
-    with pytest.raises(TypeError, match="made to run in int4 cannot become another dtype"):
+    with pytest.raises(TypeError, match="converted to int4 cannot change its dtype"):
         prepared.half()
 
 
@@ -760,7 +762,7 @@ def test_a_packed_folder_has_the_users_umask(tmp_path):
 def test_formats_that_there_are_not_are_refused(tmp_path):
     with pytest.raises(UsageError, match="weights is 'int5', and must be one of auto, float32"):
         gpt.load(tmp_path, weights="int5")
-    with pytest.raises(UsageError, match="to packed takes a format"):
+    with pytest.raises(UsageError, match="a format needs --to packed"):
         ExportConfig(model="m", out=tmp_path, weights="int4")
 
 

@@ -94,7 +94,7 @@ def test_rows_of_unequal_lengths_give_each_its_own_full_forwards_logits(kind, va
 
 
 @torch.inference_mode()
-def test_a_compiled_step_over_a_static_cache_is_one_graph_for_every_length():
+def test_a_compiled_forward_over_a_static_cache_is_one_graph_for_every_length():
     model, tokens = model_of("gpt2"), some_tokens(2, CONTEXT)
     cache = model.new_cache(2, on_device=True)
     graphs = []
@@ -103,9 +103,9 @@ def test_a_compiled_step_over_a_static_cache_is_one_graph_for_every_length():
         graphs.append(graph)
         return graph.forward
 
-    step = torch.compile(model, backend=backend, fullgraph=True)
+    forward = torch.compile(model, backend=backend, fullgraph=True)
     model(tokens[:, :4], cache=cache)
-    logits = [step(token, cache=cache) for token in tokens[:, 4:].split(1, dim=1)]
+    logits = [forward(token, cache=cache) for token in tokens[:, 4:].split(1, dim=1)]
     torch._dynamo.reset()
     assert len(graphs) == 1
     torch.testing.assert_close(torch.cat(logits, 1), model(tokens)[:, 4:], rtol=0, atol=1e-4)
@@ -321,7 +321,7 @@ def test_adding_rows_to_a_static_cache_reads_each_caches_lengths_once(waits, tin
 
 
 @torch.inference_mode()
-def test_a_step_over_a_static_cache_on_a_device_reads_nothing(tiny_model):
+def test_a_forward_over_a_static_cache_on_a_device_reads_nothing(tiny_model):
     model = tiny_model.to("meta")  # where nothing can be read
     cache = model.new_cache(3, on_device=True)
     for _ in range(4):
@@ -409,7 +409,7 @@ def test_square_causal_and_single_queries_need_no_mask(tiny_model):
 
 
 @torch.inference_mode()
-def test_a_step_of_padded_rows_moves_these_and_writes_nothing_else_in_use(tiny_model):
+def test_a_forward_of_padded_rows_moves_these_and_writes_nothing_else_in_use(tiny_model):
     tokens = some_tokens(2, 6)
     cache = tiny_model.new_cache(3, on_device=True)
     cache.reorder([0, 1])
