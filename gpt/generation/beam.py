@@ -194,6 +194,8 @@ class BeamSearch:
 
     def advance(self) -> list[Token]:
         """All tokens of all sequences of the next prompt, one sequence after the other."""
+        if not self.busy:
+            return []
         first = self._count - len(self._waiting) * self.config.num_samples
         prompt = self._waiting.pop(0)
         context = _context(self.model, self.config, self.end_of_text)

@@ -150,6 +150,8 @@ class Speculator:
 
     def advance(self) -> list[Token]:
         """The next token of the first sequence that has not ended."""
+        if not self.busy:
+            return []
         token = next(next(iter(self._waiting.values())))
         if token.ended:
             self.end(token.sequence)

@@ -52,3 +52,12 @@ def test_no_forward_pass_reads_more_of_a_prompt_than_the_limit(make, window, mon
     monkeypatch.setattr(GPT, "features", counted)
     assert written(make(model)) == expected
     assert max(sizes) <= 7
+
+
+@MAKERS
+def test_nothing_to_continue_gives_no_tokens(make):
+    continuer = make(make_model(SHAPE))
+    assert continuer.advance() == []
+    written(continuer)
+    assert not continuer.busy
+    assert continuer.advance() == []
