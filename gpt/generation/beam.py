@@ -17,6 +17,7 @@ from gpt.device import check_memory
 from gpt.generation.checks import check_cache, check_prompt, check_settings
 from gpt.generation.context import Context
 from gpt.generation.decode import Token, evaluation_mode
+from gpt.generation.prefill import read
 from gpt.generation.sampling import Details, History, describe, finite, penalise
 from gpt.model.gpt import GPT
 
@@ -60,13 +61,13 @@ def beam_search(
     if config.has_penalties:
         history = History(vocab_size, device)
         history.add(prompt)
-    read = torch.tensor([prompt], device=device)
+    unread = torch.tensor([prompt], device=device)
     beams = [Beam([], 0.0, [])]
     scores = torch.zeros(1, device=device)
     finished: list[Beam] = []
     for length in range(1, limit + 1):
         with evaluation_mode(model):
-            every = model(read, cache=cache, last_only=True)[:, -1]
+            every = model.logits(read(model, unread, cache)[:, -1:])[:, -1]
         logits = every[:, :vocab_size]
         early = range(len(beams)) if length <= config.min_new_tokens else ()
         logprobs = logits.float().log_softmax(dim=-1)
@@ -92,10 +93,10 @@ def beam_search(
         parents, beams = [parent for parent, _ in going_on], [beam for _, beam in going_on]
         scores = torch.tensor([beam.score for beam in beams], device=device)
         cache.reorder(parents)
-        read = torch.tensor([beam.tokens[-1:] for beam in beams], device=device)
+        unread = torch.tensor([beam.tokens[-1:] for beam in beams], device=device)
         if history is not None:
             history.keep(parents)
-            history.append(read[:, 0])
+            history.append(unread[:, 0])
     return finished[: config.num_samples]
 
 
@@ -193,6 +194,8 @@ class BeamSearch:
 
     def advance(self) -> list[Token]:
         """All tokens of all sequences of the next prompt, one sequence after the other."""
+        if not self.busy:
+            return []
         first = self._count - len(self._waiting) * self.config.num_samples
         prompt = self._waiting.pop(0)
         context = _context(self.model, self.config, self.end_of_text)

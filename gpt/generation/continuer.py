@@ -22,7 +22,7 @@ class Continuer(Protocol):
         """
 
     def advance(self) -> list[Token]:
-        """The next tokens of one or more sequences."""
+        """The next tokens of one or more sequences; none if it is not ``busy``."""
 
     def end(self, sequence: int) -> None:
         """Stop a sequence; it gets no more tokens."""

@@ -27,6 +27,7 @@ from gpt.generation.checks import (
     check_settings,
 )
 from gpt.generation.context import Context, Reason
+from gpt.generation.prefill import read
 from gpt.generation.prefix import Prefix
 from gpt.generation.sampling import (
     NO_NUMBERS,
@@ -40,9 +41,6 @@ from gpt.generation.sampling import (
 )
 from gpt.model.cache import KVCache
 from gpt.model.gpt import GPT
-
-PREFILL = 4096
-"""Tokens of prompts in one forward pass. Longer prompts go through in several chunks."""
 
 
 @dataclass(frozen=True)
@@ -241,18 +239,13 @@ class Decoder:
             prompt[start:] + [0] * (max(ends) - n) for prompt, n in zip(prompts, ends, strict=True)
         ]
         ids = torch.tensor(padded, device=self.model.device)
-        size = max(1, PREFILL // len(prompts))
-        features = []
-        for at, chunk in zip(range(0, max(ends), size), ids.split(size, dim=1), strict=True):
-            valid = None
-            if self.model.config.window:  # in a ring, padding would overwrite a row's own tokens
-                valid = [min(max(0, end - at), chunk.shape[1]) for end in ends]
-            features.append(self.model.features(chunk, cache=cache, valid=valid))
+        # In a ring, padding would overwrite a row's own tokens.
+        features = read(self.model, ids, cache, valid=ends if self.model.config.window else None)
         cache.truncate([len(prompt) for prompt in prompts])
         assert self._cache is not None
         self._cache.add(cache, own)
         self._rows += arriving
-        return torch.cat(features, dim=1)[own, [ends[i] - 1 for i in own]]
+        return features[own, [ends[i] - 1 for i in own]]
 
     def _make_room(self, arriving: list[_Row]) -> None:
         """Replace the cache if the ``arriving`` rows do not fit, by one that also fits the waiting

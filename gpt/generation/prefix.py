@@ -2,6 +2,7 @@
 
 import torch
 
+from gpt.generation.prefill import read
 from gpt.model.cache import KVCache
 from gpt.model.gpt import GPT
 
@@ -31,7 +32,7 @@ class Prefix:
             self._tokens = shared
             self._cache = self.model.new_cache(1, capacity=len(shared))
             ids = torch.tensor([shared], device=self.model.device)
-            self.model.features(ids, cache=self._cache)
+            read(self.model, ids, self._cache)
 
     def new_cache(self, prompts: list[list[int]]) -> KVCache:
         """A cache with one row for each of ``prompts``. Each row holds as much of the prefix as all

@@ -18,6 +18,7 @@ from gpt.config import GenerationConfig, SamplingConfig, UsageError
 from gpt.generation.checks import check_number, check_prompt, check_settings
 from gpt.generation.context import Context, newest
 from gpt.generation.decode import Token, evaluation_mode
+from gpt.generation.prefill import read
 from gpt.generation.prefix import common
 from gpt.generation.sampling import (
     NO_NUMBERS,
@@ -149,6 +150,8 @@ class Speculator:
 
     def advance(self) -> list[Token]:
         """The next token of the first sequence that has not ended."""
+        if not self.busy:
+            return []
         token = next(next(iter(self._waiting.values())))
         if token.ended:
             self.end(token.sequence)
@@ -293,6 +296,6 @@ class _Reader:
         self._tokens = list(tokens)
         unread = torch.tensor([tokens[kept:]], device=self.model.device)
         with evaluation_mode(self.model):
-            features = self.model.features(unread, cache=self._cache)[0, -n:]
+            features = read(self.model, unread, self._cache)[0, -n:]
         logits: Tensor = self.model.logits(features)
         return logits

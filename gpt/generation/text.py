@@ -1,8 +1,9 @@
 """Prompts to text: streamed in whole characters, up to a stop text or the end of the document."""
 
 import codecs
+import difflib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from gpt.config import GenerationConfig, UsageError, quoted, token_ids
@@ -66,7 +67,8 @@ def generate(
     returned as they are, and unfinished ones have no ``reason``. Raises ``UsageError`` for invalid
     settings and prompts.
     """
-    texts, config = _listed(prompts), _config(settings)
+    options = ("batch_size", "draft", "num_draft_tokens", "cancelled")
+    texts, config = _listed(prompts), _config(settings, options)
     decoder = new_decoder(
         model, config, batch_size=batch_size, draft=draft, num_draft_tokens=num_draft_tokens
     )
@@ -89,7 +91,7 @@ def stream(
     """Yield one continuation of ``prompt`` in pieces, as they are made. Joined, they are the text
     of :func:`generate`. To stop early, leave the loop.
     """
-    config = _config(settings)
+    config = _config(settings, ("draft", "num_draft_tokens"))
     if config.num_samples != 1:
         raise UsageError(f"num_samples is {config.num_samples}, and must be 1 for a stream")
     decoder = new_decoder(model, config, draft=draft, num_draft_tokens=num_draft_tokens)
@@ -168,7 +170,7 @@ def new_decoder(
     size, end = tokenizer.vocab_size, tokenizer.end_of_text
     check_number("num_draft_tokens", num_draft_tokens, 0)
     if config.num_beams > 1 and num_draft_tokens:
-        raise UsageError("num_beams and num_draft_tokens are both given, and only one can be")
+        raise UsageError("num_beams and num_draft_tokens are both given; give only one of them")
     if draft is not None and not num_draft_tokens:
         raise UsageError("num_draft_tokens is 0, and a draft needs at least 1 (5 is a good number)")
     if config.num_beams > 1:
@@ -192,7 +194,16 @@ def new_decoder(
     )
 
 
-def _config(settings: dict[str, Any]) -> GenerationConfig:
+def _config(settings: dict[str, Any], options: Sequence[str]) -> GenerationConfig:
+    """The configuration from a caller's ``settings``. ``UsageError`` for a name that it does not
+    have; the nearest of its fields and of the caller's other ``options`` is suggested.
+    """
+    names = [setting.name for setting in fields(GenerationConfig)]
+    for name in settings:
+        if name not in names:
+            near = difflib.get_close_matches(name, [*names, *options], n=1)
+            advice = f"did you mean {near[0]}?" if near else f"choose from {', '.join(names)}"
+            raise UsageError(f"{quoted(name)} is not a setting; {advice}")
     return GenerationConfig(**settings | ({"stop": ()} if settings.get("stop") is None else {}))
 
 

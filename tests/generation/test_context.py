@@ -1,3 +1,5 @@
+import re
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
@@ -12,11 +14,18 @@ def context_of(length, end_of_text=None, **settings):
     return Context(make_model(config), GenerationConfig(**settings), end_of_text)
 
 
-def test_only_slide_goes_on_in_a_full_context():
+def test_only_stop_ends_a_sequence_in_a_full_context():
     for policy in get_args(get_type_hints(GenerationConfig)["past_context"]):
         context = context_of(4, past_context=policy)
         assert context.ended([1, 2, 3, 4], 1) is None
-        assert context.ended([1, 2, 3, 4, 5], 2) == (None if policy == "slide" else "context")
+        assert context.ended([1, 2, 3, 4, 5], 2) == ("context" if policy == "stop" else None)
+
+
+def test_the_page_of_generation_lists_every_policy():
+    page = Path(__file__).parents[2] / "docs" / "generation.md"
+    section = page.read_text(encoding="utf-8").split("## A full context")[1].split("\n## ")[0]
+    listed = re.findall(r"^\| `(\w+)` \|", section, flags=re.MULTILINE)
+    assert set(listed) == set(get_args(get_type_hints(GenerationConfig)["past_context"]))
 
 
 def test_end_of_text_comes_before_the_length_and_the_length_before_the_context():

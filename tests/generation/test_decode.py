@@ -155,7 +155,7 @@ def test_reading_prompts_in_chunks_does_not_change_the_tokens(prefill, tiny_mode
         read.append(tokens.numel())
         return features(self, tokens, **options)
 
-    monkeypatch.setattr("gpt.generation.decode.PREFILL", prefill)
+    monkeypatch.setattr("gpt.generation.prefill.PREFILL", prefill)
     monkeypatch.setattr(GPT, "features", count)
     assert continued(tiny_model, prompts, greedy(8), batch_size=3) == whole
     assert max(read) <= max(prefill, 3)

@@ -1,5 +1,6 @@
 import math
 import random
+import re
 import time
 
 import numpy as np
@@ -222,8 +223,19 @@ def test_impossible_settings_are_refused(byte_model):
             gpt.generate(byte_model, "x", **{name: value})
     with pytest.raises(UsageError, match="num_draft_tokens is 0, and a draft needs at least 1"):
         gpt.generate(byte_model, "x", draft=byte_model)
-    with pytest.raises(UsageError, match="num_beams and num_draft_tokens are both given"):
+    with pytest.raises(UsageError, match="both given; give only one of them"):
         gpt.generate(byte_model, "x", num_beams=2, num_draft_tokens=2)
+
+
+@pytest.mark.parametrize("function", [gpt.generate, gpt.stream])
+def test_a_misspelt_setting_gets_the_nearest_right_one(function, byte_model):
+    for wrong, right in (
+        ("max_new_token", "did you mean max_new_tokens?"),
+        ("num_drafts_tokens", "did you mean num_draft_tokens?"),
+        ("xyz", "choose from temperature, bias, "),
+    ):
+        with pytest.raises(UsageError, match=re.escape(f"'{wrong}' is not a setting; {right}")):
+            function(byte_model, "x", **{wrong: 2})
 
 
 def test_a_stream_that_is_closed_leaves_the_model_as_it_was(byte_model):
