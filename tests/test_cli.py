@@ -17,7 +17,7 @@ import pytest
 from gpt import checkpoint as checkpoints
 from gpt import cli
 from gpt.cli import main
-from gpt.config import SampleConfig, TrainConfig
+from gpt.config import SampleConfig, TrainConfig, UsageError
 
 ROOT = Path(__file__).parent.parent
 RUN = ROOT / "tests" / "checkpoints" / "format-1"
@@ -81,8 +81,7 @@ def test_the_commands_are_listed(capsys):
 
 def test_the_default_configuration_is_found_from_any_folder(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit):
-        main(["train", "--model.n_head", "5"])  # refused before anything starts
+    assert main(["train", "--model.n_head", "5"]) == 2  # refused before anything starts
     assert "model.n_embd is 192" in capsys.readouterr().err
 
 
@@ -180,14 +179,36 @@ def test_a_mistake_gets_one_sentence_and_status_2(words, said, capsys, tmp_path,
         (["--top_p", "0"], "top_p is 0.0, and must be above 0 and at most 1"),
         (["--top_p", "2"], "top_p is 2.0, and must be above 0 and at most 1"),
         (["--max_new_tokens", "0"], "max_new_tokens is 0, and must be at least 1"),
-        (["--tempratur", "1"], "--temperature FLOAT"),
     ],
 )
-def test_impossible_words_are_refused_with_status_2(words, said, capsys):
-    with pytest.raises(SystemExit) as exit_:
+def test_impossible_values_are_refused_in_one_sentence_with_status_2(
+    words, said, capsys, monkeypatch
+):
+    assert main(["sample", *words]) == 2
+    assert capsys.readouterr().err == f"gpt: {said}\n"
+    monkeypatch.setenv("GPT_TRACEBACK", "1")
+    with pytest.raises(UsageError, match=re.escape(said)):
         main(["sample", *words])
+
+
+def test_a_misspelt_option_gets_the_right_one_with_status_2(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["sample", "--tempratur", "1"])
     assert exit_.value.code == 2
-    assert said in " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().err).split())
+    assert "--temperature FLOAT" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there_is_told_with_the_runs_that_are(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["sample", "--model", "", "--prompt", "x"]) == 2
+    assert "model is empty, and must be the name of a model" in capsys.readouterr().err
+    assert main(["sample", "--model", "nosuch", "--prompt", "x"]) == 2
+    assert "model is 'nosuch', and there is no such folder here, and" in capsys.readouterr().err
+    (tmp_path / "runs" / "book").mkdir(parents=True)
+    (tmp_path / "runs" / "book" / "tokenizer.json").touch()
+    assert main(["sample", "--model", "nosuch", "--prompt", "x"]) == 2
+    assert "no such folder here (there are the runs runs/book), and" in capsys.readouterr().err
 
 
 def test_an_unknown_command_is_refused(capsys):
@@ -199,8 +220,7 @@ def test_an_unknown_command_is_refused(capsys):
 
 
 def test_prepare_has_one_option_for_its_folder(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(["prepare", "--data.cache_dir", "cache"])
+    assert main(["prepare", "--data.cache_dir", "cache"]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "takes no data.cache_dir ('cache'); give --out cache" in said
 

@@ -154,7 +154,6 @@ def test_a_misspelt_field_gets_the_nearest_right_one_and_status_2(where, tmp_pat
     [
         (["--training.precision=float8"], "'float16'"),
         (["--model.n_layer=many"], "'many'"),
-        (["--model.n_layer=0"], "model.n_layer is 0, and must be at least 1"),
     ],
 )
 def test_a_wrong_value_is_told_with_what_is_allowed(words, said, capsys):
@@ -162,6 +161,12 @@ def test_a_wrong_value_is_told_with_what_is_allowed(words, said, capsys):
         parse(TrainConfig, words, prog="train.py")
     assert exit_.value.code == 2
     assert said in " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().err).split())
+
+
+def test_a_value_that_the_configuration_refuses_is_told_by_its_own_sentence(capsys):
+    with pytest.raises(UsageError, match="^model.n_layer is 0, and must be at least 1$"):
+        parse(TrainConfig, ["--model.n_layer=0"], prog="train.py")
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,12 @@ suggestions.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import json
 import stat
+import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +29,8 @@ def parse(schema: type[T], arguments: Sequence[str], *, prog: str, toml: Path | 
     """The configuration: the defaults of ``schema``, then ``toml``, then the command line.
 
     ``arguments`` are the words after the program's name. If the first one is a ``*.toml`` file, it
-    replaces ``toml``. For wrong words tyro prints an explanation and exits with status 2.
+    replaces ``toml``. For wrong words tyro prints an explanation and exits with status 2; for
+    values that a configuration refuses, :class:`UsageError`.
     """
     import tyro
 
@@ -53,14 +57,27 @@ def parse(schema: type[T], arguments: Sequence[str], *, prog: str, toml: Path | 
             str_from_instance=lambda value: [str(value)] if one or value is None else list(value),
         )
 
-    return tyro.cli(
-        schema,
-        prog=prog,
-        args=[*tokens, *words],
-        use_underscores=True,
-        config=(tyro.conf.PositionalRequiredArgs,),
-        registry=registry,
-    )
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            return tyro.cli(
+                schema,
+                prog=prog,
+                args=[*tokens, *words],
+                use_underscores=True,
+                config=(tyro.conf.PositionalRequiredArgs,),
+                registry=registry,
+            )
+    except SystemExit as ended:
+        error: BaseException = ended
+        while error.__context__ is not None:
+            error = error.__context__
+            if isinstance(error, UsageError):  # which tyro would print in a box
+                told.truncate(0)
+                raise error from None
+        raise
+    finally:
+        sys.stderr.write(told.getvalue())
 
 
 def parse_training(

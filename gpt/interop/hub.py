@@ -34,8 +34,8 @@ def download(name: str) -> Path:
         from huggingface_hub.errors import HFValidationError
     except ImportError:
         raise UsageError(
-            f"model is {quoted(name)}, which is not a local folder; to download it from the "
-            "Hugging Face hub, pip install huggingface_hub"
+            f"{_no_folder(name)}; to download it from the Hugging Face hub, pip install "
+            "huggingface_hub"
         ) from None
     repository, _, at = name.partition("@")
     start = time.time()
@@ -46,17 +46,24 @@ def download(name: str) -> Path:
             folder = snapshot_download(repository, revision=at or None, allow_patterns=wanted)
     except HFValidationError:
         raise UsageError(
-            f"model is {quoted(name)}, which is not a folder and not a valid name on the hub"
+            f"{_no_folder(name)}, and the name is not valid on the Hugging Face hub"
         ) from None
     except Exception as error:  # from the client, the network or the disk
         reason = foreign(str(error).strip().partition("\n")[0])
         raise UsageError(
-            f"model is {quoted(name)}, which is not a local folder, and the download from the hub "
-            f"failed ({type(error).__name__}: {reason}); you can give a folder with config.json, "
-            "weights and tokenizer files instead"
+            f"{_no_folder(name)}, and the download from the hub failed ({type(error).__name__}: "
+            f"{reason}); you can give a folder with config.json, weights and tokenizer files instead"
         ) from None
     _check_new_files(name, Path(folder), start)
     return Path(folder)
+
+
+def _no_folder(name: str) -> str:
+    """The beginning of a message: there is no such folder, and which runs there are instead."""
+    runs = sorted(str(path.parent) for path in Path("runs").glob("*/tokenizer.json"))
+    more = f" and {len(runs) - 5} more" if len(runs) > 5 else ""
+    there = f" (there are the runs {', '.join(runs[:5])}{more})" if runs else ""
+    return f"model is {quoted(name)}, and there is no such folder here{foreign(there)}"
 
 
 def _check_new_files(name: str, folder: Path, start: float) -> None:

@@ -58,7 +58,7 @@ def load_folder(
         advice="use a smaller model, or bfloat16",
     )
     fill(model, files, held, device=device, dtype=dtype)
-    return model.requires_grad_(True).eval()
+    return model.eval()
 
 
 def bare_name(family: Family, theirs: str) -> str:

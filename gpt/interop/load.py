@@ -93,6 +93,8 @@ def _folder(name: str | Path) -> Path:
     """The folder that ``name`` names, here or on the hub."""
     if not isinstance(name, str | Path):
         raise UsageError(f"model is {quoted(name)}, and must be a model's name or a path")
+    if not str(name):
+        raise UsageError("model is empty, and must be the name of a model or a path")
     path = Path(name)
     try:
         if path.is_dir():

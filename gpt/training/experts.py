@@ -7,8 +7,9 @@ from gpt.model.moe import MoE
 from gpt.training.parallel import World
 
 
-def rebalance(model: nn.Module, world: World) -> Tensor | None:
-    """After an update: move each layer's preferences by the load of all processes.
+def take_loads(model: nn.Module, world: World, *, rebalance: bool) -> Tensor | None:
+    """After a step: start to count the loads anew, and with ``rebalance`` move each layer's
+    preferences by the load of all processes.
 
     Returns the load of the busiest expert over the mean, averaged over layers (1: even); ``None``
     for a model without experts.
@@ -18,5 +19,7 @@ def rebalance(model: nn.Module, world: World) -> Tensor | None:
         return None
     loads = world.sum(torch.stack([layer.load for layer in layers if layer.load is not None]))
     for layer, load in zip(layers, loads, strict=True):
-        layer.rebalance(load)
+        if rebalance:
+            layer.rebalance(load)
+        layer.load = None
     return (loads.amax(dim=1) / loads.float().mean(dim=1)).mean()

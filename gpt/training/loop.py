@@ -272,7 +272,8 @@ class Trainer:
         """Update the weights if the gradients are finite, and count the step."""
         loss, norm, norm_on_device = gradients
         with self.stopwatch("optimizer"):
-            if math.isfinite(loss) and math.isfinite(norm):
+            is_finite = math.isfinite(loss) and math.isfinite(norm)
+            if is_finite:
                 clip_gradients(self.model, self.config.training.gradient_clip, norm_on_device)
                 for optimizer in self.optimizers:
                     self.scaler.step(optimizer)
@@ -283,7 +284,7 @@ class Trainer:
             for optimizer in self.optimizers:
                 optimizer.zero_grad(set_to_none=True)
             self.scaler.update()
-            self.expert_load = experts.rebalance(self.model, self.world)
+            self.expert_load = experts.take_loads(self.model, self.world, rebalance=is_finite)
         self.step += 1
 
     def accumulate(self, batch: Batch, n_targets: int) -> Tensor:

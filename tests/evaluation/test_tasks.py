@@ -391,10 +391,9 @@ def load_folder_copy(model, scale):
     ],
 )
 def test_words_that_make_no_sense_are_refused(words, said, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        main(["evaluate", *words])
-    assert exit_.value.code == 2
-    assert said in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert main(["evaluate", *words]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert said in line
 
 
 def test_a_model_is_exported_by_the_command(tmp_path, capsys):

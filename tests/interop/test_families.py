@@ -91,6 +91,7 @@ OTHERS = {
     "activation": "silu",
     "rotary_base": 500.0,
     "qkv_bias": "no",
+    "norm_bias": "no",
     "dropout": 0.25,
     "norm_eps": 1e-3,
     "n_kv_head": 1,

@@ -21,6 +21,7 @@ from gpt.interop.export import export_huggingface
 from gpt.interop.families import FAMILIES
 from gpt.interop.huggingface import load_folder
 from gpt.interop.weights import exported
+from gpt.model.gpt import GPT
 from tests.conftest import make_model
 
 SHAPES = {  # the families of GPT-2's sizes and distilgpt2, made small: (layers, heads, width)
@@ -481,6 +482,38 @@ EXPORTS = {
     "settings": {"n_inner": 50, "activation": "relu", "scale_attention_by_layer": True},
     "unscaled": {"scale_attention": False, "norm_eps": 1e-4, "dropout": 0.25},
 }
+OTHER_NAMES = {  # of the same model, except that GPT-2's missing biases are zeros
+    "norm_bias": {"norm_bias": "yes"},
+    "qkv_bias": {"qkv_bias": "yes"},
+    "window_pattern": {"window_pattern": "GGG"},
+    "sizes": {"n_kv_head": 4, "head_dim": 8, "rotary_base_local": 10_000.0},
+    "norms alone": {"bias": False, "norm_bias": "yes"},
+    "not in queries": {"qkv_bias": "no"},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", OTHER_NAMES.values(), ids=OTHER_NAMES)
+def test_what_resolves_to_a_gpt2_is_exported_as_one(settings, tmp_path):
+    config = ModelConfig(vocab_size=257, context_length=32, n_layer=2, n_head=4, n_embd=32)
+    ours = make_model(dataclasses.replace(config, **settings))
+    export_huggingface(ours, ByteTokenizer(), tmp_path / "out")
+    back = load_folder(tmp_path / "out")
+    assert back.config == config
+    tokens = torch.randint(257, (2, 20))
+    torch.testing.assert_close(back(tokens), ours(tokens))
+
+
+def test_a_parameter_that_is_not_trained_stays_so_in_a_loaded_model(tmp_path, monkeypatch):
+    def frozen(config):
+        model = GPT(config)
+        model.norm.requires_grad_(False)
+        return model
+
+    monkeypatch.setattr("gpt.interop.huggingface.GPT", frozen)
+    model = load_folder(saved(random_gpt2(), tmp_path / "in"))
+    still = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert still == {"norm.weight", "norm.bias"}
 
 
 @pytest.mark.parametrize("settings", EXPORTS.values(), ids=EXPORTS)

@@ -27,6 +27,7 @@ from gpt.data.batches import IGNORED, Batch, Windows
 from gpt.data.prepare import prepare
 from gpt.device import choose_precision
 from gpt.interop.load import load
+from gpt.model.moe import MoE
 from gpt.training import setup
 from gpt.training.compilation import compile_blocks
 from gpt.training.loop import Gradients, Trainer
@@ -35,6 +36,7 @@ from gpt.training.parallel import World
 from gpt.training.run import train
 from gpt.training.schedule import learning_rate_factor
 from gpt.training.setup import FIXED, FIXED_GROUPS, held, is_fixed, padded, settings
+from gpt.training.source import next_token
 from gpt.training.stopwatch import Forecast
 from tests import tiny
 from tests.tiny import tiny_run
@@ -661,6 +663,22 @@ def test_skipped_updates_are_counted_and_change_nothing(config, monkeypatch):
     longer = change(config, "training", max_steps=16)
     with pytest.raises(UsageError, match="at step 14.*after 3 skipped updates: training has div"):
         run(dataclasses.replace(longer, resume=True))
+
+
+def test_a_skipped_update_moves_no_preference_of_experts(config):
+    experts = {"n_expert": 4, "moe_balance": "bias"}
+    trainer = trainer_of(tiny.change(config, model=experts, training={"skip_nonfinite": 3}))
+    bad = 1
+    trainer.objective = lambda logits, batch: (
+        next_token(logits, batch) * (math.nan if trainer.step == bad else 1)
+    )
+    for step in range(3):
+        before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+        trainer.update()
+        changed = {n for n, p in trainer.model.named_parameters() if not torch.equal(before[n], p)}
+        assert any("preference" in name for name in changed) == (step != bad)
+        assert step != bad or not changed
+        assert all(m.load is None for m in trainer.model.modules() if isinstance(m, MoE))
 
 
 def test_a_loss_that_is_not_finite_is_in_no_mean(config, monkeypatch):

@@ -34,6 +34,7 @@ _DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 _EXPRESSED = {
     *("vocab_size", "context_length", "n_layer", "n_head", "n_embd", "n_inner", "dropout", "bias"),
     *("tie_embeddings", "norm_eps", "activation", "scale_attention", "scale_attention_by_layer"),
+    *("norm_bias", "qkv_bias"),
 }
 """Fields that GPT-2 can express. It has the defaults of all others, except ``initial``, which does
 not matter for a finished model.
@@ -106,15 +107,12 @@ class GPT2:
 
     def exported(self, config: ModelConfig) -> dict[str, Any]:
         """As the protocol."""
-        usual = {
-            field.name: field.default
-            for field in dataclasses.fields(ModelConfig)
-            if field.name not in _EXPRESSED | {"initial"}
-        }
-        usual |= {"n_kv_head": config.n_head, "head_dim": config.n_embd // config.n_head}
-        for name, value in usual.items():
-            own = getattr(config, name)
-            if own != value and not (name in ("n_kv_head", "head_dim") and own == 0):
+        usual = ModelConfig(**{name: getattr(config, name) for name in _EXPRESSED})
+        resolved = usual.resolved()
+        for name in [f.name for f in dataclasses.fields(config) if f.name != "initial"]:
+            own = config.layer_pattern() if name == "window_pattern" else getattr(config, name)
+            if own not in (getattr(usual, name), getattr(resolved, name)):
+                own = getattr(config, name)
                 raise UsageError(f"Hugging Face's GPT-2 cannot express model.{name} {own}")
         return dict.fromkeys(_DROPOUTS, config.dropout) | {
             "architectures": ["GPT2LMHeadModel"],
@@ -135,4 +133,6 @@ class GPT2:
 
     def stored(self, config: ModelConfig) -> ModelConfig:
         """With biases."""
-        return dataclasses.replace(config, bias=True, initial="auto")
+        return dataclasses.replace(
+            config, bias=True, norm_bias="auto", qkv_bias="auto", window_pattern="", initial="auto"
+        )
