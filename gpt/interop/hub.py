@@ -52,7 +52,8 @@ def download(name: str) -> Path:
         reason = foreign(str(error).strip().partition("\n")[0])
         raise UsageError(
             f"{_no_folder(name)}, and the download from the hub failed ({type(error).__name__}: "
-            f"{reason}); a folder with config.json, weights and tokenizer files works as well"
+            f"{reason}); you can give a folder with config.json, weights and tokenizer files "
+            "instead"
         ) from None
     _check_new_files(name, Path(folder), start)
     return Path(folder)

@@ -1,6 +1,7 @@
-"""Changes to a finished model: a shorter context, another vocabulary, another dropout."""
+"""Changes to a finished model: another context, another vocabulary, another dropout."""
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,13 @@ from gpt.model.attention import CausalSelfAttention
 from gpt.model.dropout import Dropout
 from gpt.model.gpt import GPT
 from gpt.model.initial import table
+from gpt.model.kinds import layer_kinds
+
+ROTARY = (
+    *("rotary_base", "rotary_scaling", "rotary_scaling_factor", "rotary_trained_length"),
+    *("rotary_low_frequency", "rotary_high_frequency", "rotary_temperature"),
+)
+"""Fields that change rotary positions, and no weight."""
 
 
 @torch.no_grad()
@@ -27,6 +35,30 @@ def crop_context(model: GPT, context_length: int) -> None:
         config = dataclasses.replace(config, rotary_trained_length=trained)
     model.config = config
     model.position.crop(context_length)
+
+
+def extend_context(model: GPT, context_length: int, **rotary: Any) -> None:
+    """Lengthen the context, and change fields of :data:`ROTARY`. No weight changes, and the trained
+    length of a scaling stays that of the model before. Not while a cache is in use.
+
+    ``ValueError`` if the context would be shorter, or if the positions are learned.
+    """
+    own, most = model.config.context_length, model.config.most_positions()
+    if not own <= context_length <= (most or context_length):
+        raise ValueError(
+            f"context_length is {context_length}, and the model has {own} positions"
+            + (", which are learned" if most else "")
+        )
+    config = dataclasses.replace(model.config, context_length=context_length, **rotary)
+    if config.rotary_scaling != "none" and not config.rotary_trained_length:
+        trained = model.config.resolved().rotary_trained_length
+        config = dataclasses.replace(config, rotary_trained_length=trained)
+    model.config, model.position.config = config, config.resolved()
+    kinds = layer_kinds(config)
+    model.kinds = list(dict.fromkeys(kinds))
+    for module in model.modules():
+        if isinstance(module, CausalSelfAttention):
+            module.config, module.kind = config.resolved(), kinds[module.layer]
 
 
 @torch.no_grad()

@@ -19,7 +19,13 @@ from gpt.data.shards import Shard
 from gpt.data.tokenizer import Tokenizer
 from gpt.files import unwritable, write_atomically
 from gpt.model.gpt import GPT
-from gpt.model.surgery import crop_context, resize_vocabulary, set_dropout
+from gpt.model.surgery import (
+    ROTARY,
+    crop_context,
+    extend_context,
+    resize_vocabulary,
+    set_dropout,
+)
 from gpt.training.parallel import World
 
 Say = Callable[[str], None]
@@ -86,7 +92,7 @@ def take_initial_model(
     init: str, wanted: ModelConfig, checkpoint: Checkpoint | None, load: Initial, say: Say
 ) -> tuple[GPT, Tokenizer]:
     """The model that ``init`` names, or the one in the ``checkpoint``, and its tokenizer. Its
-    context, vocabulary and dropout are changed to the ``wanted`` ones.
+    context, rotary positions, vocabulary and dropout are changed to the ``wanted`` ones.
     """
     model, tokenizer = load(checkpoint.path if checkpoint else init)
     own = model.config.context_length
@@ -94,15 +100,26 @@ def take_initial_model(
         crop_context(model, wanted.context_length)
         if checkpoint is None:
             say(f"the model's context of {own:,} tokens is cropped to {wanted.context_length:,}")
-    elif wanted.context_length > own:
+    elif wanted.context_length > (model.config.most_positions() or wanted.context_length):
         raise UsageError(
             f"model.context_length is {wanted.context_length:,}, and {init} has only {own:,} "
             "positions (0 keeps them)"
         )
+    rotary = {}
     for name, value in dataclasses.asdict(wanted).items():
         kept, usual = getattr(model.config, name), getattr(ModelConfig(), name)
-        if name not in ("vocab_size", "context_length", "dropout") and value not in (kept, usual):
+        if name in ("vocab_size", "context_length", "dropout") or value in (kept, usual):
+            continue
+        if name in ROTARY and model.config.position in ("rotary", "xpos"):
+            rotary[name] = value
+        else:
             say(f"model.{name} is {value}, but {init} keeps its own: {kept}")
+    if wanted.context_length > own or rotary:
+        longer = max(wanted.context_length, model.config.context_length)
+        extend_context(model, longer, **rotary)
+        if checkpoint is None:
+            changes = "".join(f", {name} {value}" for name, value in rotary.items())
+            say(f"the model's context of {own:,} tokens becomes {longer:,}{changes}")
     if wanted.vocab_size > model.config.vocab_size:
         resize_vocabulary(model, wanted.vocab_size)
     set_dropout(model, wanted.dropout)

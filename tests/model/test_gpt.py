@@ -12,7 +12,7 @@ from gpt.config import Activation, ModelConfig
 from gpt.model.dropout import Dropout
 from gpt.model.gpt import GPT, parameter_count
 from gpt.model.mlp import ACTIVATIONS
-from gpt.model.surgery import crop_context, resize_vocabulary, set_dropout
+from gpt.model.surgery import crop_context, extend_context, resize_vocabulary, set_dropout
 from tests.conftest import make_model
 
 HF_NAMES = {
@@ -269,6 +269,41 @@ def test_a_cropped_model_is_the_model_on_shorter_texts(tiny_model):
         tiny_model(torch.zeros(1, 10, dtype=torch.int64))
     with pytest.raises(ValueError, match="context_length is 10, and must be from 1"):
         crop_context(tiny_model, 10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("position", "rotary"),
+    [
+        ("rotary", {"rotary_scaling": "yarn", "rotary_scaling_factor": 4.0}),
+        ("rotary", {"rotary_scaling": "dynamic_ntk", "rotary_scaling_factor": 4.0}),
+        ("xpos", {"rotary_scaling": "linear", "rotary_scaling_factor": 4.0}),
+        ("rotary", {"rotary_base": 500.0}),
+        ("alibi", {}),
+        ("sinusoidal", {}),
+        ("none", {}),
+    ],
+)
+def test_an_extended_model_is_the_new_shape_with_the_old_weights(position, rotary, tiny_config):
+    shape = {"position": position, "window": 5, "window_pattern": "GL"}
+    model = make_model(dataclasses.replace(tiny_config, **shape))
+    weights = model.state_dict()
+    extend_context(model, 64, **rotary)
+    trained = {"rotary_trained_length": 16} if "rotary_scaling" in rotary else {}
+    config = dataclasses.replace(tiny_config, **shape, **rotary, **trained, context_length=64)
+    assert model.config == config
+    new = GPT(config).eval()
+    new.load_state_dict(weights)
+    tokens = torch.randint(61, (2, 64))
+    assert torch.equal(model(tokens), new(tokens))
+    cache = model.new_cache(2)
+    parts = [model(tokens[:, :20], cache=cache), model(tokens[:, 20:], cache=cache)]
+    torch.testing.assert_close(torch.cat(parts, 1), new(tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_learned_positions_are_not_extended(tiny_model):
+    with pytest.raises(ValueError, match="has 16 positions, which are learned"):
+        extend_context(tiny_model, 17)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -153,6 +153,24 @@ def test_a_shape_that_init_ignores_is_reported(foreign, capsys):
     assert "model.n_layer is 3, but G keeps its own: 1" in capsys.readouterr().out
 
 
+def test_a_rotary_model_is_trained_on_with_a_longer_context(place, capsys):
+    words = ["--data.source", "book.txt", *SMALL, "--model.position", "rotary"]
+    assert train(*words, "--run_dir", "short") == 0
+    words = shlex.split(
+        "--init short --run_dir long --data.source book.txt --model.position rotary "
+        "--model.context_length 64 --model.rotary_scaling yarn --model.rotary_scaling_factor 2 "
+        "--training.batch_tokens 256 --training.max_steps 1 --evaluation.windows 1"
+    )
+    assert train(*words) == 0
+    said = "context of 32 tokens becomes 64, rotary_scaling yarn, rotary_scaling_factor 2.0"
+    assert said in capsys.readouterr().out
+    config = load("long").model.config
+    assert (config.context_length, config.rotary_trained_length) == (64, 32)
+    assert config.rotary_scaling == "yarn"
+    assert train("--run_dir", "long", "--resume", "--training.max_steps", "2") == 0
+    assert load("long").model.config == config
+
+
 def test_a_context_of_0_needs_a_model_to_take_it_from(place, capsys):
     assert train("--data.source", "book.txt", *SMALL, "--model.context_length", "0") == 2
     assert "context_length is 0" in capsys.readouterr().err
