@@ -194,7 +194,7 @@ def test_penalties_and_scores():
     config = GenerationConfig(repetition_penalty=1.2, presence_penalty=0.1, bias={1: 2.0})
     histories = history.after_each(some_tokens(4))
     logits = torch.zeros(5, 60, dtype=torch.bfloat16, device=CUDA)
-    processed = penalise(logits, config, histories, early=[0, 1], end_of_text=7)
+    processed = penalise(logits, config, histories, early=[0, 1], ends={7})
     chosen = choose(processed, config, [0.5] * 5)
     histories.append(chosen)
     assert chosen.device.type == "cuda"

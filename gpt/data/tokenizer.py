@@ -130,8 +130,8 @@ class GPT2Tokenizer:
     ``ranks`` are the byte strings of the vocabulary in the order of their ids, which start at
     ``first_id``. ``special`` tokens are never encoded: the same characters in a text are ordinary
     text. ``added`` tokens are matched in a text before everything else. ``missing`` tokens are
-    added tokens for which the model has no row: a text that contains one is refused. ``pattern`` is
-    one of ``PATTERNS``.
+    added tokens for which the model has no row: a text that contains one is refused. A generated
+    text ends at ``end_of_text`` and at each of ``ends``. ``pattern`` is one of ``PATTERNS``.
     """
 
     kind: TokenizerKind = "gpt2"
@@ -145,12 +145,14 @@ class GPT2Tokenizer:
         added: Mapping[str, int] | None = None,
         missing: Mapping[str, int] | None = None,
         end_of_text: int | None = None,
+        ends: Iterable[int] = (),
         pattern: str = "gpt2",
     ) -> None:
         self.ranks, self.first_id, self.pattern = ranks, first_id, pattern
         self.special = dict(special or {END_OF_TEXT: first_id + len(ranks)})
         self.added, self.missing = dict(added or {}), dict(missing or {})
         self.end_of_text = self.special[END_OF_TEXT] if end_of_text is None else end_of_text
+        self.ends = frozenset(ends) | {self.end_of_text}
         self._special_ids = frozenset(self.special.values())
         self._ids = self.special | self.added
         n = first_id + len(ranks)
@@ -224,6 +226,8 @@ class GPT2Tokenizer:
             state["missing"] = self.missing
         if self.end_of_text != self.special.get(END_OF_TEXT):
             state["end_of_text"] = self.end_of_text
+        if len(self.ends) > 1:
+            state["ends"] = sorted(self.ends)
         if self.pattern != "gpt2":
             state["pattern"] = self.pattern
         return state
@@ -290,6 +294,11 @@ def _gpt2_from_state(state: dict[str, Any]) -> GPT2Tokenizer:
     end_of_text = state.get("end_of_text", special.get(END_OF_TEXT))
     if type(end_of_text) is not int or end_of_text not in special.values():
         raise ValueError(f"end_of_text is {quoted(end_of_text)}, and must be a special token's id")
+    ends = state.get("ends", [])
+    if not isinstance(ends, list) or not all(
+        type(end) is int and end in special.values() for end in ends
+    ):
+        raise ValueError(f"ends is {quoted(ends)}, and must be a list of special tokens' ids")
     pattern = state.get("pattern", "gpt2")
     if not isinstance(pattern, str) or pattern not in PATTERNS:
         raise ValueError(f"pattern is {quoted(pattern)}, and must be one of {', '.join(PATTERNS)}")
@@ -300,13 +309,22 @@ def _gpt2_from_state(state: dict[str, Any]) -> GPT2Tokenizer:
         added=added,
         missing=missing,
         end_of_text=end_of_text,
+        ends=ends,
         pattern=pattern,
     )
 
 
 def fingerprint(tokenizer: Tokenizer) -> bytes:
     """SHA-256 of the tokenizer's state: equal exactly for tokenizers that encode alike."""
-    return hashlib.sha256(to_json(tokenizer).encode()).digest()
+    state = json.loads(to_json(tokenizer))
+    state.pop("ends", None)
+    return hashlib.sha256(f"{json.dumps(state)}\n".encode()).digest()
+
+
+def ends_of(tokenizer: Tokenizer) -> frozenset[int]:
+    """The ids that end a generated text."""
+    ends: frozenset[int] = getattr(tokenizer, "ends", frozenset())
+    return ends | {tokenizer.end_of_text}
 
 
 def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:

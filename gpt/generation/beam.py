@@ -15,7 +15,7 @@ from torch import Tensor
 from gpt.config import GenerationConfig, UsageError
 from gpt.device import check_memory
 from gpt.generation.checks import check_cache, check_prompt, check_settings
-from gpt.generation.context import Context
+from gpt.generation.context import Context, Ends
 from gpt.generation.decode import Token, evaluation_mode
 from gpt.generation.prefill import read
 from gpt.generation.sampling import Details, History, describe, finite, penalise
@@ -27,7 +27,7 @@ CANDIDATE_BYTES = 500
 
 @dataclass(frozen=True)
 class Beam:
-    """One continuation, with its ``end_of_text`` if it has one."""
+    """One continuation, with the token that ends its text if it has one."""
 
     tokens: list[int]
     score: float
@@ -43,7 +43,7 @@ def beam_search(
     config: GenerationConfig,
     *,
     vocab_size: int | None = None,
-    end_of_text: int | None = None,
+    end_of_text: Ends = None,
 ) -> list[Beam]:
     """The best ``config.num_samples`` of ``config.num_beams`` continuations, the best first.
 
@@ -71,9 +71,10 @@ def beam_search(
         logits = every[:, :vocab_size]
         early = range(len(beams)) if length <= config.min_new_tokens else ()
         logprobs = logits.float().log_softmax(dim=-1)
-        logprobs = penalise(logprobs, config, history, early=early, end_of_text=end_of_text)
+        logprobs = penalise(logprobs, config, history, early=early, ends=context.ends)
         finite(logprobs)
-        best = _best(scores[:, None] + logprobs, 2 * width)
+        most = width * max(2, 1 + len(context.ends))  # enough that go on, as in Hugging Face's
+        best = _best(scores[:, None] + logprobs, most)
         details = _details(every, best, config.logprobs, vocab_size)
         candidates = []
         for (score, parent, token), detail in zip(best, details, strict=True):
@@ -81,11 +82,11 @@ def beam_search(
             beam = Beam([*before.tokens, token], score, [*before.details, detail])
             candidates.append((parent, beam))
         for _, beam in candidates[:width]:
-            if beam.tokens[-1] == end_of_text or length == limit:
+            if beam.tokens[-1] in context.ends or length == limit:
                 score = beam.score / length**config.length_penalty
                 finished.append(dataclasses.replace(beam, score=score))
         finished = sorted(finished, key=lambda beam: -beam.score)[:width]
-        going_on = [c for c in candidates if c[1].tokens[-1] != end_of_text][:width]
+        going_on = [c for c in candidates if c[1].tokens[-1] not in context.ends][:width]
         if length == limit or not going_on:
             break
         if _is_over(finished, going_on[0][1].score, length, limit, config):
@@ -140,7 +141,7 @@ def check(
     return prompt
 
 
-def _context(model: GPT, config: GenerationConfig, end_of_text: int | None = None) -> Context:
+def _context(model: GPT, config: GenerationConfig, end_of_text: Ends = None) -> Context:
     """A beam's context, which never slides."""
     return Context(model, dataclasses.replace(config, past_context="stop"), end_of_text)
 
@@ -169,7 +170,7 @@ class BeamSearch:
         config: GenerationConfig,
         *,
         vocab_size: int | None = None,
-        end_of_text: int | None = None,
+        end_of_text: Ends = None,
     ) -> None:
         self.model, self.config = model, config
         self.vocab_size = vocab_size or model.config.vocab_size

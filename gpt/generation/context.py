@@ -16,7 +16,7 @@ Beam search always stops: after a slide, a beam's tokens would no longer be pred
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 from gpt.config import GenerationConfig
@@ -26,6 +26,10 @@ Reason = Literal["end_of_text", "length", "context", "stop"]
 """Why a sequence ends; ``stop`` is a stop text, or a caller's wish."""
 
 
+Ends = int | Collection[int] | None
+"""The ids that end a text: one, several, or none."""
+
+
 class Context:
     """A model's context, and the configuration's policy for it.
 
@@ -33,10 +37,12 @@ class Context:
     sequence has up to ``length`` tokens that the model can read, and one more when it is full.
     """
 
-    def __init__(self, model: GPT, config: GenerationConfig, end_of_text: int | None) -> None:
+    def __init__(self, model: GPT, config: GenerationConfig, end_of_text: Ends) -> None:
         is_endless = config.past_context == "sinks"
         self.length = sys.maxsize if is_endless else model.config.context_length
-        self.config, self.end_of_text = config, end_of_text
+        self.config = config
+        several = () if end_of_text is None else end_of_text
+        self.ends = frozenset([several] if isinstance(several, int) else several)
 
     def fit(self, prompt: list[int]) -> list[int]:
         """The part of ``prompt`` that the model reads: its last ``length`` tokens."""
@@ -52,7 +58,7 @@ class Context:
 
     def ended(self, tokens: Sequence[int], written: int) -> Reason | None:
         """Why a sequence ends after its last token, the ``written``-th new one, if it does."""
-        if tokens[-1] == self.end_of_text:
+        if tokens[-1] in self.ends:
             return "end_of_text"
         if written == self.config.max_new_tokens:
             return "length"

@@ -26,7 +26,7 @@ from gpt.generation.checks import (
     check_sequences,
     check_settings,
 )
-from gpt.generation.context import Context, Reason
+from gpt.generation.context import Context, Ends, Reason
 from gpt.generation.prefill import read
 from gpt.generation.prefix import Prefix
 from gpt.generation.sampling import (
@@ -84,16 +84,16 @@ class Decoder:
         *,
         batch_size: int = 32,
         vocab_size: int | None = None,
-        end_of_text: int | None = None,
+        end_of_text: Ends = None,
         ahead: int | None = None,
     ) -> None:
         """``vocab_size`` is the tokenizer's; the model may have more rows than that. Sequences end
-        at ``end_of_text``, if it is given. The device chooses up to ``ahead`` tokens of a sequence
-        before the host looks at them (:mod:`gpt.generation.ahead`): by default 1, on a GPU several.
+        at ``end_of_text``, one id or any of several. The device chooses up to ``ahead`` tokens of a
+        sequence before the host looks at them (:mod:`gpt.generation.ahead`): by default 1, on a GPU
+        several.
         """
         self.model, self.config, self.batch_size = model, config, batch_size
         self.vocab_size = vocab_size or model.config.vocab_size
-        self.end_of_text = end_of_text
         check_number("batch_size", batch_size, 1)
         check_settings(model, config, self.vocab_size)
         self._context = Context(model, config, end_of_text)
@@ -289,9 +289,7 @@ class Decoder:
         config, rows, every = self.config, self._rows, logits
         logits = logits[:, : self.vocab_size]
         early = [i for i, row in enumerate(rows) if row.written < config.min_new_tokens]
-        processed = penalise(
-            logits, config, self._history, early=early, end_of_text=self.end_of_text
-        )
+        processed = penalise(logits, config, self._history, early=early, ends=self._context.ends)
         numbers = [row.draws.random() for row in rows] if config.temperature else []
         chosen = choose(processed, config, numbers)
         ids = on_host(marked(chosen, processed))

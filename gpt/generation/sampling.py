@@ -7,7 +7,7 @@ min-p, draw. A filter sets the logits of the tokens that it drops to minus infin
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -210,11 +210,12 @@ def penalise(
     history: History | None = None,
     *,
     early: Sequence[int] = (),
-    end_of_text: int | None = None,
+    ends: Collection[int] = (),
 ) -> Tensor:
     """Apply bias, bans, penalties and minimum length, in the order of the module.
 
-    Without a ``history``, no penalties apply. The rows in ``early`` may not end yet.
+    Without a ``history``, no penalties apply. The rows in ``early`` get none of the ids in
+    ``ends``.
     """
     if bias := config.bias | dict.fromkeys(config.ban, -math.inf):
         logits = add_bias(logits, bias)
@@ -226,7 +227,8 @@ def penalise(
             presence=config.presence_penalty,
             frequency=config.frequency_penalty,
         )
-    if len(early) and end_of_text is not None:
+    if len(early) and ends:
         logits = logits.clone()
-        logits[list(early), end_of_text] = -torch.inf
+        for end in ends:
+            logits[list(early), end] = -torch.inf
     return logits

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gpt.config import GenerationConfig, SamplingConfig, UsageError
 from gpt.generation.checks import check_number, check_prompt, check_settings
-from gpt.generation.context import Context, newest
+from gpt.generation.context import Context, Ends, newest
 from gpt.generation.decode import Token, evaluation_mode
 from gpt.generation.prefill import read
 from gpt.generation.prefix import common
@@ -116,7 +116,7 @@ class Speculator:
         *,
         num_draft_tokens: int = 5,
         vocab_size: int | None = None,
-        end_of_text: int | None = None,
+        end_of_text: Ends = None,
     ) -> None:
         check_number("num_draft_tokens", num_draft_tokens, 1)
         if config.past_context == "sinks":
@@ -199,7 +199,7 @@ class Speculator:
                 config,
                 histories,
                 early=early,
-                end_of_text=self.end_of_text,
+                ends=context.ends,
             )
             p = next_token_probabilities(logits, config)
             drawn = marked(draw(_instead(p, ids, q), others), logits)

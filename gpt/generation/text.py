@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from gpt.config import GenerationConfig, UsageError, quoted, token_ids
-from gpt.data.tokenizer import Tokenizer, fingerprint
+from gpt.data.tokenizer import Tokenizer, ends_of, fingerprint
 from gpt.generation.beam import BeamSearch
 from gpt.generation.checks import check_number, check_sequences
 from gpt.generation.context import Reason
@@ -167,7 +167,7 @@ def new_decoder(
     draft from the text itself.
     """
     network, tokenizer = model
-    size, end = tokenizer.vocab_size, tokenizer.end_of_text
+    size, end = tokenizer.vocab_size, ends_of(tokenizer)
     check_number("num_draft_tokens", num_draft_tokens, 0)
     if config.num_beams > 1 and num_draft_tokens:
         raise UsageError("num_beams and num_draft_tokens are both given; give only one of them")
@@ -246,7 +246,7 @@ class GrowingText:
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._ends = tokenizer, ends_of(tokenizer)
         self._stop = tuple(stop)
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
@@ -258,7 +258,7 @@ class GrowingText:
         """The text that becomes certain with ``token``; it may be empty."""
         if self.ended:
             return ""
-        if token == self._tokenizer.end_of_text:
+        if token in self._ends:
             return self.finish()
         return self._release(self._decoder.decode(self._tokenizer.decode_bytes([token])))
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from gpt import tensors
-from gpt.data.tokenizer import Tokenizer
+from gpt.data.tokenizer import Tokenizer, ends_of
 from gpt.files import new_folder
 from gpt.interop.families import FAMILIES
 from gpt.interop.vocabulary import hugging_face_files
@@ -22,7 +22,9 @@ def export_huggingface(
     """
     with new_folder(out) as work:
         table = FAMILIES[family]
-        end = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
+        first = tokenizer.end_of_text
+        others = sorted(ends_of(tokenizer) - {first})
+        end = {"bos_token_id": first, "eos_token_id": [first, *others] if others else first}
         config = table.exported(model.config) | end | {"dtype": _dtype(model)}
         texts = {"config.json": json.dumps(config, indent=2)}
         texts["generation_config.json"] = json.dumps(end, indent=2)

@@ -69,12 +69,8 @@ def load(
         return packed
     if (path / "config.json").exists():
         model = load_folder(path, device=device, dtype=dtype, say=say)
-        end = read_object(path / "config.json", "the configuration").get("eos_token_id")
-        ends = end if isinstance(end, list) else [end]
         tokenizer = load_tokenizer(
-            path,
-            end_of_text=[i for i in ends if isinstance(i, int)],
-            rows=model.config.vocab_size,
+            path, end_of_text=_ends_of_text(path), rows=model.config.vocab_size
         )
         _check_size(path, tokenizer, model)
         return Loaded(model, tokenizer)
@@ -125,3 +121,13 @@ def _check_own(checkpoint: Checkpoint, path: Path, tokenizer: Tokenizer) -> None
             f"the tokenizer {foreign(path)} is another one than the checkpoint "
             f"{foreign(checkpoint.path)} was trained with"
         )
+
+
+def _ends_of_text(folder: Path) -> list[int]:
+    """The ids that end a text, by the configuration of the model and then of its generation."""
+    ends: list[object] = []
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).exists():
+            end = read_object(folder / name, "the configuration").get("eos_token_id")
+            ends += end if isinstance(end, list) else [end]
+    return [i for i in ends if isinstance(i, int)]

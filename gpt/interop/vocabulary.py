@@ -25,11 +25,11 @@ def load_tokenizer(
 ) -> Tokenizer:
     """The tokenizer in ``folder``, or the released one if the folder has no tokenizer files.
 
-    ``end_of_text`` are the ids in the model's configuration; the first one that is a special token
-    becomes the tokenizer's. ``rows`` is the model's vocabulary size: special and added tokens with
-    larger ids are left out, and a text that contains such an added token is refused when it is
-    encoded. ``UsageError`` for broken files, and for a tokenizer whose ids might differ from those
-    of Hugging Face.
+    ``end_of_text`` are the ids in the model's configuration. The special tokens among them end a
+    generated text, and the first one becomes the tokenizer's ``end_of_text``. ``rows`` is the
+    model's vocabulary size: special and added tokens with larger ids are left out, and a text that
+    contains such an added token is refused when it is encoded. ``UsageError`` for broken files, and
+    for a tokenizer whose ids might differ from those of Hugging Face.
     """
     whole, vocab, merges = (folder / n for n in ("tokenizer.json", "vocab.json", "merges.txt"))
     if whole.exists():
@@ -238,8 +238,8 @@ def _make(
         {token: i for token, i in group.items() if token not in beyond}
         for group in (special, added)
     )
-    named_ends = (i for i in end_of_text if i in special.values())
-    end = next(named_ends, special.get(END_OF_TEXT))
+    ends = [i for i in end_of_text if i in special.values()]
+    end = next(iter(ends), special.get(END_OF_TEXT))
     if end is None:
         at = f" below the model's {rows:,} rows" if beyond else ""
         raise UsageError(f"{where} has no end-of-text token ({END_OF_TEXT}){at}")
@@ -251,6 +251,7 @@ def _make(
         added=added,
         missing=missing,
         end_of_text=end,
+        ends=ends,
     )
 
 

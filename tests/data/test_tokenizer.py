@@ -1,4 +1,5 @@
 import base64
+import hashlib
 import json
 import os
 import random
@@ -179,6 +180,20 @@ def test_a_byte_pair_tokenizer_with_tokens_around_its_ranks_is_loaded(tmp_path):
     assert decode(loaded, range(loaded.vocab_size)).endswith("ababc<more>")
 
 
+def test_the_ends_of_a_text_do_not_change_the_fingerprint(tmp_path):
+    one = load_state(tmp_path, small_gpt2())
+    two = load_state(tmp_path, small_gpt2(special={"<end>": 0, "<turn>": 260}, ends=[0, 260]))
+    same = load_state(tmp_path, small_gpt2(special={"<end>": 0, "<turn>": 260}))
+    assert (tokenizers.ends_of(one), tokenizers.ends_of(two), tokenizers.ends_of(same)) == (
+        {0},
+        {0, 260},
+        {0},
+    )
+    one_hash, two_hash, same_hash = map(tokenizers.fingerprint, (one, two, same))
+    assert one_hash != two_hash == same_hash
+    assert one_hash == hashlib.sha256(tokenizers.to_json(one).encode()).digest()
+
+
 @pytest.mark.parametrize(
     ("state", "said"),
     [
@@ -203,6 +218,8 @@ def test_a_byte_pair_tokenizer_with_tokens_around_its_ranks_is_loaded(tmp_path):
         (small_gpt2(added={"<more>": 2**70}), "gaps"),
         (small_gpt2(end_of_text=1), "end_of_text is 1, and must be a special token's id"),
         (small_gpt2(end_of_text=False), "end_of_text is False"),
+        (small_gpt2(ends=[0, 1]), "ends is .0, 1., and must be a list of special tokens' ids"),
+        (small_gpt2(ends=0), "ends is 0"),
         (small_gpt2(pattern="words"), "pattern is 'words', and must be one of gpt2"),
         (small_gpt2(pattern=["gpt2"]), "pattern is .'gpt2'."),
     ],

@@ -31,10 +31,16 @@ def prompt_of(length, seed):
 @pytest.mark.parametrize("early_stopping", STOPPING)
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0, -1.0])
 @pytest.mark.parametrize(
-    "settings", [{}, {"repetition_penalty": 1.4, "min_new_tokens": 4}], ids=["", "penalties"]
+    ("settings", "ends"),
+    [
+        ({}, [END]),
+        ({"repetition_penalty": 1.4, "min_new_tokens": 4}, [END]),
+        ({"min_new_tokens": 2}, [END, 7, 11]),
+    ],
+    ids=["", "penalties", "ends"],
 )
 def test_sequences_and_scores_are_hugging_faces(
-    both, seed, num_beams, early_stopping, length_penalty, settings
+    both, seed, num_beams, early_stopping, length_penalty, settings, ends
 ):
     ours, theirs = both
     prompt = prompt_of(3 + seed, seed)
@@ -44,10 +50,10 @@ def test_sequences_and_scores_are_hugging_faces(
         num_samples=num_beams,
         early_stopping=early_stopping,
         length_penalty=length_penalty,
-        bias={END: 2.5},
+        bias=dict.fromkeys(ends, 2.5),
         **settings,
     )
-    beams = beam_search(ours, prompt[0].tolist(), config, end_of_text=END)
+    beams = beam_search(ours, prompt[0].tolist(), config, end_of_text=ends)
     expected = theirs.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
@@ -57,8 +63,8 @@ def test_sequences_and_scores_are_hugging_faces(
         num_return_sequences=num_beams,
         early_stopping=STOPPING[early_stopping],
         length_penalty=length_penalty,
-        sequence_bias=[[[END], 2.5]],
-        eos_token_id=END,
+        sequence_bias=[[[end], 2.5] for end in ends],
+        eos_token_id=ends,
         pad_token_id=END,
         return_dict_in_generate=True,
         output_scores=True,

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 from gpt.config import GenerationConfig, ModelConfig
 from gpt.generation.beam import BeamSearch
@@ -12,18 +13,38 @@ from gpt.model.gpt import GPT
 from tests.conftest import make_model
 
 SHAPE = ModelConfig(
-    vocab_size=61, context_length=48, n_layer=2, n_head=2, n_embd=32, tie_embeddings=False,
-    position="rotary",
+    vocab_size=61, context_length=48, n_layer=2, n_head=2, n_embd=32, tie_embeddings=False
 )  # fmt: skip
 GREEDY = GenerationConfig(temperature=0, max_new_tokens=9)
+
+
+def speculator(model, config, draft, **options):
+    return Speculator(model, config, draft, num_draft_tokens=3, **options)
+
+
 MAKE = {
-    "decoder": lambda model: Decoder(model, GREEDY),
-    "beams": lambda model: BeamSearch(model, dataclasses.replace(GREEDY, num_beams=3)),
-    "look-up": lambda model: Speculator(model, GREEDY, PromptLookup(), num_draft_tokens=3),
-    "draft": lambda model: Speculator(model, GREEDY, DraftModel(model, GREEDY), num_draft_tokens=3),
+    "decoder": Decoder,
+    "beams": lambda model, config, **options: BeamSearch(
+        model, dataclasses.replace(config, num_beams=3), **options
+    ),
+    "look-up": lambda model, config, **options: speculator(
+        model, config, PromptLookup(), **options
+    ),
+    "draft": lambda model, config, **options: speculator(
+        model, config, DraftModel(model, config), **options
+    ),
 }
 MAKERS = pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
 PROMPTS = [[*range(30), end, 7] for end in (40, 50)]  # with a shared beginning
+
+
+def varied(**changes):
+    """A model with varied likeliest tokens."""
+    model = make_model(dataclasses.replace(SHAPE, **changes))
+    with torch.no_grad():
+        model.position.weight.mul_(10)
+        model.norm.bias.zero_()
+    return model
 
 
 def written(continuer):
@@ -39,8 +60,8 @@ def written(continuer):
 @MAKERS
 @pytest.mark.parametrize("window", [0, 5])
 def test_no_forward_pass_reads_more_of_a_prompt_than_the_limit(make, window, monkeypatch):
-    model = make_model(dataclasses.replace(SHAPE, window=window))
-    expected = written(make(model))
+    model = varied(window=window)
+    expected = written(make(model, GREEDY))
     sizes = []
     features = GPT.features
 
@@ -50,14 +71,31 @@ def test_no_forward_pass_reads_more_of_a_prompt_than_the_limit(make, window, mon
 
     monkeypatch.setattr("gpt.generation.prefill.PREFILL", 7)
     monkeypatch.setattr(GPT, "features", counted)
-    assert written(make(model)) == expected
+    assert written(make(model, GREEDY)) == expected
     assert max(sizes) <= 7
 
 
 @MAKERS
 def test_nothing_to_continue_gives_no_tokens(make):
-    continuer = make(make_model(SHAPE))
+    continuer = make(varied(), GREEDY)
     assert continuer.advance() == []
     written(continuer)
     assert not continuer.busy
     assert continuer.advance() == []
+
+
+@pytest.mark.parametrize("min_new_tokens", [0, 4])
+@MAKERS
+def test_any_of_several_ids_ends_a_text(make, min_new_tokens):
+    model = varied()
+    config = dataclasses.replace(GREEDY, min_new_tokens=min_new_tokens)
+    ids = [*range(0, SHAPE.vocab_size, 2)]
+    continuer = make(model, config, end_of_text=ids)
+    continuer.add(PROMPTS[0])
+    tokens = []
+    while continuer.busy:
+        tokens += continuer.advance()
+    assert tokens[-1].ended == "end_of_text"
+    assert tokens[-1].id in ids
+    assert len(tokens) > min_new_tokens
+    assert not {token.id for token in tokens[:-1]} & set(ids)

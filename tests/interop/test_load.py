@@ -207,8 +207,9 @@ def test_a_name_that_no_folder_has_is_told(name):
 # tokenizers
 
 
+@pytest.mark.parametrize("later", [256, None], ids=str)
 @pytest.mark.parametrize("ends", [[257, 256], 257, ["a", 257], [1, 257]], ids=str)
-def test_a_configuration_may_name_several_ends_of_a_text(ends, tmp_path):
+def test_a_configuration_may_name_several_ends_of_a_text(ends, later, tmp_path):
     model = make_model(dataclasses.replace(CONFIG, vocab_size=258))
     export_huggingface(model, ByteTokenizer(), tmp_path / "out")
     path = tmp_path / "out" / "tokenizer.json"
@@ -216,7 +217,19 @@ def test_a_configuration_may_name_several_ends_of_a_text(ends, tmp_path):
     content["added_tokens"].append(content["added_tokens"][0] | {"id": 257, "content": "<|end|>"})
     path.write_text(json.dumps(content))
     edit(tmp_path / "out" / "config.json", eos_token_id=ends)
-    tokenizer = gpt.load(tmp_path / "out").tokenizer
+    edit(tmp_path / "out" / "generation_config.json", eos_token_id=later)
+    loaded = gpt.load(tmp_path / "out")
+    tokenizer = loaded.tokenizer
+    several = {256, 257} if later or ends == [257, 256] else {257}
+    assert tokenizers.ends_of(tokenizer) == several
+    for end in several:
+        [got] = gpt.generate(loaded, "x", max_new_tokens=4, bias={end: 1e6})
+        assert (got.tokens, got.text, got.reason) == ([end], "", "end_of_text")
+    saved = tmp_path / "tokenizer.json"
+    saved.write_text(tokenizers.to_json(tokenizer))
+    assert tokenizers.ends_of(tokenizers.load(saved)) == several
+    export_huggingface(loaded.model, tokenizer, tmp_path / "again")
+    assert tokenizers.ends_of(gpt.load(tmp_path / "again").tokenizer) == several
     assert tokenizer.end_of_text == 257
     assert tokenizer.decode_bytes([256, 257]) == b""
 
