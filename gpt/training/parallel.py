@@ -286,9 +286,6 @@ def shard(
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # autocast does it
     )
-    # What no gradient moves stays whole, and moves equally in all processes.
-    moes = [module for module in model.modules() if isinstance(module, MoE)]
-    whole = {moe.preference for moe in moes if moe.preference is not None}
     is_new = model.embed.weight.is_meta
     for name, part in parts(model):
         model.tie_weights()
@@ -297,10 +294,16 @@ def shard(
         if is_new:  # a tied head draws again into the embedding, as without shards
             model.initialise(part)
         if name.startswith("blocks."):
-            fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=whole)
-    fully_shard(model, mesh=mesh, ignored_params=whole)
-    for parameter in whole:
+            fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=_preferences(part))
+    fully_shard(model, mesh=mesh, ignored_params=_preferences(model))
+    for parameter in _preferences(model):
         parameter.data = parameter.data.to(device)
+
+
+def _preferences(module: nn.Module) -> set[nn.Parameter]:
+    """The parameters of experts that no gradient moves: they stay whole in each process."""
+    moes = (part for part in module.modules() if isinstance(part, MoE))
+    return {moe.preference for moe in moes if moe.preference is not None}
 
 
 def only_here(forward: nn.Module) -> contextlib.AbstractContextManager[object]:

@@ -109,10 +109,11 @@ class GPT2:
         """As the protocol."""
         usual = ModelConfig(**{name: getattr(config, name) for name in _EXPRESSED})
         resolved = usual.resolved()
+        is_global = config.layer_pattern() == usual.layer_pattern()
         for name in [f.name for f in dataclasses.fields(config) if f.name != "initial"]:
-            own = config.layer_pattern() if name == "window_pattern" else getattr(config, name)
-            if own not in (getattr(usual, name), getattr(resolved, name)):
-                own = getattr(config, name)
+            own = getattr(config, name)
+            fits = own in (getattr(usual, name), getattr(resolved, name))
+            if not (is_global if name == "window_pattern" else fits):
                 raise UsageError(f"Hugging Face's GPT-2 cannot express model.{name} {own}")
         return dict.fromkeys(_DROPOUTS, config.dropout) | {
             "architectures": ["GPT2LMHeadModel"],
