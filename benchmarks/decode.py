@@ -244,7 +244,7 @@ def main() -> None:
     shapes = [shape for shape in arguments.model_shape.split(",") if shape != "gpt2"]
     for peer in [*peers, *shapes]:
         table.add_column(peer, justify="right")
-        table.add_column("ratio", justify="right")
+        table.add_column("ratio" if peer in peers else "GB/s", justify="right")
     with TemporaryDirectory() as name:
         folder = Path(name)
         make_files(folder, peers, arguments.llama_cpp)
@@ -273,7 +273,7 @@ def main() -> None:
                 ]
             for shape in shapes:
                 reads = weight_bytes(kind, SHAPES[shape]) * rate[shape]
-                row += [f"{rate[shape]:.1f}", f"{reads / 1e9:.1f} GB/s"]
+                row += [f"{rate[shape]:.1f}", f"{reads / 1e9:.1f}"]
             table.add_row(*row)
     console.print(describe(), highlight=False, soft_wrap=True)
     console.print(table)

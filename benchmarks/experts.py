@@ -26,7 +26,7 @@ SHAPES = {
     "dense": {},
     **{
         f"{n} experts, {k} active": {
-            "n_expert": n, "n_expert_active": k, "moe_balance": "mixtral", "moe_renormalise": True,
+            "n_expert": n, "n_expert_active": k, "moe_balance": "mixtral", "moe_renormalise": k > 1,
         }
         for k in (1, 2)
         for n in (4, 8, 16)

@@ -12,6 +12,11 @@ from gpt.model.flops import flops_per_token
 from gpt.model.initial import STD, normal
 from gpt.model.mlp import MLPS
 
+ROWS = 64
+"""In training, an expert's tokens are padded to a multiple of this: a CPU prepares a product in
+bfloat16 anew for each number of rows (benchmarks/experts.py).
+"""
+
 
 class MoE(nn.Module):
     """A router gives each token ``n_expert_active`` of ``n_expert`` experts; shared experts take
@@ -87,12 +92,13 @@ class MoE(nn.Module):
         order = chosen.flatten().argsort(stable=True)
         counts = torch.bincount(chosen.flatten(), minlength=len(self.experts)).tolist()
         parts = x[order // k].split(counts)
-        # In training an expert without tokens takes part, so that each parameter has a gradient.
-        outputs = [
-            expert(part)
-            for expert, part in zip(self.experts, parts, strict=True)
-            if len(part) or self.training
-        ]
+        outputs = []
+        for expert, part in zip(self.experts, parts, strict=True):
+            if self.training:  # without tokens too, so that each parameter has a gradient
+                rows = nn.functional.pad(part, (0, 0, 0, -len(part) % ROWS))
+                outputs.append(expert(rows)[: len(part)])
+            elif len(part):
+                outputs.append(expert(part))
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=order.device)
         return torch.cat(outputs)[back].view(*chosen.shape, -1)
