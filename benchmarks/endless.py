@@ -2,8 +2,8 @@
 much is written already.
 
 ``python benchmarks/endless.py [--tokens 20000] [--weights bfloat16]``. The model has GPT-2 124M's
-widths, rotary positions, and random weights. Beside it a model without windows: its cache, allocated
-at the start, is as long as the text.
+widths, rotary positions, and random weights. Beside it is a model without windows: its cache is as
+long as the text, and is allocated at the start.
 """
 
 import argparse
