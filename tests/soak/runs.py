@@ -9,6 +9,7 @@ import collections
 import ctypes
 import dataclasses
 import errno
+import functools
 import hashlib
 import io
 import json
@@ -18,7 +19,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -259,20 +259,28 @@ def kill(
 ) -> list[str]:
     """Kill runs at random instants and resume them; how many kills met a run at work, and the
     digest of each run, the uninterrupted one first.
+
+    An instant is a number of seconds of the run's own processor time, so that it does not depend on
+    what else the machine does. The signal of this timer has no handler: it ends a process at once,
+    as SIGKILL does.
     """
     chance = random.Random(seed)
     whole = config_of(folder / "whole-run", max_steps=max_steps)
-    start = time.monotonic()
-    assert os.waitpid(in_child(lambda: run(whole), folder / "log"), 0)[1] == 0
-    duration = time.monotonic() - start
+    _, status, spent = os.wait4(in_child(lambda: run(whole), folder / "log"), 0)
+    assert status == 0
+    duration = spent.ru_utime + spent.ru_stime
     digests, hits = [digest(whole)], 0
+
+    def mortal(config: TrainConfig, seconds: float) -> None:
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        run(config)
+
     for number in range(n_runs):
         config = dataclasses.replace(whole, run_dir=str(folder / f"killed-{number}" / "run"))
         for _ in range(kills):
-            child = in_child(lambda config=config: run(config), folder / "log")
-            time.sleep(chance.uniform(0, duration / kills * 1.5))
-            os.kill(child, signal.SIGKILL)
-            hits += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+            work = functools.partial(mortal, config, chance.uniform(0, duration / kills))
+            status = os.waitpid(in_child(work, folder / "log"), 0)[1]
+            hits += os.waitstatus_to_exitcode(status) == -signal.SIGPROF
         assert os.waitpid(in_child(lambda config=config: run(config), folder / "log"), 0)[1] == 0
         digests.append(digest(config))
     return [str(hits), *digests]

@@ -39,5 +39,5 @@ def test_a_full_disk_ends_the_run_in_a_sentence(place):
 
 def test_runs_that_are_killed_at_any_time_give_the_uninterrupted_result(place):
     hits, whole, *killed = runs.serve(place, "kill", {"n_runs": 4, "kills": 3})
-    assert int(hits) >= 6  # of 12; the others came after the run had ended
+    assert int(hits) >= 6  # of 12; a late one can come after the end of the run
     assert killed == [whole] * 4
