@@ -3,7 +3,8 @@
 It trains every file of ``configs/techniques/`` on Shakespeare with three seeds, and keeps what it
 measured in ``techniques.json`` after each run. When it is stopped and started again, it continues
 after the last run. Then it writes the table of ``docs/techniques.md`` and its picture. ``--only
-alibi,rotary`` trains a part, ``--source FILE`` takes another text, and ``--draw`` trains nothing.
+alibi,rotary`` trains a part, ``--seeds 1,2`` takes other seeds, ``--source FILE`` another text, and
+``--draw`` trains nothing. ``--losses`` measures no speed: it can run beside other work.
 If the file, the text or the number of steps of a technique has changed, it is trained again.
 
 The first lines of a technique's file say what it does, its paper and its code. Its switch is the
@@ -37,7 +38,7 @@ FILES = ROOT / "configs" / "techniques"
 RESULTS = Path(__file__).with_suffix(".json")
 PAGE, PICTURE = (ROOT / "docs" / f"techniques.{suffix}" for suffix in ("md", "svg"))
 BEGIN, END = "<!-- table -->", "<!-- end of table -->"
-BASE, SEEDS = "gpt2", (1, 2, 3)
+BASE, SEEDS = "gpt2", "1,2,3"
 PROMPT = "ROMEO:"
 CONTEXT = 1024
 """Tokens that the cache is measured for."""
@@ -116,25 +117,28 @@ def train(technique: Technique, seed: int, words: list[str], run: Path) -> None:
         raise SystemExit(f"{technique.name}, seed {seed}: status {status}\n{said.getvalue()}")
 
 
-def measure(technique: Technique, seed: int, words: list[str]) -> dict[str, float]:
-    """A run's parameters, its loss on held-out text, and the tokens/s of training and decoding."""
+def measure(technique: Technique, seed: int, words: list[str], *, speeds: bool) -> dict[str, float]:
+    """A run's parameters and its loss on held-out text; with ``speeds`` also the tokens/s of
+    training and decoding.
+    """
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder)
         train(technique, seed, words, run)
         records = [json.loads(line) for line in (run / "metrics.jsonl").open(encoding="utf-8")]
         model = load(run, weights="float32")
+    figures = {
+        "parameters": model.model.parameter_count(),
+        "loss": [r["validation_loss"] for r in records if "validation_loss" in r][-1],
+    }
+    if not speeds:
+        return figures
     n = model.model.config.context_length - len(PROMPT)
     options = {"temperature": 0, "max_new_tokens": n, "ban": (model.tokenizer.end_of_text,)}
     decode = functools.partial(generate, model, PROMPT, **options)
     decode()
     times = [seconds(decode) for _ in range(5)]
     rates = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
-    return {
-        "parameters": model.model.parameter_count(),
-        "loss": [r["validation_loss"] for r in records if "validation_loss" in r][-1],
-        "trains": statistics.median(rates),
-        "decodes": n / statistics.median(times),
-    }
+    return figures | {"trains": statistics.median(rates), "decodes": n / statistics.median(times)}
 
 
 def cache_bytes(config: ModelConfig) -> float:
@@ -146,25 +150,30 @@ def cache_bytes(config: ModelConfig) -> float:
     return cache.nbytes / CONTEXT
 
 
-def run_all(chosen: list[Technique], words: list[str], results: Results) -> None:
+def run_all(
+    chosen: list[Technique], numbers: list[int], words: list[str], results: Results, *, speeds: bool
+) -> None:
     """Every run that is not in the results yet, first all techniques with the first seed."""
     results["machine"], runs = describe(), results.setdefault("runs", {})
     with tempfile.TemporaryDirectory() as data:
-        for seed, technique in itertools.product(SEEDS, chosen):
+        for seed, technique in itertools.product(numbers, chosen):
             made_of = [hashlib.sha256(repr(technique.config).encode()).hexdigest(), *words]
             record = runs.setdefault(technique.name, {"made_of": made_of, "seeds": {}})
             if record["made_of"] != made_of:
                 record = runs[technique.name] = {"made_of": made_of, "seeds": {}}
             if str(seed) not in record["seeds"]:
-                figures = measure(technique, seed, ["--data.cache_dir", data, *words])
+                figures = measure(
+                    technique, seed, ["--data.cache_dir", data, *words], speeds=speeds
+                )
                 record["seeds"][str(seed)] = figures
                 print(f"{technique.name:20} seed {seed}: {figures}", flush=True)
                 RESULTS.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
 def seeds(results: Results, name: str, figure: str) -> list[float]:
-    """A figure of each seed that has run."""
-    return [figures[figure] for figures in results["runs"][name]["seeds"].values()]
+    """A figure of each seed for which it was measured."""
+    of_seeds = results["runs"][name]["seeds"].values()
+    return [figures[figure] for figures in of_seeds if figure in figures]
 
 
 def table(measured: list[Technique], results: Results) -> str:
@@ -236,6 +245,8 @@ def write(results: Results) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="these techniques, with commas between them")
+    parser.add_argument("--seeds", default=SEEDS, help="numbers, with commas between them")
+    parser.add_argument("--losses", action="store_true", help="measure no speed")
     parser.add_argument("--source", default="", help="a text in the place of the embedded plays")
     parser.add_argument("--steps", type=int, help="of each run, in the place of its file's")
     parser.add_argument("--draw", action="store_true", help="only write the table and the picture")
@@ -247,7 +258,9 @@ def main() -> None:
         words += ["--training.max_steps", steps, "--evaluation.every", steps]
     only = [name for name in arguments.only.split(",") if name]
     if not arguments.draw:
-        run_all([t for t in techniques() if not only or t.name in only], words, results)
+        chosen = [t for t in techniques() if not only or t.name in only]
+        numbers = [int(seed) for seed in arguments.seeds.split(",")]
+        run_all(chosen, numbers, words, results, speeds=not arguments.losses)
     if not results:
         parser.error(f"{RESULTS.name} has no results to draw: run without --draw")
     write(results)
