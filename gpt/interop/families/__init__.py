@@ -2,14 +2,25 @@
 
 from typing import Any
 
-from gpt.config import UsageError, quoted
+from gpt.config import ModelConfig, UsageError, quoted
+from gpt.interop.families.bloom import Bloom
 from gpt.interop.families.family import Family, Part
+from gpt.interop.families.gemma3 import Gemma3, Gemma3WithImages
+from gpt.interop.families.gpt1 import GPT1
 from gpt.interop.families.gpt2 import GPT2
+from gpt.interop.families.llama import Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3MoE
+from gpt.interop.families.neox import NeoX
 
-FAMILIES: dict[str, Family] = {"gpt2": GPT2()}
-"""Maps ``model_type`` of a ``config.json`` to the family."""
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        *(GPT2(), GPT1(), NeoX(), Bloom(), Llama(), Mistral(), Mixtral()),
+        *(Qwen2(), Qwen3(), Qwen3MoE(), Gemma3(), Gemma3WithImages()),
+    )
+}
+"""Maps ``model_type`` of a ``config.json`` to the family. An export takes the first that fits."""
 
-__all__ = ["FAMILIES", "Family", "Part", "family_of"]
+__all__ = ["FAMILIES", "Family", "Part", "family_for", "family_of"]
 
 
 def family_of(theirs: dict[str, Any]) -> Family:
@@ -19,3 +30,13 @@ def family_of(theirs: dict[str, Any]) -> Family:
         known = " or ".join(map(repr, FAMILIES))
         raise UsageError(f"model_type is {quoted(kind)}, and must be {known}")
     return FAMILIES[kind]
+
+
+def family_for(config: ModelConfig) -> Family:
+    """The first family that can express a model. ``UsageError`` names what stands in the way of the
+    nearest one.
+    """
+    missing = {name: family.missing(config) for name, family in FAMILIES.items()}
+    nearest = min(missing, key=lambda name: len(missing[name]))
+    FAMILIES[nearest].exported(config)
+    return FAMILIES[nearest]
