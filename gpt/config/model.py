@@ -265,7 +265,7 @@ class ModelConfig:
         default.
         """
         factor = 1.0 if self.rotary_scaling == "dynamic_ntk" else self.rotary_scaling_factor
-        placed: Initial = "deepnorm" if self.norm_placement == "deepnorm" else "gpt2"
+        matching: Initial = "deepnorm" if self.norm_placement == "deepnorm" else "gpt2"
         turns = 4.0 if self.rotary_scaling == "llama3" else 32.0
         norm_bias = self.norm_weight and self.norm == "layernorm" and self.bias
         return dataclasses.replace(
@@ -282,7 +282,7 @@ class ModelConfig:
             norm_bias=_decided(self.norm_bias, norm_bias),
             qkv_bias=_decided(self.qkv_bias, self.bias),
             window_pattern=self._pattern(),
-            initial=placed if self.initial == "auto" else self.initial,
+            initial=matching if self.initial == "auto" else self.initial,
         )
 
 

@@ -160,7 +160,7 @@ class Decoder:
         if arriving:
             self._make_room(arriving)
             upcoming = [row.tokens for row in itertools.islice(self._waiting, 1)]
-            self._prefix.share([row.tokens for row in arriving], upcoming)
+            self._prefix.read_common([row.tokens for row in arriving], upcoming)
         return features + [self._prefill(rows) for rows in _of_like_lengths(arriving)]
 
     def _next_rows(self) -> tuple[list[int], list[_Row]]:

@@ -18,7 +18,7 @@ class Prefix:
         self._tokens: list[int] = []
         self._cache: KVCache | None = None
 
-    def share(self, prompts: list[list[int]], upcoming: list[list[int]]) -> None:
+    def read_common(self, prompts: list[list[int]], upcoming: list[list[int]]) -> None:
         """Read the shared beginning of ``prompts`` and ``upcoming`` ones if much of it is new.
 
         Equal ``prompts`` need no shared beginning: the decoder reads them once.
@@ -26,7 +26,7 @@ class Prefix:
         different = [list(prompt) for prompt in dict.fromkeys(map(tuple, prompts))] + upcoming
         if len(different) == 1:
             return
-        # The first and the last in sorted order share what all the prompts between them share.
+        # What the first and the last in sorted order begin with, the others begin with too.
         shared = common(min(different)[:-1], max(different)[:-1])
         if len(shared) - len(common(shared, self._tokens)) >= WORTH_SHARING:
             self._tokens = shared

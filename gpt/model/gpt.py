@@ -1,6 +1,6 @@
 """GPT: a decoder-only transformer, as GPT-2 has it (Radford et al., 2019).
 
-Tokens and positions are embedded, go through the blocks and a last norm, and the head gives a score
+Tokens and positions are embedded, go through the blocks and a last norm, and the head gives a logit
 for each token of the vocabulary to come next. One forward serves training and decoding: training
 passes no cache and pays nothing for its existence.
 """
@@ -84,7 +84,7 @@ class GPT(nn.Module):
 
         ``forward`` is ``logits(features(tokens))``, and takes the same arguments.
         """
-        shared = self.share(tokens, cache, valid)
+        shared = self.new_shared(tokens, cache, valid)
         x = self.dropout(self.embed_tokens(tokens, shared.at))
         for block in self.blocks:
             x = block(x, shared)
@@ -107,7 +107,7 @@ class GPT(nn.Module):
             logits = self.pointer.mix(logits, features[..., width:])
         return logits
 
-    def share(
+    def new_shared(
         self, tokens: Tensor, cache: KVCache | None, valid: Sequence[int] | None = None
     ) -> Shared:
         """What all layers need to know of the forward of ``tokens`` ``[B, T]``."""
