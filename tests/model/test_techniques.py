@@ -387,7 +387,7 @@ def test_attention_is_that_under_a_mask_written_as_loops(changes, position, n_to
     monkeypatch.setattr(kinds, "window", window_by_loops)
     monkeypatch.setattr(kinds, "blocks", blocks_by_loops)
     dense = exact(**changes)
-    view = dense.share(tokens, None).views[dense.kinds[0]]
+    view = dense.new_shared(tokens, None).views[dense.kinds[0]]
     assert view.blocks is None
     torch.testing.assert_close(got, dense(tokens), rtol=0, atol=1e-9)
 
