@@ -30,8 +30,8 @@ class ModelConfig:
     """
 
     vocab_size: int = number(50257, at_least=0)
-    """Rows of the token embedding. In a run, 0 takes the tokenizer's size (from 1,024 tokens on it
-    is padded to a multiple of 128, for GPUs); a larger number adds unused rows."""
+    """Tokens of the vocabulary, which are the rows of the token embedding. In a run, 0 takes the
+    tokenizer's size, and a larger number adds unused rows."""
     context_length: int = number(1024, at_least=0)
     """Maximum number of tokens that the model sees at once. With init, 0 keeps the model's own."""
     n_layer: int = number(12, at_least=1)

@@ -16,6 +16,7 @@ from gpt.model.block import RESIDUALS, Block
 from gpt.model.cache import KVCache
 from gpt.model.dropout import Dropout
 from gpt.model.flops import flops_per_token
+from gpt.model.head import apply_head
 from gpt.model.initial import reset, table
 from gpt.model.kinds import layer_kinds
 from gpt.model.norm import make_norm
@@ -99,7 +100,7 @@ class GPT(nn.Module):
         """Features, ``[..., C]``, to logits ``[..., V]``; with ``copy`` to log-probabilities."""
         width, cap = self.config.n_embd, self.config.logit_softcap
         x = features if self.pointer is None else features[..., :width].to(self.dtype)
-        logits: Tensor = self.head(x)
+        logits = apply_head(self.head, x)
         if cap:
             logits = cap * (logits / cap).tanh()
         if self.pointer is not None:
