@@ -1,6 +1,7 @@
 """The shape of a model: its sizes, and the variant of each part."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -260,6 +261,7 @@ class ModelConfig:
         limits = {"learned": self.context_length, "xpos": max(self.context_length, 32_768)}
         return limits.get(self.position)
 
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - checks take longer than small models
     def resolved(self) -> Self:
         """The same shape, with each 0, '' and 'auto' that means a default replaced by that
         default.
