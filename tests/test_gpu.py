@@ -192,6 +192,32 @@ def test_a_vocabulary_of_any_size_gives_the_plain_products_gradients_on_a_gpu(dt
         assert (one - other).norm() / other.norm() < 0.01
 
 
+@pytest.mark.parametrize("compile_mode", ["off", "on"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"learned_sinks": True}, {"window": 100, "window_pattern": "LG"}], ids=str
+)
+def test_flex_attention_gives_the_plain_formulas_gradients_on_a_gpu(
+    changes, compile_mode, monkeypatch
+):
+    shape = {"attention_softcap": 5.0, "position": "rotary", "context_length": 300}
+    model = make_model(dataclasses.replace(CONFIG, **shape, **changes)).to("cuda").train()
+    tokens = torch.randint(61, (4, 301), device="cuda")
+    found = []
+    for served in (True, False):
+        if not served:
+            monkeypatch.setattr("gpt.model.gpt.serves", lambda *arguments, **options: False)
+        elif compile_mode == "on":
+            for block in model.blocks:
+                block.compile()
+        views = model.new_shared(tokens[:, :-1], None).views.values()
+        assert {view.flex is not None for view in views} == {served}
+        summed_loss(model(tokens[:, :-1]), tokens[:, 1:]).backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+        model.zero_grad(set_to_none=True)
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() / other.norm() < 0.01
+
+
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_attention_outside_of_training_is_never_cudnns(kv_heads):
     config = dataclasses.replace(CONFIG, n_kv_head=kv_heads)

@@ -15,6 +15,7 @@ from gpt.config import ModelConfig
 from gpt.model.block import RESIDUALS, Block
 from gpt.model.cache import KVCache
 from gpt.model.dropout import Dropout
+from gpt.model.flex import block_mask, serves
 from gpt.model.flops import flops_per_token
 from gpt.model.head import apply_head
 from gpt.model.initial import reset, table
@@ -121,9 +122,16 @@ class GPT(nn.Module):
             at, end = torch.arange(T, device=tokens.device), T
             alone = Slots(at, is_square=True, sees_all=False, to=slice(0, T))
             slots = dict.fromkeys(self.kinds, alone)
+        flex = {
+            kind: block_mask(kind.rule, T, at.device)
+            for kind in self.kinds
+            if plan is None and serves(self.config, kind, at, training=self.training)
+        }
         dtype = self._score_dtype()
         views = {
-            kind: view(self.position, kind, at, slots[kind], end=end, dtype=dtype)
+            kind: view(
+                self.position, kind, at, slots[kind], end=end, dtype=dtype, flex=flex.get(kind)
+            )
             for kind in self.kinds
         }
         return Shared(at, views, cache, plan)

@@ -13,6 +13,8 @@ from gpt.model.masks import Blocks, causal, dense, in_blocks
 from gpt.model.store import Slots
 
 if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
     from gpt.model.position import Position
     from gpt.model.rotary import DynamicRotation
 
@@ -71,19 +73,31 @@ class View(NamedTuple):
     """Where positions are rotated and queries are beyond the window from the sinks."""
     blocks: Blocks | None = None
     """How attention that sees little of a long context is computed, without a cache."""
+    flex: "BlockMask | None" = None
+    """Instead of a mask, where FlexAttention computes attention."""
 
 
 def view(
-    position: "Position", kind: Kind, at: Tensor, slots: Slots, *, end: int, dtype: torch.dtype
+    position: "Position",
+    kind: Kind,
+    at: Tensor,
+    slots: Slots,
+    *,
+    end: int,
+    dtype: torch.dtype,
+    flex: "BlockMask | None" = None,
 ) -> View:
     """What the layers of a kind share, for queries at the positions ``at`` ``[..., T]``, all below
     ``end``, and keys in ``slots``. Attention computes its scores in ``dtype``, most of the time.
 
-    Attention needs no mask if it is square causal, or if each query sees every key. Of tokens
-    alone, a rule that sees little is computed by blocks. Else there is a mask.
+    With ``flex``, FlexAttention computes it. Else attention needs no mask if it is square causal,
+    or if each query sees every key. Of tokens alone, a rule that sees little is computed by blocks.
+    Else there is a mask.
     """
     T, keys, blocks = at.shape[-1], slots.keys, None
     rotation = position.rotation(at, kind)
+    if flex is not None:
+        return View(None, rotation, flex=flex)
     dynamic = position.dynamic(at, keys, kind)
     if slots.is_square:
         sees_all = kind.rule is causal or (kind.window is not None and kind.window >= T)
