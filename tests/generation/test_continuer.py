@@ -108,16 +108,17 @@ def test_the_details_of_a_prompt_are_those_of_the_full_forward(make, changes, mo
     monkeypatch.setattr("gpt.generation.logprobs.POSITIONS_AT_ONCE", 5)
     model = varied(**changes)
     continuer = make(model, dataclasses.replace(GREEDY, logprobs=2))
-    prompts = [*PROMPTS, PROMPTS[0][:29], [3], [*range(40, 45)]]
-    for prompt in prompts:
-        continuer.add(prompt)
+    alike, others = [*PROMPTS, PROMPTS[0][:29]], [[3], [*range(40, 45)], PROMPTS[1]]
     found = {}
-    while continuer.busy:
-        for token in continuer.advance():
-            if token.prompt_details is not None:
-                assert token.sequence not in found
-                found[token.sequence] = token.prompt_details
-    for number, prompt in enumerate(prompts):
+    for prompts in (alike, others):  # the first ones are read from their shared beginning on
+        for prompt in prompts:
+            continuer.add(prompt)
+        while continuer.busy:
+            for token in continuer.advance():
+                if token.prompt_details is not None:
+                    assert token.sequence not in found
+                    found[token.sequence] = token.prompt_details
+    for number, prompt in enumerate(alike + others):
         assert len(found[number]) == len(prompt) - 1
         with torch.no_grad():
             every = model(torch.tensor([prompt]))[0].log_softmax(-1)
