@@ -54,6 +54,7 @@ ACTIVATIONS: dict[Activation, int] = {
 KNOWN: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("vocab_size", "context_length", "n_layer", "n_embd", "n_inner"), _any),
     **dict.fromkeys(("n_head", "n_kv_head", "head_dim", "bias", "qkv_bias", "qk_norm"), _any),
+    **dict.fromkeys(("mlp_bias", "scale_attention_width", "rotary_scaling_local"), _any),
     **dict.fromkeys(("scale_attention", "scale_attention_by_layer", "attention_softcap"), _any),
     **dict.fromkeys(("window", "sinks", "learned_sinks", "attention_top_k"), _any),
     **dict.fromkeys(("rotary_base", "rotary_base_local", "rotary_fraction"), _any),

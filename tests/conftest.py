@@ -5,6 +5,7 @@ os.environ["XDG_STATE_HOME"] = os.devnull  # no history of lines is kept
 
 import pytest
 import torch
+from torch import Tensor
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
@@ -43,6 +44,19 @@ def make_model(config: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch
         for parameter in model.parameters():
             parameter.normal_(std=0.3).add_(0.1 if parameter.ndim == 1 else 0)
     return model.to(dtype).eval()
+
+
+def hugging_face_greedy(model, prompt: Tensor, n: int) -> list[int]:
+    """The ``n`` likeliest tokens after ``prompt`` ``[1, T]``, by a model of transformers."""
+    made = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=n,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return made[0, prompt.shape[1] :].tolist()
 
 
 @pytest.fixture

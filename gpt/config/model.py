@@ -71,6 +71,8 @@ class ModelConfig:
     32 for yarn."""
     rotary_temperature: float = number(0.0, at_least=0)
     """yarn: factor of queries and keys; 0: 0.1 ln(rotary_scaling_factor) + 1."""
+    rotary_scaling_local: bool = True
+    """The scaling also applies to layers with an attention window (Gemma 3: no)."""
     norm: Norm = "layernorm"
     """The kind of norm. layernorm: mean 0, variance 1 (GPT-2). rmsnorm: root mean square 1."""
     norm_weight: bool = True
@@ -93,6 +95,8 @@ class ModelConfig:
     """Biases in the linear layers and the norms."""
     qkv_bias: Choice = "auto"
     """Biases of queries, keys and values. auto: as bias."""
+    mlp_bias: Choice = "auto"
+    """Biases of the feed-forward layers. auto: as bias."""
     tie_embeddings: bool = True
     """Use one matrix for the token embedding and the head."""
     scale_embeddings: bool = False
@@ -107,6 +111,9 @@ class ModelConfig:
     """Activation function of the feed-forward layers."""
     scale_attention: bool = True
     """Divide attention scores by the square root of head_dim."""
+    scale_attention_width: int = number(0, at_least=0)
+    """Divide attention scores by the square root of this number instead (Gemma 3 27B: 168); 0:
+    head_dim."""
     scale_attention_by_layer: bool = False
     """Divide attention scores by the layer's number (counted from 1) as well."""
     window: int = number(0, at_least=0)
@@ -229,6 +236,11 @@ class ModelConfig:
             "rotary_base": (rotary, "model.position 'rotary' or 'xpos'"),
             "rotary_fraction": (rotary, "model.position 'rotary' or 'xpos'"),
             "rotary_scaling_factor": (self.rotary_scaling != "none", "model.rotary_scaling"),
+            "rotary_scaling_local": (
+                self.rotary_scaling != "none" and local,
+                "model.rotary_scaling and local layers (model.window)",
+            ),
+            "scale_attention_width": (self.scale_attention, "model.scale_attention"),
             "rotary_base_local": (
                 (rotary and local) or self.rotary_base_local == self.rotary_base,
                 "rotary positions and local layers (model.window)",
@@ -270,10 +282,11 @@ class ModelConfig:
         matching: Initial = "deepnorm" if self.norm_placement == "deepnorm" else "gpt2"
         turns = 4.0 if self.rotary_scaling == "llama3" else 32.0
         norm_bias = self.norm_weight and self.norm == "layernorm" and self.bias
+        head_dim = self.head_dim or self.n_embd // self.n_head
         return dataclasses.replace(
             self,
             n_kv_head=self.n_kv_head or self.n_head,
-            head_dim=self.head_dim or self.n_embd // self.n_head,
+            head_dim=head_dim,
             n_inner=self.n_inner or 4 * self.n_embd,
             rotary_base_local=self.rotary_base_local or self.rotary_base,
             rotary_trained_length=self.rotary_trained_length
@@ -283,6 +296,10 @@ class ModelConfig:
             or 0.1 * math.log(self.rotary_scaling_factor) + 1,
             norm_bias=_decided(self.norm_bias, norm_bias),
             qkv_bias=_decided(self.qkv_bias, self.bias),
+            mlp_bias=_decided(self.mlp_bias, self.bias),
+            scale_attention_width=(self.scale_attention_width or head_dim)
+            if self.scale_attention
+            else 0,
             window_pattern=self._pattern(),
             initial=matching if self.initial == "auto" else self.initial,
         )

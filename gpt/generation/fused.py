@@ -82,7 +82,7 @@ def _gathered(model: GPT, cache: KVCache) -> kernels.Blocks | None:
     rotaries = {}
     if isinstance(model.position, RotaryPosition):
         for kind in model.kinds:
-            turns, factor = frequencies(config, kind.rotary_base)
+            turns, factor = frequencies(config, kind.rotary_base, scaled=kind.rotary_scaled)
             decay, last = model.position.zeta(), kind.last_to_sinks
             rotaries[kind] = kernels.Rotary(turns, factor, decay, last)
     slopes = torch.tensor(alibi_slopes(config.n_head)) if config.position == "alibi" else None

@@ -27,7 +27,7 @@ class CausalSelfAttention(nn.Module):
         self.kind = layer_kinds(config)[layer]
         self.softcap, self.top_k = config.attention_softcap, config.attention_top_k
         self.dropout = config.dropout
-        self.scale = config.head_dim**-0.5 if config.scale_attention else 1.0
+        self.scale = config.scale_attention_width**-0.5 if config.scale_attention else 1.0
         self.scale_tensor: Tensor | None = None
         if config.scale_attention_by_layer:
             self.scale /= layer + 1

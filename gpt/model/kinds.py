@@ -13,6 +13,8 @@ class Kind:
     letter: str = "G"
     """As in ``window_pattern``."""
     rotary_base: float = 10_000.0
+    rotary_scaled: bool = True
+    """Whether the scaling of rotary positions applies to these layers."""
     window: int | None = None
     """The attention window in tokens, if the layers have one."""
     sinks: int = 0
@@ -44,7 +46,14 @@ def layer_kinds(config: ModelConfig) -> list[Kind]:
     local = window(config.window, config.sinks) if config.window else causal
     kinds = {
         "G": Kind("G", config.rotary_base),
-        "L": Kind("L", config.rotary_base_local, config.window, config.sinks, local),
+        "L": Kind(
+            "L",
+            config.rotary_base_local,
+            config.rotary_scaling_local,
+            config.window,
+            config.sinks,
+            local,
+        ),
         "S": Kind("S", config.rotary_base, rule=sparse),
     }
     return [kinds[letter] for letter in config.layer_pattern()]

@@ -35,11 +35,12 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        width = config.resolved().n_inner
+        resolved = config.resolved()
+        width, has_bias = resolved.n_inner, resolved.mlp_bias == "yes"
         self.config, self.layer = config, layer
         self.activation = ACTIVATIONS[config.activation]
-        self.up = nn.Linear(config.n_embd, width, bias=config.bias)
-        self.down = nn.Linear(width, config.n_embd, bias=config.bias)
+        self.up = nn.Linear(config.n_embd, width, bias=has_bias)
+        self.down = nn.Linear(width, config.n_embd, bias=has_bias)
 
     def reset(self) -> None:
         """As ``config.initial`` says (:mod:`gpt.model.initial`)."""
@@ -59,7 +60,7 @@ class GatedMLP(MLP):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
-        self.gate = nn.Linear(config.n_embd, self.up.out_features, bias=config.bias)
+        self.gate = nn.Linear(config.n_embd, self.up.out_features, bias=self.up.bias is not None)
 
     def reset(self) -> None:
         """As :meth:`MLP.reset`."""

@@ -88,17 +88,22 @@ class RotaryPosition(Position):
 
     def rotation(self, at: Tensor, kind: Kind) -> Rotation | None:
         """Angles of :func:`gpt.model.rotary.frequencies`; YaRN's temperature is in both factors."""
-        if self.config.rotary_scaling == "dynamic_ntk":
+        if self._is_dynamic(kind):
             return None
-        turns, temperature = frequencies(self.config, kind.rotary_base, at.device)
+        turns, temperature = frequencies(
+            self.config, kind.rotary_base, at.device, scaled=kind.rotary_scaled
+        )
         angles = _over_heads(at)[..., None] * turns
         return Rotation(temperature * angles.cos(), temperature * angles.sin(), self.decay(at))
 
     def dynamic(self, at: Tensor, keys: Tensor, kind: Kind) -> DynamicRotation | None:
         """For ``dynamic_ntk``."""
-        if self.config.rotary_scaling != "dynamic_ntk":
+        if not self._is_dynamic(kind):
             return None
         return DynamicRotation(self.config, kind.rotary_base, at, keys)
+
+    def _is_dynamic(self, kind: Kind) -> bool:
+        return self.config.rotary_scaling == "dynamic_ntk" and kind.rotary_scaled
 
     def decay(self, at: Tensor) -> Tensor | None:
         """What queries are multiplied by and keys divided by."""

@@ -13,18 +13,23 @@ from gpt.model.shared import Rotation
 
 
 def frequencies(
-    config: ModelConfig, base: float, device: torch.device | str | None = None
+    config: ModelConfig,
+    base: float,
+    device: torch.device | str | None = None,
+    *,
+    scaled: bool = True,
 ) -> tuple[Tensor, float]:
     """The angle by which each pair of a head's numbers turns from a position to the next, ``[n]``
     of float32, in radians; and the number that queries and keys are multiplied by. ``config`` is
-    resolved.
+    resolved. Without ``scaled``, its ``rotary_scaling`` does not count.
     """
+    scaling = config.rotary_scaling if scaled else "none"
     n = int(config.head_dim * config.rotary_fraction) // 2
     exponents = torch.arange(0, 2 * n, 2, dtype=torch.int64, device=device).float() / (2 * n)
-    if config.rotary_scaling == "ntk":
+    if scaling == "ntk":
         base *= config.rotary_scaling_factor ** (2 * n / max(1, 2 * n - 2))
     plain = 1.0 / base**exponents
-    return SCALINGS[config.rotary_scaling](config, base, plain)
+    return SCALINGS[scaling](config, base, plain)
 
 
 def _plain(config: ModelConfig, base: float, turns: Tensor) -> tuple[Tensor, float]:

@@ -15,6 +15,7 @@ from gpt.model.kinds import layer_kinds
 ROTARY = (
     *("rotary_base", "rotary_scaling", "rotary_scaling_factor", "rotary_trained_length"),
     *("rotary_low_frequency", "rotary_high_frequency", "rotary_temperature"),
+    "rotary_scaling_local",
 )
 """Fields that change rotary positions, and no weight."""
 

@@ -51,7 +51,7 @@ def edit(path, **changes):
         ({"vocab_size": 10**12}, "vocab_size and n_embd give wte.weight the shape"),
         ({"n_embd": 300_000}, "vocab_size and n_embd give wte.weight the shape .257, 300000"),
         ({"n_positions": 10**12}, "n_positions and n_embd give wpe.weight the shape"),
-        ({"n_inner": 10**12}, "n_embd and n_inner give h.0.mlp.c_fc.weight the shape"),
+        ({"n_inner": 10**12}, "n_inner and n_embd give h.0.mlp.c_fc.weight the shape"),
         ({"n_head": 10**30}, "n_head has 100 bits"),
         ({"vocab_size": 0}, "vocab_size is 0, and must be at least 1"),
         ({"layer_norm_epsilon": 10**400}, "norm_eps"),

@@ -56,7 +56,7 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
     "heads": {
         "multi-head": {},
         "grouped": {"n_kv_head": 2, "qk_norm": True},
-        "multi-query": {"n_kv_head": 1, "qkv_bias": "no"},
+        "multi-query": {"n_kv_head": 1, "qkv_bias": "no", "mlp_bias": "no"},
         "wide": {"head_dim": 32, "bias": False, "qkv_bias": "yes"},
     },
     "attention": {
@@ -66,9 +66,15 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
         "two bases": {
             "window": 6, "window_pattern": "LG", "position": "rotary", "rotary_base_local": 100.0,
         },
+        "scaled where global": {
+            "window": 6, "window_pattern": "LG", "position": "rotary", "rotary_scaling": "linear",
+            "rotary_scaling_factor": 4.0, "rotary_scaling_local": False,
+        },
         "sinks": {"window": 5, "sinks": 2},
         "learned sinks": {"window": 7, "learned_sinks": True},
-        "softcap": {"attention_softcap": 5.0, "logit_softcap": 7.0},
+        "softcap": {
+            "attention_softcap": 5.0, "logit_softcap": 7.0, "scale_attention_width": 20,
+        },
         "three best": {"attention_top_k": 3},
         "sparse": {
             "window_pattern": "SG", "sparse_block": 3, "sparse_local": 2, "sparse_random": 1,

@@ -1,5 +1,5 @@
-"""Whole tiny models of transformers, with random weights, give the logits of ours of the same
-weights.
+"""Tiny models of families that are not loaded from files give the logits of ours with the same
+weights. The tests of ``gpt.interop.families`` have the other families.
 """
 
 import itertools
@@ -35,17 +35,6 @@ LLAMAS_NAMES = {
 }  # fmt: skip
 
 
-def same(name, tensor):
-    return tensor
-
-
-def by_head(name, tensor):
-    """A head's query, key and value beside each other become all queries, keys and values."""
-    if "query_key_value" not in name:
-        return tensor
-    return tensor.unflatten(0, (HEADS, 3, -1)).transpose(0, 1).flatten(0, 2)
-
-
 def one_more(name, tensor):
     """Gemma's norms multiply by their weights and one."""
     return tensor + 1 if "norm" in name else tensor
@@ -61,18 +50,6 @@ def halves(name, tensor):
 
 
 MODELS = {
-    "Llama": (GATED | {"rope_parameters": {"rope_theta": 500.0}}, LLAMA | {"rotary_base": 500.0},
-              LLAMAS_NAMES, same),
-    "Qwen3": (
-        GATED | {"head_dim": 32, "rope_parameters": {"rope_theta": 1e6}},
-        LLAMA | {"head_dim": 32, "qk_norm": True, "rotary_base": 1e6}, LLAMAS_NAMES, same,
-    ),
-    "Mixtral": (
-        GATED | {"num_local_experts": 4, "num_experts_per_tok": 2,
-                 "rope_parameters": {"rope_theta": 1e4}},
-        LLAMA | {"n_expert": 4, "n_expert_active": 2, "moe_renormalise": True},
-        LLAMAS_NAMES | {"mlp.router": "mlp.gate"}, same,
-    ),
     "Gemma2": (
         GATED | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 6,
                  "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0,
@@ -84,28 +61,6 @@ MODELS = {
                         "mlp_norm": "pre_feedforward_layernorm",
                         "mlp_out_norm": "post_feedforward_layernorm"},
         one_more,
-    ),
-    "GPTNeoX": (
-        ROOT | {"num_hidden_layers": LAYERS, "intermediate_size": INNER, "rotary_pct": 0.25},
-        OURS | {"n_inner": INNER, "position": "rotary", "rotary_fraction": 0.25,
-                "norm_placement": "parallel", "activation": "gelu", "tie_embeddings": False},
-        {"embed": "gpt_neox.embed_in", "norm": "gpt_neox.final_layer_norm",
-         "head": "lm_head", "blocks": "gpt_neox.layers", "attn_norm": "input_layernorm",
-         "mlp_norm": "post_attention_layernorm", "attn.qkv": "attention.query_key_value",
-         "attn.out": "attention.dense", "mlp.up": "mlp.dense_h_to_4h",
-         "mlp.down": "mlp.dense_4h_to_h"},
-        by_head,
-    ),
-    "Bloom": (
-        {"hidden_size": WIDTH, "n_head": HEADS, "n_layer": LAYERS, "vocab_size": V},
-        OURS | {"position": "alibi", "embedding_norm": True},
-        {"embed": "transformer.word_embeddings",
-         "embed_norm": "transformer.word_embeddings_layernorm", "norm": "transformer.ln_f",
-         "blocks": "transformer.h", "attn_norm": "input_layernorm",
-         "mlp_norm": "post_attention_layernorm", "attn.qkv": "self_attention.query_key_value",
-         "attn.out": "self_attention.dense", "mlp.up": "mlp.dense_h_to_4h",
-         "mlp.down": "mlp.dense_4h_to_h"},
-        by_head,
     ),
     "GPTJ": (
         {"n_embd": WIDTH, "n_head": HEADS, "n_layer": LAYERS, "vocab_size": V, "rotary_dim": 8,
@@ -135,14 +90,6 @@ def their_name(name, names):
 
 def weight(name, names, change, there):
     """Our parameter, from theirs."""
-    expert = re.fullmatch(r"(.*mlp)\.experts\.(\d+)\.(gate|up|down)\.weight", name)
-    if expert:  # Mixtral's experts are one tensor
-        mlp, number, matrix = expert.groups()
-        experts = f"{mlp.replace('blocks', 'model.layers')}.experts"
-        if matrix == "down":
-            return there[f"{experts}.down_proj"][int(number)]
-        both = there[f"{experts}.gate_up_proj"][int(number)]
-        return both.chunk(2)[matrix == "up"]
     theirs = their_name(name, names)
     parts = [theirs]
     if "{q,k,v}" in theirs:
@@ -178,7 +125,7 @@ def test_a_model_of_transformers_has_the_same_logits(family):
 
     for name, parameter in model.named_parameters():
         parameter.copy_(weight(name, names, noted, there))
-    left = {name for name in there.keys() - read if "experts" not in name}
+    left = {name for name in there.keys() - read}
     assert left <= {"lm_head.bias"}  # every weight of theirs counts
     tokens = torch.randint(V, (2, T), generator=generator)
     expected, got = reference(tokens).logits, model(tokens)

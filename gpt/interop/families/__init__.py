@@ -15,10 +15,12 @@ FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         *(GPT2(), GPT1(), NeoX(), Bloom(), Llama(), Mistral(), Mixtral()),
-        *(Qwen2(), Qwen3(), Qwen3MoE(), Gemma3(), Gemma3WithImages()),
+        *(Qwen2(), Qwen3(), Qwen3MoE(), Gemma3()),
     )
 }
 """Maps ``model_type`` of a ``config.json`` to the family. An export takes the first that fits."""
+READ_ONLY: dict[str, Family] = {"gemma3": Gemma3WithImages()}
+"""Families that are loaded and not exported."""
 
 __all__ = ["FAMILIES", "Family", "Part", "family_for", "family_of"]
 
@@ -26,10 +28,11 @@ __all__ = ["FAMILIES", "Family", "Part", "family_for", "family_of"]
 def family_of(theirs: dict[str, Any]) -> Family:
     """The family of a ``config.json``; ``UsageError`` names the known ones."""
     kind = theirs.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        known = " or ".join(map(repr, FAMILIES))
-        raise UsageError(f"model_type is {quoted(kind)}, and must be {known}")
-    return FAMILIES[kind]
+    known = FAMILIES | READ_ONLY
+    if not isinstance(kind, str) or kind not in known:
+        names = ", ".join(known)
+        raise UsageError(f"model_type is {quoted(kind)}, and must be one of {names}")
+    return known[kind]
 
 
 def family_for(config: ModelConfig) -> Family:

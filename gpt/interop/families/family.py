@@ -17,8 +17,8 @@ from gpt.interop.families.fields import ACTIVATION_NAMES, activation, check_not_
 
 UNUSED = {"initial", "moe_capacity", "moe_balance", "moe_balance_weight", "moe_z_weight"}
 """Fields that do not matter for a finished model."""
-BIASES = {"bias": True, "norm_bias": "auto", "qkv_bias": "auto"}
-"""The fields of a model whose file has all biases."""
+BIASES = {"bias", "norm_bias", "qkv_bias", "mlp_bias"}
+"""Fields of biases."""
 _QUIET: Callable[[str], None] = lambda text: None  # noqa: E731
 
 
@@ -86,7 +86,7 @@ class Family:
     """Whether all linear layers and norms have biases in a file."""
     added: ClassVar[float] = 0.0
     """A number that is added to norms' weights when they are loaded."""
-    ignored: ClassVar[str] = r"rotary_emb\.inv_freq"
+    ignored: ClassVar[str] = r"self_attn\.rotary_emb\.inv_freq"
     """Tensors of a layer that a file may have and a model does not need."""
 
     @property
@@ -97,7 +97,7 @@ class Family:
     @property
     def buffers(self) -> re.Pattern[str]:
         """Matches the bare names of tensors that files may have and a model does not need."""
-        return re.compile(rf"{self.layers}\.\d+\.(?:\w+\.)?(?:{self.ignored})")
+        return re.compile(rf"{self.layers}\.\d+\.(?:{self.ignored})")
 
     def config(self, theirs: dict[str, Any], *, say: Callable[[str], None]) -> ModelConfig:
         """The configuration from their ``config.json``. ``UsageError`` names a field that is not
@@ -153,10 +153,13 @@ class Family:
         """
         own = config.resolved()
         V, C, D = own.vocab_size, own.n_embd, own.head_dim
-        heads = own.n_head if self.qkv == "apart" else own.n_head + 2 * own.n_kv_head
         rows: list[tuple[str, tuple[str, ...], int]] = [
             ("embed.weight", ("vocab_size",), V),
-            ("blocks.0.attn.qkv.weight", ("n_head", "head_dim"), heads * D),
+            (
+                "blocks.0.attn.qkv.weight",
+                ("n_head", "head_dim"),
+                (own.n_head + 2 * own.n_kv_head) * D,
+            ),
         ]
         if own.position == "learned":
             rows.append(("position.weight", ("context_length",), own.context_length))
@@ -167,7 +170,10 @@ class Family:
         rows.append((f"{mlp}.up.weight", ("n_inner",), own.n_inner))
         found = []
         for name, fields, length in rows:
-            part = self.parts(name, config)[0]
+            part, *others = self.parts(name, config)
+            for each in (part, *others):
+                if each.rows is not None and each.theirs == part.theirs:
+                    length = each.rows.stop if each is part else max(length, each.rows.stop)
             given = [self.settings[each].theirs for each in fields if each in self.settings]
             names = " and ".join([*given, self.settings["n_embd"].theirs])
             shape = [C, length] if part.turn else [length, C]
@@ -239,8 +245,11 @@ class Family:
         """The fields in which a model differs from the one of their configuration. Biases that it
         lacks are zeros where files always have them.
         """
-        own, back = config.resolved(), self.config(theirs, say=_QUIET).resolved()
-        found = []
+        own, found = config.resolved(), []
+        try:
+            back = self.config(theirs, say=_QUIET).resolved()
+        except UsageError:  # the family's own settings contradict the model's
+            return [name for name, value in self.fixed.items() if getattr(own, name) != value]
         for name in [item.name for item in dataclasses.fields(own) if item.name not in UNUSED]:
             same = getattr(own, name) == getattr(back, name)
             if name == "window_pattern":

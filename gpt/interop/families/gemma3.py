@@ -59,9 +59,9 @@ class Gemma3(Llama):
         """The rotations, and the attention windows."""
         width, number = fields["head_dim"], (int, float)
         scale = field(theirs, "query_pre_attn_scalar", 256, number)
-        if scale != width:
+        if scale != int(scale) or scale < 1:
             raise UsageError(
-                f"query_pre_attn_scalar is {quoted(scale)}, and must be head_dim ({width})"
+                f"query_pre_attn_scalar is {quoted(scale)}, and must be a whole number >= 1"
             )
         every = field(theirs, "sliding_window_pattern", _EVERY)
         if every < 1:
@@ -77,14 +77,16 @@ class Gemma3(Llama):
             if "rotary_scaling" in local:
                 raise UsageError("layers with sliding_attention cannot have another rope_type")
             found["rotary_base_local"] = base
-        return both | found
+            if "rotary_scaling" in both:
+                found["rotary_scaling_local"] = False
+        return both | found | {"scale_attention_width": 0 if scale == width else int(scale)}
 
     def others_of(self, config: ModelConfig) -> dict[str, Any]:
         """The inverse."""
         pattern = config.layer_pattern()
         types = {"L": "sliding_attention", "G": "full_attention"}
         return rotary_of(config) | {
-            "query_pre_attn_scalar": config.head_dim,
+            "query_pre_attn_scalar": config.scale_attention_width or 1,
             "rope_local_base_freq": config.rotary_base_local,
             "sliding_window": config.window or 4096,
             "layer_types": [types.get(letter, "full_attention") for letter in pattern],

@@ -46,7 +46,7 @@ class GPT2(Family):
     is_turned = True
     qkv = "fused"
     always_biased = True
-    ignored = "bias|masked_bias"  # old files contain the causal mask
+    ignored = r"attn\.bias|attn\.masked_bias"  # old files contain the causal mask
 
     def others(self, theirs: dict[str, Any], fields: Any) -> dict[str, Any]:
         """Refuses what is not decoder-only."""

@@ -55,15 +55,13 @@ class Llama(Family):
 
     def others(self, theirs: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
         """The rotation and the biases."""
-        found = {name: field(theirs, name, False, bool) for name in ("attention_bias", "mlp_bias")}
-        if len(set(found.values())) > 1:
-            each = " and ".join(f"{name} {quoted(value)}" for name, value in found.items())
-            raise UsageError(f"{each} differ, which is not supported")
-        return rotary(theirs, fields) | {"bias": found["attention_bias"]}
+        has = {name: field(theirs, name, False, bool) for name in ("attention_bias", "mlp_bias")}
+        mlp = "yes" if has["mlp_bias"] else "no"
+        return rotary(theirs, fields) | {"bias": has["attention_bias"], "mlp_bias": mlp}
 
     def others_of(self, config: ModelConfig) -> dict[str, Any]:
         """The inverse."""
-        biases = dict.fromkeys(("attention_bias", "mlp_bias"), config.bias)
+        biases = {"attention_bias": config.bias, "mlp_bias": config.mlp_bias == "yes"}
         return rotary_of(config) | biases
 
 

@@ -46,7 +46,7 @@ class NeoX(Family):
     head = "embed_out.weight"
     qkv = "by_head"
     always_biased = True
-    ignored = r"bias|masked_bias|rotary_emb\.inv_freq"
+    ignored = r"attention\.(?:bias|masked_bias|rotary_emb\.inv_freq)"
 
     def others(self, theirs: dict[str, Any], fields: Any) -> dict[str, Any]:
         """The rotation, and whether the branches are parallel."""
