@@ -151,7 +151,6 @@ def test_llama_cpp_has_the_logits_of_this_project(files, tokenizer, tmp_path, na
         ("qwen2", {}),
         ("qwen3", {"head_dim": 128}),  # as above
         ("gemma3", {"head_dim": 256}),
-        ("gemma3 without windows", {"head_dim": 256}),
     ],
 )
 def test_transformers_has_the_logits_of_this_project(
