@@ -102,7 +102,7 @@ def _from_file(
 ) -> Loaded:
     """The model in a GGUF file."""
     source = described(path)
-    tokenizer = tokenizer_of(source.file, rows=source.model.config.vocab_size)
+    tokenizer = tokenizer_of(path, source.file.metadata, rows=source.model.config.vocab_size)
     if trainable:
         return Loaded(load_dense(source, device=device, dtype=dtype), tokenizer)
     if weights in (None, "auto"):

@@ -47,7 +47,8 @@ def _by_package(form: str, rows: Bytes) -> NDArray[np.float32]:
             f"its weights are {form}, which the package gguf reads: pip install gguf"
         ) from None
     with np.errstate(all="ignore"):  # the scales of a damaged file may be infinite
-        return dequantize(rows, GGMLQuantizationType[form])
+        numbers: NDArray[np.float32] = dequantize(rows, GGMLQuantizationType[form])
+    return numbers
 
 
 def quantised(form: str, weight: Tensor) -> Bytes:

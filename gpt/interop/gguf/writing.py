@@ -68,7 +68,7 @@ def _value(value: Any) -> bytes:
             return struct.pack("<If", 6, value)
         case str():
             return struct.pack("<I", STRING) + _text(value)
-    if value and isinstance(value[0], str):
+    if not value or isinstance(value[0], str):
         return struct.pack("<IIQ", ARRAY, STRING, len(value)) + b"".join(map(_text, value))
-    kind, dtype = (6, "<f4") if value and isinstance(value[0], float) else (5, "<i4")
+    kind, dtype = (6, "<f4") if isinstance(value[0], float) else (5, "<i4")
     return struct.pack("<IIQ", ARRAY, kind, len(value)) + np.array(value, dtype).tobytes()
