@@ -26,6 +26,7 @@ _KNOWN = {
     *("vocab_size", "attention.key_length", "attention.value_length", "attention.causal", _ROTATED),
     *("attention.max_alibi_bias", "tensor_data_layout", "pooling_type", f"{_SCALING}finetuned"),
     *(f"{_SCALING}{key}" for key in ("type", "factor", "original_context_length", "attn_factor")),
+    *(f"{_SCALING}yarn_{key}" for key in ("ext_factor", "attn_factor", "beta_fast", "beta_slow")),
 }
 """Metadata of all architectures beside the table's: those that are read by the functions below, and
 those that say nothing about the numbers.
@@ -77,6 +78,12 @@ def config_of(
     for key in ("attention.key_length", "attention.value_length"):
         if (found := read.number(key, int, width)) != width:
             raise UsageError(f"{name}.{key} is {found:,}, and must be {width:,}")
+    if (
+        name == "gemma3"
+        and fields["n_layer"] == 62
+        and width * fields["n_head"] != fields["n_embd"]
+    ):
+        raise UsageError("with 62 layers, llama.cpp divides Gemma's scores by another number")
     if fields.get("position") == "rotary":
         rotated = read.number(_ROTATED, int, width)
         if name == "gptneox":
@@ -158,8 +165,9 @@ def _add_scaling(fields: dict[str, Any], read: _Metadata) -> None:
     if kind not in ("none", "linear", "yarn"):
         raise UsageError(f"{read.name}.{key} is {quoted(kind)}, and must be none, linear or yarn")
     factor = read.number(_SCALING + "factor", float, 1.0)
-    if read.number(_SCALING + "attn_factor", float, 1.0) != 1:
-        raise UsageError(f"{read.name}.{_SCALING}attn_factor is not supported")
+    for other in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor"):
+        if (found := read.number(_SCALING + other, float, 1.0)) != 1:
+            raise UsageError(f"{read.name}.{_SCALING}{other} is {found}, and must be 1")
     if kind == "none" or factor in (0, 1):
         return
     if fields.get("window"):
@@ -167,9 +175,12 @@ def _add_scaling(fields: dict[str, Any], read: _Metadata) -> None:
             f"{read.name}.{key} is {kind}, which is not supported with an attention window"
         )
     fields |= {"rotary_scaling": kind, "rotary_scaling_factor": factor}
-    trained = read.number(_SCALING + "original_context_length", int, 0)
-    if trained and kind == "yarn":
-        fields["rotary_trained_length"] = trained
+    if kind == "yarn":
+        fields |= {
+            "rotary_trained_length": read.number(_SCALING + "original_context_length", int, 0),
+            "rotary_high_frequency": read.number(_SCALING + "yarn_beta_fast", float, 0.0),
+            "rotary_low_frequency": read.number(_SCALING + "yarn_beta_slow", float, 1.0),
+        }
 
 
 def _with_factors(config: ModelConfig) -> ModelConfig:
@@ -224,6 +235,9 @@ def metadata_of(name: str, config: ModelConfig) -> dict[str, Any]:
             theirs[_SCALING + "type"] = own.rotary_scaling
             theirs[_SCALING + "factor"] = own.rotary_scaling_factor
             theirs[_SCALING + "original_context_length"] = own.rotary_trained_length
+        if own.rotary_scaling == "yarn":
+            theirs[_SCALING + "yarn_beta_fast"] = own.rotary_high_frequency
+            theirs[_SCALING + "yarn_beta_slow"] = own.rotary_low_frequency
     if "head_dim" in arch.keys:
         theirs["attention.value_length"] = own.head_dim
     if name == "gptneox":
