@@ -16,7 +16,7 @@ from gpt.files import read_object
 from gpt.generation.inference import InferenceGPT, choose_weights, prepare_for_inference
 from gpt.interop.gguf.format import is_gguf
 from gpt.interop.gguf.model import described, load_as_stored, load_dense
-from gpt.interop.gguf.tokens import tokenizer_of
+from gpt.interop.gguf_tokenizer import tokenizer_of
 from gpt.interop.hub import download
 from gpt.interop.huggingface import load_folder
 from gpt.interop.named import named_file

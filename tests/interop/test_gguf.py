@@ -16,7 +16,7 @@ from gpt.data.tokenizer import GPT2Tokenizer
 from gpt.interop.gguf import settings
 from gpt.interop.gguf.architectures import ARCHITECTURES, TENSORS
 from gpt.interop.gguf.blocks import dequantised, quantised
-from gpt.interop.gguf.export import KINDS, export_gguf
+from gpt.interop.gguf.export import export_gguf
 from gpt.interop.gguf.format import FORMATS, GGUF
 from gpt.interop.gguf.model import described, load_dense
 from gpt.interop.gguf.writing import Planned, write

@@ -15,8 +15,8 @@ from gpt.interop.gguf.architectures import ARCHITECTURES, ROPE_FACTORS, Rows, pa
 from gpt.interop.gguf.blocks import quantised
 from gpt.interop.gguf.format import FORMATS
 from gpt.interop.gguf.settings import architecture_for, expected, metadata_of, rope_factors
-from gpt.interop.gguf.tokens import tokenizer_metadata
 from gpt.interop.gguf.writing import Planned, write
+from gpt.interop.gguf_tokenizer import tokenizer_metadata
 from gpt.model.gpt import GPT
 
 KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_1"}

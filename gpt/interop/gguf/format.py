@@ -139,11 +139,10 @@ class Data:
             while view:
                 read = self._file.readinto(view)
                 if not read:
-                    where = foreign(self.gguf.path)
-                    raise UsageError(f"{where} was shortened while it was read")
+                    raise UsageError("it was shortened while it was read")
                 view = view[read:]
         except OSError as error:
-            raise unreadable(self.gguf.path, "the model", error) from None
+            raise UsageError(f"it cannot be read: {foreign(error.strerror or error)}") from None
         return out
 
 
