@@ -28,8 +28,8 @@
 #endif
 
 // A matrix [N, K] and what is added to a product with it. Formats: 0 float32, 1 bfloat16, 2 int8,
-// 3 int4. The last two have rows padded to a multiple of 128; gpt/generation/quantisation.py
-// documents them.
+// 3 int4, 4 int8 and 5 int4 of GGUF files. Rows of 2 and 3 are padded to a multiple of 128, and K of
+// 4 and 5 is a multiple of 32; gpt/generation/quantisation.py documents them.
 struct Matrix {
   long format, N, K;
   const void *weights, *scales, *lows;
@@ -149,6 +149,38 @@ inline float number(uint16_t half) {
   return value;
 }
 
+struct Float16 {
+  uint16_t bits;
+};
+
+inline float number(Float16 half) {
+#if defined(__F16C__)
+  return _cvtsh_ss(half.bits);
+#else
+  uint32_t sign = (half.bits & 0x8000u) << 16, rest = (half.bits & 0x7fffu) << 13;
+  float value;
+  std::memcpy(&value, &rest, sizeof value);
+  value *= 0x1p112f;  // the exponents' zeros differ
+  std::memcpy(&rest, &value, sizeof value);
+  if (rest >= 0x47800000) rest |= 0x7f800000;  // 2^16 and more are infinity and NaN
+  rest |= sign;
+  std::memcpy(&value, &rest, sizeof value);
+  return value;
+#endif
+}
+
+inline Floats floats(const Float16* from) {
+#if defined(GPT_AVX512)
+  return (Floats)_mm512_cvtph_ps(load<__m256i>(from));
+#elif defined(GPT_AVX2) && defined(__F16C__)
+  return (Floats)_mm256_cvtph_ps(load<__m128i>(from));
+#else
+  Floats all;
+  for (int i = 0; i < LANES; i++) all[i] = number(from[i]);
+  return all;
+#endif
+}
+
 inline void put(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
 
 inline void put(uint16_t* to, Floats v) {  // rounded to the nearest, ties to even
@@ -222,10 +254,10 @@ inline Ints dot_int8(Ints sums, Bytes w, const int8_t* x) {
 #elif defined(GPT_AVX2)
 constexpr float ZERO = 0;
 inline Ints dot_int8(Ints sums, Bytes w, const int8_t* x) {
-  // vpmaddubsw saturates its sums of two products, which are below 2^15 for |x| and a signed weight
+  // vpmaddubsw saturates its sums of two products; those of |w| <= 128 and |x| <= 127 are below 2^15
   __m256i numbers = load<__m256i>(x), weights = _mm256_xor_si256((__m256i)w, _mm256_set1_epi8(-128));
   __m256i pairs =
-      _mm256_maddubs_epi16(_mm256_abs_epi8(numbers), _mm256_sign_epi8(weights, numbers));
+      _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(numbers, weights));
   return sums + (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
 #elif defined(GPT_NEON)
@@ -276,6 +308,41 @@ inline Floats spread(const uint16_t* from) {
   for (int i = 0; i < LANES; i++) all[i] = number(from[i / 4]);
   return all;
 #endif
+}
+
+// The same of float16.
+inline Floats spread(const Float16* from) {
+#if defined(GPT_AVX512)
+  const __m512i which = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+  __m128 four = _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+  return (Floats)_mm512_permutexvar_ps(which, _mm512_castps128_ps512(four));
+#elif defined(GPT_AVX2) && defined(__F16C__)
+  const __m128i which = _mm_set_epi8(3, 2, 3, 2, 3, 2, 3, 2, 1, 0, 1, 0, 1, 0, 1, 0);
+  return (Floats)_mm256_cvtph_ps(_mm_shuffle_epi8(_mm_set1_epi32(load<int32_t>(from)), which));
+#else
+  Floats all;
+  for (int i = 0; i < LANES; i++) all[i] = number(from[i / 4]);
+  return all;
+#endif
+}
+
+// Of the last groups of a row, fewer than a vector has: their bytes, and their numbers spread; zeros
+// follow.
+inline Bytes load_some(const uint8_t* from, long groups) {
+#if defined(GPT_AVX512)
+  return (Bytes)_mm512_maskz_loadu_epi32(__mmask16((1 << 4 * groups) - 1), from);
+#else
+  Bytes v = {};
+  std::memcpy(&v, from, std::min(groups * HALF, WIDTH));
+  return v;
+#endif
+}
+
+template <class Scale>
+inline Floats spread_some(const Scale* from, long groups) {
+  Scale all[WIDTH / HALF] = {};
+  std::copy_n(from, std::min(groups, WIDTH / HALF), all);
+  return spread(all);
 }
 
 // The part of 0 .. n - 1 that is this thread's.
@@ -453,37 +520,95 @@ inline void products_int8(const uint8_t* row, const Activations& x, long first, 
   std::copy_n(total, M, out);
 }
 
-// The same of a row of int4. The 16 bytes of a group have its first 16 weights in their lower halves.
-// A weight w stands for low + w * scale; scales and lows are bfloat16, one of each for every group.
-template <int M>
-inline void products_int4(const uint8_t* row, const uint16_t* scales, const uint16_t* lows,
-                          const Activations& x, long first, Floats* out) {
-  const size_t K = x.K, G = K / GROUP;
-  const int8_t* values = &x.values[first * K];
-  const float *steps = &x.scales[first * K / 8], *added = &x.sums[first * G];
-  Floats total[M] = {};
-  for (size_t k = 0; k < K; k += CHUNK)
-    for (size_t i = 0; i < CHUNK / 2; i += WIDTH) {
-      Bytes both = load<Bytes>(row + k / 2 + i), a = both & 15, b = both >> 4;
-      fetch<M>(row + k / 2 + i);
-      Floats scale = spread(scales + k / GROUP + i / HALF);
-      for (size_t m = 0; m < M; m++) {
-        const int8_t* v = values + m * K + k + i;
-        Ints sums = dot_int4(a, v, b, v + CHUNK / 2);
-        total[m] += __builtin_convertvector(sums, Floats) *
-                    (scale * floats(steps + m * K / 8 + k / 8 + i / 4));
-      }
-    }
+// What the groups of a row are multiplied with besides the scales: to M totals, `factor` times the
+// row's numbers for its G groups, times the groups' sums of activations, is added.
+template <int M, class Number>
+inline void add_sums(const Number* row, float factor, const Activations& x, long first, size_t G,
+                     Floats* total) {
+  const size_t all = x.K / GROUP;
+  const float* sums = &x.sums[first * all];
   size_t g = 0;
   for (; g + LANES <= G; g += LANES)
-    for (size_t m = 0; m < M; m++) total[m] += floats(lows + g) * floats(added + m * G + g);
-  for (; g < G; g += 4)  // a chunk has four
+    for (size_t m = 0; m < M; m++)
+      total[m] += factor * floats(row + g) * floats(sums + m * all + g);
+  for (; g < G; g += 4)
     for (size_t m = 0; m < M; m++) {
       Floats four = {};
-      for (int i = 0; i < 4; i++) four[i] = number(lows[g + i]) * added[m * G + g + i];
+      for (size_t i = 0; i < std::min<size_t>(4, G - g); i++)
+        four[i] = factor * number(row[g + i]) * sums[m * all + g + i];
       total[m] += four;
     }
+}
+
+// A row of int8 with a scale for each of its G groups. Its last chunk may have fewer than four groups.
+template <int M>
+inline void products_int8(const uint8_t* row, const Float16* scales, const Activations& x, long first,
+                          size_t G, Floats* out) {
+  const size_t K = x.K;
+  const int8_t* values = &x.values[first * K];
+  const float* steps = &x.scales[first * K / 8];
+  Floats total[M] = {};
+  auto add = [&](size_t k, size_t i, Bytes a, Bytes b, Floats scale) {
+    for (size_t m = 0; m < M; m++) {
+      const int8_t* v = values + m * K + k + i;
+      Ints sums = dot_int8(dot_int8(Ints{}, a, v), b, v + CHUNK / 2);
+      total[m] += __builtin_convertvector(sums, Floats) *
+                  (scale * floats(steps + m * K / 8 + k / 8 + i / 4));
+    }
+  };
+  size_t k = 0;
+  for (; k + CHUNK <= G * GROUP; k += CHUNK)
+    for (size_t i = 0; i < CHUNK / 2; i += WIDTH) {
+      fetch<M>(row + k + 2 * i);
+      add(k, i, load<Bytes>(row + k + i), load<Bytes>(row + k + i + CHUNK / 2),
+          spread(scales + k / GROUP + i / HALF));
+    }
+  size_t rest = G - k / GROUP;
+  for (size_t i = 0; i < rest * HALF; i += WIDTH) {
+    size_t g = i / HALF;
+    add(k, i, load_some(row + k + i, rest - g), load_some(row + k + rest * HALF + i, rest - g),
+        spread_some(scales + k / GROUP + g, rest - g));
+  }
+  if (ZERO != 0) add_sums<M>(scales, -ZERO, x, first, G, total);
   std::copy_n(total, M, out);
+}
+
+// A row of int4. The 16 bytes of a group have its first 16 weights in their lower halves. A weight w
+// stands for low + w * scale, with one of each for every group.
+template <int M, class Scale>
+inline void products_int4(const uint8_t* row, const Scale* scales, const Scale* lows,
+                          const Activations& x, long first, size_t G, Floats* out) {
+  const size_t K = x.K;
+  const int8_t* values = &x.values[first * K];
+  const float* steps = &x.scales[first * K / 8];
+  Floats total[M] = {};
+  auto add = [&](size_t k, size_t i, Bytes both, Floats scale) {
+    Bytes a = both & 15, b = both >> 4;
+    for (size_t m = 0; m < M; m++) {
+      const int8_t* v = values + m * K + k + i;
+      Ints sums = dot_int4(a, v, b, v + CHUNK / 2);
+      total[m] += __builtin_convertvector(sums, Floats) *
+                  (scale * floats(steps + m * K / 8 + k / 8 + i / 4));
+    }
+  };
+  size_t k = 0;
+  for (; k + CHUNK <= G * GROUP; k += CHUNK)
+    for (size_t i = 0; i < CHUNK / 2; i += WIDTH) {
+      fetch<M>(row + k / 2 + i);
+      add(k, i, load<Bytes>(row + k / 2 + i), spread(scales + k / GROUP + i / HALF));
+    }
+  size_t rest = G - k / GROUP;
+  for (size_t g = 0; g < rest; g += WIDTH / HALF)
+    add(k, g * HALF, load_some(row + k / 2 + g * HALF, rest - g),
+        spread_some(scales + k / GROUP + g, rest - g));
+  add_sums<M>(lows, 1, x, first, G, total);
+  std::copy_n(total, M, out);
+}
+
+// The groups of a row.
+inline size_t groups(const Matrix& matrix) {
+  long K = matrix.format >= 4 ? matrix.K + GROUP - 1 : padded(matrix.K);
+  return K / GROUP;
 }
 
 // What a product is put into, or added to: y [M, N].
@@ -546,6 +671,13 @@ void sweep(const Product& product, long begin, long end, long first, const float
   const Matrix& matrix = product.matrix;
   auto bytes = static_cast<const uint8_t*>(matrix.weights);
   auto halves = static_cast<const uint16_t*>(matrix.weights);
+  auto itself = [](long, int, float sum) { return sum; };
+  size_t G = groups(matrix);
+  auto int4 = [&](auto scales, auto lows) {
+    sweep_packed<M>(product, begin, end, first, itself, [=, &q](long n, Floats* out) {
+      products_int4<M>(bytes + n * G * HALF, scales + n * G, lows + n * G, q, first, G, out);
+    });
+  };
   if (matrix.format == 0) {
     sweep_floats<M>(product, static_cast<const float*>(matrix.weights), begin, end, first, x);
   } else if (matrix.format == 1) {
@@ -558,14 +690,15 @@ void sweep(const Product& product, long begin, long end, long first, const float
     sweep_packed<M>(product, begin, end, first, finish, [=, &q](long n, Floats* out) {
       products_int8<M>(bytes + n * q.K, q, first, out);
     });
-  } else {
-    auto scales = static_cast<const uint16_t*>(matrix.scales);
-    auto lows = static_cast<const uint16_t*>(matrix.lows);
-    auto finish = [](long, int, float sum) { return sum; };
-    sweep_packed<M>(product, begin, end, first, finish, [=, &q](long n, Floats* out) {
-      long g = n * q.K / GROUP;
-      products_int4<M>(bytes + n * q.K / 2, scales + g, lows + g, q, first, out);
+  } else if (matrix.format == 3) {
+    int4(static_cast<const uint16_t*>(matrix.scales), static_cast<const uint16_t*>(matrix.lows));
+  } else if (matrix.format == 4) {
+    auto scales = static_cast<const Float16*>(matrix.scales);
+    sweep_packed<M>(product, begin, end, first, itself, [=, &q](long n, Floats* out) {
+      products_int8<M>(bytes + n * G * GROUP, scales + n * G, q, first, G, out);
     });
+  } else {
+    int4(static_cast<const Float16*>(matrix.scales), static_cast<const Float16*>(matrix.lows));
   }
 }
 
@@ -584,19 +717,21 @@ void multiply(const Matrix& matrix, long M, const float* x, float* y, bool add =
                                                  first, x, q);
 }
 
-// A row of K numbers as they are multiplied with.
-template <class Number>
-void dense8(const uint8_t* row, float scale, long K, Number* out) {
+// A row of K numbers of a matrix of integers as they are multiplied with; G groups, each with a scale
+// and a low, or the row with a scale.
+template <class Number, class Scale>
+void dense_int8(const uint8_t* row, const Scale* scales, bool by_group, long G, long K, Number* out) {
   for (long k = 0; k < K; k += HALF) {
-    const uint8_t* bytes = row + k - k % CHUNK + k % GROUP / HALF * CHUNK / 2 + k % CHUNK / GROUP * HALF;
-    float numbers[HALF];
+    long in_chunk = std::min(CHUNK / GROUP, G - k / CHUNK * CHUNK / GROUP), g = k % CHUNK / GROUP;
+    const uint8_t* bytes = row + k - k % CHUNK + (k % GROUP / HALF * in_chunk + g) * HALF;
+    float numbers[HALF], scale = number(scales[by_group ? k / GROUP : 0]);
     for (long i = 0; i < HALF; i++) numbers[i] = float(int32_t(bytes[i]) - 128) * scale;
     put_half(out + k, numbers, K - k);
   }
 }
 
-template <class Number>
-void dense4(const uint8_t* row, const uint16_t* scales, const uint16_t* lows, long K, Number* out) {
+template <class Number, class Scale>
+void dense_int4(const uint8_t* row, const Scale* scales, const Scale* lows, long K, Number* out) {
   for (long k = 0; k < K; k += HALF) {
     const uint8_t* bytes = row + k / GROUP * HALF;
     float numbers[HALF], scale = number(scales[k / GROUP]), low = number(lows[k / GROUP]);
@@ -609,17 +744,24 @@ void dense4(const uint8_t* row, const uint16_t* scales, const uint16_t* lows, lo
 
 template <class Number>
 void dense(const Matrix& matrix, Number* out) {
-  long N = matrix.N, K = matrix.K, P = padded(K);
+  long N = matrix.N, K = matrix.K, G = groups(matrix);
   auto bytes = static_cast<const uint8_t*>(matrix.weights);
+  auto int8 = [=](long n, auto scales, long step) {
+    dense_int8(bytes + n * G * GROUP, scales + n * step, step > 1, G, K, out + n * K);
+  };
+  auto int4 = [=](long n, auto scales, auto lows) {
+    dense_int4(bytes + n * G * HALF, scales + n * G, lows + n * G, K, out + n * K);
+  };
 #pragma omp parallel for schedule(static) if (N * K > SMALL)
   for (long n = 0; n < N; n++) {
-    if (matrix.format == 2) {
-      dense8(bytes + n * P, static_cast<const float*>(matrix.scales)[n], K, out + n * K);
-    } else {
-      long g = n * P / GROUP;
-      dense4(bytes + n * P / 2, static_cast<const uint16_t*>(matrix.scales) + g,
-             static_cast<const uint16_t*>(matrix.lows) + g, K, out + n * K);
-    }
+    if (matrix.format == 2)
+      int8(n, static_cast<const float*>(matrix.scales), 1);
+    else if (matrix.format == 3)
+      int4(n, static_cast<const uint16_t*>(matrix.scales), static_cast<const uint16_t*>(matrix.lows));
+    else if (matrix.format == 4)
+      int8(n, static_cast<const Float16*>(matrix.scales), G);
+    else
+      int4(n, static_cast<const Float16*>(matrix.scales), static_cast<const Float16*>(matrix.lows));
   }
 }
 
@@ -967,7 +1109,7 @@ void gpt_linear(const Matrix* matrix, long M, const float* x, float* y) {
   multiply(*matrix, M, x, y);
 }
 
-// out [N, K] of float32 or bfloat16 (halves), from a matrix of int8 or int4.
+// out [N, K] of float32 or bfloat16 (halves), from a matrix of integers.
 void gpt_dense(const Matrix* matrix, long halves, void* out) {
   if (halves) dense(*matrix, static_cast<uint16_t*>(out));
   else dense(*matrix, static_cast<float*>(out));

@@ -20,7 +20,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,8 +39,45 @@ TARGETS = {None: "native", "avx2": "x86-64-v3", "default": "x86-64"}
 """The compiler's ``-march`` for each :func:`gpt.device.cpu_limit`, on x86."""
 OTHERS = stat.S_IWGRP | stat.S_IWOTH
 """The bits of a file's mode that let users other than its owner write."""
-FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
+FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "int8_gguf": 4, "int4_gguf": 5}
 """The formats of a matrix, with their numbers in ``kernels.cpp``."""
+GROUP = 32
+"""Weights of a row that have one scale in the formats whose scales are by groups."""
+
+
+class Packed(NamedTuple):
+    """The tensors of a format of few bits, in rows of K weights."""
+
+    bits: int
+    """Of a weight."""
+    multiple: int
+    """Rows are padded to a multiple of this many weights."""
+    scales: torch.dtype
+    has_groups: bool
+    """Whether each :data:`GROUP` has a scale; else, each row has one."""
+    has_lows: bool
+    """Whether each group has an offset too, in the dtype of the scales."""
+
+    def padded(self, width: int) -> int:
+        """The weights of a row of K = ``width``, with the padding."""
+        return -(-width // self.multiple) * self.multiple
+
+    def row_bytes(self, width: int) -> int:
+        """The bytes of a row's weights, without scales and offsets."""
+        return self.padded(width) * self.bits // 8
+
+    def row_scales(self, width: int) -> tuple[int, ...]:
+        """The shape of a row's scales: one number, or ``[groups]``."""
+        return (self.padded(width) // GROUP,) if self.has_groups else ()
+
+
+PACKED = {
+    "int8": Packed(8, 128, torch.float32, has_groups=False, has_lows=False),
+    "int4": Packed(4, 128, torch.bfloat16, has_groups=True, has_lows=True),
+    "int8_gguf": Packed(8, 32, torch.float16, has_groups=True, has_lows=False),
+    "int4_gguf": Packed(4, 32, torch.float16, has_groups=True, has_lows=True),
+}
+"""The formats of integers; :mod:`gpt.generation.quantisation` describes their memory layouts."""
 
 
 def _any(value: Any) -> bool:
@@ -161,7 +198,8 @@ class RawMatrix(ctypes.Structure):
     """A matrix ``[N, K]`` as ``kernels.cpp`` reads it. It keeps its tensors alive.
 
     ``kind`` is one of :data:`FORMATS`; :mod:`gpt.generation.quantisation` describes their memory
-    layouts. ``ValueError`` for tensors with another layout or on another device.
+    layouts. ``ValueError`` for another format, and for tensors with another layout or on another
+    device.
     """
 
     _fields_ = (
@@ -178,14 +216,15 @@ class RawMatrix(ctypes.Structure):
         lows: Tensor | None,
         bias: Tensor | None = None,
     ) -> None:
-        N, padded = len(weights), -(-width // 128) * 128
+        N = len(weights)
         scale = low = None
-        if kind == "int8":
-            data = _address(weights, torch.uint8, N, padded)
-            scale = _address(scales, torch.float32, N)
-        elif kind == "int4":
-            data = _address(weights, torch.uint8, N, padded // 2)
-            scale, low = (_address(t, torch.bfloat16, N, padded // 32) for t in (scales, lows))
+        if kind not in FORMATS:
+            raise ValueError(f"the kernels do not take matrices of {kind}")
+        if packed := PACKED.get(kind):
+            data = _address(weights, torch.uint8, N, packed.row_bytes(width))
+            shape = N, *packed.row_scales(width)
+            scale = _address(scales, packed.scales, *shape)
+            low = _address(lows, packed.scales, *shape) if packed.has_lows else None
         else:
             data = _address(weights, getattr(torch, kind), N, width)
         added = None if bias is None else _address(bias, torch.float32, N)
@@ -211,10 +250,10 @@ def linear(x: Tensor, matrix: RawMatrix) -> Tensor:
 
 
 def dense(matrix: RawMatrix, dtype: torch.dtype) -> Tensor:
-    """Convert a matrix of int8 or int4 to ``[N, K]`` of float32 or bfloat16."""
+    """Convert a matrix of integers to ``[N, K]`` of float32 or bfloat16."""
     lib = library()
     assert lib is not None
-    is_packed = matrix.kind in (FORMATS["int8"], FORMATS["int4"])
+    is_packed = matrix.kind in [FORMATS[kind] for kind in PACKED]
     if not is_packed or dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"int8 and int4 are converted to float32 or bfloat16, not to {dtype}")
     out = torch.empty(matrix.N, matrix.K, dtype=dtype, device="cpu")

@@ -304,6 +304,12 @@ MATRIX = {
         torch.ones(5, 8).bfloat16(),
         torch.ones(5, 8).bfloat16(),
     ),
+    "int8_gguf": (torch.zeros(5, 224, dtype=torch.uint8), torch.ones(5, 7).half(), None),
+    "int4_gguf": (
+        torch.zeros(5, 112, dtype=torch.uint8),
+        torch.ones(5, 7).half(),
+        torch.ones(5, 7).half(),
+    ),
 }
 
 
@@ -403,9 +409,8 @@ def test_tokens_that_do_not_fit_the_blocks_are_refused_before_they_are_read():
 def test_only_packed_numbers_are_unpacked():
     for kind in kernels.FORMATS:
         matrix = kernels.RawMatrix(kind, 200, *MATRIX[kind])
-        packed = kind in ("int8", "int4")
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            if packed and dtype != torch.float16:
+            if kind in kernels.PACKED and dtype != torch.float16:
                 assert kernels.dense(matrix, dtype).dtype == dtype
             else:
                 with pytest.raises(

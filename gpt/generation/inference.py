@@ -12,22 +12,25 @@ instructions for it. On a GPU, int8 and int4 have kernels in :mod:`gpt.triton_ke
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self, cast, get_args
+from collections.abc import Callable, Mapping, Sequence, Set
+from typing import Any, Literal, Self, TypeVar, cast, get_args
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from gpt import kernels
-from gpt.config import UsageError, Weights, foreign
+from gpt.config import ModelConfig, UsageError, Weights, foreign
 from gpt.device import choose_precision
 from gpt.generation.fused import Fused
 from gpt.generation.packed_layers import FEW, PackedEmbedding, PackedLinear
-from gpt.generation.quantisation import GROUP, Matrix
+from gpt.generation.quantisation import Format, Matrix
+from gpt.kernels import GROUP
 from gpt.model.cache import KVCache
 from gpt.model.gpt import GPT
 from gpt.model.shared import Shared
+
+Part = TypeVar("Part", Matrix, Tensor)
 
 
 class InferenceGPT(GPT):
@@ -35,15 +38,14 @@ class InferenceGPT(GPT):
     tokens, if the kernels support the blocks and the cache.
     """
 
-    weights: Weights
-    """The format of the matrices."""
+    weights: Weights | Literal["gguf"]
+    """The format of the matrices; ``gguf`` if each has its own."""
     few: int
+    """Up to this many tokens use the kernels; 0 if no matrix or block does."""
     _found: WeakKeyDictionary[KVCache, Fused] | None
 
-    def __init__(self, model: GPT, weights: Weights, *, wide: torch.dtype, few: int) -> None:
-        """Convert ``model``, with its matrices in the format ``weights``. Up to ``few`` tokens use
-        the kernels; more tokens use matrix products of the dtype ``wide``.
-        """
+    def __init__(self, model: GPT, weights: Weights | Literal["gguf"], packing: "_Packing") -> None:
+        """The modules of ``model``, packed."""
         nn.Module.__init__(self)
         self.config, self.kinds, self.weights, self._found = (
             model.config,
@@ -51,13 +53,50 @@ class InferenceGPT(GPT):
             weights,
             None,
         )
-        self.few = few if kernels.knows(model.config) else 0
-        self.cache_dtype = torch.float32 if weights == "float32" else wide
-        packing = _Packing(model, weights, wide, few)
+        self.cache_dtype = torch.float32 if weights == "float32" else packing.wide
         self.pointer = None
         for name, child in model.named_children():
-            setattr(self, name, packing.of(child, f"model.{name}"))
+            setattr(self, name, packing.of(child, name))
+        self.few = packing.few if kernels.knows(model.config) else 0
         self.eval()
+
+    @classmethod
+    def of(
+        cls,
+        config: ModelConfig,
+        matrices: Mapping[str, Matrix],
+        tensors: Mapping[str, Tensor],
+        *,
+        weights: Weights | Literal["gguf"] = "gguf",
+        device: torch.device | None = None,
+    ) -> "InferenceGPT":
+        """A model of ready matrices, each in a format of its own (:meth:`Matrix.of_blocks`).
+
+        The names are those of ``GPT(config).named_parameters()``: ``matrices`` has the weights of
+        linear layers and of the token embedding (``embed.weight``, ``blocks.0.attn.qkv.weight``),
+        ``tensors`` all other parameters (norms, biases, positions). A tied head has no entry and
+        shares the matrix of the embedding. Nothing is copied, except tensors of a dtype other than
+        float32 (on a GPU, than the products'). ``device`` is where the matrices are, or will be
+        moved to. ``UsageError`` if a parameter is missing or has another shape, if there are other
+        names, and for matrices of integers on a GPU without Triton.
+        """
+        device = device or next(iter(matrices.values())).data.device
+        kinds = {matrix.kind for matrix in matrices.values()}
+        with torch.device("meta"):
+            model = GPT(config)
+        left = {**matrices}, {**tensors}
+
+        def matrix(name: str, parameter: Tensor) -> Matrix:
+            return _taken(left[0], name, parameter, lambda m: [len(m.data), m.width])
+
+        def tensor(name: str, parameter: Tensor) -> Tensor:
+            return _taken(left[1], name, parameter, lambda t: [*t.shape])
+
+        made = cls(model, weights, _Packing(kinds, device, matrix, tensor))
+        if odd := sorted(left[0] | left[1]):
+            names = ", ".join(map(foreign, odd[:3]))
+            raise UsageError(f"the configuration has no parameters for these weights: {names}")
+        return made
 
     def features(
         self,
@@ -102,25 +141,14 @@ class InferenceGPT(GPT):
         with torch.device("meta"):
             return GPT(self.config).parameter_count(embeddings=embeddings)
 
+    def formats(self) -> dict[str, Format]:
+        """The format of each matrix, by the names of :meth:`of`."""
+        matrices = {n: m for n, m in self.named_modules() if isinstance(m, Matrix)}
+        return {f"{name.removesuffix('matrix')}weight": m.kind for name, m in matrices.items()}
+
     def own_tensors(self) -> dict[str, Tensor]:
         """The parameters and buffers by name; shared ones once."""
         return {**dict(self.named_parameters()), **dict(self.named_buffers())}
-
-    def take(self, tensors: Mapping[str, Tensor]) -> None:
-        """Use ``tensors``, with the names of :meth:`own_tensors`, as parameters and buffers.
-        ``UsageError`` if names, shapes or dtypes differ.
-        """
-        old = self.own_tensors()
-        wants, has = (
-            # the dtype of norms and biases depends on the device
-            {(n, t.shape, t.dtype if ".matrix." in n else None) for n, t in each.items()}
-            for each in (old, tensors)
-        )
-        if wants != has:
-            odd = ", ".join(sorted({name for name, *_ in wants ^ has})[:3])
-            raise UsageError(f"the packed weights do not match their configuration: {odd}")
-        kept = {name: t.to(old[name].dtype) for name, t in tensors.items()}
-        self.load_state_dict(kept, strict=False, assign=True)
 
     def load_state_dict(self, *args: Any, **options: Any) -> Any:
         """The same as :meth:`torch.nn.Module.load_state_dict`."""
@@ -174,16 +202,13 @@ def prepare_for_inference(
     if type(model) is not GPT:
         raise UsageError(f"expected a GPT; cannot convert a {type(model).__name__}")
     device = device or model.device
-    kind, fast = choose_weights(weights, device), choose_precision("auto", device)
-    if device.type == "cuda" and kind in ("int8", "int4"):
-        _check_triton(kind, device)
-    here = device.type == "cpu"
-    known = here and kind in kernels.FORMATS and kernels.library() is not None
-    few = FEW if known else 0
-    wide = fast if kind in ("int8", "int4") else getattr(torch, kind)
-    if here and wide not in (torch.float32, fast):
-        wide = torch.float32  # the processor only emulates the format's dtype
-    return InferenceGPT(model, kind, wide=wide, few=few)
+    kind = choose_weights(weights, device)
+
+    def matrix(name: str, weight: Tensor) -> Matrix:
+        # rounded weights would choose other experts
+        return Matrix("float32" if name.endswith(".router.weight") else kind, weight.detach())
+
+    return InferenceGPT(model, kind, _Packing({kind}, device, matrix, lambda name, p: p.detach()))
 
 
 def choose_weights(weights: Weights, device: torch.device) -> Weights:
@@ -197,14 +222,14 @@ def choose_weights(weights: Weights, device: torch.device) -> Weights:
     return cast(Weights, str(choose_precision("auto", device)).removeprefix("torch."))
 
 
-def _check_triton(kind: Weights, device: torch.device) -> None:
+def _check_triton(kind: Format, device: torch.device) -> None:
     """Run each kernel once; ``UsageError`` if one fails. Without Triton's kernels, each token would
     convert the whole matrix, which takes longer than a product with a bfloat16 matrix.
     """
     try:
         from gpt import triton_kernels
 
-        packed = Matrix(kind, torch.ones(1, GROUP, device=device))
+        packed = Matrix.empty(kind, 1, GROUP, device)
         matrix = packed.data, packed.scales, packed.lows, GROUP
         for rows in (1, 2):  # one row has its own kernel
             triton_kernels.linear(torch.ones(rows, GROUP, device=device), *matrix, None)
@@ -217,30 +242,64 @@ def _check_triton(kind: Weights, device: torch.device) -> None:
         ) from error
 
 
+def _taken(
+    left: dict[str, Part], name: str, parameter: Tensor, shape: Callable[[Part], list[int]]
+) -> Part:
+    """Remove and return what is given for a parameter."""
+    if name not in left:
+        raise UsageError(f"the weights do not have {foreign(name)}")
+    part = left.pop(name)
+    if shape(part) != [*parameter.shape]:
+        raise UsageError(
+            f"{foreign(name)} has the shape {shape(part)}, and the configuration needs "
+            f"{[*parameter.shape]}"
+        )
+    return part
+
+
 class _Packing:
     """Converts modules to packed ones; shared weights stay shared."""
 
-    def __init__(self, model: GPT, kind: Weights, wide: torch.dtype, few: int) -> None:
-        self.kind, self.wide, self.few = kind, wide, few
-        self.rest = torch.float32 if few else wide  # norms and positions
-        self.tables = {id(model.embed.weight)}
+    def __init__(
+        self,
+        kinds: Set[Format],
+        device: torch.device,
+        matrix: Callable[[str, Tensor], Matrix],
+        tensor: Callable[[str, Tensor], Tensor],
+    ) -> None:
+        """``matrix`` and ``tensor`` give what replaces a parameter, by its name. ``kinds`` are the
+        formats of the matrices, which are or will be on ``device``.
+        """
+        self._new_matrix, self._new_tensor = matrix, tensor
+        here, packed = device.type == "cpu", kinds & kernels.PACKED.keys()
+        for kind in sorted(packed) if device.type == "cuda" else ():
+            _check_triton(kind, device)
+        fast = choose_precision("auto", device)
+        self.wide = fast if packed or len(kinds) > 1 else getattr(torch, min(kinds))
+        if here and self.wide not in (torch.float32, fast):
+            self.wide = torch.float32  # the processor only emulates the format's dtype
+        known = here and kinds & kernels.FORMATS.keys() and kernels.library() is not None
+        self.few = FEW if known else 0
         self.matrices: dict[int, Matrix] = {}
 
     def of(self, module: nn.Module, name: str) -> nn.Module:
-        """The converted module; ``module`` does not change."""
+        """The converted module; ``module`` does not change. ``name`` is its name in the model."""
         if isinstance(module, nn.Linear):
             _check_plain(module, nn.Linear, name)
-            if name.endswith(".router"):  # rounded weights would choose other experts
-                matrix = Matrix("float32", module.weight.detach())
-                return PackedLinear(matrix, module.bias, torch.float32, self.few)
-            return PackedLinear(self.matrix(module.weight), module.bias, self.wide, self.few)
-        if isinstance(module, nn.Embedding) and id(module.weight) in self.tables:
+            bias = None if module.bias is None else self._new_tensor(f"{name}.bias", module.bias)
+            matrix = self.matrix(module.weight, f"{name}.weight")
+            return PackedLinear(matrix, bias, *self._products(matrix))
+        if isinstance(module, nn.Embedding) and name == "embed":
             _check_plain(module, nn.Embedding, name)
-            return PackedEmbedding(self.matrix(module.weight), self.wide, self.few)
+            matrix = self.matrix(module.weight, f"{name}.weight")
+            return PackedEmbedding(matrix, *self._products(matrix))
         new = copy.copy(module)
+        rest = torch.float32 if self.few else self.wide  # norms and positions
         new._parameters = {
-            name: p if p is None else nn.Parameter(p.detach().to(self.rest), requires_grad=False)
-            for name, p in module._parameters.items()
+            own: None
+            if p is None
+            else nn.Parameter(self._new_tensor(f"{name}.{own}", p).to(rest), requires_grad=False)
+            for own, p in module._parameters.items()
         }
         for field, hooks in list(vars(new).items()):
             if field.endswith("hooks"):
@@ -251,11 +310,16 @@ class _Packing:
         }
         return new
 
-    def matrix(self, weight: Tensor) -> Matrix:
+    def matrix(self, weight: Tensor, name: str) -> Matrix:
         """The weight's matrix; a head and an embedding that are tied share one."""
         if id(weight) not in self.matrices:
-            self.matrices[id(weight)] = Matrix(self.kind, weight.detach())
+            self.matrices[id(weight)] = self._new_matrix(name, weight)
         return self.matrices[id(weight)]
+
+    def _products(self, matrix: Matrix) -> tuple[torch.dtype, int]:
+        """The dtype of products of many tokens, and the most tokens that the kernels take."""
+        wide = torch.float32 if matrix.kind == "float32" else self.wide
+        return wide, self.few if matrix.kind in kernels.FORMATS else 0
 
 
 def _check_plain(module: nn.Module, kind: type[nn.Module], name: str) -> None:
@@ -264,6 +328,6 @@ def _check_plain(module: nn.Module, kind: type[nn.Module], name: str) -> None:
     if type(module) is not kind or more or "forward" in vars(module):
         what = type(module).__name__ + (f" with {', '.join(map(str, more))}" if more else "")
         raise UsageError(
-            f"{foreign(name)} is a {foreign(what)}; only torch's own {kind.__name__} can be "
+            f"model.{foreign(name)} is a {foreign(what)}; only torch's own {kind.__name__} can be "
             "packed, so merge its additions into its weight first"
         )

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt.generation.quantisation import GROUP, Matrix
+from gpt.generation.quantisation import Matrix
+from gpt.kernels import GROUP
 
 ROWS = 64
 """The int4 operator needs a multiple of this many rows of the matrix."""

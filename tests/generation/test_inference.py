@@ -26,7 +26,7 @@ from gpt.generation import inference
 from gpt.generation.decode import decode
 from gpt.generation.inference import FEW, InferenceGPT, PackedLinear, prepare_for_inference
 from gpt.generation.quantisation import Matrix
-from gpt.interop.packed import PACKED, load_packed, save_packed
+from gpt.interop.packed import DESCRIBED, load_packed, save_packed
 from gpt.model.attention import CausalSelfAttention
 from tests.conftest import make_model
 
@@ -624,7 +624,7 @@ def test_a_model_made_to_run_can_be_copied_refilled_and_not_cast_or_trained():
             assert torch.equal(other(tokens, cache=other.new_cache()), before)
         new = prepare_for_inference(make_model(CONFIG, seed=5), "int4")
         expected = new(tokens, cache=new.new_cache())
-        prepared.take({name: tensor.clone() for name, tensor in new.own_tensors().items()})
+        prepared.load_state_dict(new.state_dict(), assign=True)
         assert torch.equal(prepared(tokens, cache=prepared.new_cache()), expected)
         prepared.load_state_dict(
             prepare_for_inference(model_of(), "int4").state_dict(), assign=True
@@ -662,9 +662,9 @@ def test_hooks_of_the_one_are_not_the_others():
 def test_a_packed_folder_that_says_something_else_is_refused(change, tmp_path):
     folder = tmp_path / "packed"
     save_packed(prepare_for_inference(model_of(), "int8"), ByteTokenizer(), folder)
-    meta = json.loads((folder / PACKED).read_text())
+    meta = json.loads((folder / DESCRIBED).read_text())
     model = meta["model"] | change.pop("model", {})
-    (folder / PACKED).write_text(json.dumps(meta | change | {"model": model}))
+    (folder / DESCRIBED).write_text(json.dumps(meta | change | {"model": model}))
     with pytest.raises(UsageError, match="packed"):
         gpt.load(folder)
 
@@ -675,12 +675,12 @@ def test_a_packed_folder_that_asks_for_more_than_it_holds_is_refused_at_once(
 ):
     folder = tmp_path / "packed"
     save_packed(prepare_for_inference(model_of(), kind), ByteTokenizer(), folder)
-    meta = json.loads((folder / PACKED).read_text())
+    meta = json.loads((folder / DESCRIBED).read_text())
 
     def built(*arguments):
         raise AssertionError("a model is packed")
 
-    monkeypatch.setattr("gpt.interop.packed.prepare_for_inference", built)
+    monkeypatch.setattr("gpt.interop.packed.InferenceGPT.of", built)
     for name, asked, said in [
         ("n_layer", 10**9, "n_layer is 1000000000, and model.safetensors has 2 blocks"),
         ("n_layer", 1, "n_layer is 1, and model.safetensors has 2 blocks"),
@@ -691,10 +691,10 @@ def test_a_packed_folder_that_asks_for_more_than_it_holds_is_refused_at_once(
         ("n_embd", 2 * 10**12, "the model is too large to be built ("),
         ("n_inner", 2**63 - 1, "the model is too large to be built ("),
     ]:
-        (folder / PACKED).write_text(json.dumps(meta | {"model": meta["model"] | {name: asked}}))
+        (folder / DESCRIBED).write_text(json.dumps(meta | {"model": meta["model"] | {name: asked}}))
         with pytest.raises(UsageError, match=re.escape(said)) as error:
             load_packed(folder)
-        assert str(error.value).startswith(str(folder / PACKED))
+        assert str(error.value).startswith(str(folder / DESCRIBED))
         assert len(str(error.value)) < 800
 
 
@@ -707,8 +707,8 @@ def test_a_packed_folder_that_asks_for_more_than_it_holds_is_refused_at_once(
 def test_a_packed_json_of_any_content_ends_in_a_sentence(text, tmp_path):
     folder = tmp_path / "packed"
     save_packed(prepare_for_inference(model_of(), "int8"), ByteTokenizer(), folder)
-    (folder / PACKED).write_bytes(text.encode("utf-8", "surrogatepass"))
-    with pytest.raises(UsageError, match=PACKED):
+    (folder / DESCRIBED).write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(UsageError, match=DESCRIBED):
         load_packed(folder)
 
 
@@ -783,7 +783,7 @@ def test_packed_weights_that_are_damaged_or_meant_for_something_else_are_refused
     (folder / "model.safetensors").unlink()
     with pytest.raises(UsageError, match=r"model.safetensors cannot be read"):
         load_packed(folder)
-    (folder / PACKED).write_text("{}")
+    (folder / DESCRIBED).write_text("{}")
     with pytest.raises(UsageError, match=r"packed.json is broken"):
         load_packed(folder)
 
