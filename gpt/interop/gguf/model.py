@@ -1,5 +1,6 @@
 """Load a model from a GGUF file, without a second copy of its weights."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -7,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gpt.config import ModelConfig, UsageError, foreign, quoted
+from gpt.config import ModelConfig, UsageError, Weights, foreign, quoted
 from gpt.device import check_memory
-from gpt.generation.inference import InferenceGPT, prepare_for_inference
+from gpt.generation.inference import InferenceGPT, choose_weights
+from gpt.generation.quantisation import GGUF_BLOCKS, Matrix
 from gpt.interop.gguf.architectures import ARCHITECTURES, ROPE_FACTORS, Rows, parts
 from gpt.interop.gguf.blocks import dequantised
 from gpt.interop.gguf.format import GGUF, Data
@@ -34,8 +36,15 @@ def described(path: Path) -> Source:
     incomplete or not supported.
     """
     file = GGUF(path)
-    try:
+    with _named(path):
         return _described(file)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Let a ``UsageError`` about the content of the file begin with its ``path``."""
+    try:
+        yield
     except UsageError as error:
         raise UsageError(f"{foreign(path)}: {error}") from None
 
@@ -63,7 +72,8 @@ def _described(file: GGUF) -> Source:
         with file.open() as data:
             config = check_factors(config, _rows(data, ROPE_FACTORS, 0, 1)[0].float())
     model = _empty(config)
-    rows = {n: parts(n, config, ARCHITECTURES[name]) for n, _ in model.named_parameters()}
+    arch, full = ARCHITECTURES[name], config.resolved()
+    rows = {each: parts(each, full, arch) for each, _ in model.named_parameters()}
     _check_shapes(file, model, rows)
     return Source(file, model, rows)
 
@@ -106,6 +116,8 @@ def _check_shapes(file: GGUF, model: GPT, rows: dict[str, list[Rows]]) -> None:
 
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 """Of files whose weights are not float32 or quantised."""
+_STORED: dict[str, Weights] = {"F32": "float32", "F16": "float32", "BF16": "bfloat16"}
+"""The formats here that hold the numbers of a file's format."""
 
 
 def load_dense(
@@ -123,7 +135,7 @@ def load_dense(
         advice="use a smaller model, or its weights as they are in the file",
     )
     weights: dict[str, Tensor] = {}
-    with source.file.open() as data:
+    with _named(source.file.path), source.file.open() as data:
         for name, held in source.rows.items():
             shape = model.get_parameter(name).shape
             weights[name] = dense(data, held, shape, dtype=dtype, device=device)
@@ -175,5 +187,44 @@ def _rows(data: Data, tensor: str, start: int, stop: int) -> Tensor:
 
 
 def load_as_stored(source: Source, *, device: torch.device | str) -> InferenceGPT:
-    """The model for inference."""
-    return prepare_for_inference(load_dense(source, device=device))
+    """The model for inference with the file's own numbers.
+
+    Blocks of Q8_0, Q4_0 and Q4_1 are laid out anew, and not rounded. F32 and F16 become float32,
+    and BF16 stays. A matrix of other blocks, or of several formats (queries, keys and values are
+    one matrix here), is dequantised to the format that ``auto`` means on the ``device``.
+    """
+    device, config = torch.device(device), source.model.config
+    matrices: dict[str, Matrix] = {}
+    tensors: dict[str, Tensor] = {}
+    with _named(source.file.path), source.file.open() as data:
+        for name, held in source.rows.items():
+            shape = source.model.get_parameter(name).shape
+            if len(shape) == 1 or name == "position.weight":
+                tensors[name] = dense(data, held, shape, dtype=torch.float32, device=device)
+            else:
+                exact = name.endswith(".router.weight")
+                matrices[name] = _matrix(data, held, shape, device=device, exact=exact)
+    return InferenceGPT.of(config, matrices, tensors, device=device)
+
+
+def _matrix(
+    data: Data, held: list[Rows], shape: torch.Size, *, device: torch.device, exact: bool
+) -> Matrix:
+    """A parameter as a matrix; ``exact``: in float32."""
+    formats = {data.gguf.tensors[part.tensor].format for part in held}
+    form = formats.pop()
+    if not formats and form in GGUF_BLOCKS and not exact:
+        blocks = torch.cat([_ordered(data, part) for part in held])
+        size = GGUF_BLOCKS[form].bytes
+        return Matrix.of_blocks(form, blocks.view(len(blocks), -1, size)).to(device)
+    kind: Weights = "float32" if exact else choose_weights("auto", device)
+    if not formats and form in _STORED:
+        kind = _STORED[form]
+    plain = dense(data, held, shape, dtype=getattr(torch, kind), device=device)
+    return Matrix(kind, plain)
+
+
+def _ordered(data: Data, part: Rows) -> Tensor:
+    """The bytes of some rows, in the order of the parameter."""
+    rows, order = torch.from_numpy(data.rows(part.tensor, part.start, part.stop)), part.order()
+    return rows if order is None else rows[order]
