@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gpt.config import UsageError
-from gpt.generation.quantisation import GROUP, Matrix
+from gpt.generation.quantisation import Matrix
+from gpt.kernels import GROUP
 
 Bytes = NDArray[np.uint8]
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
