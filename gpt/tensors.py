@@ -18,7 +18,6 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gpt.config import UsageError
 
@@ -108,13 +107,16 @@ def _each(file: Path, wanted: Collection[str] | None = None) -> Iterator[tuple[s
 
 
 def _fill(target: Tensor, values: Tensor) -> None:
-    if isinstance(target, DTensor):
-        mesh, placements = target.device_mesh, target.placements
-        here = values.to(mesh.device_type)
-        shard = distribute_tensor(here, mesh, placements, src_data_rank=None)
-        target.to_local().copy_(shard.to_local())
-    else:
+    if not hasattr(target, "device_mesh"):
         target.copy_(values)
+        return
+    from torch.distributed.tensor import DTensor, distribute_tensor  # half a second
+
+    assert isinstance(target, DTensor)
+    mesh, placements = target.device_mesh, target.placements
+    here = values.to(mesh.device_type)
+    shard = distribute_tensor(here, mesh, placements, src_data_rank=None)
+    target.to_local().copy_(shard.to_local())
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ class SampleConfig(GenerationConfig):
 
     model: str = "runs/shakespeare"
     """A run's folder (uses its best checkpoint), a checkpoint, a folder in Hugging Face's layout, a
-    packed folder, or a GPT-2 on the hub."""
+    packed folder, a GGUF file, smollm2, or a GPT-2 on the hub."""
     prompt: str | None = None
     """The text to continue. Without it and without prompt_file, the prompt is read from standard
     input; on a terminal, a session starts."""
@@ -50,7 +50,8 @@ class SampleConfig(GenerationConfig):
     """auto: CUDA, else Apple's MPS, else the CPU."""
     weights: Weights = "auto"
     """Format of the weights: fewer bytes are faster. auto: bfloat16 if the device supports it, else
-    float32 (float16 on older GPUs). int8 and int4 round the weights."""
+    float32 (float16 on older GPUs); those of a GGUF file as they are. int8 and int4 round the
+    weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,19 +114,19 @@ class ExportConfig:
     model: str
     """The model, as in sample.py --model."""
     out: Path
-    """The folder to write; it must not exist."""
-    to: Literal["huggingface", "packed"] = "huggingface"
+    """The folder or file to write; it must not exist."""
+    to: Literal["huggingface", "packed", "gguf"] = "huggingface"
     """huggingface: a folder for from_pretrained of transformers; packed: weights converted for
-    inference."""
+    inference; gguf: a file for llama.cpp."""
     weights: Weights = "auto"
-    """Format of packed weights, as in sample.py."""
+    """Format of packed weights, as in sample.py; of a GGUF file, with auto as in the model."""
 
     def __post_init__(self) -> None:
         check(self)
         if self.to == "huggingface" and self.weights != "auto":
             raise UsageError(
                 f"weights is {self.weights!r}, and Hugging Face's layout keeps the format of the "
-                "model; a format needs --to packed"
+                "model; a format needs --to packed or --to gguf"
             )
 
 

@@ -14,8 +14,12 @@ from gpt.data.tokenizer import Tokenizer
 from gpt.device import parse_device
 from gpt.files import read_object
 from gpt.generation.inference import InferenceGPT, choose_weights, prepare_for_inference
+from gpt.interop.gguf.format import is_gguf
+from gpt.interop.gguf.model import described, load_as_stored, load_dense
+from gpt.interop.gguf_tokenizer import tokenizer_of
 from gpt.interop.hub import download
 from gpt.interop.huggingface import load_folder
+from gpt.interop.named import named_file
 from gpt.interop.packed import is_packed, load_packed
 from gpt.interop.vocabulary import load_tokenizer
 from gpt.model.gpt import GPT
@@ -40,14 +44,18 @@ def load(
     """Load the model ``name``, in evaluation mode, and its tokenizer.
 
     ``name`` is a run's folder (uses its best checkpoint), a checkpoint's folder, a folder in the
-    Hugging Face layout, a packed folder, or a GPT-2 on the hub (``gpt2``, ``owner/model``,
-    ``model@revision``). A ``dtype`` of ``None`` keeps the stored one. With ``weights`` (``"auto"``,
-    ``"int8"`` and so on) the model is converted for inference by
+    Hugging Face layout, a packed folder, a GGUF file, a named model (``smollm2``), or a GPT-2 on
+    the hub (``gpt2``, ``owner/model``, ``model@revision``). A ``dtype`` of ``None`` keeps the
+    stored one. With ``weights`` (``"auto"``, ``"int8"``) the model is converted for inference by
     :func:`gpt.generation.inference.prepare_for_inference`. A packed folder always gives such a
-    model, and ``trainable`` refuses it. ``UsageError`` if the model does not exist. If a checkpoint
-    is damaged, an older one is used, and ``say`` is told.
+    model, and ``trainable`` refuses it. A GGUF file gives one with the file's own numbers, unless
+    ``trainable`` (a network of ``dtype``, dequantised) or other ``weights`` are asked for.
+    ``UsageError`` if the model does not exist. If a checkpoint is damaged, an older one is used,
+    and ``say`` is told.
     """
-    device = parse_device(device)
+    device, path = parse_device(device), _path(name, say)
+    if path.is_file():
+        return _from_file(path, device=device, dtype=dtype, weights=weights, trainable=trainable)
     if weights is not None:
         kind = choose_weights(weights, device)
         stored = None if kind in ("int8", "int4") else getattr(torch, kind)
@@ -60,7 +68,6 @@ def load(
                 )
             return loaded
         return Loaded(prepare_for_inference(loaded.model, kind), loaded.tokenizer)
-    path = _folder(name)
     if is_packed(path):
         if trainable:
             raise UsageError(f"{foreign(name)} is packed, and can only be run")
@@ -85,23 +92,47 @@ def load(
     return Loaded(model, tokenizer)
 
 
-def _folder(name: str | Path) -> Path:
-    """The folder that ``name`` names, here or on the hub."""
+def _from_file(
+    path: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    weights: Weights | None,
+    trainable: bool,
+) -> Loaded:
+    """The model in a GGUF file."""
+    source = described(path)
+    tokenizer = tokenizer_of(path, source.file.metadata, rows=source.model.config.vocab_size)
+    if trainable:
+        return Loaded(load_dense(source, device=device, dtype=dtype), tokenizer)
+    if weights in (None, "auto"):
+        return Loaded(load_as_stored(source, device=device), tokenizer)
+    kind = choose_weights(weights, device)
+    plain = None if kind in ("int8", "int4") else getattr(torch, kind)
+    dense = load_dense(source, device=device, dtype=plain)
+    return Loaded(prepare_for_inference(dense, kind), tokenizer)
+
+
+def _path(name: str | Path, say: Callable[[str], None]) -> Path:
+    """The folder or the GGUF file that ``name`` names, here or on the hub."""
     if not isinstance(name, str | Path):
         raise UsageError(f"model is {quoted(name)}, and must be a model's name or a path")
     if not str(name):
         raise UsageError("model is empty, and must be the name of a model or a path")
     path = Path(name)
     try:
-        if path.is_dir():
+        if path.is_dir() or is_gguf(path):
             return path
         in_a_folder = len(path.parts) > 1 and path.parent.is_dir()
         is_path = isinstance(name, Path) or path.exists() or in_a_folder
     except (OSError, ValueError):  # a name that no file can have
         is_path = True
     if is_path:
-        raise UsageError(f"model is {quoted(str(name))}, which is not a folder of a run or a model")
-    return download(str(name))
+        raise UsageError(
+            f"model is {quoted(str(name))}, which is not a folder of a run or a model, nor a GGUF "
+            "file"
+        )
+    return named_file(str(name), say=say) or download(str(name))
 
 
 def _check_size(folder: Path, tokenizer: Tokenizer, model: GPT) -> None:

@@ -83,7 +83,10 @@ class MoE(nn.Module):
             logits: Tensor = self.router(x)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # sizes differ at each call
+    def compute_eagerly(self) -> None:
+        """Before the layer is compiled: leave out the experts, whose sizes differ at each call."""
+        self._outputs = torch.compiler.disable(self._outputs)  # type: ignore[method-assign]
+
     def _outputs(self, x: Tensor, chosen: Tensor) -> Tensor:
         """``[N, k, C]`` of each token's experts. The tokens are sorted by expert, so that each
         expert is one product over its own tokens.

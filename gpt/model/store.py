@@ -44,7 +44,8 @@ class Store:
         self.values = self._new_values()
 
     def _new_values(self) -> Tensor:
-        return torch.zeros_like(self.keys)
+        # not zeros_like, which on `meta` imports sympy
+        return torch.zeros(self.keys.shape, dtype=self.keys.dtype, device=self.keys.device)
 
     @property
     def size(self) -> int:

@@ -8,6 +8,7 @@ import torch
 
 from gpt.config import UsageError
 from gpt.model.gpt import GPT
+from gpt.model.moe import MoE
 
 
 def compile_blocks(
@@ -37,4 +38,6 @@ def compile_blocks(
         say(f"torch.compile does not work here ({reason}); training continues without it")
         return
     for block in model.blocks:
+        if isinstance(block.mlp, MoE):
+            block.mlp.compute_eagerly()
         block.compile()

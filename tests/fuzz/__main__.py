@@ -25,6 +25,7 @@ SHARES = {
     "runs": 3,
     "shards": 2,
     "foreign": 3,
+    "gguf": 27,
     "prompts": 3,
     "packed": 2,
     "interface": 7,
@@ -116,7 +117,7 @@ def cases(n: int, only: str | None) -> list[tuple[str, int]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz")
-    parser.add_argument("--cases", type=int, default=20_250)
+    parser.add_argument("--cases", type=int, default=40_500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=SHARES, help="one area")
     parser.add_argument("--case", type=int, help="one case of it, in full")

@@ -18,12 +18,14 @@ from gpt.config import (
 from gpt.data.tokenizer import GPT2Tokenizer
 from gpt.interop.export import export_huggingface
 from gpt.interop.families import FAMILIES
+from gpt.interop.gguf.export import export_gguf
 from gpt.interop.weights import exported
 from gpt.model.gpt import GPT
 from tests.tiny import tiny_run
 
 TEXT = "Speak, speak. You are all resolved rather to die than to famish?\n" * 16
 PACKED = ("int8", "int4", "float32", "bfloat16")
+GGUFS = ("gpt2", "llama", "gemma3")
 PROMPTS = ("the", "Speak, ", "", "You are all ", "a" * 40)
 
 
@@ -56,6 +58,7 @@ def make(folder: Path) -> None:
         )
     gpt("export", folder / "other", folder / "foreign-bytes")
     make_foreign(folder)
+    make_gguf(folder)
     make_lines(folder)
 
 
@@ -98,6 +101,24 @@ def make_foreign(folder: Path) -> None:
     (out / "vocab.json").write_text(json.dumps(vocab))
     merges = [" ".join(pair) for pair in tokenizer["model"]["merges"]]
     (out / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+
+
+def make_gguf(folder: Path) -> None:
+    """A random model in a file for llama.cpp, of three architectures and formats."""
+    torch.manual_seed(0)
+    ranks = [bytes([i]) for i in range(256)] + [b"th", b"the", b" t", b" the"]
+    size = {"vocab_size": 261, "context_length": 16, "n_layer": 1, "n_head": 2, "n_embd": 32}
+    llama = {"position": "rotary", "norm": "rmsnorm", "mlp": "gated", "activation": "silu"}
+    llama |= {"bias": False, "n_inner": 64}
+    gemma = {"activation": "gelu_tanh", "norm_placement": "sandwich", "qk_norm": True}
+    gemma |= {"scale_embeddings": True, "window": 4, "rotary_base_local": 1e4}
+    shapes = {"gpt2": {}, "llama": llama, "gemma3": llama | gemma | {"rotary_base": 1e6}}
+    weights = {"gpt2": "float32", "llama": "int4", "gemma3": "int8"}
+    for name in GGUFS:
+        pattern = {"window_pattern": "LLLLLG", "n_layer": 6} if name == "gemma3" else {}
+        model = GPT(ModelConfig(**(size | shapes[name] | pattern)))
+        out = folder / f"{name}.gguf"
+        export_gguf(model, GPT2Tokenizer(ranks), out, weights=weights[name])
 
 
 def make_lines(folder: Path) -> None:

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import subprocess
 
 import pytest
@@ -43,3 +44,24 @@ def test_training_continues_if_a_kernel_cannot_be_built(monkeypatch, tiny_model)
     assert len(said) == 1
     assert "Command '['gcc', 'main.c']' returned non-zero exit status 1" in said[0]
     assert tiny_model.blocks[0]._compiled_call_impl is None
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_experts_run_eagerly_in_a_compiled_block(monkeypatch, tiny_config):
+    experts = dataclasses.replace(tiny_config, n_expert=4, n_expert_active=2)
+    model = make_model(experts).eval()
+    tokens = torch.arange(12).view(1, 12)
+    expected, graphs = model(tokens), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    compile_blocks(model, "on", device=torch.device("cpu"), say=print)
+    compiled = model(tokens)
+    torch._dynamo.reset()
+    assert graphs
+    assert not any("argsort" in graph.code for graph in graphs)
+    torch.testing.assert_close(compiled, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
