@@ -220,7 +220,7 @@ def test_a_configuration_may_name_several_ends_of_a_text(ends, later, tmp_path):
     edit(tmp_path / "out" / "generation_config.json", eos_token_id=later)
     loaded = gpt.load(tmp_path / "out")
     tokenizer = loaded.tokenizer
-    several = {256, 257} if later or ends == [257, 256] else {257}
+    several = {256, 257}  # the tokenizer's own file has 256
     assert tokenizers.ends_of(tokenizer) == several
     for end in several:
         [got] = gpt.generate(loaded, "x", max_new_tokens=4, bias={end: 1e6})
@@ -257,8 +257,9 @@ def test_a_tokenizer_that_transformers_wrote_again_is_the_same(kind, tmp_path):
     assert tokenizers.fingerprint(again) == tokenizers.fingerprint(before)
     special = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
     content["post_processor"]["single"].insert(0, special)
+    content["post_processor"]["special_tokens"] = {}
     (tmp_path / "out" / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(UsageError, match="json has the post_processor .* could add tokens"):
+    with pytest.raises(UsageError, match="SpecialToken.* in its post_processor"):  # without its id
         gpt.load(tmp_path / "out")
 
 

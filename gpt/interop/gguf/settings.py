@@ -63,10 +63,13 @@ def config_of(
         fields[own] = read.number(key, type(defaults[own]), None if needed else default)
     fields["vocab_size"] = read.number("vocab_size", int, embedding[0])
     fields["tie_embeddings"] = "output.weight" not in shapes
-    has_bias = any(f"blk.0.{each}.bias" in shapes for each in ("attn_output", "ffn_up", "ffn_down"))
+    has_bias = "blk.0.attn_output.bias" in shapes
+    has_mlp_bias = any(f"blk.0.{each}.bias" in shapes for each in ("ffn_up", "ffn_down"))
     has_qkv_bias = "blk.0.attn_q.bias" in shapes if arch.qkv_bias is None else arch.qkv_bias
     fields["bias"] = has_bias if arch.bias is None else arch.bias
     fields["qkv_bias"] = "yes" if has_qkv_bias else "no"
+    has_mlp_bias = has_mlp_bias if arch.bias is None else arch.bias
+    fields["mlp_bias"] = "yes" if has_mlp_bias else "no"
     if name == "gptneox" and read.flag(_PARALLEL):
         fields["norm_placement"] = "parallel"
     if fields.get("n_expert"):
@@ -78,12 +81,9 @@ def config_of(
     for key in ("attention.key_length", "attention.value_length"):
         if (found := read.number(key, int, width)) != width:
             raise UsageError(f"{name}.{key} is {found:,}, and must be {width:,}")
-    if (
-        name == "gemma3"
-        and fields["n_layer"] == 62
-        and width * fields["n_head"] != fields["n_embd"]
-    ):
-        raise UsageError("with 62 layers, llama.cpp divides Gemma's scores by another number")
+    heads_width = fields["n_embd"] // max(1, fields["n_head"])
+    if name == "gemma3" and fields["n_layer"] == 62 and heads_width != width:  # the largest one
+        fields["scale_attention_width"] = heads_width
     if fields.get("position") == "rotary":
         rotated = read.number(_ROTATED, int, width)
         if name == "gptneox":
@@ -170,10 +170,8 @@ def _add_scaling(fields: dict[str, Any], read: _Metadata) -> None:
             raise UsageError(f"{read.name}.{_SCALING}{other} is {found}, and must be 1")
     if kind == "none" or factor in (0, 1):
         return
-    if fields.get("window"):
-        raise UsageError(
-            f"{read.name}.{key} is {kind}, which is not supported with an attention window"
-        )
+    if fields.get("window"):  # Gemma
+        fields["rotary_scaling_local"] = False
     fields |= {"rotary_scaling": kind, "rotary_scaling_factor": factor}
     if kind == "yarn":
         fields |= {
@@ -264,6 +262,7 @@ def _shapes_of(arch: Architecture, config: ModelConfig) -> dict[str, tuple[int, 
         "output.weight": not config.tie_embeddings,
         "blk.0.attn_output.bias": config.bias,
         "blk.0.attn_q.bias": config.qkv_bias == "yes",
+        "blk.0.ffn_up.bias": config.mlp_bias == "yes",
         ROPE_FACTORS: config.rotary_scaling == "llama3",
     }
     return shapes | {name: (1,) for name, is_there in has.items() if is_there}
@@ -280,7 +279,7 @@ def _differing(own: ModelConfig, read: ModelConfig, arch: Architecture) -> list[
         match item.name:
             case "window_pattern":
                 same = own.layer_pattern() == read.layer_pattern()
-            case "bias" | "qkv_bias":
+            case "bias" | "qkv_bias" | "mlp_bias":
                 same = same or (one in (False, "no") and bool(arch.bias))
             case "norm_bias":
                 same = same or (one == "no" and own.norm_weight and bool(arch.bias))
@@ -320,7 +319,9 @@ def architecture_for(config: ModelConfig) -> str:
 def expected(config: ModelConfig, arch: Architecture) -> ModelConfig:
     """The shape of the model in a file: with biases that a model may lack, which are then zeros."""
     if arch.bias:
-        return dataclasses.replace(config, bias=True, norm_bias="auto", qkv_bias="auto")
+        return dataclasses.replace(
+            config, bias=True, norm_bias="auto", qkv_bias="auto", mlp_bias="auto"
+        )
     return config
 
 
