@@ -267,7 +267,7 @@ def export(words: Sequence[str], prog: str) -> int:
     elif config.to == "gguf":
         export_gguf(loaded.model, loaded.tokenizer, config.out, weights=config.weights)
     else:
-        export_huggingface(loaded.model, loaded.tokenizer, config.out)
+        export_huggingface(loaded.model, loaded.tokenizer, config.out, family=config.family)
     _tell(f"{config.out}: {loaded.model.parameter_count():,} parameters")
     return 0
 

@@ -120,9 +120,14 @@ class ExportConfig:
     inference; gguf: a file for llama.cpp."""
     weights: Weights = "auto"
     """Format of packed weights, as in sample.py; of a GGUF file, with auto as in the model."""
+    family: str = "auto"
+    """Family of Hugging Face's layout: gpt2, llama, and so on (docs/models.md has the list). auto:
+    the first that can express the model."""
 
     def __post_init__(self) -> None:
         check(self)
+        if self.to != "huggingface" and self.family != "auto":
+            raise UsageError(f"family is {quoted(self.family)}, and needs --to huggingface")
         if self.to == "huggingface" and self.weights != "auto":
             raise UsageError(
                 f"weights is {self.weights!r}, and Hugging Face's layout keeps the format of the "

@@ -35,10 +35,17 @@ def family_of(theirs: dict[str, Any]) -> Family:
     return known[kind]
 
 
-def family_for(config: ModelConfig) -> Family:
-    """The first family that can express a model. ``UsageError`` names what stands in the way of the
-    nearest one.
+def family_for(config: ModelConfig, name: str = "auto") -> Family:
+    """The family ``name`` for an export; ``auto`` is the first one that can express the model.
+
+    ``UsageError`` if there is no such family, or if none can; it names the settings that stand in
+    the way of the nearest one.
     """
+    if name != "auto":
+        if name not in FAMILIES:
+            names = ", ".join(FAMILIES)
+            raise UsageError(f"family is {quoted(name)}, and must be auto or one of {names}")
+        return FAMILIES[name]
     missing = {name: family.missing(config) for name, family in FAMILIES.items()}
     nearest = min(missing, key=lambda name: len(missing[name]))
     FAMILIES[nearest].exported(config)
