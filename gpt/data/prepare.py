@@ -22,7 +22,14 @@ from gpt.data import tokenizer as tokenizers
 from gpt.data.corpus import PREPARED_FILES, Corpus, Say, Survey, open_corpus
 from gpt.data.piped import keep
 from gpt.data.shards import Shard, ShardWriter, read_shard
-from gpt.data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Ids, Tokenizer
+from gpt.data.tokenizer import (
+    ByteTokenizer,
+    CharTokenizer,
+    GPT2Tokenizer,
+    Ids,
+    Tokenizer,
+    encoder,
+)
 from gpt.files import new_folder
 
 Split = Literal["train", "validation"]
@@ -67,7 +74,7 @@ def prepare(
         shutil.rmtree(folder, ignore_errors=True)  # a part of it was deleted
         try:
             with new_folder(folder) as work:
-                tokenizer = tokenizer or _make_tokenizer(kind, survey.characters)
+                tokenizer = tokenizer or _make_tokenizer(config.tokenizer, survey.characters)
                 _write(config, corpus, survey, work, tokenizer, progress)
         except UsageError:
             if not _is_whole(folder):  # else another run has prepared it meanwhile
@@ -151,14 +158,16 @@ def _encoded(
     tokenizer: Tokenizer, pieces: Iterator[tuple[Split, str]]
 ) -> Iterator[tuple[Split, str, Ids]]:
     """Each piece with its ids, in order. Threads encode several pieces at once (tiktoken releases
-    Python's lock).
+    Python's lock). A document begins with the tokenizer's first tokens.
     """
     end_of_text = np.array([tokenizer.end_of_text], np.uint32)
+    begins = True
     workers = os.cpu_count() or 1
     waiting: deque[tuple[Split, str, Future[Ids]]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         for split, piece in pieces:
-            encode = tokenizer.encode if piece else lambda _: end_of_text
+            encode = encoder(tokenizer, begins=begins) if piece else lambda _: end_of_text
+            begins = not piece
             waiting.append((split, piece, pool.submit(encode, piece)))
             if len(waiting) > 2 * workers:
                 split, piece, ids = waiting.popleft()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from gpt.config import UsageError, quoted
-from gpt.data.tokenizer import END_OF_TEXT, Tokenizer, decode
+from gpt.data.tokenizer import END_OF_TEXT, Tokenizer, decode, prompt_ids
 from gpt.generation.text import generate
 from gpt.model.gpt import GPT
 
@@ -40,7 +40,7 @@ def continued(model: GPT, tokenizer: Tokenizer, context: str, options: Mapping[s
             f"{model.config.context_length}, which leaves no room for the prompt; use a smaller "
             "max_gen_toks"
         )
-    ids = tokenizer.encode(context).tolist() or [tokenizer.end_of_text]
+    ids = prompt_ids(tokenizer, context)
     if len(ids) > room:
         logging.getLogger(__name__).warning(
             "the context has %d tokens; only the last %d are used", len(ids), room

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from gpt.config import UsageError
-from gpt.data.tokenizer import Tokenizer
+from gpt.data.tokenizer import Tokenizer, prompt_ids
 from gpt.model.gpt import GPT
 
 
@@ -32,15 +32,16 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Reques
     """The request for two texts, split where the ids of ``context`` alone would end.
 
     White space at the end of ``context`` is moved to the continuation, as in lm-evaluation-harness.
-    An empty context becomes end-of-text.
+    The context begins with the tokenizer's first tokens. An empty one without them becomes
+    end-of-text.
     """
     spaces = len(context) - len(context.rstrip())
     if spaces:
         context, continuation = context[:-spaces], context[-spaces:] + continuation
     if not context:
-        return Request([tokenizer.end_of_text], tokenizer.encode(continuation).tolist())
-    whole = tokenizer.encode(context + continuation).tolist()
-    start = len(tokenizer.encode(context))
+        return Request(prompt_ids(tokenizer, ""), tokenizer.encode(continuation).tolist())
+    whole = prompt_ids(tokenizer, context + continuation)
+    start = len(prompt_ids(tokenizer, context))
     return Request(whole[:start], whole[start:])
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from gpt.config import UsageError
 from gpt.data import tokenizer as tokenizers
 from gpt.data.corpus import Corpus
-from gpt.data.tokenizer import Ids, Tokenizer
+from gpt.data.tokenizer import Ids, Tokenizer, encoder
 from gpt.generation.logprobs import logprobs_of
 from gpt.model.gpt import GPT
 
@@ -83,12 +83,13 @@ def perplexity_of(loss: float) -> float:
 
 
 def encode_text(tokenizer: Tokenizer, corpus: Corpus) -> Ids:
-    """The ids of all documents, joined by end-of-text."""
+    """The ids of all documents, each with the tokenizer's first tokens, joined by end-of-text."""
     parts: list[Ids] = []
     for document in corpus.documents():
         if parts:
             parts.append(np.array([tokenizer.end_of_text], np.uint32))
-        parts.extend(tokenizer.encode(piece) for piece in document)
+        for number, piece in enumerate(document):
+            parts.append(encoder(tokenizer, begins=number == 0)(piece))
     ids = np.concatenate(parts) if parts else np.zeros(0, np.uint32)
     if len(ids) < 2:
         raise UsageError(f"the text has {len(ids)} tokens, and a score needs at least 2")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from gpt.config import GenerationConfig, UsageError, quoted, token_ids
-from gpt.data.tokenizer import Tokenizer, ends_of, fingerprint
+from gpt.data.tokenizer import Tokenizer, ends_of, fingerprint, opening_space, prompt_ids
 from gpt.generation.beam import BeamSearch
 from gpt.generation.checks import check_number, check_sequences
 from gpt.generation.context import Reason
@@ -118,7 +118,8 @@ def run(
         for sample in range(config.num_samples):
             decoder.add(ids, sample=sample)
             completions.append(Completion(number, sample))
-            growing.append(GrowingText(tokenizer, config.stop))
+            begins = not tokenizer.decode_bytes(ids)
+            growing.append(GrowingText(tokenizer, config.stop, begins=begins))
     details: dict[int, list[TokenDetails]] = {}  # of each prompt
     while decoder.busy:
         for token in decoder.advance():
@@ -218,7 +219,9 @@ def _listed(prompts: str | Sequence[Prompt]) -> list[Prompt]:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    """The prompt's ids. An empty prompt becomes the end-of-text token that separates documents."""
+    """The prompt's ids. A text begins with the tokenizer's first tokens. An empty prompt without
+    them becomes the end-of-text token that separates documents.
+    """
     if not isinstance(prompt, str):
         return token_ids("the prompt", prompt) or [tokenizer.end_of_text]
     try:
@@ -227,19 +230,22 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
         raise UsageError(
             f"the prompt is not UTF-8 text: {error.reason} at character {error.start}"
         ) from None
-    ids: list[int] = tokenizer.encode(prompt).tolist()
-    return ids or [tokenizer.end_of_text]
+    return prompt_ids(tokenizer, prompt)
 
 
 class GrowingText:
     """One continuation as it grows: tokens in, text out that later tokens cannot change.
 
     It holds back the bytes of an incomplete character, and an end that can still become a stop
-    text.
+    text. A text that ``begins`` with the continuation loses the space that a vocabulary of
+    SentencePiece puts before a text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, begins: bool = False
+    ) -> None:
         self._tokenizer, self._ends = tokenizer, ends_of(tokenizer)
+        self._opening = opening_space(tokenizer) if begins else b""
         self._stop = tuple(stop)
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
@@ -253,7 +259,10 @@ class GrowingText:
             return ""
         if token in self._ends:
             return self.finish()
-        return self._release(self._decoder.decode(self._tokenizer.decode_bytes([token])))
+        content = self._tokenizer.decode_bytes([token])
+        if content:
+            content, self._opening = content.removeprefix(self._opening), b""
+        return self._release(self._decoder.decode(content))
 
     def finish(self) -> str:
         """End the continuation, and return the text that was held back."""

@@ -7,7 +7,7 @@ from gpt import tensors
 from gpt.data.tokenizer import Tokenizer, ends_of
 from gpt.files import new_folder
 from gpt.interop.families import FAMILIES
-from gpt.interop.vocabulary import hugging_face_files
+from gpt.interop.vocabulary_export import hugging_face_files
 from gpt.interop.weights import exported
 from gpt.model.gpt import GPT
 

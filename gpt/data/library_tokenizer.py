@@ -1,0 +1,287 @@
+"""Tokenizers that the library ``tokenizers`` computes from its own JSON: the vocabularies that
+tiktoken cannot express.
+
+Among them are SentencePiece's (Llama 1 and 2, Mistral, Gemma), GPT-1's, and byte-level ones whose
+merges are in another order than their ids. The ids are those of Hugging Face's fast tokenizers,
+because the same code computes them.
+"""
+
+import copy
+import json
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache, cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpt.config import UsageError, quoted
+from gpt.data.chat_templates import ChatTemplates
+
+Ids = NDArray[np.uint32]
+
+
+class LibraryTokenizer:
+    """The tokenizer of a ``tokenizer.json``, whose content is ``definition``.
+
+    The parameters are as in :class:`gpt.data.byte_pair.GPT2Tokenizer`. Special tokens in a text are
+    text. ``ValueError`` if the library cannot read the definition, or if its decoder is not one
+    whose bytes are known token by token; ``UsageError`` if the library is not installed.
+    """
+
+    kind = "tokenizers"
+
+    def __init__(
+        self,
+        definition: Mapping[str, Any],
+        *,
+        end_of_text: int,
+        vocab_size: int | None = None,
+        ends: Iterable[int] = (),
+        first: Iterable[int] = (),
+        chat: ChatTemplates | None = None,
+    ) -> None:
+        self.definition, self.chat, self.first = definition, chat, tuple(first)
+        self.end_of_text = end_of_text
+        self.ends = frozenset(ends) | {end_of_text}
+        self._engine = _engine(definition)
+        entries: list[dict[str, Any]] = definition.get("added_tokens") or []
+        self.special = {entry["content"]: entry["id"] for entry in entries if entry["special"]}
+        self.added = {entry["content"]: entry["id"] for entry in entries if not entry["special"]}
+        self._ids: dict[str, int] = definition["model"]["vocab"]
+        self._spell = _spelling(definition.get("decoder"))
+        last = max([*self._ids.values(), *self.special.values(), *self.added.values()])
+        self.vocab_size = last + 1 if vocab_size is None else vocab_size
+        if not {end_of_text, *self.ends, *self.first} <= set(range(self.vocab_size)):
+            raise ValueError("end_of_text, ends and first must be ids of its tokens")
+
+    def encode(self, text: str) -> Ids:
+        """The ids of ``text``. ``UsageError`` for a token for which the model has no row."""
+        return self._encoded(self._engine, text)
+
+    def encode_next(self, text: str) -> Ids:
+        """The ids of a text that continues another one: no space is put before it."""
+        return self._encoded(self._continuing, text)
+
+    def _encoded(self, engine: Any, text: str) -> Ids:
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        ids = np.array(engine.encode(text, add_special_tokens=False).ids, np.uint32)
+        if len(ids) and ids.max() >= self.vocab_size:
+            missing = int(ids.max())
+            raise UsageError(
+                f"the text has the token {quoted(self._engine.id_to_token(missing))} with the id "
+                f"{missing}, and the model's last id is {self.vocab_size - 1}"
+            )
+        return ids
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return b"".join([self._bytes[i] for i in ids])
+
+    @property
+    def opens_with_space(self) -> bool:
+        """Whether the bytes of a whole text begin with a space that is not part of it."""
+        return any(
+            _prepends(part) != "never" or (part.get("type") == "Strip" and part.get("start"))
+            for part in _parts(self.definition.get("decoder"), "decoders")
+        )
+
+    @property
+    def spaces_after_special(self) -> bool:
+        """Whether the space is put before each piece of text between special tokens, and not only
+        before the first one.
+        """
+        return any(
+            part.get("type") == "Prepend" or _prepends(part) == "always"
+            for name, several in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers"))
+            for part in _parts(self.definition.get(name), several)
+        )
+
+    @cached_property
+    def _bytes(self) -> list[bytes]:
+        spelled = [b""] * self.vocab_size
+        special = set(self.special.values())
+        for token, i in (self._ids | self.added).items():
+            if i < self.vocab_size and i not in special:
+                spelled[i] = self._spell(token)
+        return spelled
+
+    @cached_property
+    def _continuing(self) -> Any:
+        changed = copy.deepcopy({k: v for k, v in self.definition.items() if k != "model"})
+        for part in _parts(changed.get("normalizer"), "normalizers"):
+            if part.get("type") == "Prepend":  # replaced by a no-op
+                part.clear()
+                part.update(type="Replace", pattern={"String": "\ufdd0"}, content="")
+        for part in _parts(changed.get("pre_tokenizer"), "pretokenizers"):
+            if part.get("type") == "Metaspace":
+                part.pop("add_prefix_space", None)
+                part["prepend_scheme"] = "never"
+            elif part.get("type") == "ByteLevel":
+                part["add_prefix_space"] = False
+        return _engine(changed | {"model": self.definition["model"]})
+
+    def state(self) -> dict[str, Any]:
+        state: dict[str, Any] = {
+            "definition": dict(self.definition),
+            "end_of_text": self.end_of_text,
+            "vocab_size": self.vocab_size,
+        }
+        if len(self.ends) > 1:
+            state["ends"] = sorted(self.ends)
+        if self.first:
+            state["first"] = list(self.first)
+        if self.chat:
+            state["chat"] = self.chat.state()
+        return state
+
+
+def library_tokenizer_from_state(state: dict[str, Any]) -> LibraryTokenizer:
+    """The tokenizer of a saved ``state``; ``ValueError`` says what is wrong with it."""
+    definition: Any = state.get("definition")
+    end, size = state.get("end_of_text"), state.get("vocab_size")
+    check_definition(definition)
+    if type(end) is not int or type(size) is not int:
+        raise ValueError("end_of_text and vocab_size must be whole numbers")
+    if not 0 < size <= 1 + max(_all_ids(definition)):
+        raise ValueError(f"vocab_size is {size:,}, and the vocabulary has fewer tokens")
+    lists = {name: state.get(name, []) for name in ("ends", "first")}
+    for name, ids in lists.items():
+        if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+            raise ValueError(f"{name} is {quoted(ids)}, and must be a list of ids")
+    return LibraryTokenizer(
+        definition,
+        end_of_text=end,
+        vocab_size=size,
+        **lists,
+        chat=ChatTemplates.from_state(state.get("chat")),
+    )
+
+
+MOST_TOKENS = 10_000_000
+"""More than any vocabulary has: a larger id is a damaged file's."""
+
+
+def check_definition(definition: Any) -> None:
+    """``ValueError`` unless ``definition`` has the parts of a ``tokenizer.json`` that are read here
+    and not by the library.
+    """
+    model = definition.get("model") if isinstance(definition, dict) else None
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
+        raise ValueError("its model must be of the type BPE")
+    vocab = model.get("vocab")
+    entries = definition.get("added_tokens") or []
+    right = isinstance(vocab, dict) and isinstance(entries, list)
+    if not right or not all(
+        isinstance(entry, dict)
+        and isinstance(entry.get("content"), str)
+        and isinstance(entry.get("special"), bool)
+        for entry in entries
+    ):
+        raise ValueError("its added_tokens must have content, id and special")
+    if not vocab or not all(type(i) is int and 0 <= i < MOST_TOKENS for i in _all_ids(definition)):
+        raise ValueError(f"its tokens must have ids from 0 to {MOST_TOKENS:,}")
+
+
+def _all_ids(definition: Any) -> list[Any]:
+    entries = definition.get("added_tokens") or []
+    return [*definition["model"]["vocab"].values(), *(entry.get("id") for entry in entries)]
+
+
+def _engine(definition: Mapping[str, Any]) -> Any:
+    """The library's tokenizer, which reads special tokens in a text as text."""
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise UsageError(
+            "this tokenizer needs the package tokenizers: pip install tokenizers"
+        ) from None
+    try:
+        engine = Tokenizer.from_str(json.dumps(definition))
+    except Exception as error:  # the library raises Exception itself
+        raise ValueError(f"tokenizers cannot read it ({error})") from None
+    engine.no_truncation()
+    engine.no_padding()
+    engine.encode_special_tokens = True
+    return engine
+
+
+def _parts(component: Any, several: str) -> list[dict[str, Any]]:
+    """The steps of a component of ``tokenizer.json``, which is one step or a sequence of steps."""
+    if not isinstance(component, dict):
+        return []
+    if component.get("type") == "Sequence":
+        return [step for part in component.get(several, []) for step in _parts(part, several)]
+    return [component]
+
+
+def _prepends(part: dict[str, Any]) -> Any:
+    """Where a Metaspace puts a space before a text: ``always``, ``first`` or ``never``."""
+    if part.get("type") != "Metaspace" or not part.get("add_prefix_space", True):
+        return "never"
+    return part.get("prepend_scheme", "always")
+
+
+def _spelling(decoder: Any) -> Callable[[str], bytes]:
+    """What makes the bytes of one token from its spelling in the vocabulary. ``ValueError`` for a
+    decoder whose tokens do not simply follow one another.
+    """
+    steps: list[Callable[[str], str | bytes]] = []
+    for part in _parts(decoder, "decoders"):
+        match part:
+            case {"type": "ByteLevel"}:
+                steps.append(_byte_level)
+            case {"type": "ByteFallback"}:
+                steps.append(_byte_fallback)
+            case {"type": "Replace", "pattern": {"String": str() as old}, "content": str() as new}:
+                steps.append(_replacing(old, new))
+            case {"type": "Metaspace", "replacement": str() as old} | {
+                "type": "BPEDecoder",
+                "suffix": str() as old,
+            }:
+                steps.append(_replacing(old, " "))
+            case {"type": "Fuse"} | {"type": "Strip", "content": " ", "start": 0 | 1, "stop": 0}:
+                pass
+            case _:
+                raise ValueError(f"its decoder has {quoted(part)}, which is not supported")
+    if not steps and decoder != {"type": "Fuse"}:
+        raise ValueError(f"its decoder is {quoted(decoder)}, which is not supported")
+
+    def spell(token: str) -> bytes:
+        spelled: str | bytes = token
+        for step in steps:
+            if isinstance(spelled, str):
+                spelled = step(spelled)
+        return spelled.encode() if isinstance(spelled, str) else spelled
+
+    return spell
+
+
+def _replacing(old: str, new: str) -> Callable[[str], str]:
+    return lambda token: token.replace(old, new)
+
+
+def _byte_level(token: str) -> bytes:
+    values = [_bytes_of_characters().get(character) for character in token]
+    return token.encode() if None in values else bytes(v for v in values if v is not None)
+
+
+def _byte_fallback(token: str) -> str | bytes:
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        try:
+            return bytes([int(token[3:5], 16)])
+        except ValueError:
+            return token
+    return token
+
+
+@cache
+def byte_characters() -> dict[int, str]:
+    """The printable character for each byte in the files of byte-level vocabularies."""
+    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    others = [b for b in range(256) if b not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+@cache
+def _bytes_of_characters() -> dict[str, int]:
+    return {character: byte for byte, character in byte_characters().items()}

@@ -1,0 +1,109 @@
+"""Write a tokenizer as the files that Hugging Face's ``AutoTokenizer`` reads."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from gpt.config import UsageError
+from gpt.data.byte_pair import END_OF_TEXT, GPT2Tokenizer
+from gpt.data.chat_templates import DEFAULT
+from gpt.data.library_tokenizer import LibraryTokenizer, byte_characters
+from gpt.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
+from gpt.interop.patterns import KNOWN, steps_of
+from gpt.interop.vocabulary import added_entries, byte_level_definition, merged_from
+
+
+def hugging_face_files(tokenizer: Tokenizer) -> dict[str, str]:
+    """The files, by name, from which ``AutoTokenizer`` builds a tokenizer with the same ids, the
+    same first tokens and the same chat templates.
+    """
+    special = special_tokens(tokenizer)
+    definition = definition_of(tokenizer)
+    if tokenizer.first and not isinstance(tokenizer, LibraryTokenizer):
+        definition["post_processor"] = _putting_first(tokenizer.first, special)
+    end = next(
+        (t for t, i in special.items() if i == tokenizer.end_of_text),
+        END_OF_TEXT,
+    )
+    first = next((t for t, i in special.items() if (i,) == tokenizer.first), end)
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": first,
+        "eos_token": end,
+        "unk_token": end,  # never used, but GPT-2's has it, and CTranslate2 needs it
+        "clean_up_tokenization_spaces": False,
+    }
+    if tokenizer.chat:
+        settings |= tokenizer.chat.tokens
+        templates = tokenizer.chat.templates
+        settings["chat_template"] = (
+            templates[DEFAULT]
+            if list(templates) == [DEFAULT]
+            else [{"name": name, "template": text} for name, text in templates.items()]
+        )
+    files = {"tokenizer.json": definition, "tokenizer_config.json": settings}
+    return {name: json.dumps(content, ensure_ascii=False) for name, content in files.items()}
+
+
+def special_tokens(tokenizer: Tokenizer) -> Mapping[str, int]:
+    """The special tokens by their texts; end-of-text for a tokenizer that has no texts for them."""
+    named: Mapping[str, int] = getattr(tokenizer, "special", {END_OF_TEXT: tokenizer.end_of_text})
+    return named
+
+
+def definition_of(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The content of ``tokenizer.json``, without a post-processor that puts ``first`` before a
+    text.
+    """
+    if isinstance(tokenizer, LibraryTokenizer):
+        return dict(tokenizer.definition)
+    if isinstance(tokenizer, CharTokenizer):
+        return byte_level_definition(
+            {character: i for i, character in enumerate(tokenizer.characters)},
+            [],
+            added_tokens=added_entries(special_tokens(tokenizer), {}),
+            before=None,
+            decoder={"type": "Fuse"},
+        )
+    if isinstance(tokenizer, ByteTokenizer):
+        vocab = {byte_characters()[byte]: byte for byte in range(256)}
+        entries, before = added_entries(special_tokens(tokenizer), {}), steps_of("gpt2")
+        return byte_level_definition(vocab, [], added_tokens=entries, before=before)
+    if not isinstance(tokenizer, GPT2Tokenizer):
+        raise UsageError(f"a {tokenizer.kind} tokenizer cannot be exported to Hugging Face")
+    if tokenizer.pattern not in KNOWN:
+        raise UsageError(
+            f"a tokenizer with the pattern {tokenizer.pattern} cannot be exported to Hugging Face"
+        )
+    vocab, merges = spelled(tokenizer)
+    return byte_level_definition(
+        vocab,
+        merges,
+        added_tokens=added_entries(tokenizer.special, tokenizer.added),
+        before=steps_of(tokenizer.pattern),
+        ignore_merges=KNOWN[tokenizer.pattern].ignore_merges,
+        normalizer={"type": tokenizer.normalisation} if tokenizer.normalisation else None,
+    )
+
+
+def spelled(tokenizer: GPT2Tokenizer) -> tuple[dict[str, int], list[list[str]]]:
+    """The vocabulary and the merges, with a printable character for each byte."""
+    characters = byte_characters()
+    tokens = ["".join(characters[b] for b in token) for token in tokenizer.ranks]
+    vocab = {token: i for i, token in enumerate(tokens, tokenizer.first_id)}
+    return vocab, [merged_from(token, vocab) for token in tokens if len(token) > 1]
+
+
+def _putting_first(first: tuple[int, ...], special: Mapping[str, int]) -> dict[str, Any]:
+    """A post-processor that puts the tokens ``first`` before a text."""
+    texts = {i: text for text, i in special.items()}
+    before = [{"SpecialToken": {"id": texts[i], "type_id": 0}} for i in first]
+    one, two = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+    return {
+        "type": "TemplateProcessing",
+        "single": [*before, one],
+        "pair": [*before, one, two],
+        "special_tokens": {
+            texts[i]: {"id": texts[i], "ids": [i], "tokens": [texts[i]]} for i in first
+        },
+    }
