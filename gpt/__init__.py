@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gpt.config import ModelConfig
+    from gpt.generation.chat import chat
     from gpt.generation.inference import prepare_for_inference
     from gpt.generation.text import generate, stream
     from gpt.interop.load import load
@@ -20,12 +21,15 @@ if TYPE_CHECKING:
     from gpt.model.gpt import GPT
 
 __version__ = "0.1.0"
-__all__ = ["GPT", "KVCache", "ModelConfig", "generate", "load", "prepare_for_inference", "stream"]
+__all__ = [
+    "GPT", "KVCache", "ModelConfig", "chat", "generate", "load", "prepare_for_inference", "stream",
+]  # fmt: skip
 
 _HOME = {
     "GPT": "gpt.model.gpt",
     "KVCache": "gpt.model.cache",
     "ModelConfig": "gpt.config",
+    "chat": "gpt.generation.chat",
     "generate": "gpt.generation.text",
     "load": "gpt.interop.load",
     "prepare_for_inference": "gpt.generation.inference",

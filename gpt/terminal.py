@@ -18,6 +18,7 @@ from gpt import kernels
 from gpt.config import GenerationConfig, SampleConfig, UsageError, foreign, quoted, unescaped
 from gpt.files import as_training_text, check_output, sentence, unwritable, write_atomically
 from gpt.generation.batch import continue_file
+from gpt.generation.chat import Conversation
 from gpt.generation.continuer import Continuer
 from gpt.generation.explain import as_page, as_text, explain, token_text
 from gpt.generation.inference import InferenceGPT
@@ -28,6 +29,17 @@ from gpt.interop.load import Loaded
 HELP = """\
 TEXT                continue this text; for several lines, put \"\"\" before and after it
 /retry              continue the last text again, with new random numbers
+/explain            show the last answer with each token shaded by its probability
+/explain x.html     write that to a page
+/settings           show all settings
+/temperature 0.9    change a setting; any name of /settings works
+Ctrl-C              stop the answer
+Ctrl-D              end the session
+"""
+CHAT_HELP = """\
+TEXT                a message to the model; for several lines, put \"\"\" before and after it
+/retry              another answer to the last message, with new random numbers
+/new                begin a new conversation
 /explain            show the last answer with each token shaded by its probability
 /explain x.html     write that to a page
 /settings           show all settings
@@ -64,6 +76,18 @@ class Session:
         self.answer: list[int] = []
         self._retries = 0
         self._introduced = False
+        self.conversation = self._new_conversation() if config.chat else None
+
+    def _new_conversation(self) -> Conversation:
+        config = self.config
+        return Conversation(
+            self.model,
+            config,
+            system=config.system,
+            draft=self.draft,
+            num_draft_tokens=config.num_draft_tokens,
+            say=tell,
+        )
 
     def _introduce(self) -> None:
         """Print once what the model is."""
@@ -86,7 +110,8 @@ class Session:
         """Ask for prompts until Ctrl-D."""
         _remember_lines()
         self._introduce()
-        tell("type a text to continue; /help shows the commands; Ctrl-C stops, Ctrl-D ends")
+        what = "message" if self.config.chat else "text to continue"
+        tell(f"type a {what}; /help shows the commands; Ctrl-C stops, Ctrl-D ends")
         while True:
             try:
                 line = _read()
@@ -113,7 +138,7 @@ class Session:
         """Run a command: a line that begins with a slash."""
         name, *words = _words(line[1:]) or [""]
         if name == "help":
-            tell(HELP.rstrip())
+            tell((CHAT_HELP if self.config.chat else HELP).rstrip())
         elif name == "settings":
             for setting in _SETTABLE:
                 tell(f"{setting:<20}{getattr(self.config, setting)}")
@@ -123,22 +148,28 @@ class Session:
             assert self.prompt is not None
             self._retries += 1
             self.write(self.prompt)
+        elif name == "new" and self.config.chat:
+            self.conversation, self.prompt = self._new_conversation(), None
         elif name == "explain":
             self.explain(words)
         elif name in _SETTABLE:
             self.config = _set(self.config, name, words)
         else:
-            known = ", ".join(["help", "retry", "explain", "settings", *_SETTABLE])
+            others = ["new"] if self.config.chat else []
+            known = ", ".join(["help", "retry", *others, "explain", "settings", *_SETTABLE])
             raise UsageError(f"unknown command /{foreign(name)}; choose from {known}")
 
     def write(self, prompt: str) -> None:
         """Print the prompt and each sample: the first one while it is generated, the others after
-        it is complete.
+        it is complete. In a conversation, print the answer.
         """
         config: GenerationConfig = self.config
         prompt = as_training_text(prompt)
         if config.seed is not None:
             config = dataclasses.replace(config, seed=config.seed + self._retries)
+        if self.conversation is not None:
+            self._answer(self.conversation, prompt, config)
+            return
         decoder = self.decoder(config)
         pieces = run(self.model, [prompt], decoder)
         first = next(pieces)  # fails before a prompt that cannot be continued is printed
@@ -159,6 +190,20 @@ class Session:
         if isinstance(decoder, Speculator):
             tell(_speculation(decoder))
 
+    def _answer(self, conversation: Conversation, message: str, config: GenerationConfig) -> None:
+        """Print the answer to a message while it is generated."""
+        conversation.config = config
+        pieces = conversation.retry() if self._retries else conversation.ask(message)
+        with contextlib.closing(pieces):
+            first = next(pieces, "")  # fails before anything is printed
+            self._introduce()
+            self.prompt, self.answer = message, []
+            for piece in itertools.chain([first], pieces):
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+                self.answer = self._shown(conversation.completion)
+        sys.stdout.write("\n")
+
     def _shown(self, completion: Completion) -> list[int]:
         """The tokens of a completion without those of the stop text."""
         tokens, size = list(completion.tokens), len(completion.text.encode())
@@ -176,9 +221,12 @@ class Session:
             path = Path(page[0])
             check_output(path, "explain")
         assert self.prompt is not None
-        ids = encode_prompt(self.model.tokenizer, self.prompt)
+        tokenizer, ids = self.model.tokenizer, encode_prompt(self.model.tokenizer, self.prompt)
+        if self.conversation is not None:
+            ids = self.conversation.prompt
         tokens = explain(self.model, ids, self.answer)
-        opening = token_text(self.model.tokenizer, ids[0]) if self.prompt else ""
+        hidden = not self.prompt or ids[0] in tokenizer.first
+        opening = "" if hidden else token_text(tokenizer, ids[0])
         if path is None:
             console = Console(highlight=False)
             text = as_text(tokens, opening=opening, ascii_only=console.options.ascii_only)

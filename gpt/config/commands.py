@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from gpt.config.checks import UsageError, check, number
+from gpt.config.checks import UsageError, check, number, quoted
 from gpt.config.data import DataConfig
 from gpt.config.generation import GenerationConfig
 from gpt.config.model import RotaryScaling
@@ -26,6 +26,11 @@ class SampleConfig(GenerationConfig):
     prompt_file: Path | None = None
     """A UTF-8 file that contains the prompt; or a .jsonl file with a prompt on each line, which
     needs out."""
+    chat: bool = False
+    """Hold a conversation: the prompt is a message, and the model answers it. Needs a model with a
+    chat template."""
+    system: str = ""
+    """The system message of the conversation, which tells the model how to answer."""
     out: Path | None = None
     """The .jsonl file for the completions of a .jsonl prompt_file. If it exists, the program
     continues after its last line."""
@@ -68,6 +73,14 @@ class SampleConfig(GenerationConfig):
             raise UsageError(f"explain is {' '.join(self.explain)!r}, and must be one .html file")
         if self.explain is not None and self.takes_many:
             raise UsageError("explain takes one prompt, and prompt_file is a .jsonl file")
+        if self.system and not self.chat:
+            raise UsageError(
+                f"system is {quoted(self.system)}, and is for conversations: give chat"
+            )
+        if self.chat and self.takes_many:
+            raise UsageError("chat is a conversation, and prompt_file is a .jsonl file of prompts")
+        if self.chat and self.num_samples != 1:
+            raise UsageError(f"num_samples is {self.num_samples}, and must be 1 with chat")
 
     @property
     def takes_many(self) -> bool:

@@ -96,11 +96,13 @@ class Decoder:
         vocab_size: int | None = None,
         end_of_text: Ends = None,
         ahead: int | None = None,
+        prefix: Prefix | None = None,
     ) -> None:
         """``vocab_size`` is the tokenizer's; the model may have more rows than that. Sequences end
         at ``end_of_text``, one id or any of several. The device chooses up to ``ahead`` tokens of a
         sequence before the host looks at them (:mod:`gpt.generation.ahead`): by default 1, on a GPU
-        several.
+        several. ``prefix`` is what another decoder of the model read and
+        :meth:`remember` kept.
         """
         self.model, self.config, self.batch_size = model, config, batch_size
         self.vocab_size = vocab_size or model.config.vocab_size
@@ -121,7 +123,9 @@ class Decoder:
         self._describer = None
         if config.logprobs is not None:
             self._describer = Describer(model, config.logprobs, self.vocab_size)
-        self._prefix = Prefix(model, self._describer)
+            prefix = None  # what was read without details has none
+        self._prefix = prefix or Prefix(model, self._describer)
+        self._remembers = prefix is not None
         self._count = 0
 
     @property
@@ -298,9 +302,29 @@ class Decoder:
         if old is not None:
             self._cache.add(old)
 
+    def remember(self) -> None:
+        """Keep what the model has read of the first running sequence in the ``prefix``, for a later
+        decoder. This decoder cannot go on afterwards.
+        """
+        if self._cache is None or not self._rows:
+            return
+        cache = self._cache
+        if self._loop is not None:  # its memory belongs to the model's next texts
+            cache = self.model.new_cache(1, capacity=self._cache.capacity)
+            cache.reorder([])
+            cache.add(self._cache, [0])
+        tokens = self._rows[0].tokens
+        read = min(cache.lengths[0], len(tokens) - 1)
+        self._cache = None
+        if cache.can_truncate([read]):
+            cache.truncate([read])
+            self._prefix.keep(tokens[:read], cache)
+
     def _leave_cache(self) -> None:
         """When nothing is left to do, leave the cache and its graphs to the model's next texts."""
         if self._loop is not None and not self.busy:
+            if self._remembers:
+                self.remember()
             keep(self.model, self._loop)
             self._loop = self._cache = None
 

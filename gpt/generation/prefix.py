@@ -48,6 +48,10 @@ class Prefix:
                 read(self.model, ids, self._cache, each=reading.add)
                 [self.details] = reading.found
 
+    def keep(self, tokens: list[int], cache: KVCache) -> None:
+        """Take over a cache of one row in which the model has read ``tokens``."""
+        self._tokens, self._cache = tokens, cache
+
     def new_cache(self, prompts: list[list[int]]) -> KVCache:
         """A cache with one row for each of ``prompts``. Each row holds as much of the prefix as all
         the prompts begin with, and has room for the longest prompt.

@@ -2,7 +2,7 @@
 
 import codecs
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -14,6 +14,7 @@ from gpt.generation.context import Reason
 from gpt.generation.continuer import Continuer
 from gpt.generation.decode import Decoder
 from gpt.generation.logprobs import TokenDetails
+from gpt.generation.prefix import Prefix
 from gpt.generation.speculative import Draft, DraftModel, PromptLookup, Speculator
 from gpt.model.gpt import GPT
 
@@ -68,7 +69,7 @@ def generate(
     settings and prompts.
     """
     options = ("batch_size", "draft", "num_draft_tokens", "cancelled")
-    texts, config = _listed(prompts), _config(settings, options)
+    texts, config = _listed(prompts), settings_of(settings, options)
     decoder = new_decoder(
         model, config, batch_size=batch_size, draft=draft, num_draft_tokens=num_draft_tokens
     )
@@ -91,7 +92,7 @@ def stream(
     """Yield one continuation of ``prompt`` in pieces, as they are made. Joined, they are the text
     of :func:`generate`. To stop early, leave the loop.
     """
-    config = _config(settings, ("draft", "num_draft_tokens"))
+    config = settings_of(settings, ("draft", "num_draft_tokens"))
     if config.num_samples != 1:
         raise UsageError(f"num_samples is {config.num_samples}, and must be 1 for a stream")
     decoder = new_decoder(model, config, draft=draft, num_draft_tokens=num_draft_tokens)
@@ -102,11 +103,14 @@ def run(
     model: tuple[GPT, Tokenizer],
     prompts: Sequence[Prompt],
     decoder: Continuer,
+    *,
+    begins: bool | None = None,
 ) -> Iterator[tuple[str, Completion]]:
     """Yield each piece of text as it becomes certain, with its completion.
 
     A completion's last piece, which may be empty, comes when its ``reason`` is set. ``decoder`` is
-    a new one from :func:`new_decoder`.
+    a new one from :func:`new_decoder`. ``begins`` is whether a continuation is a text of its own;
+    by default, whether its prompt has no text.
     """
     (_, tokenizer), config = model, decoder.config
     completions: list[Completion] = []
@@ -118,8 +122,8 @@ def run(
         for sample in range(config.num_samples):
             decoder.add(ids, sample=sample)
             completions.append(Completion(number, sample))
-            begins = not tokenizer.decode_bytes(ids)
-            growing.append(GrowingText(tokenizer, config.stop, begins=begins))
+            own = not tokenizer.decode_bytes(ids[:99]) if begins is None else begins
+            growing.append(GrowingText(tokenizer, config.stop, begins=own))
     details: dict[int, list[TokenDetails]] = {}  # of each prompt
     while decoder.busy:
         for token in decoder.advance():
@@ -155,13 +159,16 @@ def new_decoder(
     batch_size: int = 32,
     draft: tuple[GPT, Tokenizer] | None = None,
     num_draft_tokens: int = 0,
+    ends: Collection[int] = (),
+    prefix: Prefix | None = None,
 ) -> Continuer:
     """The decoder for the settings of ``config``: sampling, or a beam search. With
     ``num_draft_tokens``, a speculative one that takes its guesses from ``draft``, or without a
-    draft from the text itself.
+    draft from the text itself. A text also ends at the ids ``ends``. Sampling begins with what
+    ``prefix`` has read.
     """
     network, tokenizer = model
-    size, end = tokenizer.vocab_size, ends_of(tokenizer)
+    size, end = tokenizer.vocab_size, ends_of(tokenizer).union(ends)
     check_number("num_draft_tokens", num_draft_tokens, 0)
     if config.num_beams > 1 and num_draft_tokens:
         raise UsageError("num_beams and num_draft_tokens are both given; give only one of them")
@@ -170,7 +177,14 @@ def new_decoder(
     if config.num_beams > 1:
         return BeamSearch(network, config, vocab_size=size, end_of_text=end)
     if not num_draft_tokens:
-        return Decoder(network, config, batch_size=batch_size, vocab_size=size, end_of_text=end)
+        return Decoder(
+            network,
+            config,
+            batch_size=batch_size,
+            vocab_size=size,
+            end_of_text=end,
+            prefix=prefix,
+        )
     guesser: Draft = PromptLookup()
     if draft is not None:
         if fingerprint(draft[1]) != fingerprint(tokenizer):
@@ -188,7 +202,7 @@ def new_decoder(
     )
 
 
-def _config(settings: dict[str, Any], options: Sequence[str]) -> GenerationConfig:
+def settings_of(settings: dict[str, Any], options: Sequence[str]) -> GenerationConfig:
     """The configuration from a caller's ``settings``. ``UsageError`` for a name that it does not
     have; the nearest of its fields and of the caller's other ``options`` is suggested.
     """
