@@ -156,8 +156,8 @@ def test_what_is_cached_gives_the_answers_of_a_whole_reading(model):
         assert whole.text == answer
 
 
-@pytest.mark.parametrize("settings", [{"num_beams": 2}, {"num_draft_tokens": 3}])
-def test_beams_and_guesses_hold_conversations_too(model, settings):
+@pytest.mark.parametrize("settings", [{"num_beams": 2}, {"num_draft_tokens": 3}, {"logprobs": 1}])
+def test_beams_guesses_and_log_probabilities_hold_conversations_too(model, settings):
     guesses = {"num_draft_tokens": settings.pop("num_draft_tokens", 0)}
     conversation = Conversation(model, greedy(**settings), **guesses)
     for text in ("Hello", "And now?"):
