@@ -123,10 +123,9 @@ class Decoder:
         self._describer = None
         if config.logprobs is not None:
             self._describer = Describer(model, config.logprobs, self.vocab_size)
-        # The log-probabilities of a prompt need all its tokens, also those that were read before.
-        self._remembers = prefix is not None and self._describer is None
-        kept = prefix if self._remembers else None
-        self._prefix = kept or Prefix(model, self._describer)
+            prefix = None  # what was read without details has none
+        self._prefix = prefix or Prefix(model, self._describer)
+        self._remembers = prefix is not None
         self._count = 0
 
     @property

@@ -4,6 +4,7 @@ GGUF.
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -11,10 +12,14 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import gpt
-from gpt.config import ModelConfig, UsageError
+from gpt.config import DataConfig, ModelConfig, UsageError
 from gpt.data import tokenizer as tokenizers
+from gpt.data.corpus import open_corpus
 from gpt.data.library_tokenizer import LibraryTokenizer
+from gpt.data.prepare import prepare
 from gpt.data.tokenizer import decode, encoder, prompt_ids
+from gpt.evaluation.likelihood import encode_pair
+from gpt.evaluation.perplexity import encode_text
 from gpt.generation.text import GrowingText, encode_prompt
 from gpt.interop.gguf_tokenizer import tokenizer_metadata, tokenizer_of
 from gpt.interop.vocabulary import load_tokenizer
@@ -157,6 +162,23 @@ def test_a_later_piece_of_a_document_continues_it(both):
         ids = [i for n, piece in enumerate(pieces) for i in encoder(ours, begins=n == 0)(piece)]
         assert ids[0] == 1
         assert decode(ours, ids) == text or takes_a_space(ours, text)
+
+
+def test_each_document_of_training_and_evaluation_begins_with_the_first_token(both, tmp_path):
+    ours, _ = both
+    (tmp_path / "texts").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "texts" / name).write_text(f"plain words of {name}\n" * 20)
+    config = DataConfig(source=str(tmp_path / "texts"), validation_fraction=0.1)
+    ids = np.array(prepare(config, tmp_path / "cache", tokenizer=ours).train.ids).tolist()
+    evaluated = encode_text(ours, open_corpus(str(tmp_path / "texts"))).tolist()
+    for found in (ids, evaluated):
+        starts = [i for i, token in enumerate(found) if token == 1]
+        assert starts[0] == 0
+        assert len(starts) == 2
+        assert found[starts[1] - 1] == ours.end_of_text
+    assert encode_pair(ours, "", "plain").context == [1]
+    assert encode_pair(ours, "plain", " words").context[0] == 1
 
 
 @pytest.mark.parametrize("way", ["saved", "exported", "gguf"])
