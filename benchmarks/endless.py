@@ -11,8 +11,7 @@ import dataclasses
 import time
 
 import torch
-from machine import describe
-from rich.console import Console
+from machine import show
 from rich.table import Table
 
 from gpt import GPT, ModelConfig
@@ -57,9 +56,7 @@ def main() -> None:
         written = f"{i * arguments.tokens // 10:,}"
         row = f"{mine:.2f}", f"{held / 1e6:.1f}", f"{other:.2f}", f"{grown / 1e6:.1f}"
         table.add_row(written, *row)
-    console = Console(width=max(100, Console().width))
-    console.print(describe(), highlight=False, soft_wrap=True)
-    console.print(table)
+    show(table)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,7 @@ import statistics
 import time
 
 import torch
-from machine import describe
-from rich.console import Console
+from machine import show
 from rich.table import Table
 
 from gpt import GPT, ModelConfig
@@ -69,9 +68,7 @@ def main() -> None:
         seconds = statistics.median(times[name])
         row = f"{model.parameter_count():,}", f"{1000 * seconds:.0f}", f"{seconds / dense:.2f} x"
         table.add_row(name, *row)
-    console = Console(width=max(100, Console().width))
-    console.print(describe(), highlight=False, soft_wrap=True)
-    console.print(table)
+    show(table)
 
 
 if __name__ == "__main__":

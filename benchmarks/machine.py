@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from gpt.device import cpu_class, cpu_limit
 
@@ -20,6 +22,13 @@ def describe() -> str:
         f"{torch.get_num_threads()} threads, {gpu}; Python {platform.python_version()}, "
         f"torch {torch.__version__}"
     )
+
+
+def show(table: Table) -> None:
+    """Print the machine and a table of its figures, wide enough for both."""
+    console = Console(width=max(100, Console().width))
+    console.print(describe(), highlight=False, soft_wrap=True)
+    console.print(table)
 
 
 def bandwidth() -> float:

@@ -203,7 +203,7 @@ inline void put_half(Number* to, const float* numbers, long size) {  // the firs
     put(to + i, floats(numbers + i), std::min(LANES, size - i));
 }
 
-inline void put_bytes(int8_t* to, Ints v) {  // in two steps: compilers expand one step badly
+inline void put_bytes(int8_t* to, Ints v) {  // compilers expand one conversion from 32 to 8 bits badly
   auto narrow = __builtin_convertvector(__builtin_convertvector((Words)v, Halves), Quarters);
   std::memcpy(to, &narrow, sizeof narrow);
 }
@@ -624,8 +624,8 @@ struct Product {
     rows(n, out);
     for (int r = 0; r < R; r++)
       for (int m = 0; m < M; m++) {
-        float& place = y[(first + m) * matrix.N + n + r];
-        place = (add ? place : 0) + out[r * M + m] + (matrix.bias ? matrix.bias[n + r] : 0);
+        float& sum = y[(first + m) * matrix.N + n + r];
+        sum = (add ? sum : 0) + out[r * M + m] + (matrix.bias ? matrix.bias[n + r] : 0);
       }
   }
 };
@@ -983,13 +983,13 @@ struct Turned {
   }
 
  private:
-  void put(const Rotary& rotary, long at, bool of_key, long place) {
+  void put(const Rotary& rotary, long at, bool of_key, long start) {
     for (long i = 0; i < rotary.pairs; i++) {
       float angle = float(at) * rotary.turns[i], factor = float(rotary.factor);
       float decay = rotary.decay ? std::pow(rotary.decay[i], float(at) / 512) : 1;
       float cosine = factor * std::cos(angle), sine = factor * std::sin(angle);
-      numbers[place + i] = of_key ? cosine / decay : cosine * decay;
-      numbers[place + rotary.pairs + i] = of_key ? sine / decay : sine * decay;
+      numbers[start + i] = of_key ? cosine / decay : cosine * decay;
+      numbers[start + rotary.pairs + i] = of_key ? sine / decay : sine * decay;
     }
   }
 };
@@ -1169,23 +1169,23 @@ void gpt_blocks(const Layer* layers, const Shape* shape, const Token* tokens, lo
         multiply(layer.router, M, normal.data(), logits.data());
 #pragma omp barrier
         std::vector<Load> loads = route(layer, logits.data(), M);
-        auto each_expert = [&](auto function) {  // with the place of its numbers
+        auto each_expert = [&](auto function) {  // with the index of its first number
           long before = 0;
           for (size_t e = 0; e < loads.size(); before += loads[e].tokens.size(), e++)
             if (!loads[e].tokens.empty()) function(layer.experts[e], loads[e], before * widest);
         };
-        each_expert([&](const FeedForward& mlp, const Load& load, long place) {
+        each_expert([&](const FeedForward& mlp, const Load& load, long start) {
           for (size_t i = 0; i < load.tokens.size(); i++)
             std::copy_n(&normal[load.tokens[i] * C], C, &gathered[i * C]);
-          inside(mlp, shape->activation, load.tokens.size(), gathered.data(), &hidden[place],
-                 &gates[place]);
+          inside(mlp, shape->activation, load.tokens.size(), gathered.data(), &hidden[start],
+                 &gates[start]);
         });
         if (mlp_norm)
           for (long m = 0; m < M; m++)
             std::fill(&added[m * C] + columns.begin, &added[m * C] + columns.end, 0.0f);
 #pragma omp barrier
-        each_expert([&](const FeedForward& mlp, const Load& load, long place) {
-          multiply(mlp.down, load.tokens.size(), &hidden[place], result.data());
+        each_expert([&](const FeedForward& mlp, const Load& load, long start) {
+          multiply(mlp.down, load.tokens.size(), &hidden[start], result.data());
           for (size_t i = 0; i < load.tokens.size(); i++)
             for (long c = columns.begin; c < columns.end; c++)
               to[load.tokens[i] * C + c] += load.weights[i] * result[i * C + c];

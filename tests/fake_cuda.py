@@ -19,8 +19,8 @@ from gpt.config import GenerationConfig, ModelConfig, OptimizerConfig
 from gpt.data.batches import IGNORED
 from gpt.generation.ahead import TokenLoop
 from gpt.generation.inference import prepare_for_inference
+from gpt.generation.logprobs import logprobs_of
 from gpt.generation.sampling import History, choose, penalise
-from gpt.generation.score import score_targets
 from gpt.model.cache import KVCache
 from gpt.model.gpt import GPT
 from gpt.training.loss import summed_loss
@@ -199,7 +199,7 @@ def test_penalties_and_scores():
     histories.append(chosen)
     assert chosen.device.type == "cuda"
     model = model_of().eval()
-    scores = score_targets(model, model.features(some_tokens(1, 20))[0], some_tokens(20))
+    scores = logprobs_of(model, model.features(some_tokens(1, 20))[0], some_tokens(20))
     assert (scores.shape, scores.device.type) == ((20,), "cuda")
 
 

@@ -24,6 +24,7 @@ from gpt.config import (
     unescaped,
     with_present_names,
 )
+from gpt.config.toml import _check_names
 from gpt.model.gpt import GPT, parameter_count
 
 CONFIGS = sorted(Path(__file__).parent.parent.joinpath("configs").rglob("*.toml"))
@@ -134,19 +135,41 @@ def test_lists_in_toml_are_read(tmp_path):
     assert parse(SampleConfig, [str(path)], prog="sample.py").stop == ("a b", "c")
 
 
-@pytest.mark.parametrize("where", ["command line", "toml"])
-def test_a_misspelt_field_gets_the_nearest_right_one_and_status_2(where, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("schema", "words", "said"),
+    [
+        (TrainConfig, ["--model.n_layr=3"], "'--model.n_layr'; did you mean --model.n_layer?"),
+        (TrainConfig, ["--model.no-biass"], "'--model.no_biass'; did you mean --model.no_bias?"),
+        (TrainConfig, ["--windows", "3"], "'--windows'; did you mean --evaluation.windows?"),
+        (SampleConfig, ["--xyzzy\x1b"], "'--xyzzy\\x1b'; --help lists the options"),
+        (ExportConfig, ["--model", "m"], "'--model'; --help lists the options"),
+    ],
+)
+def test_a_misspelt_option_gets_the_nearest_right_one(schema, words, said):
+    with pytest.raises(UsageError, match=f"^unknown option {re.escape(said)}$"):
+        parse(schema, words, prog="gpt")
+
+
+def test_a_misspelt_field_in_toml_is_told_with_its_file(tmp_path):
     path = tmp_path / "run.toml"
-    path.write_text("[model]\nn_layr = 3\n" if where == "toml" else "")
-    words = [] if where == "toml" else ["--model.n_layr=3"]
-    with pytest.raises(SystemExit) as exit_:
-        parse(TrainConfig, [str(path), *words], prog="train.py")
-    assert exit_.value.code == 2
-    error = capsys.readouterr().err
-    assert "n_layr" in error
-    assert "--model.n_layer INT" in error
-    if where == "toml":
-        assert "run.toml" in error.replace("\n", "").replace("│", "").replace(" ", "")
+    path.write_text("[model]\nn_layr = 3\n")
+    said = f"unknown option '--model.n_layr' in {path}; did you mean --model.n_layer?"
+    with pytest.raises(UsageError, match=f"^{re.escape(said)}$"):
+        parse(TrainConfig, [str(path)], prog="train.py")
+
+
+@pytest.mark.parametrize("value", ["--", "-5", "--- x", "---"])
+def test_a_value_that_only_looks_like_an_option_is_a_value(value):
+    assert parse(SampleConfig, [f"--prompt={value}"], prog="gpt").prompt == value
+
+
+@pytest.mark.parametrize("schema", [TrainConfig, SampleConfig, PrepareConfig, EvaluateConfig])
+def test_every_option_that_the_help_lists_is_known(schema, capsys):
+    with pytest.raises(SystemExit):
+        parse(schema, ["--help"], prog="gpt")
+    listed = re.findall(r"^\W*(--[\w.]+\w)", capsys.readouterr().out, re.MULTILINE)
+    assert len(listed) > 5
+    _check_names(schema, listed, "")
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,9 @@ from gpt.generation import ahead
 from gpt.generation.ahead import capture
 from gpt.generation.decode import decode
 from gpt.generation.quantisation import Matrix
+from gpt.model import head
 from gpt.training.activations import checkpoint_activations
+from gpt.training.loss import summed_loss
 from gpt.training.run import train
 from tests.conftest import make_model
 from tests.tiny import tiny_run
@@ -169,6 +171,51 @@ class Operators(TorchDispatchMode):
     def __torch_dispatch__(self, operator, types, args=(), options=None):
         self.names.add(operator.name())
         return operator(*args, **options or {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_vocabulary_of_any_size_gives_the_plain_products_gradients_on_a_gpu(dtype, monkeypatch):
+    model = make_model(dataclasses.replace(CONFIG, vocab_size=1001)).to("cuda")
+    tokens = torch.randint(1001, (32, 65), device="cuda")
+    found = []
+    for is_faster in (head._is_faster, lambda weight, x: False):
+        monkeypatch.setattr(head, "_is_faster", is_faster)
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            logits = model(tokens[:, :-1])
+        found.append((logits.stride(1), logits.detach().clone()))
+        summed_loss(logits, tokens[:, 1:]).backward()
+        found[-1] += (model.head.weight.grad, model.blocks[0].attn.qkv.weight.grad)
+        model.zero_grad(set_to_none=True)
+    (wide, *mine), (narrow, *plain) = found
+    assert (wide, narrow) == (1024, 1001)
+    for one, other in zip(mine, plain, strict=True):
+        assert (one - other).norm() / other.norm() < 0.01
+
+
+@pytest.mark.parametrize("compile_mode", ["off", "on"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"learned_sinks": True}, {"window": 100, "window_pattern": "LG"}], ids=str
+)
+def test_flex_attention_gives_the_plain_formulas_gradients_on_a_gpu(
+    changes, compile_mode, monkeypatch
+):
+    shape = {"attention_softcap": 5.0, "position": "rotary", "context_length": 300}
+    model = make_model(dataclasses.replace(CONFIG, **shape, **changes)).to("cuda").train()
+    tokens = torch.randint(61, (4, 301), device="cuda")
+    found = []
+    for served in (True, False):
+        if not served:
+            monkeypatch.setattr("gpt.model.gpt.serves", lambda *arguments, **options: False)
+        elif compile_mode == "on":
+            for block in model.blocks:
+                block.compile()
+        views = model.new_shared(tokens[:, :-1], None).views.values()
+        assert {view.flex is not None for view in views} == {served}
+        summed_loss(model(tokens[:, :-1]), tokens[:, 1:]).backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+        model.zero_grad(set_to_none=True)
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() / other.norm() < 0.01
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4])

@@ -11,6 +11,7 @@ from gpt import terminal
 from gpt.cli import main
 from gpt.config import SampleConfig, UsageError
 from gpt.terminal import Session
+from tests.generation.test_chat import model_of
 from tests.test_cli import RUN
 
 
@@ -337,3 +338,81 @@ def test_a_history_that_cannot_be_kept_is_not_kept(monkeypatch, capsys, model, h
     talk(monkeypatch, capsys, session(model))
     assert kept == []
     terminal._write_history(Path("/proc/none/history"))
+
+
+def conversation(**settings):
+    """A session that is a conversation with a model that says little."""
+    config = SampleConfig(model="chatty", chat=True, max_new_tokens=8, **settings)
+    return Session(config, gpt.interop.load.Loaded(*model_of(128)))
+
+
+def test_a_conversation_answers_each_message_and_remembers_the_others(monkeypatch, capsys):
+    own = conversation(temperature=0, system="Be brief.")
+    out, err = talk(monkeypatch, capsys, own, "Hello", '"""And', 'now?"""', "/help")
+    system = {"role": "system", "content": "Be brief."}
+    messages = [system, {"role": "user", "content": "Hello"}]
+    first = gpt.chat(own.model, messages, temperature=0, max_new_tokens=8)
+    messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "And\nnow?"}]
+    second = gpt.chat(own.model, messages, temperature=0, max_new_tokens=8)
+    assert out == f"{first}\n{second}\n\n"
+    assert own.conversation.messages[:4] == messages
+    assert "type a message; /help shows" in err
+    assert "/new                begin a new conversation" in err
+
+
+def test_in_a_conversation_new_begins_again_and_retry_answers_again(monkeypatch, capsys):
+    own = conversation(temperature=3, seed=1)
+    out, err = talk(monkeypatch, capsys, own, "/retry", "Hello", "/retry", "/new", "Hello")
+    answers = out.splitlines()
+    assert "/retry needs an answer" in err
+    assert len(own.conversation.messages) == 2
+    assert out.count(own.conversation.messages[1]["content"]) >= 2  # the seed makes it the first
+    assert len(set(answers)) >= 2
+    assert "unknown command /new" in talk(monkeypatch, capsys, session(own.model), "/new").err
+
+
+def test_a_long_conversation_says_what_it_drops_and_explains_its_answer(monkeypatch, capsys):
+    own = conversation(temperature=0)
+    out, err = talk(monkeypatch, capsys, own, *["A message with words"] * 4, "/explain")
+    assert "the context is full; the oldest turn was dropped\n" in err
+    assert "8 tokens" in out
+    assert "<|im_start|>" not in out
+
+
+def test_ctrl_c_stops_an_answer_and_the_conversation_keeps_it(monkeypatch, capsys):
+    own = conversation(temperature=0)
+    pieces = own.conversation.ask
+
+    def interrupted(text):
+        for n, piece in enumerate(pieces(text)):
+            if n == 3:
+                raise KeyboardInterrupt
+            yield piece
+
+    monkeypatch.setattr(own.conversation, "ask", interrupted)
+    out, _ = talk(monkeypatch, capsys, own, "Hello")
+    [_, answer] = own.conversation.messages
+    assert answer["role"] == "assistant"
+    assert answer["content"].startswith(out.rstrip("\n"))
+
+
+def test_a_model_without_a_template_is_told_before_the_conversation(capsys):
+    words = ["--model", str(RUN), "--chat", "--prompt", "JULIET"]
+    assert main(["sample", *words]) == 2
+    assert "the model has no chat template" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"system": "x"}, "system is 'x', and is for conversations: give chat"),
+        ({"chat": True, "num_samples": 2}, "num_samples is 2, and must be 1 with chat"),
+        (
+            {"chat": True, "prompt_file": Path("a.jsonl"), "out": Path("b")},
+            "chat is a conversation, and prompt_file is a .jsonl file of prompts",
+        ),
+    ],
+)
+def test_options_that_do_not_fit_a_conversation_are_refused(settings, said):
+    with pytest.raises(UsageError, match=said):
+        SampleConfig(**settings)

@@ -7,6 +7,7 @@ from typing import Literal
 from gpt.config.checks import UsageError, check, number, quoted
 from gpt.config.data import DataConfig
 from gpt.config.generation import GenerationConfig
+from gpt.config.model import RotaryScaling
 from gpt.config.training import Device
 
 Weights = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
@@ -148,6 +149,10 @@ class EvaluateConfig:
     context_length: int = number(0, at_least=0)
     """Length of a window of the text, in tokens; also reports the loss by position in the window.
     It may exceed the model's context if its positions are not learned. 0: the model's context."""
+    rotary_scaling: Literal["model", RotaryScaling] = "model"
+    """How rotary positions are extended to context_length. model: as the model has it."""
+    rotary_scaling_factor: float = number(0.0, at_least=0)
+    """As model.rotary_scaling_factor; 0: context_length over the trained length."""
     stride: int = number(0, at_least=0)
     """Distance between windows of the text, in tokens; 0: half the context, or context_length
     if that is given."""
@@ -172,6 +177,13 @@ class EvaluateConfig:
             raise UsageError(f"models are {', '.join(self.models)}, and must all be different")
         if self.context_length and not self.text:
             raise UsageError("context_length is for windows of a text: give text as well")
+        if self.rotary_scaling != "model" and not self.context_length:
+            raise UsageError("rotary_scaling is for longer windows: give context_length as well")
+        if self.rotary_scaling_factor and self.rotary_scaling in ("model", "none"):
+            raise UsageError(
+                f"rotary_scaling_factor is {self.rotary_scaling_factor:g}, and needs a "
+                "rotary_scaling"
+            )
         if self.paired and not (len(self.models) == 2 and self.text):
             raise UsageError(
                 "paired compares two models on one text: give exactly two models, and text"

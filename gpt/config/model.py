@@ -1,6 +1,7 @@
 """The shape of a model: its sizes, and the variant of each part."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,8 +31,8 @@ class ModelConfig:
     """
 
     vocab_size: int = number(50257, at_least=0)
-    """Rows of the token embedding. In a run, 0 takes the tokenizer's size (from 1,024 tokens on it
-    is padded to a multiple of 128, for GPUs); a larger number adds unused rows."""
+    """Tokens of the vocabulary, which are the rows of the token embedding. In a run, 0 takes the
+    tokenizer's size, and a larger number adds unused rows."""
     context_length: int = number(1024, at_least=0)
     """Maximum number of tokens that the model sees at once. With init, 0 keeps the model's own."""
     n_layer: int = number(12, at_least=1)
@@ -260,12 +261,13 @@ class ModelConfig:
         limits = {"learned": self.context_length, "xpos": max(self.context_length, 32_768)}
         return limits.get(self.position)
 
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - checks take longer than small models
     def resolved(self) -> Self:
         """The same shape, with each 0, '' and 'auto' that means a default replaced by that
         default.
         """
         factor = 1.0 if self.rotary_scaling == "dynamic_ntk" else self.rotary_scaling_factor
-        placed: Initial = "deepnorm" if self.norm_placement == "deepnorm" else "gpt2"
+        matching: Initial = "deepnorm" if self.norm_placement == "deepnorm" else "gpt2"
         turns = 4.0 if self.rotary_scaling == "llama3" else 32.0
         norm_bias = self.norm_weight and self.norm == "layernorm" and self.bias
         return dataclasses.replace(
@@ -282,7 +284,7 @@ class ModelConfig:
             norm_bias=_decided(self.norm_bias, norm_bias),
             qkv_bias=_decided(self.qkv_bias, self.bias),
             window_pattern=self._pattern(),
-            initial=placed if self.initial == "auto" else self.initial,
+            initial=matching if self.initial == "auto" else self.initial,
         )
 
 

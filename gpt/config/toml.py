@@ -8,8 +8,10 @@ suggestions.
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import io
 import json
+import re
 import stat
 import sys
 import tomllib
@@ -17,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from gpt.config.checks import UsageError, foreign
+from gpt.config.checks import UsageError, foreign, quoted
 from gpt.config.data import DataConfig
 from gpt.config.model import with_present_names
 from gpt.config.training import TrainConfig, run_of
@@ -29,8 +31,8 @@ def parse(schema: type[T], arguments: Sequence[str], *, prog: str, toml: Path | 
     """The configuration: the defaults of ``schema``, then ``toml``, then the command line.
 
     ``arguments`` are the words after the program's name. If the first one is a ``*.toml`` file, it
-    replaces ``toml``. For wrong words tyro prints an explanation and exits with status 2; for
-    values that a configuration refuses, :class:`UsageError`.
+    replaces ``toml``. For values of a wrong type tyro prints an explanation and exits with status
+    2; for misspelt names and values that a configuration refuses, :class:`UsageError`.
     """
     import tyro
 
@@ -39,6 +41,8 @@ def parse(schema: type[T], arguments: Sequence[str], *, prog: str, toml: Path | 
         toml = Path(words.pop(0))
         prog = f"{prog} {toml}"
     tokens = toml_tokens(toml) if toml else []
+    _check_names(schema, tokens, f" in {foreign(toml)}")
+    _check_names(schema, words, "")
     registry = tyro.constructors.ConstructorRegistry()
 
     @registry.primitive_rule
@@ -78,6 +82,32 @@ def parse(schema: type[T], arguments: Sequence[str], *, prog: str, toml: Path | 
         raise
     finally:
         sys.stderr.write(told.getvalue())
+
+
+def _check_names(schema: type[Any], words: Sequence[str], where: str) -> None:
+    """``UsageError`` for the first option among ``words`` that the schema does not have."""
+    known = list(_names(schema))
+    for word in words:
+        if word == "--":
+            return
+        name = word[2:].partition("=")[0].replace("-", "_")
+        if not re.match(r"--[A-Za-z]", word) or name in (*known, "help"):
+            continue
+        # The group may be what is missing: n_layer for model.n_layer.
+        near = [each for each in known if each.rpartition(".")[2] == name]
+        near += difflib.get_close_matches(name, known, n=1)
+        advice = f"did you mean --{near[0]}?" if near else "--help lists the options"
+        raise UsageError(f"unknown option {quoted('--' + name)}{where}; {advice}")
+
+
+def _names(schema: type[Any], group: str = "") -> Iterator[str]:
+    """The names of a schema's options; those without a default are positional words."""
+    for item in dataclasses.fields(schema):
+        name, no = f"{group}{item.name}", dataclasses.MISSING
+        if isinstance(item.type, type) and dataclasses.is_dataclass(item.type):
+            yield from _names(item.type, f"{name}.")
+        elif item.default is not no or item.default_factory is not no:
+            yield from (name, f"{group}no_{item.name}") if item.type is bool else (name,)
 
 
 def parse_training(

@@ -19,7 +19,7 @@ from gpt.config import UsageError
 from gpt.data import tokenizer as tokenizers
 from gpt.data.corpus import Corpus
 from gpt.data.tokenizer import Ids, Tokenizer, encoder
-from gpt.generation.score import score_targets
+from gpt.generation.logprobs import logprobs_of
 from gpt.model.gpt import GPT
 
 MIN_WINDOWS = 10
@@ -139,9 +139,9 @@ def score_text(
         for j, i in enumerate(batch):
             before = starts[i - 1] + context - starts[i] if i else 0  # scored by the window before
             targets = tokens[j, 1 + before :]
-            scores = score_targets(model, features[j, before:], targets)
-            losses[i], counts[i] = -scores.double().sum().item(), len(targets)
-            by_position[0, before : before + len(targets)] -= scores.double().cpu().numpy()
+            logprobs = logprobs_of(model, features[j, before:], targets)
+            losses[i], counts[i] = -logprobs.double().sum().item(), len(targets)
+            by_position[0, before : before + len(targets)] -= logprobs.double().cpu().numpy()
             by_position[1, before : before + len(targets)] += 1
     n_bytes = int(tokenizers.byte_lengths(tokenizer)[ids[1:]].sum())
     return TextScore(losses, counts, n_bytes, by_position)

@@ -23,6 +23,7 @@ from gpt.evaluation.tasks import Metric
 from gpt.generation.inference import InferenceGPT, choose_weights
 from gpt.interop.load import Loaded, load
 from gpt.interop.packed import is_packed
+from gpt.model.surgery import extend_context
 
 
 @dataclass
@@ -46,6 +47,31 @@ def _load(name: str, weights: Weights, device: torch.device, say: Callable[[str]
     return load(name, device=device, dtype=getattr(torch, kind), say=say)
 
 
+def _made_longer(name: str, loaded: Loaded, config: EvaluateConfig) -> Loaded:
+    """The model with the rotary scaling that ``config`` asks for, in its context."""
+    if config.rotary_scaling == "model":
+        return loaded
+    model, context = loaded.model, config.context_length
+    own = model.config.resolved()
+    if own.position not in ("rotary", "xpos"):
+        raise UsageError(
+            f"rotary_scaling is {config.rotary_scaling!r}, and the positions of {foreign(name)} "
+            f"are {own.position}, which it cannot extend"
+        )
+    factor = config.rotary_scaling_factor or context / own.rotary_trained_length
+    if config.rotary_scaling == "none":
+        factor = 1.0
+    elif factor <= 1 and not config.rotary_scaling_factor:
+        raise UsageError(
+            f"context_length is {context}, and a rotary_scaling needs more than the "
+            f"{own.rotary_trained_length} tokens that {foreign(name)} was trained on"
+        )
+    longer = max(context, own.context_length)
+    scaling = {"rotary_scaling": config.rotary_scaling, "rotary_scaling_factor": factor}
+    extend_context(model, longer, **scaling)
+    return loaded
+
+
 def measure(config: EvaluateConfig, *, say: Callable[[str], None]) -> Report:
     """Run what ``config`` asks for, one model at a time. A paired comparison scores both models on
     windows of the shorter context.
@@ -64,7 +90,10 @@ def _measure(config: EvaluateConfig, corpus: Corpus | None, say: Callable[[str],
     device = choose_device(config.device)
     texts: list[TextScore] = []
     models: Iterable[tuple[str, Loaded]]
-    models = ((name, _load(name, config.weights, device, say)) for name in config.models)
+    models = (
+        (name, _made_longer(name, _load(name, config.weights, device, say), config))
+        for name in config.models
+    )
     context, ids = config.context_length, None
     if config.paired and corpus:
         models = pair = list(models)

@@ -123,9 +123,10 @@ def _as_json(completion: Completion) -> dict[str, Any]:
     if completion.logprobs:
         content |= {"tokens": completion.tokens, "logprobs": completion.logprobs}
         content |= {"top": completion.top} if any(completion.top) else {}
-        if completion.prompt_scores is not None:
-            content["prompt_logprobs"] = completion.prompt_scores.logprobs
-            content |= {"prompt_top": completion.prompt_scores.top} if any(completion.top) else {}
+        if completion.prompt_details is not None:
+            content["prompt_logprobs"] = [token.logprob for token in completion.prompt_details]
+            if any(completion.top):
+                content["prompt_top"] = [token.top for token in completion.prompt_details]
     return content
 
 

@@ -16,8 +16,9 @@ from gpt.config import GenerationConfig, UsageError
 from gpt.device import check_memory
 from gpt.generation.checks import check_cache, check_prompt, check_settings
 from gpt.generation.context import Context, Ends
-from gpt.generation.decode import Token, evaluation_mode
-from gpt.generation.prefill import read
+from gpt.generation.decode import Token
+from gpt.generation.logprobs import Describer, Reading
+from gpt.generation.prefill import evaluation_mode, read
 from gpt.generation.sampling import Details, History, describe, finite, penalise
 from gpt.model.gpt import GPT
 
@@ -44,11 +45,13 @@ def beam_search(
     *,
     vocab_size: int | None = None,
     end_of_text: Ends = None,
+    reading: Reading | None = None,
 ) -> list[Beam]:
     """The best ``config.num_samples`` of ``config.num_beams`` continuations, the best first.
 
     Bias and penalties apply to the log-probabilities. Temperature and filters do not apply. A
     continuation ends at ``end_of_text``, after ``max_new_tokens``, or when the context is full.
+    ``reading`` collects the details of the prompt.
     """
     vocab_size = vocab_size or model.config.vocab_size
     context, width = _context(model, config, end_of_text), config.num_beams
@@ -65,9 +68,11 @@ def beam_search(
     beams = [Beam([], 0.0, [])]
     scores = torch.zeros(1, device=device)
     finished: list[Beam] = []
+    each = None if reading is None else reading.add
     for length in range(1, limit + 1):
         with evaluation_mode(model):
-            every = model.logits(read(model, unread, cache)[:, -1:])[:, -1]
+            every = model.logits(read(model, unread, cache, each=each)[:, -1:])[:, -1]
+        each = None  # the tokens after the prompt are not its own
         logits = every[:, :vocab_size]
         early = range(len(beams)) if length <= config.min_new_tokens else ()
         logprobs = logits.float().log_softmax(dim=-1)
@@ -199,13 +204,17 @@ class BeamSearch:
             return []
         first = self._count - len(self._waiting) * self.config.num_samples
         prompt = self._waiting.pop(0)
-        context = _context(self.model, self.config, self.end_of_text)
+        context, top = _context(self.model, self.config, self.end_of_text), self.config.logprobs
+        reading = None
+        if top is not None:
+            reading = Reading(Describer(self.model, top, self.vocab_size), [prompt])
         beams = beam_search(
             self.model,
             prompt,
             self.config,
             vocab_size=self.vocab_size,
             end_of_text=self.end_of_text,
+            reading=reading,
         )
         if len(beams) < self.config.num_samples:
             raise UsageError(
@@ -219,6 +228,8 @@ class BeamSearch:
                 tokens.append(Token(sequence, token, None, *details))
             ended = context.ended(prompt + beam.tokens, len(beam.tokens))
             tokens.append(Token(sequence, last, ended, *beam.details[-1], score=beam.score))
+        if reading is not None:
+            tokens[0] = dataclasses.replace(tokens[0], prompt_details=reading.found[0])
         return tokens
 
     def end(self, sequence: int) -> None:

@@ -9,7 +9,6 @@ the beginning that the prompts of a batch share.
 import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +26,12 @@ from gpt.generation.checks import (
     check_settings,
 )
 from gpt.generation.context import Context, Ends, Reason
-from gpt.generation.prefill import read
+from gpt.generation.logprobs import Describer, Reading, TokenDetails
+from gpt.generation.prefill import evaluation_mode, read
 from gpt.generation.prefix import Prefix
 from gpt.generation.sampling import (
     NO_NUMBERS,
+    Details,
     History,
     choose,
     describe,
@@ -58,15 +59,24 @@ class Token:
     """The likeliest ids with their log-probabilities, the likeliest first."""
     score: float | None = None
     """The beam's score, on its last token."""
+    prompt_details: list[TokenDetails] | None = None
+    """Those of the prompt's tokens from the second on, with the first token of sample 0, if
+    ``logprobs`` is set; of the part of the prompt that the model reads."""
 
 
 @dataclass(eq=False)
 class _Row:
     sequence: int
+    sample: int
     tokens: list[int]  # the ones in the context, and a last one that the model has not read
     draws: np.random.Generator
     written: int = 0
     ended: Reason | None = None
+    prompt_details: list[TokenDetails] | None = None  # until the first token is written
+
+    @property
+    def wants_details(self) -> bool:  # of its prompt
+        return self.written == 0 and self.sample == 0
 
 
 class Decoder:
@@ -110,7 +120,12 @@ class Decoder:
         if config.has_penalties or config.logprobs is not None:
             self._ahead = 1  # the loop computes neither
         self._loop: TokenLoop | None = None
-        self._prefix, self._remembers = prefix or Prefix(model), prefix is not None
+        self._describer = None
+        if config.logprobs is not None:
+            self._describer = Describer(model, config.logprobs, self.vocab_size)
+            prefix = None  # what was read without details has none
+        self._prefix = prefix or Prefix(model, self._describer)
+        self._remembers = prefix is not None
         self._count = 0
 
     @property
@@ -127,7 +142,7 @@ class Decoder:
         """
         prompt = check_prompt(self.model, prompt, self.config, self.vocab_size)
         draws = new_draws(self.config.seed, prompt, sample)
-        self._waiting.append(_Row(self._count, self._context.fit(prompt), draws))
+        self._waiting.append(_Row(self._count, sample, self._context.fit(prompt), draws))
         self._count += 1
         return self._count - 1
 
@@ -162,7 +177,7 @@ class Decoder:
         if arriving:
             self._make_room(arriving)
             upcoming = [row.tokens for row in itertools.islice(self._waiting, 1)]
-            self._prefix.share([row.tokens for row in arriving], upcoming)
+            self._prefix.read_common([row.tokens for row in arriving], upcoming)
         return features + [self._prefill(rows) for rows in _of_like_lengths(arriving)]
 
     def _next_rows(self) -> tuple[list[int], list[_Row]]:
@@ -242,12 +257,26 @@ class Decoder:
         ]
         ids = torch.tensor(padded, device=self.model.device)
         # In a ring, padding would overwrite a row's own tokens.
-        features = read(self.model, ids, cache, valid=ends if self.model.config.window else None)
+        valid = ends if self.model.config.window else None
+        reading = self._watched(arriving, prompts, start)
+        each = None if reading is None else reading.add
+        features = read(self.model, ids, cache, valid=valid, each=each)
+        if reading is not None:
+            for row, number in zip(arriving, own, strict=True):
+                if row.wants_details:
+                    row.prompt_details = self._prefix.details[:start] + reading.found[number]
         cache.truncate([len(prompt) for prompt in prompts])
         assert self._cache is not None
         self._cache.add(cache, own)
         self._rows += arriving
         return features[own, [ends[i] - 1 for i in own]]
+
+    def _watched(self, rows: list[_Row], prompts: list[list[int]], start: int) -> Reading | None:
+        """Collects the details of the prompts whose rows want them, if any does."""
+        if self._describer is None or not any(row.wants_details for row in rows):
+            return None
+        wanted = [row.tokens for row in rows if row.wants_details]
+        return Reading(self._describer, [p if p in wanted else [] for p in prompts], start=start)
 
     def _make_room(self, arriving: list[_Row]) -> None:
         """Replace the cache if the ``arriving`` rows do not fit, by one that also fits the waiting
@@ -319,14 +348,15 @@ class Decoder:
             self._history.append(chosen)
         details = describe(every, chosen, config.logprobs, self.vocab_size)
         tokens = zip(rows, ids, details, strict=True)
-        return [self._written(row, token, *detail) for row, token, detail in tokens]
+        return [self._written(*values) for values in tokens]
 
-    def _written(self, row: _Row, token: int, *details: Any) -> Token:
+    def _written(self, row: _Row, token: int, details: Details = (None, ())) -> Token:
         """Append ``token`` to the row."""
         row.tokens.append(token)
         row.written += 1
         row.ended = self._context.ended(row.tokens, row.written)
-        return Token(row.sequence, token, row.ended, *details)
+        about_prompt, row.prompt_details = row.prompt_details, None
+        return Token(row.sequence, token, row.ended, *details, None, about_prompt)
 
 
 def decode(
@@ -344,19 +374,6 @@ def decode(
             decoder.add(prompt, sample=sample)
     while decoder.busy:
         yield from decoder.advance()
-
-
-@contextmanager
-def evaluation_mode(model: GPT) -> Iterator[None]:
-    """Put the model into evaluation mode, and afterwards back into its former mode."""
-    training = model.training
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
-        if training:
-            model.train()
 
 
 def _of_like_lengths(rows: list[_Row]) -> Iterator[list[_Row]]:

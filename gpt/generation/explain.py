@@ -9,7 +9,7 @@ from string import Template
 from rich.text import Text
 
 from gpt.data.tokenizer import Tokenizer
-from gpt.generation.score import score_tokens
+from gpt.generation.logprobs import Describer
 from gpt.model.gpt import GPT
 
 ALTERNATIVES = 10
@@ -46,6 +46,7 @@ def explain(
     longer than the context in windows, and each window begins half a context after the one before.
     """
     network, tokenizer = model
+    describer = Describer(network, ALTERNATIVES, tokenizer.vocab_size)
     ids, context = prompt + continuation, network.config.context_length
     explained: list[ExplainedToken] = []
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -53,11 +54,11 @@ def explain(
     stride = max(1, context // 2)
     for start in range(0, max(1, len(ids) - 1 - context + stride), stride):
         window = ids[start : start + context + 1]
-        scored = score_tokens(network, window, top=ALTERNATIVES, vocab_size=tokenizer.vocab_size)
+        details = describer.of_text(window)
         for i in range(len(explained) + 1 - start, len(window)):
             alternatives = tuple(
                 (token_text(tokenizer, other), math.exp(logprob))
-                for other, logprob in scored.top[i - 1]
+                for other, logprob in details[i - 1].top
             )
             content, name = tokenizer.decode_bytes([window[i]]), token_text(tokenizer, window[i])
             explained.append(
@@ -66,8 +67,8 @@ def explain(
                     if content
                     else name,
                     name=name,
-                    logprob=scored.logprobs[i - 1],
-                    entropy=scored.entropies[i - 1],
+                    logprob=details[i - 1].logprob,
+                    entropy=details[i - 1].entropy,
                     alternatives=alternatives,
                     is_prompt=start + i < len(prompt),
                 )

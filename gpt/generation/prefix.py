@@ -2,6 +2,7 @@
 
 import torch
 
+from gpt.generation.logprobs import Describer, Reading, TokenDetails
 from gpt.generation.prefill import read
 from gpt.model.cache import KVCache
 from gpt.model.gpt import GPT
@@ -11,14 +12,21 @@ WORTH_SHARING = 8
 
 
 class Prefix:
-    """The longest beginning that the latest prompts share, in a cache of one row."""
+    """The longest beginning that the latest prompts share, in a cache of one row.
 
-    def __init__(self, model: GPT) -> None:
-        self.model = model
+    With a ``describer``, its tokens are described as the model reads them. The features of one
+    token give the details of the next one, so each prompt reads the last shared token itself.
+    """
+
+    def __init__(self, model: GPT, describer: Describer | None = None) -> None:
+        self.model, self.describer = model, describer
+        self.details: list[TokenDetails] = []
+        """Those of the shared tokens from the second on."""
+        self._left = 0 if describer is None else 1  # shared tokens that are not in the cache
         self._tokens: list[int] = []
         self._cache: KVCache | None = None
 
-    def share(self, prompts: list[list[int]], upcoming: list[list[int]]) -> None:
+    def read_common(self, prompts: list[list[int]], upcoming: list[list[int]]) -> None:
         """Read the shared beginning of ``prompts`` and ``upcoming`` ones if much of it is new.
 
         Equal ``prompts`` need no shared beginning: the decoder reads them once.
@@ -26,13 +34,19 @@ class Prefix:
         different = [list(prompt) for prompt in dict.fromkeys(map(tuple, prompts))] + upcoming
         if len(different) == 1:
             return
-        # The first and the last in sorted order share what all the prompts between them share.
+        # What the first and the last in sorted order begin with, the others begin with too.
         shared = common(min(different)[:-1], max(different)[:-1])
         if len(shared) - len(common(shared, self._tokens)) >= WORTH_SHARING:
             self._tokens = shared
-            self._cache = self.model.new_cache(1, capacity=len(shared))
-            ids = torch.tensor([shared], device=self.model.device)
-            read(self.model, ids, self._cache)
+            unread = shared[: len(shared) - self._left]
+            self._cache = self.model.new_cache(1, capacity=len(unread))
+            ids = torch.tensor([unread], device=self.model.device)
+            if self.describer is None:
+                read(self.model, ids, self._cache)
+            else:
+                reading = Reading(self.describer, [shared])
+                read(self.model, ids, self._cache, each=reading.add)
+                [self.details] = reading.found
 
     def keep(self, tokens: list[int], cache: KVCache) -> None:
         """Take over a cache of one row in which the model has read ``tokens``."""
@@ -42,7 +56,7 @@ class Prefix:
         """A cache with one row for each of ``prompts``. Each row holds as much of the prefix as all
         the prompts begin with, and has room for the longest prompt.
         """
-        known = min(len(common(prompt[:-1], self._tokens)) for prompt in prompts)
+        known = min(len(common(prompt[:-1], self._tokens)) for prompt in prompts) - self._left
         longest = max(map(len, prompts))
         if (
             self._cache is None

@@ -7,7 +7,7 @@ normalised. At temperature 0, the tokens are those of plain decoding. Guesses co
 model with the same tokenizer, or from an earlier occurrence of the last tokens in the text.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -17,8 +17,9 @@ from torch import Tensor
 from gpt.config import GenerationConfig, SamplingConfig, UsageError
 from gpt.generation.checks import check_number, check_prompt, check_settings
 from gpt.generation.context import Context, Ends, newest
-from gpt.generation.decode import Token, evaluation_mode
-from gpt.generation.prefill import read
+from gpt.generation.decode import Token
+from gpt.generation.logprobs import Describer, Reading
+from gpt.generation.prefill import evaluation_mode, read
 from gpt.generation.prefix import common
 from gpt.generation.sampling import (
     NO_NUMBERS,
@@ -177,6 +178,10 @@ class Speculator:
         if config.has_penalties:
             history = History(self.vocab_size, self.model.device)
             history.add(tokens)
+        reading = None
+        if config.logprobs is not None and sample == 0:
+            reading = Reading(Describer(self.model, config.logprobs, self.vocab_size), [tokens[:]])
+        each = None if reading is None else reading.add
         while True:
             tokens = context.slide(tokens)
             room = min(context.room(tokens), config.max_new_tokens - written) - 1
@@ -189,7 +194,8 @@ class Speculator:
                 dtype=exact_dtype(self.model.device),
                 device=self.model.device,
             )
-            every = reader.logits(tokens + guesses, len(guesses) + 1)
+            every = reader.logits(tokens + guesses, len(guesses) + 1, each)
+            each = None  # the tokens after the prompt are not its own
             self.rounds += 1
             self.guesses += len(guesses)
             histories = None if history is None else history.after_each(ids)
@@ -214,7 +220,8 @@ class Speculator:
                 written += 1
                 tokens.append(token)
                 ended = context.ended(tokens, written)
-                yield Token(sequence, token, ended, *details[i])
+                first = reading.found[0] if reading is not None and written == 1 else None
+                yield Token(sequence, token, ended, *details[i], prompt_details=first)
                 if ended:
                     return
             if histories is not None:
@@ -285,9 +292,11 @@ class _Reader:
         self._cache = model.new_cache()
         self._tokens: list[int] = []
 
-    def logits(self, tokens: list[int], n: int) -> Tensor:
+    def logits(
+        self, tokens: list[int], n: int, each: Callable[[int, Tensor], None] | None = None
+    ) -> Tensor:
         """The logits after each of the last ``n`` tokens, ``[n, V]``. Reads only the
-        :func:`newest` ones of a text that is longer than the context.
+        :func:`newest` ones of a text that is longer than the context; ``each`` is :func:`read`'s.
         """
         tokens = newest(tokens, self.model.config.context_length)
         kept = min(len(common(self._tokens, tokens)), len(tokens) - n)
@@ -296,6 +305,6 @@ class _Reader:
         self._tokens = list(tokens)
         unread = torch.tensor([tokens[kept:]], device=self.model.device)
         with evaluation_mode(self.model):
-            features = read(self.model, unread, self._cache)[0, -n:]
+            features = read(self.model, unread, self._cache, each=each)[0, -n:]
         logits: Tensor = self.model.logits(features)
         return logits

@@ -13,8 +13,8 @@ from gpt.generation.checks import check_number, check_sequences
 from gpt.generation.context import Reason
 from gpt.generation.continuer import Continuer
 from gpt.generation.decode import Decoder
+from gpt.generation.logprobs import TokenDetails
 from gpt.generation.prefix import Prefix
-from gpt.generation.score import Scored, score_tokens
 from gpt.generation.speculative import Draft, DraftModel, PromptLookup, Speculator
 from gpt.model.gpt import GPT
 
@@ -41,9 +41,9 @@ class Completion:
     """The likeliest ids at each of ``tokens``, with their log-probabilities."""
     score: float | None = None
     """A beam's log-probability, divided by its length to the power of the length penalty."""
-    prompt_scores: Scored | None = None
-    """The same for the prompt's tokens from the second on, if ``logprobs`` is set; for the last
-    ``context_length`` tokens of a prompt that is longer than the context."""
+    prompt_details: list[TokenDetails] | None = None
+    """The same for the prompt's tokens from the second on, if ``logprobs`` is set; of a prompt that
+    is longer than the context, for the tokens that the model reads."""
 
 
 def generate(
@@ -112,7 +112,7 @@ def run(
     a new one from :func:`new_decoder`. ``begins`` is whether a continuation is a text of its own;
     by default, whether its prompt has no text.
     """
-    (network, tokenizer), config = model, decoder.config
+    (_, tokenizer), config = model, decoder.config
     completions: list[Completion] = []
     growing: list[GrowingText] = []
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
@@ -124,23 +124,16 @@ def run(
             completions.append(Completion(number, sample))
             own = not tokenizer.decode_bytes(ids[:99]) if begins is None else begins
             growing.append(GrowingText(tokenizer, config.stop, begins=own))
-    scores: dict[int, Scored] = {}
+    details: dict[int, list[TokenDetails]] = {}  # of each prompt
     while decoder.busy:
         for token in decoder.advance():
             completion, text = completions[token.sequence], growing[token.sequence]
             if completion.reason:  # a beam continues after its stop text
                 completion.score = token.score
                 continue
-            if config.logprobs is not None and completion.prompt_scores is None:
-                number = completion.prompt
-                if number not in scores:  # read alone, so that they do not depend on the batch
-                    scores[number] = score_tokens(
-                        network,
-                        encoded[number],
-                        top=config.logprobs,
-                        vocab_size=tokenizer.vocab_size,
-                    )
-                completion.prompt_scores = scores[number]
+            if token.prompt_details is not None:
+                details[completion.prompt] = token.prompt_details
+            completion.prompt_details = details.get(completion.prompt)
             completion.tokens.append(token.id)
             if token.logprob is not None:
                 completion.logprobs.append(token.logprob)

@@ -22,9 +22,10 @@ def export_huggingface(
     """
     with new_folder(out) as work:
         table = FAMILIES[family]
-        first = tokenizer.end_of_text
-        others = sorted(ends_of(tokenizer) - {first})
-        end = {"bos_token_id": first, "eos_token_id": [first, *others] if others else first}
+        last = tokenizer.end_of_text
+        first = tokenizer.first[0] if tokenizer.first else last
+        others = sorted(ends_of(tokenizer) - {last})
+        end = {"bos_token_id": first, "eos_token_id": [last, *others] if others else last}
         config = table.exported(model.config) | end | {"dtype": _dtype(model)}
         texts = {"config.json": json.dumps(config, indent=2)}
         texts["generation_config.json"] = json.dumps(end, indent=2)

@@ -209,6 +209,8 @@ def _first(
     if not settings.add_first:
         return ()
     token = settings.tokens.get("bos_token", "")
+    if not token:
+        return ()
     if token not in special:
         raise UsageError(
             f"{foreign(folder / 'tokenizer_config.json')} has add_bos_token true, and its "

@@ -1,7 +1,7 @@
 """Write a tokenizer as the files that Hugging Face's ``AutoTokenizer`` reads."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gpt.config import UsageError
@@ -19,13 +19,15 @@ def hugging_face_files(tokenizer: Tokenizer) -> dict[str, str]:
     """
     special = special_tokens(tokenizer)
     definition = definition_of(tokenizer)
-    if tokenizer.first and not isinstance(tokenizer, LibraryTokenizer):
-        definition["post_processor"] = _putting_first(tokenizer.first, special)
+    names = {i: text for text, i in {**definition["model"]["vocab"], **special}.items()}
+    definition["post_processor"] = None
+    if tokenizer.first:
+        definition["post_processor"] = _putting_first([names[i] for i in tokenizer.first], names)
     end = next(
         (t for t, i in special.items() if i == tokenizer.end_of_text),
         END_OF_TEXT,
     )
-    first = next((t for t, i in special.items() if (i,) == tokenizer.first), end)
+    first = names[tokenizer.first[0]] if tokenizer.first else end
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": first,
@@ -52,9 +54,7 @@ def special_tokens(tokenizer: Tokenizer) -> Mapping[str, int]:
 
 
 def definition_of(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The content of ``tokenizer.json``, without a post-processor that puts ``first`` before a
-    text.
-    """
+    """The content of ``tokenizer.json``, apart from what puts ``first`` before a text."""
     if isinstance(tokenizer, LibraryTokenizer):
         return dict(tokenizer.definition)
     if isinstance(tokenizer, CharTokenizer):
@@ -94,16 +94,16 @@ def spelled(tokenizer: GPT2Tokenizer) -> tuple[dict[str, int], list[list[str]]]:
     return vocab, [merged_from(token, vocab) for token in tokens if len(token) > 1]
 
 
-def _putting_first(first: tuple[int, ...], special: Mapping[str, int]) -> dict[str, Any]:
-    """A post-processor that puts the tokens ``first`` before a text."""
-    texts = {i: text for text, i in special.items()}
-    before = [{"SpecialToken": {"id": texts[i], "type_id": 0}} for i in first]
+def _putting_first(texts: Sequence[str], names: Mapping[int, str]) -> dict[str, Any]:
+    """A post-processor that puts the tokens ``texts`` before a text."""
+    before = [{"SpecialToken": {"id": text, "type_id": 0}} for text in texts]
     one, two = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+    ids = {text: i for i, text in names.items()}
     return {
         "type": "TemplateProcessing",
         "single": [*before, one],
         "pair": [*before, one, two],
         "special_tokens": {
-            texts[i]: {"id": texts[i], "ids": [i], "tokens": [texts[i]]} for i in first
+            text: {"id": text, "ids": [ids[text]], "tokens": [text]} for text in texts
         },
     }

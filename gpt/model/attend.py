@@ -3,10 +3,12 @@
 "Causal" means something else when there are fewer queries than keys: query ``i`` of ``Tq`` sits at
 key position ``Tk - Tq + i``, while ``is_causal`` of the fused kernel starts at key 0. Hence the
 paths: square causal, one query, a mask; and the plain formula where a CPU trains faster with it.
+On CUDA, :mod:`gpt.model.flex` computes what is neither fused nor short.
 """
 
 import contextlib
 import threading
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpt.model.dropout import dropout as drop
+from gpt.model.flex import attend_in_blocks
 from gpt.model.masks import Blocks, as_bias
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 PLAIN_UP_TO = 1024
 """Keys. Above, the plain formula's T * T numbers are too many to keep for the backward pass."""
@@ -69,6 +75,7 @@ def attend(
     softcap: float = 0.0,
     top_k: int = 0,
     learned_sinks: Tensor | None = None,
+    flex: "BlockMask | None" = None,
 ) -> Tensor:
     """Softmax attention of ``q`` ``[B, H, Tq, D]`` over ``k`` and ``v`` ``[B, Hkv, Tk, D]``.
 
@@ -83,8 +90,13 @@ def attend(
     The plain formula computes what fused kernels cannot: ``to_sinks`` are other queries, shaped
     like ``q``, and the keys that they look at (True), broadcastable to the scores. ``softcap``
     bounds the scores, ``top_k`` keeps only the largest ones, and ``learned_sinks`` ``[H]`` are
-    scores of keys that have no value.
+    scores of keys that have no value. With ``flex``, FlexAttention computes the last and the
+    ``softcap``.
     """
+    if flex is not None:
+        return attend_in_blocks(
+            q, k, v, flex, scale=scale, softcap=softcap, learned_sinks=learned_sinks
+        )
     if blocks is not None:
         assert mask is not None
         shape = q.shape

@@ -108,6 +108,8 @@ class CausalSelfAttention(nn.Module):
         if view.dynamic is not None:
             y = view.dynamic(q, k, v, view.mask, attended)
         else:
-            y = attended(q, k, v, mask=view.mask, blocks=view.blocks, to_sinks=to_sinks)
+            y = attended(
+                q, k, v, mask=view.mask, blocks=view.blocks, to_sinks=to_sinks, flex=view.flex
+            )
         out: Tensor = self.out(y.transpose(1, 2).reshape(B, T, -1).to(x.dtype))
         return out

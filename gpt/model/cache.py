@@ -278,8 +278,8 @@ class KVCache:
 
     def padded(self, rows: int) -> Self:
         """A cache whose lengths are on the device: these rows and empty ones behind them, ``rows``
-        in all, in the same memory. A step of both moves these rows on, and writes nothing else that
-        is in use.
+        in all, in the same memory. A forward of all of them advances these rows, and writes
+        nothing else that is in use.
         """
         if not self.batch_size <= rows <= self.max_batch_size:
             raise ValueError(

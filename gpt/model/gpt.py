@@ -1,6 +1,6 @@
 """GPT: a decoder-only transformer, as GPT-2 has it (Radford et al., 2019).
 
-Tokens and positions are embedded, go through the blocks and a last norm, and the head gives a score
+Tokens and positions are embedded, go through the blocks and a last norm, and the head gives a logit
 for each token of the vocabulary to come next. One forward serves training and decoding: training
 passes no cache and pays nothing for its existence.
 """
@@ -15,14 +15,15 @@ from gpt.config import ModelConfig
 from gpt.model.block import RESIDUALS, Block
 from gpt.model.cache import KVCache
 from gpt.model.dropout import Dropout
+from gpt.model.flex import block_mask, serves
 from gpt.model.flops import flops_per_token
+from gpt.model.head import apply_head
 from gpt.model.initial import reset, table
-from gpt.model.kinds import Kind, layer_kinds
-from gpt.model.masks import causal, dense, in_blocks
+from gpt.model.kinds import layer_kinds
 from gpt.model.norm import make_norm
 from gpt.model.pointer import Pointer
 from gpt.model.position import POSITIONS
-from gpt.model.shared import Shared, Sinks, View
+from gpt.model.shared import Shared, view
 from gpt.model.store import Slots
 
 
@@ -84,7 +85,7 @@ class GPT(nn.Module):
 
         ``forward`` is ``logits(features(tokens))``, and takes the same arguments.
         """
-        shared = self.share(tokens, cache, valid)
+        shared = self.new_shared(tokens, cache, valid)
         x = self.dropout(self.embed_tokens(tokens, shared.at))
         for block in self.blocks:
             x = block(x, shared)
@@ -100,56 +101,40 @@ class GPT(nn.Module):
         """Features, ``[..., C]``, to logits ``[..., V]``; with ``copy`` to log-probabilities."""
         width, cap = self.config.n_embd, self.config.logit_softcap
         x = features if self.pointer is None else features[..., :width].to(self.dtype)
-        logits: Tensor = self.head(x)
+        logits = apply_head(self.head, x)
         if cap:
             logits = cap * (logits / cap).tanh()
         if self.pointer is not None:
             logits = self.pointer.mix(logits, features[..., width:])
         return logits
 
-    def share(
+    def new_shared(
         self, tokens: Tensor, cache: KVCache | None, valid: Sequence[int] | None = None
     ) -> Shared:
         """What all layers need to know of the forward of ``tokens`` ``[B, T]``."""
         T, most = tokens.shape[1], self.config.most_positions()
-        if cache is not None:
-            plan = cache.plan(T, valid)
-            end = plan.new.end
-            views = {kind: self._view(kind, plan.at, end, plan.slots[kind]) for kind in self.kinds}
-            return Shared(plan.at, views, cache, plan)
-        if most is not None and most < T:
+        plan = None if cache is None else cache.plan(T, valid)
+        if plan is not None:
+            at, end, slots = plan.at, plan.new.end, plan.slots
+        elif most is not None and most < T:
             raise ValueError(f"{T} tokens are longer than the model's context_length ({most})")
-        at = torch.arange(T, device=tokens.device)
-        slots = Slots(at, is_square=True, sees_all=False, to=slice(0, T))
-        return Shared(at, {kind: self._view(kind, at, T, slots) for kind in self.kinds})
-
-    def _view(self, kind: Kind, at: Tensor, end: int, slots: Slots) -> View:
-        """What the layers of a kind share, for queries at the positions ``at`` ``[..., T]``, all
-        below ``end``. Attention needs no mask if it is square causal, or if each query sees every
-        key. Of tokens alone, a rule that sees little is computed by blocks. Else there is a mask.
-        """
-        T, keys, blocks = at.shape[-1], slots.keys, None
-        rotation = self.position.rotation(at, kind)
-        dynamic = self.position.dynamic(at, keys, kind)
-        if slots.is_square:
-            sees_all = kind.rule is causal or (kind.window is not None and kind.window >= T)
-            blocks = in_blocks(kind.rule, T, at.device) if dynamic is None else None
         else:
-            sees_all = kind.rule is causal and slots.sees_all
-        queries = at if blocks is None else blocks.at
-        keys = keys if blocks is None else blocks.positions
-        bias = self.position.bias(queries, keys, kind)
-        if sees_all and bias is None and (dynamic is None or dynamic.is_one):
-            return View(None, rotation, dynamic)
-        mask = dense(kind.rule, queries, keys, self._score_dtype())
-        mask = mask if bias is None else (mask + bias).to(mask.dtype)
-        last, sinks = kind.last_to_sinks, None
-        if rotation is not None and last is not None and end > last + 1:
-            near = self.position.rotation(at.clamp(max=last), kind)
-            assert near is not None
-            is_sink = (keys >= 0) & (keys < kind.sinks)
-            sinks = Sinks(near, is_sink if is_sink.ndim == 1 else is_sink[:, None, None])
-        return View(mask, rotation, dynamic, sinks, blocks)
+            at, end = torch.arange(T, device=tokens.device), T
+            alone = Slots(at, is_square=True, sees_all=False, to=slice(0, T))
+            slots = dict.fromkeys(self.kinds, alone)
+        flex = {
+            kind: block_mask(kind.rule, T, at.device)
+            for kind in self.kinds
+            if plan is None and serves(self.config, kind, at, training=self.training)
+        }
+        dtype = self._score_dtype()
+        views = {
+            kind: view(
+                self.position, kind, at, slots[kind], end=end, dtype=dtype, flex=flex.get(kind)
+            )
+            for kind in self.kinds
+        }
+        return Shared(at, views, cache, plan)
 
     def _score_dtype(self) -> torch.dtype:
         """What attention computes its scores in, most of the time."""

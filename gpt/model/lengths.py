@@ -66,8 +66,8 @@ class HostLengths:
 
 
 class DeviceLengths:
-    """The rows' lengths as a tensor in memory of a fixed place, which a captured graph reads. Only
-    the number of rows is known to the host; reading :attr:`numbers` waits for the device.
+    """The rows' lengths as a tensor at a fixed address, which a captured graph reads. Only the
+    number of rows is known to the host; reading :attr:`numbers` waits for the device.
     """
 
     def __init__(self, lengths: Sequence[int], *, most: int, device: torch.device) -> None:

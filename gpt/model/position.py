@@ -34,7 +34,7 @@ class Position(nn.Module):
         return None
 
     def dynamic(self, at: Tensor, keys: Tensor, kind: Kind) -> DynamicRotation | None:
-        """In the place of :meth:`rotation`, by what queries at ``at`` and keys at ``keys`` are
+        """Instead of :meth:`rotation`: by what queries at ``at`` and keys at ``keys`` are
         rotated when they meet.
         """
         return None

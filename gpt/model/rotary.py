@@ -90,15 +90,16 @@ class DynamicRotation:
         n_query = at.shape[-1]
         self.is_one = n_query == 1 or bool((at < config.rotary_trained_length).all())
         """Whether one rotation serves all queries."""
-        self.step = n_query if self.is_one else 1
+        self.queries = n_query if self.is_one else 1
+        """In one product."""
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attend: Callable[..., Tensor]
     ) -> Tensor:
         """Attention by ``attend(q, k, v, mask=mask)`` of queries and keys as they are rotated."""
         parts = []
-        for start in range(0, q.shape[2], self.step):
-            some = slice(start, start + self.step)
+        for start in range(0, q.shape[2], self.queries):
+            some = slice(start, start + self.queries)
             at = self.at[..., some]
             turns = self._turns(at[..., -1:] + 1)
             turned = _rotation(at, turns).query(q[:, :, some])

@@ -9,9 +9,13 @@ from torch import Tensor
 
 from gpt.model.cache import KVCache, Plan
 from gpt.model.kinds import Kind
-from gpt.model.masks import Blocks
+from gpt.model.masks import Blocks, causal, dense, in_blocks
+from gpt.model.store import Slots
 
 if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+    from gpt.model.position import Position
     from gpt.model.rotary import DynamicRotation
 
 
@@ -69,6 +73,51 @@ class View(NamedTuple):
     """Where positions are rotated and queries are beyond the window from the sinks."""
     blocks: Blocks | None = None
     """How attention that sees little of a long context is computed, without a cache."""
+    flex: "BlockMask | None" = None
+    """Instead of a mask, where FlexAttention computes attention."""
+
+
+def view(
+    position: "Position",
+    kind: Kind,
+    at: Tensor,
+    slots: Slots,
+    *,
+    end: int,
+    dtype: torch.dtype,
+    flex: "BlockMask | None" = None,
+) -> View:
+    """What the layers of a kind share, for queries at the positions ``at`` ``[..., T]``, all below
+    ``end``, and keys in ``slots``. Attention computes its scores in ``dtype``, most of the time.
+
+    With ``flex``, FlexAttention computes it. Else attention needs no mask if it is square causal,
+    or if each query sees every key. Of tokens alone, a rule that sees little is computed by blocks.
+    Else there is a mask.
+    """
+    T, keys, blocks = at.shape[-1], slots.keys, None
+    rotation = position.rotation(at, kind)
+    if flex is not None:
+        return View(None, rotation, flex=flex)
+    dynamic = position.dynamic(at, keys, kind)
+    if slots.is_square:
+        sees_all = kind.rule is causal or (kind.window is not None and kind.window >= T)
+        blocks = in_blocks(kind.rule, T, at.device) if dynamic is None else None
+    else:
+        sees_all = kind.rule is causal and slots.sees_all
+    queries = at if blocks is None else blocks.at
+    keys = keys if blocks is None else blocks.positions
+    bias = position.bias(queries, keys, kind)
+    if sees_all and bias is None and (dynamic is None or dynamic.is_one):
+        return View(None, rotation, dynamic)
+    mask = dense(kind.rule, queries, keys, dtype)
+    mask = mask if bias is None else (mask + bias).to(mask.dtype)
+    last, sinks = kind.last_to_sinks, None
+    if rotation is not None and last is not None and end > last + 1:
+        near = position.rotation(at.clamp(max=last), kind)
+        assert near is not None
+        is_sink = (keys >= 0) & (keys < kind.sinks)
+        sinks = Sinks(near, is_sink if is_sink.ndim == 1 else is_sink[:, None, None])
+    return View(mask, rotation, dynamic, sinks, blocks)
 
 
 @dataclass

@@ -134,8 +134,7 @@ def resolve(config: TrainConfig, data: Prepared, checkpoint: Checkpoint | None) 
     """
     tokenizer = data.tokenizer
     there = checkpoint.model.vocab_size if checkpoint else 0
-    fits = there if there >= tokenizer.vocab_size else padded(tokenizer.vocab_size)
-    vocab_size = config.model.vocab_size or fits
+    vocab_size = config.model.vocab_size or max(there, tokenizer.vocab_size)
     if vocab_size < tokenizer.vocab_size:
         raise UsageError(
             f"model.vocab_size is {vocab_size}, and the {tokenizer.kind} tokenizer of "
@@ -143,14 +142,6 @@ def resolve(config: TrainConfig, data: Prepared, checkpoint: Checkpoint | None) 
         )
     model = dataclasses.replace(config.model, vocab_size=vocab_size)
     return dataclasses.replace(config, run_dir=str(config.run), resume=False, model=model)
-
-
-def padded(vocab_size: int) -> int:
-    """The number of embedding rows for ``vocab_size`` tokens: a large vocabulary is padded to a
-    multiple of 128. GPUs multiply aligned matrices several times faster; 50,257 becomes 50,304, as
-    in nanoGPT.
-    """
-    return vocab_size if vocab_size < 1024 else -(-vocab_size // 128) * 128
 
 
 def check_changes(

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -371,6 +372,63 @@ def test_names_are_shown_as_they_are_whatever_brackets_they_have(name, tmp_path,
     assert "\x1b[31m" not in shown
 
 
+ROTARY = ModelConfig(
+    vocab_size=257, context_length=16, n_layer=1, n_head=2, n_embd=16, position="rotary"
+)
+
+
+def evaluated(model, folder, capsys, *words):
+    """The status and what was printed."""
+    save_packed(gpt.prepare_for_inference(model, "float32"), ByteTokenizer(), folder / "m")
+    (folder / "text.txt").write_text("to be or not to be " * 9)
+    words = [str(folder / "m"), "--text", str(folder / "text.txt"), "--json", *words]
+    return main(["evaluate", *words, "--device", "cpu"]), capsys.readouterr()
+
+
+@pytest.mark.parametrize("factor", [None, 3.0])
+@pytest.mark.parametrize("scaling", ["none", "linear", "ntk", "dynamic_ntk", "yarn", "llama3"])
+def test_a_model_is_evaluated_beyond_its_training_with_any_scaling(
+    scaling, factor, tmp_path, capsys
+):
+    if scaling == "none" and factor:
+        return
+    model = make_model(ROTARY)
+    words = ["--context_length", "32", "--rotary_scaling", scaling]
+    words += [f"--rotary_scaling_factor={factor}"] if factor else []
+    status, done = evaluated(model, tmp_path, capsys, *words)
+    assert status == 0
+    [scores] = json.loads(done.out)["scores"].values()
+    [loss] = [metrics["nats/token"]["value"] for metrics in scores.values()]
+    changes = {"rotary_scaling": scaling, "rotary_scaling_factor": factor or 2.0}
+    changes = {} if scaling == "none" else changes | {"rotary_trained_length": 16}
+    config = dataclasses.replace(ROTARY, context_length=32, **changes)
+    longer = make_model(config)  # of the same weights
+    ids = encode_text(ByteTokenizer(), open_corpus(str(tmp_path / "text.txt")))
+    expected = score_text(longer, ByteTokenizer(), ids, stride=32).loss
+    assert loss == pytest.approx(expected, rel=1e-5)
+    if scaling != "none":
+        plain = score_text(model, ByteTokenizer(), ids, context=32, stride=32).loss
+        assert abs(loss - plain) > 3e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "said"),
+    [
+        ({"position": "alibi"}, ["32", "yarn"], "the positions of M are alibi, which it cannot"),
+        ({"position": "learned"}, ["32", "none"], "the positions of M are learned"),
+        ({}, ["16", "yarn"], "needs more than the 16 tokens that M was trained on"),
+        ({"window": 4, "sinks": 2}, ["32", "dynamic_ntk"], "needs model.position 'rotary' and no"),
+    ],
+)
+def test_a_scaling_that_cannot_extend_a_model_is_refused(changes, words, said, tmp_path, capsys):
+    model = make_model(dataclasses.replace(ROTARY, **changes))
+    words = ["--context_length", words[0], "--rotary_scaling", words[1]]
+    status, done = evaluated(model, tmp_path, capsys, *words)
+    assert status == 2
+    assert said in done.err.replace(str(tmp_path / "m"), "M")
+    assert done.err.count("\n") == 1
+
+
 def load_folder_copy(model, scale):
     import copy
 
@@ -387,6 +445,11 @@ def load_folder_copy(model, scale):
         (["--text", "t"], "models is empty: name one or more"),
         (["m", "--text", "t", "--paired"], "paired compares two models on one text"),
         (["m", "--text", "t", "--stride", "-1"], "stride is -1"),
+        (["m", "--text", "t", "--rotary_scaling", "ntk"], "give context_length as well"),
+        (
+            ["m", "--text", "t", "--context_length", "9", "--rotary_scaling_factor", "2"],
+            "rotary_scaling_factor is 2, and needs a rotary_scaling",
+        ),
         (["m", "m", "--text", "t", "--paired"], "models are m, m, and must all be different"),
     ],
 )

@@ -99,3 +99,50 @@ def test_any_of_several_ids_ends_a_text(make, min_new_tokens):
     assert tokens[-1].id in ids
     assert len(tokens) > min_new_tokens
     assert not {token.id for token in tokens[:-1]} & set(ids)
+
+
+@pytest.mark.parametrize("changes", [{}, {"window": 5}, {"copy": "pointer"}])
+@MAKERS
+def test_the_details_of_a_prompt_are_those_of_the_full_forward(make, changes, monkeypatch):
+    monkeypatch.setattr("gpt.generation.prefill.PREFILL", 7)
+    monkeypatch.setattr("gpt.generation.logprobs.POSITIONS_AT_ONCE", 5)
+    model = varied(**changes)
+    continuer = make(model, dataclasses.replace(GREEDY, logprobs=2))
+    alike, others = [*PROMPTS, PROMPTS[0][:29]], [[3], [*range(40, 45)], PROMPTS[1]]
+    found = {}
+    for prompts in (alike, others):  # the first ones are read from their shared beginning on
+        for prompt in prompts:
+            continuer.add(prompt)
+        while continuer.busy:
+            for token in continuer.advance():
+                if token.prompt_details is not None:
+                    assert token.sequence not in found
+                    found[token.sequence] = token.prompt_details
+    for number, prompt in enumerate(alike + others):
+        assert len(found[number]) == len(prompt) - 1
+        with torch.no_grad():
+            every = model(torch.tensor([prompt]))[0].log_softmax(-1)
+        for own, logprobs, token in zip(found[number], every, prompt[1:], strict=False):
+            assert own.logprob == pytest.approx(logprobs[token].item(), abs=1e-5)
+            assert own.entropy == pytest.approx(-(logprobs.exp() @ logprobs).item(), abs=1e-4)
+            best = logprobs.topk(2)
+            assert [i for i, _ in own.top] == best.indices.tolist()
+            assert [x for _, x in own.top] == pytest.approx(best.values.tolist(), abs=1e-5)
+
+
+@MAKERS
+def test_log_probabilities_cost_no_second_reading_and_change_no_token(make, monkeypatch):
+    model, counts = varied(), []
+    features = GPT.features
+
+    def counted(self, tokens, **options):
+        counts.append(tokens.numel())
+        return features(self, tokens, **options)
+
+    monkeypatch.setattr(GPT, "features", counted)
+    expected = written(make(model, GREEDY))
+    without = sum(counts)
+    counts.clear()
+    assert written(make(model, dataclasses.replace(GREEDY, logprobs=0))) == expected
+    # of a shared beginning both prompts read the last token themselves
+    assert sum(counts) == without + (make is Decoder)

@@ -4,6 +4,7 @@ rounding is bounded.
 
 import copy
 import dataclasses
+import functools
 import json
 import os
 import pickle
@@ -278,22 +279,31 @@ KERNEL_PATHS = {
 """For each path of kernels.cpp: the compiler's -march, and the features that it needs."""
 
 
+@pytest.fixture(scope="module")
+def compiled_for(tmp_path_factory):
+    """Compiles the kernels for a value of -march, in a cache of its own, once."""
+    cache = str(tmp_path_factory.mktemp("kernels"))
+
+    @functools.cache
+    def compiled(march):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("XDG_CACHE_HOME", cache)
+            patch.setattr(kernels, "TARGETS", dict.fromkeys(kernels.TARGETS, march))
+            return kernels.load()
+
+    return compiled
+
+
 @NEEDS_A_COMPILER
 @pytest.mark.parametrize("path", KERNEL_PATHS)
 def test_each_path_of_the_kernels_gives_the_numbers_of_the_portable_one(
-    path, monkeypatch, tmp_path
+    path, monkeypatch, compiled_for
 ):
     march, needs = KERNEL_PATHS[path]
     if platform.machine() != "x86_64":
         pytest.skip("the paths are those of x86-64, and this machine is another one")
     if missing := needs - cpu_features():
         pytest.skip(f"the processor lacks {', '.join(sorted(missing))}")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-
-    def compiled_for(march):
-        monkeypatch.setattr(kernels, "TARGETS", dict.fromkeys(kernels.TARGETS, march))
-        return kernels.load()
-
     portable, tested = compiled_for("x86-64"), compiled_for(march)
     prepared = {kind: prepare_for_inference(model_of(n_embd=160), kind) for kind in KINDS}
     tokens, x = some_tokens(2, 7), torch.randn(7, 160)

@@ -1,3 +1,4 @@
+import functools
 import itertools
 import random
 
@@ -7,7 +8,7 @@ import torch
 from gpt.config import GenerationConfig, ModelConfig, SamplingConfig, UsageError
 from gpt.generation.decode import decode
 from gpt.generation.sampling import draw, new_draws, next_token_probabilities, penalise
-from gpt.generation.speculative import DraftModel, PromptLookup, Speculator
+from gpt.generation.speculative import DraftModel, PromptLookup, Speculator, _Reader
 from tests.conftest import make_model
 
 CONTEXT = 24
@@ -52,12 +53,38 @@ class Right:
         return self.tokens[len(tokens) : len(tokens) + n], None
 
 
-def drafts(model, config):
-    return {
-        "look-up": PromptLookup(),
-        "near": DraftModel(near(model, 0.02), config),
-        "another model": DraftModel(model_of(5), config),
-    }
+def draft_of(name, config):
+    """A draft for ``model_of(1)``."""
+    if name == "look-up":
+        return PromptLookup()
+    return DraftModel(near(model_of(1), 0.02) if name == "near" else model_of(5), config)
+
+
+@functools.cache
+def plain(policy, settings, seed, end):
+    """A prompt, and its greedy tokens without guesses."""
+    prompt = random.Random(seed).choices(range(31), k=5 + seed)
+    config = greedy(policy, settings)
+    return prompt, list(decode(model_of(1), [prompt], config, end_of_text=end))
+
+
+def greedy(policy, settings):
+    options = {"temperature": 0, "max_new_tokens": 60, "past_context": policy, "logprobs": 2}
+    return GenerationConfig(**options, **dict(settings))
+
+
+@pytest.fixture
+def remembered(monkeypatch):
+    """A reader's logits after equal tokens are computed once."""
+    logits, known = _Reader.logits, {}
+
+    def once(self, tokens, n, each=None):
+        key = self.model, tuple(tokens), n
+        if key not in known:
+            known[key] = logits(self, tokens, n, each)
+        return known[key]
+
+    monkeypatch.setattr(_Reader, "logits", once)
 
 
 @pytest.mark.parametrize("policy", ["stop", "slide"])
@@ -65,24 +92,20 @@ def drafts(model, config):
 @pytest.mark.parametrize("name", ["look-up", "near", "another model"])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"repetition_penalty": 1.3, "frequency_penalty": 0.2, "min_new_tokens": 9}],
+    [(), (("repetition_penalty", 1.3), ("frequency_penalty", 0.2), ("min_new_tokens", 9))],
     ids=str,
 )
 def test_greedy_tokens_are_those_of_plain_decoding(name, num_draft_tokens, policy, settings):
-    model = model_of(1)
-    config = GenerationConfig(
-        temperature=0, max_new_tokens=60, past_context=policy, logprobs=2, **settings
-    )
+    model, config = model_of(1), greedy(policy, settings)
+    draft = draft_of(name, config)
     for seed, end in itertools.product(range(4), (None, 3)):
-        prompt = random.Random(seed).choices(range(31), k=5 + seed)
-        draft = drafts(model, config)[name]
+        prompt, expected = plain(policy, settings, seed, end)
         speculator = Speculator(
             model, config, draft, num_draft_tokens=num_draft_tokens, end_of_text=end
         )
         got = list(speculator.decode(prompt))
-        plain = list(decode(model, [prompt], config, end_of_text=end))
-        assert [(t.id, t.ended) for t in got] == [(t.id, t.ended) for t in plain]
-        assert [t.logprob for t in got] == pytest.approx([t.logprob for t in plain], abs=1e-3)
+        assert [(t.id, t.ended) for t in got] == [(t.id, t.ended) for t in expected]
+        assert [t.logprob for t in got] == pytest.approx([t.logprob for t in expected], abs=1e-3)
         assert speculator.written == len(got)
         assert speculator.accepted <= speculator.guesses
 
@@ -104,7 +127,7 @@ def distribution(model, prompt, config, n):
 
 @pytest.mark.parametrize("filters", [{"top_k": 3}, {"ban": (2,), "bias": {1: 1.0}, "min_p": 0.1}])
 @pytest.mark.parametrize("name", ["look-up", "near", "another model"])
-def test_samples_have_the_models_distribution(name, filters):
+def test_samples_have_the_models_distribution(name, filters, remembered):
     model = model_of(1, vocab_size=4)
     config = GenerationConfig(temperature=2.0, max_new_tokens=3, seed=0, **filters)
     own = SamplingConfig(temperature=2.0)  # the draft has other settings
@@ -179,16 +202,16 @@ def test_a_round_uses_the_random_numbers_of_guesses_that_are_verified_one_by_one
         assert got == one_by_one(model, prompt, config, draft(), num_draft_tokens)
 
 
-def test_guesses_have_other_numbers_than_decisions_at_every_seed_and_sample():
+def test_guesses_have_other_numbers_than_decisions_at_every_seed_and_sample(remembered):
     """One sample for each of many seeds: equal numbers for both would bias it."""
-    model = model_of(1, vocab_size=4)
+    model, smaller = model_of(1, vocab_size=4), model_of(5, vocab_size=4)
     prompt, n = [1, 2, 3], 1500
     expected = distribution(model, prompt, SamplingConfig(temperature=2.0), 1)
     for sample in (0, 1):
         counts = [0] * 4
         for seed in range(n):
             config = GenerationConfig(temperature=2.0, max_new_tokens=2, seed=seed)
-            draft = DraftModel(model_of(5, vocab_size=4), config, seed=seed)
+            draft = DraftModel(smaller, config, seed=seed)
             speculator = Speculator(model, config, draft, num_draft_tokens=1)
             counts[next(speculator.decode(prompt, sample=sample)).id] += 1
         chi_square = sum((counts[i] - p * n) ** 2 / (p * n) for (i,), p in expected.items())
@@ -239,7 +262,7 @@ def test_right_guesses_are_all_kept_and_read_together(monkeypatch):
 def test_all_guesses_of_a_round_are_verified_with_one_wait(name, settings, monkeypatch):
     model = model_of(1)
     config = GenerationConfig(temperature=1.0, seed=1, max_new_tokens=40, **settings)
-    speculator = Speculator(model, config, drafts(model, config)[name], num_draft_tokens=4)
+    speculator = Speculator(model, config, draft_of(name, config), num_draft_tokens=4)
     waits = []
     for read in ("tolist", "item", "__bool__", "__int__", "__float__"):
         method = getattr(torch.Tensor, read)

@@ -10,8 +10,6 @@ import torch
 import gpt
 from gpt.config import ModelConfig, UsageError
 from gpt.data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, decode
-from gpt.generation import text as text_module
-from gpt.generation.score import Scored
 from gpt.generation.text import GrowingText, encode_prompt
 from tests.conftest import make_model
 
@@ -173,21 +171,13 @@ def test_cancelled_generation_returns_the_text_so_far(byte_model):
         assert all_of_it.tokens[: len(one.tokens)] == one.tokens
 
 
-def test_a_prompt_is_scored_when_its_first_token_comes(byte_model, monkeypatch):
-    scored = []
-
-    def score(network, ids, **options):
-        scored.append(ids)
-        return Scored([], [], [])
-
-    monkeypatch.setattr(text_module, "score_tokens", score)
-    options = {"max_new_tokens": 3, "logprobs": 0, "batch_size": 1}
-    left = len([None for _ in gpt.generate(byte_model, ["ab", "c"], **options)])
-    assert left == 2
-    assert scored == [[97, 98], [99]]
-    scored.clear()
-    gpt.generate(byte_model, ["ab", "c"], cancelled=lambda: True, **options)
-    assert scored == [[97, 98]]
+def test_each_sample_has_the_details_of_its_prompt(byte_model):
+    options = {"max_new_tokens": 3, "logprobs": 1, "batch_size": 2, "seed": 1}
+    got = gpt.generate(byte_model, ["abcd", "c"], num_samples=3, **options)
+    assert [len(one.prompt_details) for one in got] == [3, 3, 3, 0, 0, 0]
+    assert got[0].prompt_details == got[1].prompt_details == got[2].prompt_details
+    [plain] = gpt.generate(byte_model, "abcd", max_new_tokens=3, seed=1)
+    assert plain.prompt_details is None
 
 
 def test_rows_of_a_padded_vocabulary_are_never_drawn():
@@ -266,10 +256,10 @@ def test_log_probabilities_sum_to_the_evaluations_loss(byte_model):
     [got] = gpt.generate(byte_model, "prompt", max_new_tokens=20, logprobs=2, seed=1)
     ids = np.array([*b"prompt", *got.tokens], np.uint32)
     loss = score_text(*byte_model, ids).losses.sum()
-    total = sum(got.logprobs) + sum(got.prompt_scores.logprobs)
+    total = sum(got.logprobs) + sum(token.logprob for token in got.prompt_details)
     assert -total == pytest.approx(loss, abs=1e-4)
     assert -total / (len(ids) - 1) == pytest.approx(loss / (len(ids) - 1), abs=1e-5)
-    assert len(got.prompt_scores.top) == 5
+    assert len(got.prompt_details) == 5
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int64, np.uint64])

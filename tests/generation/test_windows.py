@@ -1,6 +1,7 @@
 """Decoding by models whose layers have an attention window."""
 
 import dataclasses
+import functools
 import re
 
 import pytest
@@ -31,6 +32,13 @@ def endless(model, prompt, n):
     return tokens[len(prompt) :]
 
 
+@functools.cache
+def exact(position):
+    """A model, and what it writes without end."""
+    model = make_model(dataclasses.replace(SHAPE, position=position), dtype=torch.float64)
+    return model, [endless(model, prompt, GREEDY.max_new_tokens) for prompt in PROMPTS]
+
+
 def written(model, prompts, config, **options):
     texts = [[] for _ in prompts]
     for token in decode(model, prompts, config, **options):
@@ -42,9 +50,8 @@ def written(model, prompts, config, **options):
 @pytest.mark.parametrize("options", [{}, {"ahead": 4}, {"batch_size": 2}])
 @torch.inference_mode()
 def test_sinks_write_without_end_what_full_forward_passes_write(position, options):
-    model = make_model(dataclasses.replace(SHAPE, position=position), dtype=torch.float64)
+    model, expected = exact(position)
     config = dataclasses.replace(GREEDY, past_context="sinks")
-    expected = [endless(model, prompt, GREEDY.max_new_tokens) for prompt in PROMPTS]
     assert written(model, PROMPTS, config, **options) == expected
 
 

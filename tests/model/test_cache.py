@@ -399,7 +399,7 @@ def test_square_causal_and_single_queries_need_no_mask(tiny_model):
     cache = tiny_model.new_cache()
 
     def mask(n):
-        [view] = tiny_model.share(some_tokens(1, n), cache).views.values()
+        [view] = tiny_model.new_shared(some_tokens(1, n), cache).views.values()
         return view.mask
 
     assert mask(3) is None

@@ -298,7 +298,7 @@ def test_pre_and_post_are_torchs_own_layer(placement):
     layer.self_attn.in_proj_weight = block.attn.qkv.weight
     layer.self_attn.in_proj_bias = block.attn.qkv.bias
     mask = nn.Transformer.generate_square_subsequent_mask(9, dtype=torch.float64)
-    got = block(x, model.share(torch.zeros(2, 9, dtype=torch.int64), None))
+    got = block(x, model.new_shared(torch.zeros(2, 9, dtype=torch.int64), None))
     torch.testing.assert_close(got, layer(x, src_mask=mask, is_causal=True))
 
 
@@ -317,7 +317,7 @@ BY_HAND = {
 @pytest.mark.parametrize("placement", BY_HAND)
 def test_the_residual_stream_adds_up_as_written_by_hand(placement):
     model, tokens = exact(norm_placement=placement), some_tokens(2, 9)
-    shared = model.share(tokens, None)
+    shared = model.new_shared(tokens, None)
     x = model.embed(tokens) + model.position.weight[:9]
     for block in model.blocks:
         x = BY_HAND[placement](block, lambda x, b=block: b.attn(x, shared), x)
@@ -387,7 +387,7 @@ def test_attention_is_that_under_a_mask_written_as_loops(changes, position, n_to
     monkeypatch.setattr(kinds, "window", window_by_loops)
     monkeypatch.setattr(kinds, "blocks", blocks_by_loops)
     dense = exact(**changes)
-    view = dense.share(tokens, None).views[dense.kinds[0]]
+    view = dense.new_shared(tokens, None).views[dense.kinds[0]]
     assert view.blocks is None
     torch.testing.assert_close(got, dense(tokens), rtol=0, atol=1e-9)
 
@@ -398,7 +398,7 @@ def test_attention_is_that_under_a_mask_written_as_loops(changes, position, n_to
 )
 def test_attention_to_a_small_part_of_a_long_context_is_by_blocks(changes, is_by_blocks):
     model = exact(**changes, position="none", context_length=301)
-    view = model.share(some_tokens(1, 301), None).views[model.kinds[0]]
+    view = model.new_shared(some_tokens(1, 301), None).views[model.kinds[0]]
     assert (view.blocks is not None) == is_by_blocks
 
 

@@ -28,14 +28,13 @@ from gpt.data.prepare import prepare
 from gpt.device import choose_precision
 from gpt.interop.load import load
 from gpt.model.moe import MoE
-from gpt.training import setup
 from gpt.training.compilation import compile_blocks
 from gpt.training.loop import Gradients, Trainer
 from gpt.training.metrics import Silent
 from gpt.training.parallel import World
 from gpt.training.run import train
 from gpt.training.schedule import learning_rate_factor
-from gpt.training.setup import FIXED, FIXED_GROUPS, held, is_fixed, padded, settings
+from gpt.training.setup import FIXED, FIXED_GROUPS, held, is_fixed, settings
 from gpt.training.source import next_token
 from gpt.training.stopwatch import Forecast
 from tests import tiny
@@ -400,21 +399,18 @@ def test_a_vocabulary_can_be_padded_but_not_cut(config):
         run(elsewhere(change(config, "model", vocab_size=5), "-small"))
 
 
-def test_a_large_vocabulary_is_padded_for_gpus(config, tmp_path):
+def test_a_large_vocabulary_is_the_tokenizers_too(config, tmp_path):
     text = tmp_path / "large.txt"
     text.write_text("".join(map(chr, range(0x4E00, 0x4E00 + 1100))) * 2, encoding="utf-8")
     config = change(config, "data", source=str(text))
-    once = change(config, "training", max_steps=1)
-    run(once)
-    assert weights(config)["embed.weight"].shape[0] == 1152  # a multiple of 128
-    assert [padded(n) for n in (65, 257, 1023, 1024, 50257)] == [65, 257, 1023, 1024, 50304]
+    run(change(config, "training", max_steps=1))
+    assert weights(config)["embed.weight"].shape[0] == 1101
 
 
-def test_a_run_without_padding_is_resumed_without_padding(config, monkeypatch):
-    run(change(config, "training", max_steps=4))
-    monkeypatch.setattr(setup, "padded", lambda n: 1000)
+def test_a_run_with_unused_rows_is_resumed_with_them(config):
+    run(change(change(config, "training", max_steps=4), "model", vocab_size=96))
     run(dataclasses.replace(config, resume=True))
-    assert weights(config)["embed.weight"].shape[0] < 1000
+    assert weights(config)["embed.weight"].shape[0] == 96
 
 
 def test_a_run_of_torchs_muon_can_be_resumed(tmp_path):

@@ -24,7 +24,7 @@ from gpt.training.build import saves_shards
 from gpt.training.parallel import World, _meet, choose_strategy
 from gpt.training.setup import sequences_a_step
 from tests.conftest import LINES
-from tests.training.worker import COMPOSITES, FORMATS, MICRO, config_of, train
+from tests.training.worker import COMPOSITES, FORMATS, MICRO, config_of, family, train
 
 ROOT = Path(__file__).parent.parent.parent
 WORLDS = {1: ("single",), 2: ("ddp", "fsdp"), 4: ("ddp", "fsdp", "hybrid")}
@@ -86,6 +86,16 @@ def test_gradients_of_composite_models_are_those_of_one_process(n, strategy, kin
     assert max(difference(split, whole)) < 1e-5
     assert split["loss"].item() == pytest.approx(whole["loss"].item(), rel=1e-6)
     assert split["norm"].item() == pytest.approx(whole["norm"].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "row"), [(s, row) for s in ("ddp", "fsdp") for row in family(s)]
+)
+def test_every_two_techniques_give_the_gradients_of_one_process(row, strategy, results):
+    split, whole = results[2][strategy, row], results[1]["single", row]
+    assert split.keys() == whole.keys()
+    assert max(difference(split, whole)) < 1e-5
+    assert split["loss"].item() == pytest.approx(whole["loss"].item(), rel=1e-6)
 
 
 def test_masked_targets_change_the_gradients(results):  # or the test above says nothing of them

@@ -45,6 +45,19 @@ COMPOSITES = {
 FORMATS = {"fsdp": ("full", "sharded"), "hybrid": ("full", "sharded")}
 
 
+def family(strategy: str) -> dict[str, dict[str, object]]:
+    """Models in which every two techniques meet: every other one for each strategy."""
+    from tests.model.family import PARTS, ROWS, id_of
+
+    chosen = {"single": ROWS, "ddp": ROWS[::2], "fsdp": ROWS[1::2]}[strategy]
+    models = {}
+    for row in chosen:
+        models[id_of(row)] = model = {"n_head": 4, "n_inner": 48}
+        for part, name in row.items():
+            model |= PARTS[part][name]
+    return models
+
+
 def config_of(
     folder: Path, run: str, *, strategy="auto", n_shards=0, training=(), model=(), **more
 ) -> TrainConfig:
@@ -119,6 +132,10 @@ def main(folder: Path) -> None:
                     results[name, "masked", micro] = gradients(config, world)
             for kind, model in COMPOSITES.items():
                 config = config_of(folder, "none", **options, model=model)
+                results[name, kind] = gradients(config, world)
+            for kind, model in family(name).items() if n < 4 else ():
+                training = {"micro_batch_size": 4}
+                config = config_of(folder, "none", **options, model=model, training=training)
                 results[name, kind] = gradients(config, world)
             config = config_of(folder, "none", **options)
             results[name, "new"] = weights(trainer_of(config, world))
