@@ -141,7 +141,7 @@ class Matrix(nn.Module):
             lows = numbers[..., 1].contiguous()
         weights = blocks[..., block.start :]
         if PACKED[block.kind].bits == 4:
-            data = weights.reshape(N, -1)
+            data = weights.reshape(N, -1).contiguous()  # of one group, reshape gives a view
         else:
             data = _interleaved(weights.unflatten(2, (2, GROUP // 2))).bitwise_xor_(128)
         return cls.of_tensors(block.kind, G * GROUP, data, scales, lows)

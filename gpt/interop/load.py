@@ -103,6 +103,7 @@ def _from_file(
     """The model in a GGUF file."""
     source = described(path)
     tokenizer = tokenizer_of(path, source.file.metadata, rows=source.model.config.vocab_size)
+    source.file.metadata.clear()  # the vocabulary takes some megabytes
     if trainable:
         return Loaded(load_dense(source, device=device, dtype=dtype), tokenizer)
     if weights in (None, "auto"):

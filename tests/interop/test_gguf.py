@@ -437,6 +437,12 @@ def test_a_loaded_model_has_the_numbers_of_the_file(files, tokenizer, tmp_path, 
     assert (logits_of(stored, ids) - expected).norm() < bound * expected.norm()
 
 
+def test_rows_of_one_block_run(tokenizer, tmp_path):
+    path = tmp_path / "model.gguf"
+    export_gguf(random_model("llama", n_embd=32, head_dim=16), tokenizer, path, weights="int4")
+    assert gpt.load(path).model(torch.tensor([[1, 2, 3]])).isfinite().all()
+
+
 def test_other_blocks_are_dequantised(files, tmp_path):
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize, quantize
