@@ -125,7 +125,7 @@ def test_a_model_of_transformers_has_the_same_logits(family):
 
     for name, parameter in model.named_parameters():
         parameter.copy_(weight(name, names, noted, there))
-    left = {name for name in there.keys() - read}
+    left = set(there.keys() - read)
     assert left <= {"lm_head.bias"}  # every weight of theirs counts
     tokens = torch.randint(V, (2, T), generator=generator)
     expected, got = reference(tokens).logits, model(tokens)
