@@ -1,6 +1,7 @@
 """Load a model from a folder in Hugging Face's layout, without a second copy of its weights."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def load_folder(
         raise UsageError(f"{foreign(path)}: {error}") from None
     files = WeightFiles(folder)
     shapes = {bare_name(family, name): shape for name, shape in files.shapes.items()}
+    family = family.stored_as(shapes)
     _check_sizes(path, family, config, shapes)
     if config.tie_embeddings and _has_another_head(family, config, files):
         config = dataclasses.replace(config, tie_embeddings=False)
@@ -62,9 +64,12 @@ def load_folder(
 
 
 def bare_name(family: Family, theirs: str) -> str:
-    """A tensor's name in the file, without the family's prefix and the parts that wrappers add."""
+    """A tensor's name as the family has it, without its prefix and the parts that wrappers add."""
     parts = [part for part in theirs.split(".") if part not in _WRAPPERS]
-    return ".".join(parts).removeprefix(family.prefix)
+    bare = ".".join(parts)
+    for other, usual in family.renamed:
+        bare = re.sub(other, usual, bare)
+    return bare.removeprefix(family.prefix)
 
 
 def _check_sizes(

@@ -45,6 +45,8 @@ def their_shape(held: Sequence[Rows], model: GPT) -> list[int]:
     """The shape of the tensor that holds these rows."""
     shape = list(model.get_parameter(held[0].parameter).shape)
     shape[0] = max(rows.theirs.stop for rows in held)
+    if n := held[0].part.stack:
+        return [n, shape[0] // n, *shape[1:]]
     return shape[::-1] if held[0].part.turn else shape
 
 
@@ -72,6 +74,7 @@ def fill(
     for stored in files.tensors(held):
         for name, ours, theirs, part in held[stored.name]:
             source = stored.tensor.T if part.turn else stored.tensor
+            source = source.flatten(0, 1) if part.stack else source
             source = source if part.rows is None else source[theirs]
             shape, address = model.get_parameter(name).shape, source.data_ptr()
             whole = source.shape == shape and not part.add
@@ -152,4 +155,6 @@ def exported(model: GPT, family: Family) -> Iterator[tuple[str, Tensor]]:
                 piece = torch.zeros(shape, dtype=model.embed.weight.dtype, device="cpu")
             pieces.append(_plus(piece, -part.add).to(piece.dtype) if part.add else piece)
         tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        if n := held[0].part.stack:
+            tensor = tensor.unflatten(0, (n, -1))
         yield theirs, (tensor.T if held[0].part.turn else tensor).contiguous()

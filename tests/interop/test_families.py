@@ -64,7 +64,8 @@ THEIRS: dict[str, list[dict[str, Any]]] = {
                               "max_window_layers": 1}],
     "qwen3": [GATED | {"head_dim": 16}],
     "qwen3_moe": [
-        GATED | EXPERTS | {"head_dim": 16, "norm_topk_prob": True},
+        GATED | EXPERTS | {"head_dim": 16, "norm_topk_prob": True, "use_sliding_window": True,
+                           "sliding_window": 6},
         GATED | EXPERTS | {"head_dim": 8},
     ],
     "gemma3_text": [
@@ -243,12 +244,18 @@ def test_a_released_configuration_has_the_published_number_of_parameters(name):
         assert GPT(config).parameter_count() == count
 
 
-def test_the_text_model_of_gemma_with_images_is_loaded_without_the_rest(tmp_path):
+@pytest.mark.parametrize("version", ["older names", "newer names"])
+def test_the_text_model_of_gemma_with_images_is_loaded_without_the_rest(version, tmp_path):
     theirs = THEIRS["gemma3_text"][0]
     known = reference("gemma3_text", theirs)
     held = {f"language_model.{name}": t.clone() for name, t in known.state_dict().items()}
     held.pop("language_model.lm_head.weight", None)
     held["vision_tower.encoder.weight"] = torch.zeros(2, 2)
+    if version == "newer names":
+        held = {
+            "model." + name.replace("language_model.model.", "language_model."): tensor
+            for name, tensor in held.items()
+        }
     save_file(held, tmp_path / "model.safetensors")
     config = {"model_type": "gemma3", "text_config": theirs}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -257,6 +264,31 @@ def test_the_text_model_of_gemma_with_images_is_loaded_without_the_rest(tmp_path
     tokens = torch.randint(257, (1, 9))
     torch.testing.assert_close(ours(tokens), known(tokens).logits, rtol=0, atol=1e-4)
     assert "only the text model is loaded" in said[0]
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "mixtral", "qwen3_moe"])
+def test_the_names_that_transformers_has_in_memory_are_loaded_too(family, tmp_path):
+    known = reference(family, THEIRS[family][0])
+    known.save_pretrained(tmp_path, save_original_format=False)
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert any("lm_head" in name or "gate_up_proj" in name for name in names)
+    if family == "mixtral":
+        assert not any("block_sparse_moe" in name for name in names)
+    tokens = torch.randint(257, (1, 9))
+    got = load_folder(tmp_path)(tokens)
+    torch.testing.assert_close(got, known(tokens).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("field", ["moe_intermediate_size", "num_experts"])
+def test_stacked_experts_of_another_size_are_refused(field, tmp_path):
+    known = reference("qwen3_moe", THEIRS["qwen3_moe"][0])
+    known.save_pretrained(tmp_path, save_original_format=False)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text()) | {"num_experts": 4}
+    del config["num_local_experts"]
+    path.write_text(json.dumps(config | {field: 10**9}))
+    with pytest.raises(UsageError, match=rf"{field} and hidden_size give .* have the shape"):
+        load_folder(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -151,11 +151,12 @@ def sampled(hub, name, **environment):
 
 
 def test_a_model_is_downloaded_once_and_only_what_is_needed_of_it(hub):
+    (hub.folder / "chat_template.jinja").write_text("{{ messages }}")
     first = sampled(hub, "someone/tiny")
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("x")
     fetched = {path.rsplit("/", 1)[1] for method, path in hub.requests if method == "GET"}
-    assert "model.safetensors" in fetched
+    assert {"model.safetensors", "generation_config.json", "chat_template.jinja"} <= fetched
     assert not fetched & {"pytorch_model.bin", "README.md"}
     hub.requests.clear()
     assert sampled(hub, "someone/tiny@v1").stdout == first.stdout

@@ -6,9 +6,10 @@ A family's file says what all its models have in common (``fixed``), which field
 inverse :meth:`Family.others_of`. :mod:`gpt.interop.weights` moves the weights by the same table.
 """
 
+import copy
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -35,6 +36,9 @@ class Part:
     """Whether they store the matrix transposed."""
     add: float = 0.0
     """A number that is added to their numbers when they are loaded."""
+    stack: int = 0
+    """If it is not 0, they store so many matrices in one tensor ``[stack, rows, columns]``, and
+    ``rows`` counts on from one matrix to the next."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,10 @@ class Family:
     """Whether all linear layers and norms have biases in a file."""
     added: ClassVar[float] = 0.0
     """A number that is added to norms' weights when they are loaded."""
+    renamed: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """Other names that files may have: a regular expression, and what replaces its matches."""
+    has_stacked_experts: bool = False
+    """Whether the experts of a layer are two tensors, as ``transformers`` 5 has them in memory."""
     ignored: ClassVar[str] = r"self_attn\.rotary_emb\.inv_freq"
     """Tensors of a layer that a file may have and a model does not need."""
 
@@ -98,6 +106,12 @@ class Family:
     def buffers(self) -> re.Pattern[str]:
         """Matches the bare names of tensors that files may have and a model does not need."""
         return re.compile(rf"{self.layers}\.\d+\.(?:{self.ignored})")
+
+    def stored_as(self, names: Collection[str]) -> "Family":
+        """The table for a file whose tensors have these bare ``names``."""
+        family = copy.copy(self)
+        family.has_stacked_experts = any(name.endswith(".experts.gate_up_proj") for name in names)
+        return family
 
     def config(self, theirs: dict[str, Any], *, say: Callable[[str], None]) -> ModelConfig:
         """The configuration from their ``config.json``. ``UsageError`` names a field that is not
@@ -177,6 +191,7 @@ class Family:
             given = [self.settings[each].theirs for each in fields if each in self.settings]
             names = " and ".join([*given, self.settings["n_embd"].theirs])
             shape = [C, length] if part.turn else [length, C]
+            shape = [part.stack, *shape] if part.stack else shape
             found.append((part.theirs.removeprefix(self.prefix), names, shape))
         return found
 
@@ -193,6 +208,9 @@ class Family:
             _, number, module = module.split(".", 2)
             layer = f"{self.layers}.{number}."
         expert = re.fullmatch(r"mlp\.experts\.(\d+)\.(\w+)", module)
+        if expert and self.has_stacked_experts:
+            at = f"{self.prefix}{layer}{self.modules['mlp.experts.up']}"
+            return [_stacked(at.partition(".{}")[0], int(expert[1]), expert[2], own)]
         if expert:
             theirs = self.modules[f"mlp.experts.{expert[2]}"].format(expert[1])
         else:
@@ -265,3 +283,15 @@ class Family:
             if not same:
                 found.append(name)
         return found
+
+
+def _stacked(place: str, expert: int, matrix: str, config: ModelConfig) -> Part:
+    """A matrix of an expert, where all experts of a layer are in two tensors: ``gate_up_proj``,
+    each expert's gate before its ``up``, and ``down_proj``. ``config`` is resolved.
+    """
+    if matrix == "down":
+        name, rows, number = "down_proj", config.n_embd, expert
+    else:
+        name, rows, number = "gate_up_proj", config.n_inner, 2 * expert + (matrix == "up")
+    at = slice(number * rows, (number + 1) * rows)
+    return Part(f"{place}.{name}", at, stack=config.n_expert)

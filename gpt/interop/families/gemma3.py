@@ -101,6 +101,11 @@ class Gemma3WithImages(Gemma3):
     model_type = "gemma3"
     prefix = "language_model.model."
     head = "language_model.lm_head.weight"
+    renamed = (  # transformers 5 has these names in memory
+        (r"^model\.language_model\.", "language_model.model."),
+        (r"^model\.(?=vision_tower|multi_modal)", ""),
+        (r"^lm_head\.", "language_model.lm_head."),
+    )
 
     @property
     def buffers(self) -> re.Pattern[str]:

@@ -110,6 +110,7 @@ class Mixtral(Mistral):
         "mlp.experts.up": "block_sparse_moe.experts.{}.w3",
         "mlp.experts.down": "block_sparse_moe.experts.{}.w2",
     }
+    renamed = ((r"(layers\.\d+)\.mlp\.", r"\1.block_sparse_moe."),)
     window = 0
 
     def others(self, theirs: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,6 +172,18 @@ class Qwen3MoE(Qwen3):
         "moe_renormalise": Setting("norm_topk_prob", False),
     }
     needs = {**Qwen3.needs, "decoder_sparse_step": 1, "mlp_only_layers": []}
+
+    def others(self, theirs: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The rotation, and the attention window of all layers."""
+        found = rotary(theirs, fields)
+        if not field(theirs, "use_sliding_window", False, bool):
+            return found
+        return found | {"window": field(theirs, "sliding_window", 4096)}
+
+    def others_of(self, config: ModelConfig) -> dict[str, Any]:
+        """The inverse."""
+        window = {"use_sliding_window": config.window > 0, "sliding_window": config.window or None}
+        return rotary_of(config) | window
 
 
 def windows(theirs: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,6 +44,7 @@ class NeoX(Family):
     }
     prefix = "gpt_neox."
     head = "embed_out.weight"
+    renamed = ((r"^lm_head\.", "embed_out."),)
     qkv = "by_head"
     always_biased = True
     ignored = r"attention\.(?:bias|masked_bias|rotary_emb\.inv_freq)"
