@@ -222,14 +222,14 @@ def choose_weights(weights: Weights, device: torch.device) -> Weights:
     return cast(Weights, str(choose_precision("auto", device)).removeprefix("torch."))
 
 
-def _check_triton(kind: Format, device: torch.device) -> None:
+def _check_triton(kind: Weights, device: torch.device) -> None:
     """Run each kernel once; ``UsageError`` if one fails. Without Triton's kernels, each token would
     convert the whole matrix, which takes longer than a product with a bfloat16 matrix.
     """
     try:
         from gpt import triton_kernels
 
-        packed = Matrix.empty(kind, 1, GROUP, device)
+        packed = Matrix(kind, torch.ones(1, GROUP, device=device))
         matrix = packed.data, packed.scales, packed.lows, GROUP
         for rows in (1, 2):  # one row has its own kernel
             triton_kernels.linear(torch.ones(rows, GROUP, device=device), *matrix, None)
@@ -273,6 +273,8 @@ class _Packing:
         self._new_matrix, self._new_tensor = matrix, tensor
         here, packed = device.type == "cpu", kinds & kernels.PACKED.keys()
         for kind in sorted(packed) if device.type == "cuda" else ():
+            if kind == "int8_gguf" or kind == "int4_gguf":
+                raise UsageError(f"matrices of {kind} run on a CPU; convert them for a GPU")
             _check_triton(kind, device)
         fast = choose_precision("auto", device)
         self.wide = fast if packed or len(kinds) > 1 else getattr(torch, min(kinds))

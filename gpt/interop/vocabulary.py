@@ -89,6 +89,8 @@ def _from_json(
     special, added = added_tokens(path, state.get("added_tokens") or [])
     vocab = _ids(path, "model.vocab", model.get("vocab"))
     if not before and state.get("decoder") == {"type": "Fuse"} and not model.get("merges"):
+        if _adds_first(path, state.get("post_processor")):
+            raise UsageError(f"{foreign(path)} has a post_processor that adds tokens to characters")
         return _characters(path, vocab, special | added)
     if model.get("type", "BPE") != "BPE":
         raise UsageError(

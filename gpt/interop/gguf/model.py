@@ -191,7 +191,8 @@ def load_as_stored(source: Source, *, device: torch.device | str) -> InferenceGP
 
     Blocks of Q8_0, Q4_0 and Q4_1 are laid out anew, and not rounded. F32 and F16 become float32,
     and BF16 stays. A matrix of other blocks, or of several formats (queries, keys and values are
-    one matrix here), is dequantised to the format that ``auto`` means on the ``device``.
+    one matrix here), is dequantised to the format that ``auto`` means on the ``device``. On a CUDA
+    device, so are all blocks.
     """
     device, config = torch.device(device), source.model.config
     matrices: dict[str, Matrix] = {}
@@ -224,7 +225,8 @@ def _matrix(
     """A parameter as a matrix; ``exact``: in float32."""
     formats = {data.gguf.tensors[part.tensor].format for part in held}
     form = formats.pop()
-    if not formats and form in GGUF_BLOCKS and not exact:
+    on_gpu = device.type == "cuda"  # which has no kernels for blocks
+    if not formats and form in GGUF_BLOCKS and not exact and not on_gpu:
         blocks = torch.cat([_ordered(data, part) for part in held])
         size = GGUF_BLOCKS[form].bytes
         return Matrix.of_blocks(form, blocks.view(len(blocks), -1, size)).to(device)
