@@ -59,7 +59,8 @@ class DataConfig:
         """The text's name, as used in the names of runs and caches."""
         if self.descriptor is not None:
             return "piped"
-        path = Path(self.source)
+        dataset, _, _ = self.source.partition("?")  # the options of hf://OWNER/NAME
+        path = Path(dataset if self.source.startswith("hf://") else self.source)
         if path.name in ("", ".."):  # . or ..
             path = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() fails for some links
         return path.stem or "text"
