@@ -7,7 +7,7 @@ and the same suggestions. Nothing here imports torch, so ``--help`` answers at o
 
 from gpt.config.checks import FOREIGN, MESSAGE, Bounds, UsageError, foreign, quoted
 from gpt.config.commands import EvaluateConfig, ExportConfig, PrepareConfig, SampleConfig, Weights
-from gpt.config.data import DataConfig, TokenizerKind
+from gpt.config.data import BadBytes, DataConfig, TextFormat, TokenizerKind, WindowOrder
 from gpt.config.generation import GenerationConfig, SamplingConfig, token_ids, unescaped
 from gpt.config.model import (
     Activation,
@@ -40,6 +40,7 @@ __all__ = [
     "FOREIGN",
     "MESSAGE",
     "Activation",
+    "BadBytes",
     "Balance",
     "Bounds",
     "CheckpointConfig",
@@ -64,11 +65,13 @@ __all__ = [
     "RouterScore",
     "SampleConfig",
     "SamplingConfig",
+    "TextFormat",
     "TokenizerKind",
     "TrainConfig",
     "TrainingConfig",
     "UsageError",
     "Weights",
+    "WindowOrder",
     "foreign",
     "parse",
     "parse_training",

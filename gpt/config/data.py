@@ -9,6 +9,9 @@ from typing import Literal
 from gpt.config.checks import check, number
 
 TokenizerKind = Literal["char", "byte", "gpt2"]
+WindowOrder = Literal["auto", "table", "keyed"]
+TextFormat = Literal["auto", "text", "jsonl", "parquet"]
+BadBytes = Literal["refuse", "replace"]
 
 
 _DESCRIPTOR = re.compile(r"-|/dev/stdin|/(?:dev|proc/self)/fd/([0-9]{1,9})")
@@ -19,11 +22,24 @@ class DataConfig:
     """Where the text comes from and how it becomes tokens."""
 
     source: str = "shakespeare"
-    """A named corpus (shakespeare), a UTF-8 text file, a folder of such files, or - for a pipe."""
+    """A named corpus (shakespeare), a file (UTF-8 text, .jsonl or .parquet; also .gz, .xz or .zst),
+    a folder, a pattern such as 'books/*.txt', - for a pipe, or hf://OWNER/NAME."""
+    format: TextFormat = "auto"
+    """What the files are; auto: by their names; jsonl, parquet: a document in each record."""
+    text_field: str = "text"
+    """The field of a record, or the column, that holds the text."""
+    separator: str = ""
+    r"""Where a text file is split into documents: '\n' is a document a line; empty: one a file."""
+    bad_bytes: BadBytes = "refuse"
+    """Bytes that are not UTF-8; refuse: name the file and the place; replace: by U+FFFD."""
     tokenizer: TokenizerKind = "char"
     """char: the characters of the text; byte: 256 bytes; gpt2: GPT-2's byte-pair encoding."""
     validation_fraction: float = number(0.05, above=0, below=1)
     """Fraction of the text, at its end, that is held out for validation."""
+    order: WindowOrder = "auto"
+    """How each epoch's order of windows is made; table: a shuffled list in memory; keyed: a
+    permutation computed window by window, without memory; auto: table up to 4,194,304 windows, and
+    what the run began with when it is resumed."""
     cache_dir: str = ""
     """The folder in which prepared tokens are cached; empty: data/ in the run's folder."""
 
@@ -43,7 +59,8 @@ class DataConfig:
         """The text's name, as used in the names of runs and caches."""
         if self.descriptor is not None:
             return "piped"
-        path = Path(self.source)
+        dataset, _, _ = self.source.partition("?")  # the options of hf://OWNER/NAME
+        path = Path(dataset if self.source.startswith("hf://") else self.source)
         if path.name in ("", ".."):  # . or ..
             path = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() fails for some links
         return path.stem or "text"

@@ -1,14 +1,9 @@
-"""Batches as a function of (seed, step): the same on one process and on eight, before and after a
-resume.
-
-The tokens are cut into windows of ``context_length``. Each epoch visits every window once, in a
-permutation drawn from (seed, epoch). The epochs form one endless sequence, and each step takes the
-next ``batch_size`` windows of it. So the position in the data depends only on the step.
+"""Batches of windows. The tokens are cut into windows of ``context_length``;
+:mod:`gpt.data.order` says which of them each step takes.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -76,22 +71,3 @@ class Windows:
         if not 0 < n < len(self):
             return np.arange(len(self))
         return np.arange(n) * len(self) // n
-
-
-class Order:
-    """Which windows each step takes."""
-
-    def __init__(self, n_windows: int, *, batch_size: int, seed: int) -> None:
-        self.n_windows, self.batch_size, self.seed = n_windows, batch_size, seed
-        self._epoch = lru_cache(maxsize=2)(self._permutation)
-
-    def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        return np.random.Generator(np.random.Philox((self.seed, epoch))).permutation(self.n_windows)
-
-    def step(self, step: int) -> NDArray[np.int64]:
-        """The windows of ``step`` (from 0), ``[batch_size]``. A step may contain the end of one
-        epoch and the start of the next.
-        """
-        indices = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        epochs, within = np.divmod(indices, self.n_windows)
-        return np.array([self._epoch(int(e))[w] for e, w in zip(epochs, within, strict=True)])

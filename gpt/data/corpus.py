@@ -1,17 +1,14 @@
-"""From a source of text to documents. A source is a named corpus, a UTF-8 file or a folder.
+"""From a source of text to documents. A source is a named corpus, a file, a folder, a pattern of
+paths such as ``books/*.txt``, or a dataset of the Hugging Face hub.
 
-Each file of a folder is a document, in the order of the paths. Links are followed, and a file or
-folder that is found twice is read once. Hidden files are left out, and so are files that this
-program wrote: runs, prepared tokens, copies of pipes.
-
-A document is read in pieces of about a million characters, so a file of any size needs little
-memory. Pieces end where white space follows a word. No token of any tokenizer spans such a place,
-so the ids of the pieces are the ids of the whole.
+:mod:`gpt.data.formats` reads the documents of each file, in the order of the paths. Links are
+followed, and a file or folder that is found twice is read once. Hidden files are left out, and so
+are files that this program wrote: runs, prepared tokens, copies of pipes.
 """
 
-import codecs
+import dataclasses
+import glob
 import hashlib
-import io
 import stat
 import sys
 from collections.abc import Callable, Iterator
@@ -21,18 +18,18 @@ from pathlib import Path
 import numpy as np
 
 from gpt.config import UsageError, foreign, quoted
-from gpt.data import shakespeare
+from gpt.data import hub_datasets, shakespeare
+from gpt.data.formats import Document, Reading, Tap
 from gpt.data.piped import is_copy
 from gpt.files import check_regular, unreadable
 
-PIECE_CHARACTERS = 1 << 20
-LONGEST_WORD_PIECES = 4
-"""A word longer than this many pieces is cut, to limit memory."""
 PREPARED_FILES = ("tokenizer.json", "train.bin", "validation.bin")
 """The files in a folder of prepared tokens."""
+CORPUS_FILE = "corpus.json"
+"""The file in a folder of prepared tokens that lists its shards."""
 Say = Callable[[str], None]
-Tap = Callable[[bytes], None]
-"""Receives each block of bytes that is read from a file."""
+PLAIN = Reading(format="text")
+"""Each file is one document of plain text."""
 
 
 @dataclass(frozen=True)
@@ -49,28 +46,33 @@ class Survey:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in a fixed order: one per file. ``read`` yields a file's text in pieces, and passes
-    the file's bytes to its tap.
+    """Documents in a fixed order. ``read`` yields the documents of a file, and passes the file's
+    bytes to its tap.
     """
 
     files: tuple[Path, ...]
-    read: Callable[[Path, Tap], Iterator[str]]
+    read: Callable[[Path, Tap], Iterator[Document]]
+    name: str
+    """The way of reading, as part of the fingerprint."""
     folder: Path | None = None
     """The folder that the files come from, if the source is a folder."""
 
-    def documents(self) -> Iterator[Iterator[str]]:
+    def documents(self) -> Iterator[Document]:
         """Each document as its pieces, in order. ``UsageError`` names a file that cannot be
         read.
         """
-        return (self.read(path, lambda block: None) for path in self.files)
+        for path in self.files:
+            yield from self.read(path, lambda block: None)
 
     def survey(self, *, characters: bool = False) -> Survey:
         """Read each document once. ``UsageError`` names a file that cannot be read."""
-        total, length = hashlib.sha256(self.read.__name__.encode()), 0
+        total, length = hashlib.sha256(self.name.encode()), 0
         seen = np.zeros(sys.maxunicode + 1, bool)
         for path in self.files:
             digest = hashlib.sha256()
-            for piece in self.read(path, digest.update):
+            for piece in (
+                piece for document in self.read(path, digest.update) for piece in document
+            ):
                 length += len(piece)
                 if characters:
                     seen[np.frombuffer(piece.encode("utf-32-le"), np.uint32)] = True
@@ -78,12 +80,21 @@ class Corpus:
         return Survey(total.digest(), length, "".join(map(chr, seen.nonzero()[0])))
 
 
-def open_corpus(source: str, *, field: str = "data.source", say: Say = lambda text: None) -> Corpus:
+def open_corpus(
+    source: str,
+    reading: Reading = PLAIN,
+    *,
+    field: str = "data.source",
+    say: Say = lambda text: None,
+) -> Corpus:
     """The corpus that ``source``, the value of the setting ``field``, names. ``UsageError`` if
     there is no such text.
 
     A file here takes precedence over a named corpus, and ``say`` is told.
     """
+    if source.startswith(hub_datasets.PREFIX):
+        documents = hub_datasets.opened(source, reading)
+        return Corpus((Path(source),), documents, f"dataset {source} {reading}")
     try:
         path = Path(source).expanduser()
     except RuntimeError:
@@ -97,15 +108,39 @@ def open_corpus(source: str, *, field: str = "data.source", say: Say = lambda te
         return NAMED[source]()
     if source in NAMED:
         say(f"{field} {source} is the file in this folder, not the named corpus")
+    if not mode and (found := _matched(path)):
+        return _files(found, reading)
     if not mode:
         raise UsageError(
             f"{field} is {quoted(source)}, which is not a file, a folder or a named corpus "
             f"({', '.join(sorted(NAMED))})"
         )
     if stat.S_ISDIR(mode):
-        return _folder(path, field)
+        return _folder(path, reading, field)
     check_regular(path, field)
-    return Corpus((path,), text_pieces)
+    return _files([path], reading)
+
+
+def _files(files: list[Path], reading: Reading, folder: Path | None = None) -> Corpus:
+    records = any(reading.format_of(path) != "text" for path in files)
+    name = "documents" if records else "text_pieces"
+    usual = Reading(format=reading.format)
+    for item in dataclasses.fields(reading):
+        if (value := getattr(reading, item.name)) != getattr(usual, item.name):
+            name += f" {item.name}={value!r}"
+    return Corpus(tuple(files), reading.documents, name, folder)
+
+
+def _matched(pattern: Path) -> list[Path]:
+    """The files that a pattern of paths matches, sorted; none if it is no pattern."""
+    if not glob.has_magic(str(pattern)):
+        return []
+    start = Path(pattern.anchor or ".")
+    try:
+        found = sorted(start.glob(str(pattern.relative_to(pattern.anchor))))
+    except (OSError, ValueError):  # such as ** within a name
+        return []
+    return [path for path in found if path.is_file() and not is_copy(path)]
 
 
 def _mode(path: Path, field: str) -> int:
@@ -118,7 +153,7 @@ def _mode(path: Path, field: str) -> int:
         raise unreadable(path, field, error) from None
 
 
-def _folder(folder: Path, field: str) -> Corpus:
+def _folder(folder: Path, reading: Reading, field: str) -> Corpus:
     if _is_ours(_listed(folder)):
         raise UsageError(
             f"{field} is {foreign(folder)}, which is a run or prepared tokens; give the file or "
@@ -143,7 +178,7 @@ def _folder(folder: Path, field: str) -> Corpus:
             waiting += [path / name for name in sorted(names, reverse=True)]
     if not files:
         raise UsageError(f"{field} is the folder {foreign(folder)}, which has no files")
-    return Corpus(tuple(files), text_pieces, folder)
+    return _files(files, reading, folder)
 
 
 def _listed(folder: Path) -> set[str]:
@@ -158,74 +193,17 @@ def _listed(folder: Path) -> set[str]:
 def _is_ours(names: set[str]) -> bool:
     """Whether a folder with these names is a run or prepared tokens."""
     run = "config.toml" in names and names & {"tokenizer.json", "metrics.jsonl", "checkpoints"}
-    return bool(run) or names.issuperset(PREPARED_FILES)
+    prepared = names.issuperset(PREPARED_FILES) or names.issuperset({"tokenizer.json", CORPUS_FILE})
+    return bool(run) or prepared
+
+
+def _play(path: Path, tap: Tap) -> Iterator[Document]:
+    [markdown] = PLAIN.documents(path, tap)
+    yield [shakespeare.speeches("".join(markdown))]
 
 
 def _shakespeare() -> Corpus:
-    return Corpus(tuple(shakespeare.play_files()), play_pieces)
+    return Corpus(tuple(shakespeare.play_files()), _play, "play_pieces")
 
 
 NAMED: dict[str, Callable[[], Corpus]] = {"shakespeare": _shakespeare}
-
-
-class _Tapped(io.BufferedReader):
-    def __init__(self, file: io.FileIO, tap: Tap) -> None:
-        super().__init__(file)
-        self._tap = tap
-
-    def read1(self, size: int = -1, /) -> bytes:  # TextIOWrapper.read(n) calls this alone
-        block = super().read1(size)
-        self._tap(block)
-        return block
-
-
-def play_pieces(path: Path, tap: Tap) -> Iterator[str]:
-    """A play as one piece."""
-    yield shakespeare.speeches("".join(text_pieces(path, tap)))
-
-
-def text_pieces(path: Path, tap: Tap) -> Iterator[str]:
-    """The text of a UTF-8 file in pieces. Line ends become line feeds; a byte-order mark is
-    dropped.
-    """
-    try:
-        raw = _Tapped(path.open("rb", buffering=0), tap)
-        with io.TextIOWrapper(raw, encoding="utf-8-sig") as file:
-            held = ""
-            while block := file.read(PIECE_CHARACTERS):
-                if "\0" in block:
-                    raise _looks_like_utf16(path)
-                start, held = len(held), held + block
-                cut = _last_word_end(held, max(start, 1))
-                if not cut and len(held) >= LONGEST_WORD_PIECES * PIECE_CHARACTERS:
-                    cut = len(held)
-                if cut:
-                    yield held[:cut]
-                    held = held[cut:]
-            if held:
-                yield held
-    except UnicodeDecodeError as error:
-        marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-        if b"\0" in error.object or (error.start == 0 and error.object.startswith(marks)):
-            raise _looks_like_utf16(path) from None
-        raise UsageError(
-            f"{foreign(path)} is not UTF-8 text ({error.reason}: byte "
-            f"0x{error.object[error.start]:02X}); convert it or leave it out"
-        ) from None
-    except OSError as error:
-        raise unreadable(path, "the text", error) from None
-
-
-def _looks_like_utf16(path: Path) -> UsageError:
-    return UsageError(
-        f"{foreign(path)} has NUL bytes or a UTF-16 mark, and looks like UTF-16; convert it to "
-        "UTF-8 (iconv -f UTF-16 -t UTF-8) or leave it out"
-    )
-
-
-def _last_word_end(text: str, start: int) -> int:
-    """The last position, at ``start`` or later, where white space follows a word; 0 if none."""
-    for i in range(len(text) - 1, start - 1, -1):
-        if text[i] in " \n" and not text[i - 1].isspace():
-            return i
-    return 0

@@ -20,6 +20,7 @@ import numpy as np
 from gpt.config import DataConfig, TokenizerKind, UsageError, quoted
 from gpt.data import tokenizer as tokenizers
 from gpt.data.corpus import PREPARED_FILES, Corpus, Say, Survey, open_corpus
+from gpt.data.formats import Reading
 from gpt.data.piped import keep
 from gpt.data.shards import Shard, ShardWriter, read_shard
 from gpt.data.tokenizer import (
@@ -61,7 +62,7 @@ def prepare(
     cannot be written, and damaged shards.
     """
     config = keep(config, cache_dir)
-    corpus = open_corpus(config.source, say=say)
+    corpus = open_corpus(config.source, Reading.of(config), say=say)
     kind = tokenizer.kind if tokenizer else config.tokenizer
     survey = corpus.survey(characters=kind == "char" and tokenizer is None)
     if survey.length == 0:

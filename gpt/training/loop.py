@@ -100,6 +100,7 @@ class Trainer:
             Windows(data.train, config.model.context_length),
             sequences=sequences,
             seed=config.training.seed,
+            kind=config.data.order,
         )
         self.objective = objective
         self.validation = Windows(data.validation, config.model.context_length)

@@ -72,6 +72,8 @@ def train_on(
         console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     checkpoint = setup.checkpoint_to_resume(config.run, world, resume=config.resume, say=say)
+    if checkpoint is not None:
+        config = dataclasses.replace(config, data=setup.as_it_began(config.data, checkpoint))
     model: GPT | None = None
     tokenizer: Tokenizer | None = None
     if config.init:

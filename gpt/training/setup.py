@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from gpt import checkpoint as checkpoints
 from gpt.checkpoint import Checkpoint
-from gpt.config import ModelConfig, TrainConfig, UsageError, to_toml
+from gpt.config import DataConfig, ModelConfig, TrainConfig, UsageError, to_toml
 from gpt.data import tokenizer as tokenizers
 from gpt.data.prepare import Prepared
 from gpt.data.shards import Shard
@@ -142,6 +142,24 @@ def resolve(config: TrainConfig, data: Prepared, checkpoint: Checkpoint | None) 
         )
     model = dataclasses.replace(config.model, vocab_size=vocab_size)
     return dataclasses.replace(config, run_dir=str(config.run), resume=False, model=model)
+
+
+BEFORE: dict[str, Any] = {"order": "table", "format": "text"}
+"""What auto means for a run that recorded no such field of its data."""
+
+
+def as_it_began(data: DataConfig, checkpoint: Checkpoint) -> DataConfig:
+    """The data's settings, with the order and the format that the checkpoint's run began with
+    instead of auto.
+    """
+    settings = checkpoint.progress.get("settings")
+    recorded = settings if isinstance(settings, dict) else {}  # restoring it raises the error
+    began: dict[str, Any] = {
+        name: recorded.get(f"data.{name}", usual)
+        for name, usual in BEFORE.items()
+        if getattr(data, name) == "auto"
+    }
+    return dataclasses.replace(data, **began)
 
 
 def check_changes(

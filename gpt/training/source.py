@@ -5,7 +5,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from gpt.data.batches import Batch, Order, Windows
+from gpt.config import WindowOrder
+from gpt.data.batches import Batch, Windows
+from gpt.data.order import Order
 from gpt.training.loss import summed_loss
 from gpt.training.parallel import World
 
@@ -37,9 +39,11 @@ Objective = Callable[[Forward, Batch], Tensor]
 class ShuffledWindows:
     """A :class:`Source` of a text's windows, in a new order each epoch."""
 
-    def __init__(self, windows: Windows, *, sequences: int, seed: int) -> None:
+    def __init__(
+        self, windows: Windows, *, sequences: int, seed: int, kind: WindowOrder = "auto"
+    ) -> None:
         self.windows, self.sequences = windows, sequences
-        self.order = Order(len(windows), batch_size=sequences, seed=seed)
+        self.order = Order(len(windows), batch_size=sequences, seed=seed, kind=kind)
         self._ahead: tuple[int, Batch] | None = None
 
     def batch(self, step: int, world: World) -> Batch:

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from gpt.config import UsageError
-from gpt.data.batches import IGNORED, Batch, Order, Windows
+from gpt.data.batches import IGNORED, Batch, Windows
 from gpt.data.shards import ShardWriter, read_shard
 
 
@@ -30,37 +30,6 @@ def test_a_shard_has_every_window_that_has_a_next_token(n_tokens, count, tmp_pat
 def test_a_text_too_short_for_one_window_is_refused(tmp_path):
     with pytest.raises(UsageError, match=r"has 5 tokens, and one window .* 5 needs 6"):
         windows_of(tmp_path, 5, 5)
-
-
-def test_each_epoch_takes_every_window_once():
-    order = Order(10, batch_size=3, seed=0)
-    taken = np.concatenate([order.step(s) for s in range(20)])
-    for epoch in range(6):
-        assert sorted(taken[10 * epoch : 10 * (epoch + 1)]) == list(range(10))
-    assert taken[:10].tolist() != taken[10:20].tolist()
-
-
-def test_the_batch_of_a_step_depends_on_seed_and_step_alone():
-    walked = Order(1000, batch_size=8, seed=5)
-    for step in range(200):
-        walked.step(step)
-    assert np.array_equal(walked.step(77), Order(1000, batch_size=8, seed=5).step(77))
-    assert not np.array_equal(walked.step(77), Order(1000, batch_size=8, seed=6).step(77))
-
-
-def test_the_order_of_a_seed_is_the_same_for_ever():
-    # Recorded from this implementation: a change here changes every run that is resumed.
-    assert Order(7, batch_size=4, seed=1337).step(0).tolist() == RECORDED[:4]
-    assert Order(7, batch_size=4, seed=1337).step(1).tolist() == RECORDED[4:]
-
-
-RECORDED = [5, 0, 4, 1, 6, 2, 3, 1]
-
-
-def test_a_batch_larger_than_an_epoch_spans_epochs():
-    order = Order(3, batch_size=7, seed=0)
-    assert np.bincount(order.step(0)).max() == 3
-    assert sorted(order.step(0)[:3]) == [0, 1, 2]
 
 
 def test_a_split_batch_is_the_batch_in_order(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gpt.config import UsageError
-from gpt.data import corpus as corpora
+from gpt.data import formats
 from gpt.data.corpus import open_corpus
 from gpt.data.shakespeare import speeches
 from gpt.data.tokenizer import GPT2Tokenizer
@@ -71,7 +71,7 @@ def test_line_ends_and_a_byte_order_mark_are_no_text(tmp_path):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_pieces_join_to_the_text_and_their_tokens_to_the_texts_tokens(seed, tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora, "PIECE_CHARACTERS", 50)
+    monkeypatch.setattr(formats, "PIECE_CHARACTERS", 50)
     draw = random.Random(seed)
     text = "".join(draw.choices("ab1 .,'\n\t\r\x1c\x85\u00a0é東\u0301", k=3000)).replace("\r", "")
     path = tmp_path / "a.txt"
@@ -85,13 +85,13 @@ def test_pieces_join_to_the_text_and_their_tokens_to_the_texts_tokens(seed, tmp_
 
 
 def test_a_text_without_white_space_is_still_read_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora, "PIECE_CHARACTERS", 10)
+    monkeypatch.setattr(formats, "PIECE_CHARACTERS", 10)
     (tmp_path / "a.txt").write_text("x" * 105)
     assert whole_text(open_corpus(str(tmp_path / "a.txt"))) == ["x" * 105]
 
 
 def test_a_word_of_any_length_passes_through_little_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora, "PIECE_CHARACTERS", 10)
+    monkeypatch.setattr(formats, "PIECE_CHARACTERS", 10)
     (tmp_path / "a.txt").write_text("x" * 1000)
     [document] = open_corpus(str(tmp_path / "a.txt")).documents()
     assert max(map(len, document)) <= 40
@@ -137,7 +137,7 @@ def test_a_source_that_cannot_be_read_is_told_in_one_sentence(kind, tmp_path, mo
     said = {
         "missing": "not a file, a folder or a named corpus (shakespeare)",
         "empty folder": "has no files",
-        "not UTF-8": "is not UTF-8 text (invalid start byte: byte 0xFC)",
+        "not UTF-8": "is not UTF-8 text (invalid start byte: byte 0xFC at byte 2)",
         "unreadable": "cannot be read: Permission denied",
     }[kind]
     with pytest.raises(UsageError) as error:
@@ -285,7 +285,7 @@ def test_a_file_whose_name_is_not_utf_8_is_read_and_named_when_it_is_broken(tmp_
 
 
 def test_a_line_of_any_length_passes_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora, "PIECE_CHARACTERS", 1000)
+    monkeypatch.setattr(formats, "PIECE_CHARACTERS", 1000)
     (tmp_path / "a.txt").write_text("\u6771" * 50_000)
     [document] = open_corpus(str(tmp_path / "a.txt")).documents()
     pieces = list(document)

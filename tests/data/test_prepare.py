@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gpt.config import DataConfig, UsageError
-from gpt.data import corpus as corpora
+from gpt.data import formats
 from gpt.data import prepare as preparing
 from gpt.data.prepare import prepare
 from gpt.data.shards import HEADER_BYTES, ShardWriter
@@ -32,7 +32,7 @@ def test_the_held_out_text_is_the_end_whatever_the_tokenizer(tokenizer, text_fil
 def test_each_document_ends_with_end_of_text_on_its_side_of_the_boundary(
     piece, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(corpora, "PIECE_CHARACTERS", piece)
+    monkeypatch.setattr(formats, "PIECE_CHARACTERS", piece)
     source = tmp_path / "source"
     source.mkdir()
     for name, text in {"a": "a b c d e", "b": "", "c": "f g h i j", "d": "k l m n o"}.items():
@@ -122,7 +122,7 @@ def test_a_given_tokenizer_takes_the_place_of_the_configurations(text_file, tmp_
 
 
 def test_progress_rises_to_one(text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora, "PIECE_CHARACTERS", 1000)
+    monkeypatch.setattr(formats, "PIECE_CHARACTERS", 1000)
     shares = []
     prepare(DataConfig(source=str(text_file)), tmp_path / "cache", progress=shares.append)
     assert shares == sorted(shares)

@@ -132,6 +132,7 @@ def test_a_run_in_the_folder_of_its_text_is_refused_before_it_is_written(folder,
         ("a/..", "texts"),
         ("/", "text"),
         ("-", "piped"),
+        ("hf://owner/tales?split=test", "tales"),
     ],
 )
 def test_a_run_has_the_name_of_its_text(source, name, folder):
