@@ -19,7 +19,7 @@ class SampleConfig(GenerationConfig):
 
     model: str = "runs/shakespeare"
     """A run's folder (uses its best checkpoint), a checkpoint, a folder in Hugging Face's layout, a
-    packed folder, a GGUF file, smollm2, or a GPT-2 on the hub."""
+    packed folder, a GGUF file, smollm2, or a model on the hub."""
     prompt: str | None = None
     """The text to continue. Without it and without prompt_file, the prompt is read from standard
     input; on a terminal, a session starts."""

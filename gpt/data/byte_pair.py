@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import regex
 import tiktoken
 from numpy.typing import NDArray
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
@@ -158,6 +157,8 @@ class GPT2Tokenizer:
 
     def _without_absent(self, text: str) -> Ids:
         """Split the text first, and then leave out its absent bytes: tiktoken does not do that."""
+        import regex  # takes 0.1 s, and few vocabularies need it
+
         pieces = (m[0].encode() for m in regex.finditer(PATTERNS[self.pattern], text))
         left = (piece.translate(None, self.absent) for piece in pieces)
         encode = self._encoding._encode_single_piece
