@@ -31,11 +31,10 @@ from gpt.config import (
     parse_training,
     unescaped,
 )
+from gpt.console import open_console, tell
 from gpt.files import as_training_text, check_output, read_text, sentence, unreadable
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from gpt.data.tokenizer import Tokenizer
     from gpt.model.gpt import GPT
 
@@ -67,12 +66,12 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "gpt") -> int:
             raise
         nameless = isinstance(error, OSError) and error.filename is None
         where = "standard output: " if nameless and not _can_write(sys.stdout) else ""
-        _tell(f"{prog}: {where}{sentence(error)}")
+        tell(f"{prog}: {where}{sentence(error)}")
         return 2
     except (MemoryError, RuntimeError) as error:
         if os.environ.get("GPT_TRACEBACK") or not _is_out_of_memory(error):
             raise
-        _tell(f"{prog}: not enough memory; {_NEEDS_LESS.get(command, foreign(error))}")
+        tell(f"{prog}: not enough memory; {_NEEDS_LESS.get(command, foreign(error))}")
         return 2
     finally:
         for stream in (sys.stdout, sys.stderr):
@@ -183,14 +182,14 @@ def train(words: Sequence[str], prog: str) -> int:
             return _training_sample(config, model, tokenizer)
 
     if tells and settings.name != "shakespeare.toml":
-        _tell(f"settings {settings}, then the command line")
+        tell(f"settings {settings}, then the command line")
 
     def initial(name: "str | Path") -> "tuple[GPT, Tokenizer]":
         from gpt.interop.load import load
 
-        return load(name, trainable=True, say=_tell if tells else lambda text: None)
+        return load(name, trainable=True, say=tell if tells else lambda text: None)
 
-    console = _console(cast(TextIO, Output(sys.stdout)))
+    console = open_console(cast(TextIO, Output(sys.stdout)))
     result = run(config, console=console, sample=sample, initial=initial)
     return 128 + result.signal if result.signal else 0
 
@@ -211,10 +210,10 @@ def sample(words: Sequence[str], prog: str) -> int:
 
     keep_freed_memory()
     device = choose_device(config.device)
-    model = load(config.model, device=device, weights=config.weights, say=_tell)
+    model = load(config.model, device=device, weights=config.weights, say=tell)
     draft = None
     if config.draft:
-        draft = load(config.draft, device=device, weights=config.weights, say=_tell)
+        draft = load(config.draft, device=device, weights=config.weights, say=tell)
     session = Session(config, model, draft)
     if config.takes_many:
         session.continue_file()
@@ -233,7 +232,7 @@ def prepare(words: Sequence[str], prog: str) -> int:
 
         from gpt.data.prepare import prepare as run
 
-    console = _console()
+    console = open_console()
     with console.status("reading", spinner="line") as status:
         prepared = run(
             config.data,
@@ -241,7 +240,7 @@ def prepare(words: Sequence[str], prog: str) -> int:
             progress=lambda fraction: status.update(
                 Text(f"preparing {config.data.source}: {fraction:.0%}")
             ),
-            say=_tell,
+            say=tell,
         )
     console.print(
         f"{prepared.train.path.parent}: {len(prepared.train):,} training and "
@@ -260,7 +259,7 @@ def export(words: Sequence[str], prog: str) -> int:
         from gpt.interop.load import load
         from gpt.interop.packed import save_packed
 
-    loaded = load(config.model, dtype=None, trainable=True, say=_tell)
+    loaded = load(config.model, dtype=None, trainable=True, say=tell)
     if config.to == "packed":
         packed = prepare_for_inference(loaded.model, config.weights)
         save_packed(packed, loaded.tokenizer, config.out)
@@ -268,7 +267,7 @@ def export(words: Sequence[str], prog: str) -> int:
         export_gguf(loaded.model, loaded.tokenizer, config.out, weights=config.weights)
     else:
         export_huggingface(loaded.model, loaded.tokenizer, config.out, family=config.family)
-    _tell(f"{config.out}: {loaded.model.parameter_count():,} parameters")
+    tell(f"{config.out}: {loaded.model.parameter_count():,} parameters")
     return 0
 
 
@@ -279,9 +278,9 @@ def evaluate(words: Sequence[str], prog: str) -> int:
         from gpt.device import keep_freed_memory
         from gpt.evaluation.report import as_json, as_table, measure
 
-        console = _console()
+        console = open_console()
     keep_freed_memory()
-    report = measure(config, say=_tell)
+    report = measure(config, say=tell)
     if config.json:
         sys.stdout.write(as_json(report))
     else:
@@ -313,21 +312,6 @@ def _silence() -> Iterator[None]:
         contextlib.redirect_stderr(nowhere),
     ):
         yield
-
-
-def _console(file: TextIO | None = None) -> "Console":
-    """A console without markup in names; lines are not wrapped unless it is a terminal."""
-    from rich.console import Console
-
-    console = Console(file=file, markup=False, emoji=False, highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = 10_000
-    return console
-
-
-def _tell(text: str) -> None:
-    with contextlib.suppress(OSError):  # nothing reads standard error any more
-        sys.stderr.write(text + "\n")
 
 
 def _training_sample(config: TrainConfig, model: "GPT", tokenizer: "Tokenizer") -> str:

@@ -12,8 +12,8 @@ import gpt
 ROOT = Path(gpt.__file__).parent
 FLOORS = [
     "config", "files", "device", "kernels", "triton_kernels", "model", "data", "tensors",
-    "migrations", "checkpoint", "generation", "interop", "evaluation", "training", "terminal",
-    "cli", "__main__",
+    "migrations", "checkpoint", "generation", "interop", "evaluation", "training", "console",
+    "terminal", "commands", "cli", "__main__",
 ]  # fmt: skip
 
 
