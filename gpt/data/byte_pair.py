@@ -192,8 +192,6 @@ class GPT2Tokenizer:
             state["normalisation"] = self.normalisation
         if self.first:
             state["first"] = list(self.first)
-        if self.chat:
-            state["chat"] = self.chat.state()
         return state
 
 
@@ -257,5 +255,4 @@ def byte_pair_from_state(state: dict[str, Any]) -> GPT2Tokenizer:
         pattern=pattern,
         normalisation=normalisation,
         first=first,
-        chat=ChatTemplates.from_state(state.get("chat")),
     )

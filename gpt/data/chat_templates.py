@@ -11,6 +11,12 @@ from typing import Any, Self
 from gpt.config import quoted
 
 DEFAULT = "default"
+PLAIN = (
+    "{% for message in messages %}{{ message['role'] | capitalize }}:\n{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:\n{% endif %}"
+)
+"""The template for a model that has none: it needs no special token besides the end of a text."""
 
 
 @dataclass(frozen=True)

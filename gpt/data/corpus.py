@@ -7,6 +7,7 @@ are files that this program wrote: runs, prepared tokens, copies of pipes.
 """
 
 import dataclasses
+import functools
 import glob
 import hashlib
 import stat
@@ -19,8 +20,10 @@ import numpy as np
 
 from gpt.config import UsageError, foreign, quoted
 from gpt.data import hub_datasets, shakespeare
-from gpt.data.formats import Document, Reading, Tap
+from gpt.data.compression import Tap
+from gpt.data.formats import Document, documents
 from gpt.data.piped import is_copy
+from gpt.data.reading import Reading
 from gpt.files import check_regular, unreadable
 
 PREPARED_FILES = ("tokenizer.json", "train.bin", "validation.bin")
@@ -93,8 +96,8 @@ def open_corpus(
     A file here takes precedence over a named corpus, and ``say`` is told.
     """
     if source.startswith(hub_datasets.PREFIX):
-        documents = hub_datasets.opened(source, reading)
-        return Corpus((Path(source),), documents, f"dataset {source} {reading}")
+        stream = hub_datasets.opened(source, reading)
+        return Corpus((Path(source),), stream, f"dataset {source} {reading}")
     try:
         path = Path(source).expanduser()
     except RuntimeError:
@@ -128,7 +131,7 @@ def _files(files: list[Path], reading: Reading, folder: Path | None = None) -> C
     for item in dataclasses.fields(reading):
         if (value := getattr(reading, item.name)) != getattr(usual, item.name):
             name += f" {item.name}={value!r}"
-    return Corpus(tuple(files), reading.documents, name, folder)
+    return Corpus(tuple(files), functools.partial(documents, reading), name, folder)
 
 
 def _matched(pattern: Path) -> list[Path]:
@@ -198,7 +201,7 @@ def _is_ours(names: set[str]) -> bool:
 
 
 def _play(path: Path, tap: Tap) -> Iterator[Document]:
-    [markdown] = PLAIN.documents(path, tap)
+    [markdown] = documents(PLAIN, path, tap)
     yield [shakespeare.speeches("".join(markdown))]
 
 

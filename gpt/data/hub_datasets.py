@@ -9,7 +9,9 @@ from pathlib import Path
 from urllib.parse import parse_qsl
 
 from gpt.config import UsageError, foreign, quoted
-from gpt.data.formats import Document, Reading, Tap, cut, extra
+from gpt.data.compression import Tap, extra
+from gpt.data.formats import Document, cut
+from gpt.data.reading import Reading
 from gpt.files import as_training_text
 
 PREFIX = "hf://"

@@ -130,8 +130,6 @@ class LibraryTokenizer:
             state["ends"] = sorted(self.ends)
         if self.first:
             state["first"] = list(self.first)
-        if self.chat:
-            state["chat"] = self.chat.state()
         return state
 
 
@@ -153,7 +151,6 @@ def library_tokenizer_from_state(state: dict[str, Any]) -> LibraryTokenizer:
         end_of_text=end,
         vocab_size=size,
         **lists,
-        chat=ChatTemplates.from_state(state.get("chat")),
     )
 
 

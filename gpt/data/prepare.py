@@ -20,8 +20,8 @@ import numpy as np
 from gpt.config import DataConfig, TokenizerKind, UsageError, quoted
 from gpt.data import tokenizer as tokenizers
 from gpt.data.corpus import PREPARED_FILES, Corpus, Say, Survey, open_corpus
-from gpt.data.formats import Reading
 from gpt.data.piped import keep
+from gpt.data.reading import Reading
 from gpt.data.shards import Shard, ShardWriter, read_shard
 from gpt.data.tokenizer import (
     ByteTokenizer,

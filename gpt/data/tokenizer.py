@@ -7,7 +7,7 @@ tokens.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -112,7 +112,10 @@ class ByteTokenizer:
 
 def to_json(tokenizer: Tokenizer) -> str:
     """The content of the file that :func:`load` reads."""
-    return json.dumps({"kind": tokenizer.kind, **tokenizer.state()}, ensure_ascii=True) + "\n"
+    state = {"kind": tokenizer.kind, **tokenizer.state()}
+    if tokenizer.chat is not None:
+        state["chat"] = tokenizer.chat.state()
+    return json.dumps(state, ensure_ascii=True) + "\n"
 
 
 def load(path: Path) -> Tokenizer:
@@ -128,6 +131,12 @@ def _from_state(state: Any) -> Tokenizer:
     """The tokenizer of a ``state``; ``ValueError`` says what is wrong with it."""
     if not isinstance(state, dict):
         raise ValueError("it must be an object")
+    tokenizer = _without_chat(state)
+    tokenizer.chat = ChatTemplates.from_state(state.get("chat"))
+    return tokenizer
+
+
+def _without_chat(state: Mapping[str, Any]) -> Tokenizer:
     match state.get("kind"):
         case "char":
             characters = state.get("characters")

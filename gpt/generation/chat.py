@@ -1,27 +1,24 @@
 """A conversation with a model that has a chat template.
 
 The template makes the text of all messages, and the model continues it with its answer. The special
-tokens that the template writes become their ids. The same characters in a message stay text: before
-rendering, a character that occurs nowhere (the mark) is put into each special token that a message
-contains or begins or ends with. The text is split at the special tokens that are still whole, and
-the marks are removed from the text between them.
+tokens that the template writes become their ids; in a message, the same characters stay text
+(:mod:`gpt.generation.marks`).
 """
 
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 from gpt.config import GenerationConfig, UsageError, quoted
-from gpt.data.tokenizer import Tokenizer, decode, encoder
+from gpt.data.tokenizer import Tokenizer, decode
 from gpt.generation.chat_template import Message, render
 from gpt.generation.decode import Decoder
+from gpt.generation.marks import MARKS, Marker, encode_rendered, special_texts, unused_marks
 from gpt.generation.prefix import Prefix
 from gpt.generation.text import Completion, new_decoder, run, settings_of
 from gpt.model.gpt import GPT
 
-_MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
-"""Unicode's noncharacters, which no text needs."""
 _ROLE = re.compile(r"[\w.-]{1,64}")
 Say = Callable[[str], None]
 
@@ -50,7 +47,7 @@ def chat(
     own = Conversation(
         model, settings_of(settings, options), template=template, variables=variables
     )
-    own.messages = _checked(messages)
+    own.messages = checked_messages(messages)
     answer = ""
     for piece in own.answer():
         answer += piece
@@ -92,7 +89,7 @@ class Conversation:
         self._guessing: dict[str, Any] = {"draft": draft, "num_draft_tokens": num_draft_tokens}
         self._prefix = Prefix(network)
         self._known: tuple[str, list[int]] = ("", [])  # a rendered text, and the ids it has had
-        self._marker, self._mark = _Marker(special_texts(tokenizer)), _MARKS[0]
+        self._marker, self._mark = Marker(special_texts(tokenizer)), MARKS[0]
         self._ends: frozenset[int] | None = None
         self.messages: list[dict[str, Any]] = []
         self.prompt: list[int] = []
@@ -209,7 +206,7 @@ class Conversation:
         """The text of the messages up to the answer, with marks, and its ids. What was answered
         before keeps the ids that it was made of.
         """
-        self._mark = _unused_marks(self.messages, self._variables)[0]
+        self._mark = unused_marks(self.messages, self._variables)[0]
         text = self._render(self.messages, self._mark)
         known, ids = self._known
         rest = text[len(known) :] if known and text.startswith(known) else None
@@ -226,7 +223,7 @@ class Conversation:
         """The special token that the template writes after an answer, if it writes one."""
         if self._ends is None:
             self._ends = frozenset()
-            mark, inside, *_ = _unused_marks(self._variables)
+            mark, inside, *_ = unused_marks(self._variables)
             turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": inside}]
             try:
                 text = self._render(turns, mark, add_generation_prompt=False)
@@ -240,83 +237,7 @@ class Conversation:
         return self._ends
 
 
-def special_texts(tokenizer: Tokenizer) -> Mapping[str, int]:
-    """The special tokens that a template can write, by their texts."""
-    special: Mapping[str, int] = getattr(tokenizer, "special", {})
-    return special
-
-
-def encode_rendered(
-    tokenizer: Tokenizer, text: str, mark: str, *, begins: bool = True
-) -> list[int]:
-    """The ids of a rendered ``text``, in which whole special tokens count and those with a ``mark``
-    are text. ``begins`` is whether it is the beginning of the conversation.
-    """
-    special = special_texts(tokenizer)
-    parts = re.split(f"({_any_of(special)})", text) if special else [text]
-    everywhere = getattr(tokenizer, "spaces_after_special", False)
-    ids: list[int] = []
-    for number, part in enumerate(parts):
-        if number % 2:
-            ids.append(special[part])
-        elif part := part.replace(mark, ""):
-            starts = begins if number == 0 else everywhere
-            encode = tokenizer.encode if starts else encoder(tokenizer, begins=False)
-            ids += encode(part).tolist()
-    return ids
-
-
-def _any_of(texts: Iterable[str]) -> str:
-    """An expression for one of ``texts``, the longest that matches."""
-    return "|".join(map(re.escape, sorted(texts, key=len, reverse=True)))
-
-
-class _Marker:
-    """Puts a mark into each special token in a text, and into a part of one at the text's beginning
-    or end, because the template may write the rest of it.
-    """
-
-    def __init__(self, special: Collection[str]) -> None:
-        self._whole = re.compile(f"(?={_any_of(special)})", re.IGNORECASE) if special else None
-        self._beginnings = {token[:n] for token in special for n in range(1, len(token))}
-        self._ends = {token[n:] for token in special for n in range(1, len(token))}
-        self._longest = max(map(len, special), default=1)
-
-    def mark(self, value: Any, mark: str) -> Any:
-        """``value`` with marks in all its texts. Keys and roles are the caller's own, and stay."""
-        if isinstance(value, str):
-            return self._marked(value, mark) if self._whole else value
-        if isinstance(value, Mapping):
-            return {k: v if k == "role" else self.mark(v, mark) for k, v in value.items()}
-        if isinstance(value, list | tuple):
-            return [self.mark(item, mark) for item in value]
-        return value
-
-    def _marked(self, text: str, mark: str) -> str:
-        assert self._whole is not None
-        places = {match.start() + 1 for match in self._whole.finditer(text)}
-        for n in range(1, min(self._longest, len(text) + 1)):
-            if text[-n:] in self._beginnings:
-                places.add(len(text) - n + 1)
-            if text[:n] in self._ends:
-                places.add(n - 1)
-        for place in sorted(places, reverse=True):
-            text = text[:place] + mark + text[place:]
-        return text
-
-
-def _unused_marks(*values: Any) -> list[str]:
-    """Marks that are in none of the texts; ``UsageError`` if they leave too few."""
-    texts = repr(values)  # in which they are escaped
-    unused = [mark for mark in _MARKS if f"\\u{ord(mark):04x}" not in texts]
-    if len(unused) < 2:
-        raise UsageError(
-            "the messages contain Unicode's noncharacters U+FDD0 to U+FDEF; remove some"
-        )
-    return unused
-
-
-def _checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
+def checked_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """The messages as objects; ``UsageError`` if they are not messages."""
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise UsageError(

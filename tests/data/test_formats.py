@@ -7,10 +7,11 @@ import random
 import pytest
 
 from gpt.config import DataConfig, UsageError
-from gpt.data import formats
+from gpt.data import compression, reading
 from gpt.data.corpus import open_corpus
-from gpt.data.formats import FORMATS, Reading
+from gpt.data.formats import FORMATS
 from gpt.data.prepare import prepare
+from gpt.data.reading import Reading
 
 TEXTS = ["the cat sat", "caf\u00e9 \u6771\u4eac", "def f():\n    return 1\n"]
 
@@ -47,7 +48,7 @@ def read(path, **fields):
 
 def test_every_format_is_tested():
     assert set(RAW) == set(FORMATS)
-    assert set(COMPRESSED) == {"", *formats.COMPRESSIONS}
+    assert set(COMPRESSED) == {"", *compression.COMPRESSIONS}
 
 
 @pytest.mark.parametrize("compression", COMPRESSED)
@@ -87,7 +88,7 @@ def test_bad_bytes_are_refused_with_their_place_or_replaced(kind, tmp_path):
 
 
 def test_the_place_of_a_bad_byte_counts_from_the_files_start(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "BLOCK", 64)
+    monkeypatch.setattr(compression, "BLOCK", 64)
     (tmp_path / "a.txt").write_bytes("\u6771".encode() * 100 + b"\xff")
     with pytest.raises(UsageError, match=r"byte 0xFF at byte 300\)"):
         read(tmp_path / "a.txt")
@@ -109,7 +110,7 @@ def test_a_line_can_be_a_document_and_a_name_does_not_decide_a_given_format(tmp_
 
 
 def test_a_line_that_does_not_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "LONGEST_RECORD", 1000)
+    monkeypatch.setattr(reading, "LONGEST_RECORD", 1000)
     (tmp_path / "a.jsonl").write_text('{"text": "' + "x" * 2000)
     with pytest.raises(UsageError, match=r"a\.jsonl has a line longer than 1,000"):
         read(tmp_path / "a.jsonl")

@@ -12,7 +12,8 @@ from gpt.config import GenerationConfig, ModelConfig, UsageError
 from gpt.data import tokenizer as tokenizers
 from gpt.data.chat_templates import ChatTemplates
 from gpt.data.tokenizer import ByteTokenizer, GPT2Tokenizer
-from gpt.generation.chat import Conversation, _Marker, encode_rendered
+from gpt.generation.chat import Conversation
+from gpt.generation.marks import Marker, encode_rendered
 from gpt.interop.export import export_huggingface
 from gpt.interop.load import load
 from gpt.interop.packed import load_packed, save_packed
@@ -125,7 +126,7 @@ def test_parts_of_special_tokens_do_not_join_across_messages():
 
 
 def test_a_template_may_trim_and_compare_what_has_marks():
-    marker = _Marker(SPECIAL)
+    marker = Marker(SPECIAL)
     assert marker.mark("  a < b <|im_end|>  ", "#") == "  a < b <#|im_end|>  "
     assert marker.mark({"role": "<", "content": ["plain", 1, None]}, "#") == {
         "role": "<",

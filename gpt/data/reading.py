@@ -1,0 +1,71 @@
+"""How files become documents and records, and what is said of those that cannot be read."""
+
+import codecs
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpt.config import BadBytes, DataConfig, TextFormat, UsageError, foreign, unescaped
+from gpt.data.compression import COMPRESSIONS
+
+LONGEST_RECORD = 1 << 28
+"""Maximum length of a line of JSONL and of a separated document, to limit memory."""
+_SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How files become documents; the fields are those of :class:`DataConfig`."""
+
+    format: TextFormat = "auto"
+    text_field: str = "text"
+    separator: str = ""
+    bad_bytes: BadBytes = "refuse"
+
+    @classmethod
+    def of(cls, config: DataConfig) -> "Reading":
+        """The reading that a configuration asks for."""
+        return cls(
+            format=config.format,
+            text_field=config.text_field,
+            separator=unescaped(config.separator),
+            bad_bytes=config.bad_bytes,
+        )
+
+    def format_of(self, path: Path) -> str:
+        """``text``, ``jsonl`` or ``parquet``: as given, or by the name's ending."""
+        if self.format != "auto":
+            return self.format
+        suffixes = [suffix.lower() for suffix in path.suffixes]
+        if suffixes and suffixes[-1] in COMPRESSIONS:
+            suffixes.pop()
+        return _SUFFIXES.get(suffixes[-1], "text") if suffixes else "text"
+
+
+def not_utf8(path: Path, error: UnicodeDecodeError, start: int, where: str) -> UsageError:
+    """The error for bytes that are not UTF-8; ``error.object`` begins at byte ``start``."""
+    marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    at_start = start + error.start == 0 and error.object.startswith(marks)
+    if where == "byte" and (b"\0" in error.object or at_start):
+        return looks_like_utf16(path)
+    return UsageError(
+        f"{foreign(path)} is not UTF-8 text ({error.reason}: byte 0x{error.object[error.start]:02X}"
+        f" at {where} {start + error.start:,}); convert it, leave it out, or set data.bad_bytes to "
+        "replace"
+    )
+
+
+def looks_like_utf16(path: Path) -> UsageError:
+    """The error for a file with NUL bytes."""
+    return UsageError(
+        f"{foreign(path)} has NUL bytes or a UTF-16 mark, and looks like UTF-16; convert it to "
+        "UTF-8 (iconv -f UTF-16 -t UTF-8) or leave it out"
+    )
+
+
+def check_length(held: str | bytes, path: Path, what: str) -> None:
+    """``UsageError`` if the rest of a record has become longer than a record may be."""
+    if len(held) > LONGEST_RECORD:
+        raise UsageError(
+            f"{foreign(path)} has {what} longer than {LONGEST_RECORD:,}; check data.format and "
+            "data.separator"
+        )
