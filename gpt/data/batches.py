@@ -23,6 +23,9 @@ class Batch:
 
     tokens: Tensor
     targets: Tensor
+    documents: Tensor | None = None
+    """The number of each token's document, ``[B, T]``, where a row has several and attention stays
+    inside each."""
 
     def n_targets(self) -> int:
         """The number of targets that count in the loss."""
@@ -30,15 +33,21 @@ class Batch:
 
     def split(self, size: int) -> "Iterator[Batch]":
         """Batches of ``size`` sequences; the last one may be smaller."""
-        return map(Batch, self.tokens.split(size), self.targets.split(size))
+        return (
+            Batch(*parts) for parts in zip(*(t.split(size) for t in self._tensors()), strict=True)
+        )
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on ``device``. A copy to CUDA is asynchronous."""
         if device.type != "cuda":
-            return Batch(self.tokens.to(device), self.targets.to(device))
+            return Batch(*(tensor.to(device) for tensor in self._tensors()))
         # One contiguous tensor, because a view with gaps would be copied through unpinned memory.
-        both = torch.stack([self.tokens, self.targets]).pin_memory()  # 2, B, T
-        return Batch(*both.to(device, non_blocking=True))
+        together = torch.stack(self._tensors()).pin_memory()  # 2 or 3, B, T
+        return Batch(*together.to(device, non_blocking=True))
+
+    def _tensors(self) -> list[Tensor]:
+        tensors = [self.tokens, self.targets]
+        return tensors if self.documents is None else [*tensors, self.documents]
 
 
 class Windows:

@@ -104,16 +104,17 @@ class InferenceGPT(GPT):
         *,
         cache: KVCache | None = None,
         valid: Sequence[int] | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """The same as :meth:`GPT.features`."""
         B, T = tokens.shape
         few = 2 * self.few if T == 1 else self.few  # for prompts, matrix products are fast too
         padded = valid is not None and set(valid) != {T}
         fused = None
-        if cache is not None and tokens.numel() <= few and not padded:
+        if cache is not None and documents is None and tokens.numel() <= few and not padded:
             fused = self._fused(cache, B)
         if cache is None or fused is None:
-            return super().features(tokens, cache=cache, valid=valid)
+            return super().features(tokens, cache=cache, valid=valid, documents=documents)
         plan, starts = cache.plan(T), cache.lengths
         x = self.embed_tokens(tokens, plan.at).float()
         x = x.flatten(0, 1).contiguous()

@@ -109,7 +109,14 @@ class CausalSelfAttention(nn.Module):
             y = view.dynamic(q, k, v, view.mask, attended)
         else:
             y = attended(
-                q, k, v, mask=view.mask, blocks=view.blocks, to_sinks=to_sinks, flex=view.flex
+                q,
+                k,
+                v,
+                mask=view.mask,
+                blocks=view.blocks,
+                to_sinks=to_sinks,
+                flex=view.flex,
+                documents=view.documents,
             )
         out: Tensor = self.out(y.transpose(1, 2).reshape(B, T, -1).to(x.dtype))
         return out

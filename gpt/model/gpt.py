@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gpt.config import ModelConfig
 from gpt.model.block import RESIDUALS, Block
 from gpt.model.cache import KVCache
+from gpt.model.documents import positions
 from gpt.model.dropout import Dropout
 from gpt.model.flex import block_mask, serves
 from gpt.model.flops import flops_per_token
@@ -62,15 +63,18 @@ class GPT(nn.Module):
         cache: KVCache | None = None,
         valid: Sequence[int] | None = None,
         last_only: bool = False,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """The logits of the token after each of ``tokens``: ``[B, T]`` of int64 to ``[B, T, V]``.
 
         With a ``cache``, ``tokens`` continue the ones that it holds, and are added to it; of each
         row the first ``valid`` ones, where the rest are padding. ``last_only`` gives the logits of
-        the last position, ``[B, 1, V]``. Raises ``ValueError`` past ``context_length`` where
-        positions are learned, or past the cache's capacity.
+        the last position, ``[B, 1, V]``. Where a row has several documents, ``documents`` has their
+        numbers, ``[B, T]``: each is read as if it were alone. Raises ``ValueError`` past
+        ``context_length`` where positions are learned, past the cache's capacity, and for
+        ``documents`` with a cache.
         """
-        x = self.features(tokens, cache=cache, valid=valid)
+        x = self.features(tokens, cache=cache, valid=valid, documents=documents)
         return self.logits(x[:, -1:] if last_only else x)
 
     def features(
@@ -79,13 +83,14 @@ class GPT(nn.Module):
         *,
         cache: KVCache | None = None,
         valid: Sequence[int] | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """The input of :meth:`logits`, ``[B, T, C]``, for callers that need those of a few
         positions; with ``copy`` ``[B, T, C + 1 + V]``.
 
         ``forward`` is ``logits(features(tokens))``, and takes the same arguments.
         """
-        shared = self.new_shared(tokens, cache, valid)
+        shared = self.new_shared(tokens, cache, valid, documents)
         x = self.dropout(self.embed_tokens(tokens, shared.at))
         for block in self.blocks:
             x = block(x, shared)
@@ -109,9 +114,15 @@ class GPT(nn.Module):
         return logits
 
     def new_shared(
-        self, tokens: Tensor, cache: KVCache | None, valid: Sequence[int] | None = None
+        self,
+        tokens: Tensor,
+        cache: KVCache | None,
+        valid: Sequence[int] | None = None,
+        documents: Tensor | None = None,
     ) -> Shared:
         """What all layers need to know of the forward of ``tokens`` ``[B, T]``."""
+        if documents is not None and cache is not None:
+            raise ValueError("a cache holds one document in each row, and documents were given")
         T, most = tokens.shape[1], self.config.most_positions()
         plan = None if cache is None else cache.plan(T, valid)
         if plan is not None:
@@ -120,21 +131,29 @@ class GPT(nn.Module):
             raise ValueError(f"{T} tokens are longer than the model's context_length ({most})")
         else:
             at, end = torch.arange(T, device=tokens.device), T
+            at = at if documents is None else positions(documents)
             alone = Slots(at, is_square=True, sees_all=False, to=slice(0, T))
             slots = dict.fromkeys(self.kinds, alone)
         flex = {
             kind: block_mask(kind.rule, T, at.device)
             for kind in self.kinds
-            if plan is None and serves(self.config, kind, at, training=self.training)
+            if plan is documents is None and serves(self.config, kind, at, training=self.training)
         }
         dtype = self._score_dtype()
         views = {
             kind: view(
-                self.position, kind, at, slots[kind], end=end, dtype=dtype, flex=flex.get(kind)
+                self.position,
+                kind,
+                at,
+                slots[kind],
+                end=end,
+                dtype=dtype,
+                flex=flex.get(kind),
+                documents=documents,
             )
             for kind in self.kinds
         }
-        return Shared(at, views, cache, plan)
+        return Shared(at, views, cache, plan, documents)
 
     def _score_dtype(self) -> torch.dtype:
         """What attention computes its scores in, most of the time."""

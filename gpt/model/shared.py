@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gpt.model.cache import KVCache, Plan
+from gpt.model.documents import lengths, same_document
 from gpt.model.kinds import Kind
 from gpt.model.masks import Blocks, causal, dense, in_blocks
 from gpt.model.store import Slots
@@ -75,6 +76,8 @@ class View(NamedTuple):
     """How attention that sees little of a long context is computed, without a cache."""
     flex: "BlockMask | None" = None
     """Instead of a mask, where FlexAttention computes attention."""
+    documents: list[int] | None = None
+    """The tokens of each document, where attention is computed document by document."""
 
 
 def view(
@@ -86,13 +89,14 @@ def view(
     end: int,
     dtype: torch.dtype,
     flex: "BlockMask | None" = None,
+    documents: Tensor | None = None,
 ) -> View:
     """What the layers of a kind share, for queries at the positions ``at`` ``[..., T]``, all below
     ``end``, and keys in ``slots``. Attention computes its scores in ``dtype``, most of the time.
 
     With ``flex``, FlexAttention computes it. Else attention needs no mask if it is square causal,
     or if each query sees every key. Of tokens alone, a rule that sees little is computed by blocks.
-    Else there is a mask.
+    Else there is a mask. With the numbers of ``documents`` ``[B, T]``, attention stays inside each.
     """
     T, keys, blocks = at.shape[-1], slots.keys, None
     rotation = position.rotation(at, kind)
@@ -101,15 +105,20 @@ def view(
     dynamic = position.dynamic(at, keys, kind)
     if slots.is_square:
         sees_all = kind.rule is causal or (kind.window is not None and kind.window >= T)
-        blocks = in_blocks(kind.rule, T, at.device) if dynamic is None else None
+        if dynamic is None and documents is None:
+            blocks = in_blocks(kind.rule, T, at.device)
     else:
         sees_all = kind.rule is causal and slots.sees_all
     queries = at if blocks is None else blocks.at
     keys = keys if blocks is None else blocks.positions
     bias = position.bias(queries, keys, kind)
     if sees_all and bias is None and (dynamic is None or dynamic.is_one):
-        return View(None, rotation, dynamic)
-    mask = dense(kind.rule, queries, keys, dtype)
+        if documents is None:
+            return View(None, rotation, dynamic)
+        if dynamic is None and (found := lengths(at)) is not None:
+            return View(None, rotation, documents=found)
+    same = None if documents is None else same_document(documents)
+    mask = dense(kind.rule, queries, keys, dtype, also=same)
     mask = mask if bias is None else (mask + bias).to(mask.dtype)
     last, sinks = kind.last_to_sinks, None
     if rotation is not None and last is not None and end > last + 1:
@@ -130,3 +139,5 @@ class Shared:
     cache: KVCache | None = None
     plan: Plan | None = None
     """Where the tokens go in the cache."""
+    documents: Tensor | None = None
+    """The number of each token's document, ``[B, T]``, if a row has several."""

@@ -307,10 +307,10 @@ class Trainer:
                     self.scaler.scale(loss * self.world.size).backward()
         return self.world.sum(total)
 
-    def logits(self, tokens: Tensor) -> Tensor:
+    def logits(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
         """The model's logits in the run's precision."""
         with self.autocast:
-            out: Tensor = self.forward(tokens)
+            out: Tensor = self.forward(tokens, documents=documents)
         return out
 
     def was_scaled_too_far(self) -> bool:

@@ -30,8 +30,13 @@ class Source(Protocol):
         """The window numbers in the batch of ``step`` on all processes, for a report."""
 
 
-Forward = Callable[[Tensor], Tensor]
-"""Tokens ``[B, T]`` to logits ``[B, T, V]``, in the run's precision."""
+class Forward(Protocol):
+    """The model in the run's precision."""
+
+    def __call__(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+        """Tokens ``[B, T]`` to logits ``[B, T, V]``, as :meth:`gpt.model.gpt.GPT.forward`."""
+
+
 Objective = Callable[[Forward, Batch], Tensor]
 """The loss of a batch, summed over its targets."""
 
@@ -64,4 +69,4 @@ class ShuffledWindows:
 
 def next_token(forward: Forward, batch: Batch) -> Tensor:
     """Cross-entropy of each next token: the :data:`Objective` of pretraining."""
-    return summed_loss(forward(batch.tokens), batch.targets)
+    return summed_loss(forward(batch.tokens, batch.documents), batch.targets)

@@ -51,10 +51,11 @@ def score(
         number = turn + world.rank
         # A process without a batch computes the last one again: fsdp needs all processes.
         batch = windows.batch(batches[min(number, len(batches) - 1)])
+        there = batch.to(device)
         with autocast:
-            logits = model(batch.tokens.to(device))
+            logits = model(there.tokens, documents=there.documents)
         if number < len(batches):
-            losses[number] = summed_loss(logits, batch.targets.to(device))
+            losses[number] = summed_loss(logits, there.targets)
             learned = batch.targets[batch.targets != IGNORED]
             figures[1, number] = len(learned)
             figures[2, number] = int(byte_lengths[learned.numpy()].sum())
