@@ -10,6 +10,8 @@ from gpt.config.checks import check, number
 
 TokenizerKind = Literal["char", "byte", "gpt2"]
 WindowOrder = Literal["auto", "table", "keyed"]
+Records = Literal["auto", "text", "instructions"]
+TooLong = Literal["cut", "drop"]
 TextFormat = Literal["auto", "text", "jsonl", "parquet"]
 BadBytes = Literal["refuse", "replace"]
 
@@ -28,6 +30,12 @@ class DataConfig:
     """What the files are; auto: by their names; jsonl, parquet: a document in each record."""
     text_field: str = "text"
     """The field of a record, or the column, that holds the text."""
+    records: Records = "auto"
+    """What the records of a file are; text: documents; instructions: prompts with answers, and only
+    the answers count in the loss; auto: instructions if the first record has messages, or prompt
+    and completion."""
+    too_long: TooLong = "cut"
+    """Instructions longer than model.context_length; cut: without their end; drop: left out."""
     separator: str = ""
     r"""Where a text file is split into documents: '\n' is a document a line; empty: one a file."""
     bad_bytes: BadBytes = "refuse"

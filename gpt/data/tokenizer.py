@@ -7,7 +7,7 @@ tokens.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -136,7 +136,7 @@ def _from_state(state: Any) -> Tokenizer:
     return tokenizer
 
 
-def _without_chat(state: Mapping[str, Any]) -> Tokenizer:
+def _without_chat(state: dict[str, Any]) -> Tokenizer:
     match state.get("kind"):
         case "char":
             characters = state.get("characters")

@@ -107,7 +107,7 @@ def attend(
         )  # fmt: skip
         parts = zip(*(_one_row(x).split(documents, dim=2) for x in (q, k, v)), strict=True)
         y = torch.cat([inside(*part) for part in parts], dim=2)[0]
-        return y.unflatten(1, (q.shape[0], -1)).transpose(0, 1)
+        return y.view(y.shape[0], q.shape[0], -1, y.shape[2]).transpose(0, 1)
     if blocks is not None:
         assert mask is not None
         shape = q.shape

@@ -132,12 +132,14 @@ class GPT(nn.Module):
         else:
             at, end = torch.arange(T, device=tokens.device), T
             at = at if documents is None else positions(documents)
-            alone = Slots(at, is_square=True, sees_all=False, to=slice(0, T))
-            slots = dict.fromkeys(self.kinds, alone)
+            square = Slots(at, is_square=True, sees_all=False, to=slice(0, T))
+            slots = dict.fromkeys(self.kinds, square)
         flex = {
             kind: block_mask(kind.rule, T, at.device)
             for kind in self.kinds
-            if plan is documents is None and serves(self.config, kind, at, training=self.training)
+            if documents is None
+            and plan is None
+            and serves(self.config, kind, at, training=self.training)
         }
         dtype = self._score_dtype()
         views = {
