@@ -37,12 +37,15 @@ from gpt.files import as_training_text, check_output, read_text, sentence, unrea
 if TYPE_CHECKING:
     from gpt.data.tokenizer import Tokenizer
     from gpt.model.gpt import GPT
+    from gpt.training.loop import Data, Shown
 
 _CONFIGS = [here / "configs" for here in Path(__file__).resolve().parents[:2]]
 """The folder is in an installed package, and beside the package in a checkout."""
 CONFIGS = next(filter(Path.is_dir, _CONFIGS), _CONFIGS[0])
 SAMPLE_SEED = 0
 """Seed of the samples during training: they differ only by what the model has learned."""
+SHOWN_ANSWERS = 3
+"""Of those to held-out questions, how many an evaluation shows."""
 
 
 def main(arguments: Sequence[str] | None = None, *, prog: str = "gpt") -> int:
@@ -171,15 +174,14 @@ def train(words: Sequence[str], prog: str) -> int:
                 raise
             return 2
         from gpt.device import keep_freed_memory
+        from gpt.generation.examples import ExampleEncoder
         from gpt.training.interrupt import Output
         from gpt.training.run import train as run
 
     keep_freed_memory()
-    sample = None
-    if config.evaluation.sample_tokens:
 
-        def sample(model: "GPT", tokenizer: "Tokenizer") -> str:
-            return _training_sample(config, model, tokenizer)
+    def sample(model: "GPT", data: "Data") -> "Shown":
+        return _training_sample(config, model, data)
 
     if tells and settings.name != "shakespeare.toml":
         tell(f"settings {settings}, then the command line")
@@ -190,7 +192,7 @@ def train(words: Sequence[str], prog: str) -> int:
         return load(name, trainable=True, say=tell if tells else lambda text: None)
 
     console = open_console(cast(TextIO, Output(sys.stdout)))
-    result = run(config, console=console, sample=sample, initial=initial)
+    result = run(config, console=console, sample=sample, initial=initial, encoder=ExampleEncoder)
     return 128 + result.signal if result.signal else 0
 
 
@@ -314,14 +316,22 @@ def _silence() -> Iterator[None]:
         yield
 
 
-def _training_sample(config: TrainConfig, model: "GPT", tokenizer: "Tokenizer") -> str:
-    """A prompt and its continuation, for an evaluation during training."""
+def _training_sample(config: TrainConfig, model: "GPT", data: "Data") -> "Shown":
+    """For an evaluation during training: answers to questions, or a continued prompt."""
+    from gpt.data.instructions import Instructions
+    from gpt.evaluation.answers import answer_questions, figures, shown
     from gpt.generation.text import generate
+    from gpt.training.loop import Shown
 
-    prompt = config.evaluation.sample_prompt
-    n = config.evaluation.sample_tokens
-    [sample] = generate((model, tokenizer), prompt, max_new_tokens=n, seed=SAMPLE_SEED)
-    return prompt + sample.text
+    group, own = config.evaluation, (model, data.tokenizer)
+    if isinstance(data, Instructions):
+        answers = answer_questions(own, data.validation, group.answers)
+        return Shown(shown(answers, SHOWN_ANSWERS), figures(answers)) if answers else Shown("")
+    if not group.sample_tokens:
+        return Shown("")
+    prompt, n = group.sample_prompt, group.sample_tokens
+    [sample] = generate(own, prompt, max_new_tokens=n, seed=SAMPLE_SEED)
+    return Shown(prompt + sample.text)
 
 
 def _given_prompt(config: SampleConfig) -> str | None:

@@ -7,7 +7,7 @@ and the same suggestions. Nothing here imports torch, so ``--help`` answers at o
 
 from gpt.config.checks import FOREIGN, MESSAGE, Bounds, UsageError, foreign, quoted
 from gpt.config.commands import EvaluateConfig, ExportConfig, PrepareConfig, SampleConfig, Weights
-from gpt.config.data import BadBytes, DataConfig, TextFormat, TokenizerKind, WindowOrder
+from gpt.config.data import BadBytes, DataConfig, TextFormat, TokenizerKind, TooLong, WindowOrder
 from gpt.config.generation import GenerationConfig, SamplingConfig, token_ids, unescaped
 from gpt.config.model import (
     Activation,
@@ -67,6 +67,7 @@ __all__ = [
     "SamplingConfig",
     "TextFormat",
     "TokenizerKind",
+    "TooLong",
     "TrainConfig",
     "TrainingConfig",
     "UsageError",

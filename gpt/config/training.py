@@ -91,6 +91,8 @@ class EvaluationConfig:
     0: all."""
     sample_tokens: int = number(200, at_least=0)
     """Length of the sample that each evaluation generates, in tokens; 0: no sample."""
+    answers: int = number(16, at_least=0)
+    """How many held-out questions to answer, if the data are instructions; 0: none."""
     sample_prompt: str = ""
     """The prompt of the sample; empty: the start of a document."""
 

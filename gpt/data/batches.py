@@ -4,6 +4,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -50,7 +51,22 @@ class Batch:
         return tensors if self.documents is None else [*tensors, self.documents]
 
 
-class Windows:
+class Windows(Protocol):
+    """Training data as windows of one length."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, windows: NDArray[np.int64]) -> Batch:
+        """The batch of the windows with these numbers ``[B]``."""
+
+    def spread(self, n: int) -> NDArray[np.int64]:
+        """``n`` window numbers, evenly spread; all windows if ``n`` is 0 or too large."""
+
+    def describe(self) -> list[str]:
+        """What the user should know of them, in a few lines."""
+
+
+class TextWindows:
     """A shard as windows of ``context_length`` tokens, each with the token that follows it."""
 
     def __init__(self, shard: Shard, context_length: int) -> None:
@@ -77,6 +93,13 @@ class Windows:
         """``n`` window numbers, evenly spread over the shard; all windows if ``n`` is 0 or too
         large.
         """
-        if not 0 < n < len(self):
-            return np.arange(len(self))
-        return np.arange(n) * len(self) // n
+        return spread(n, len(self))
+
+    def describe(self) -> list[str]:
+        """What the user should know of the windows: nothing here."""
+        return []
+
+
+def spread(n: int, total: int) -> NDArray[np.int64]:
+    """``n`` numbers below ``total``, evenly spread; all if ``n`` is 0 or too large."""
+    return np.arange(n) * total // n if 0 < n < total else np.arange(total)

@@ -17,6 +17,8 @@ PLAIN = (
     "{% if add_generation_prompt %}Assistant:\n{% endif %}"
 )
 """The template for a model that has none: it needs no special token besides the end of a text."""
+PLAIN_LETTERS = "System:\nUser:\nAssistant:\n"
+"""What a vocabulary of characters needs for it."""
 
 
 @dataclass(frozen=True)

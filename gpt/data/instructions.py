@@ -13,66 +13,40 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from gpt.config import DataConfig, UsageError, foreign, quoted
+from gpt.config import DataConfig, TooLong, UsageError, quoted
 from gpt.data import tokenizer as tokenizers
+from gpt.data.batches import Windows
+from gpt.data.chat_templates import DEFAULT, PLAIN, PLAIN_LETTERS, ChatTemplates
 from gpt.data.corpus import open_corpus
+from gpt.data.example_windows import ExampleWindows
+from gpt.data.examples import Example, Examples, load_examples, save_examples
+from gpt.data.piped import keep
+from gpt.data.prepare import Split, make_tokenizer
 from gpt.data.reading import Reading
 from gpt.data.records import Record, read_records
-from gpt.data.tokenizer import Ids, Tokenizer
-from gpt.files import new_folder, unreadable
+from gpt.data.tokenizer import Tokenizer, end_text
+from gpt.files import new_folder
 
-ARRAYS = ("ids", "counted", "ends")
 SPLITS = ("train", "validation")
-
-
-@dataclass(frozen=True)
-class Example:
-    """A sequence of ids ``[n]``, and which of them count in the loss as targets, ``[n]``."""
-
-    ids: Ids
-    counted: NDArray[np.bool_]
 
 
 Encode = Callable[[Record, str], Example]
 """A record, and its place for messages, to its example."""
+Encoder = Callable[[Tokenizer], Encode]
 
 
 @dataclass(frozen=True)
-class Examples:
-    """Examples one after the other, memory-mapped. Example ``i`` is ``ids[ends[i - 1] : ends[i]]``;
-    its first id comes after nothing.
-    """
+class Instructions:
+    """Records as examples, ready to train on."""
 
-    path: Path
-    ids: Ids
-    counted: NDArray[np.bool_]
-    ends: NDArray[np.int64]
-    corpus: bytes
-    """The fingerprint of the records."""
+    tokenizer: Tokenizer
+    train: Examples
+    validation: Examples
+    too_long: TooLong
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def example(self, i: int) -> Example:
-        """The example number ``i``."""
-        part = slice(int(self.ends[i - 1]) if i else 0, int(self.ends[i]))
-        return Example(self.ids[part], self.counted[part])
-
-    def question(self, i: int) -> tuple[list[int], list[int]] | None:
-        """The prompt of the last answer in example ``i``, and that answer; ``None`` for an example
-        without a prompt, such as a text.
-        """
-        ids, counted = self.example(i).ids, self.example(i).counted
-        uncounted = np.flatnonzero(~counted)
-        end = len(ids) - int(counted[::-1].argmax())
-        before = uncounted[uncounted < end]
-        if not len(before):
-            return None
-        start = int(before[-1]) + 1
-        return ids[:start].tolist(), ids[start:end].tolist()
+    def windows(self, split: Split, context_length: int) -> Windows:
+        """The examples of a split, packed into windows."""
+        return ExampleWindows(getattr(self, split), context_length, too_long=self.too_long)
 
 
 def is_instructions(config: DataConfig) -> bool:
@@ -88,11 +62,19 @@ def is_instructions(config: DataConfig) -> bool:
 
 
 def prepare_instructions(
-    config: DataConfig, cache_dir: Path, tokenizer: Tokenizer, encode: Encode
-) -> tuple[Examples, Examples]:
-    """The training and the validation examples of ``config.source``, from ``cache_dir`` if they are
-    there. ``UsageError`` for a record that cannot be encoded, with its place.
+    config: DataConfig,
+    cache_dir: Path,
+    encoder: Encoder,
+    *,
+    tokenizer: Tokenizer | None = None,
+) -> Instructions:
+    """The examples of ``config.source``, from ``cache_dir`` if they are there.
+
+    Without a ``tokenizer``, the one that ``config.tokenizer`` names is made. A tokenizer without a
+    chat template gets the plain one if there are conversations. ``UsageError`` for a record that
+    cannot be encoded, with its place.
     """
+    config = keep(config, cache_dir)
     reading = Reading.of(config)
     digest = hashlib.sha256()
     files = open_corpus(config.source, reading).files
@@ -102,20 +84,38 @@ def prepare_instructions(
             f"data.source is {quoted(config.source)}, which has {len(records)} records, and needs "
             "2: one is held out"
         )
+    if tokenizer is None:
+        texts = [text for _, record in records for text in _texts(record)]
+        tokenizer = make_tokenizer(config.tokenizer, "".join({*"".join(texts), *PLAIN_LETTERS}))
+    if tokenizer.chat is None and any("messages" in record for _, record in records):
+        tokenizer.chat = ChatTemplates({DEFAULT: PLAIN}, {"eos_token": end_text(tokenizer)})
     key = hashlib.sha256(digest.digest() + f"{reading} {config.validation_fraction!r}".encode())
     key.update(tokenizers.to_json(tokenizer).encode())  # with its chat template
     folder = cache_dir / f"{config.name[:40]}-instructions-{key.hexdigest()[:12]}"
     if not folder.exists():
         is_held_out = held_out([record for _, record in records], config.validation_fraction)
+        encode = encoder(tokenizer)
         parts: dict[str, list[Example]] = {name: [] for name in SPLITS}
         for (where, record), is_out in zip(records, is_held_out, strict=True):
             parts[SPLITS[is_out]].append(encode(record, where))
         with new_folder(folder) as work:
             for name, examples in parts.items():
                 (work / name).mkdir()
-                _save(work / name, examples)
-    train, validation = (_load(folder / name, digest.digest()) for name in SPLITS)
-    return train, validation
+                save_examples(work / name, examples)
+    train, validation = (load_examples(folder / name, digest.digest()) for name in SPLITS)
+    return Instructions(tokenizer, train, validation, config.too_long)
+
+
+def _texts(value: Any) -> list[str]:
+    """All texts in a record."""
+    match value:
+        case str():
+            return [value]
+        case Mapping():
+            return [text for item in value.values() for text in _texts(item)]
+        case list():
+            return [text for item in value for text in _texts(item)]
+    return []
 
 
 def held_out(records: Sequence[Record], fraction: float) -> list[bool]:
@@ -123,7 +123,7 @@ def held_out(records: Sequence[Record], fraction: float) -> list[bool]:
     there is none, the one with the lowest hash.
     """
     hashes = [_hash(question_of(record)) for record in records]
-    limit = fraction if min(hashes) < fraction else min(hashes) + 2**-60
+    limit = max(int(fraction * 2**64), min(hashes) + 1)
     chosen = [value < limit for value in hashes]
     if all(chosen):
         raise UsageError(
@@ -141,31 +141,7 @@ def question_of(record: Record) -> Any:
     return record.get("prompt", record)
 
 
-def _hash(value: Any) -> float:
-    """A number from 0 to 1 that depends on the content of ``value`` alone."""
+def _hash(value: Any) -> int:
+    """A number below 2**64 that depends on the content of ``value`` alone."""
     text = json.dumps(value, sort_keys=True, default=str)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) / 2**64
-
-
-def _save(folder: Path, examples: Sequence[Example]) -> None:
-    np.save(folder / "ids.npy", np.concatenate([e.ids for e in examples]))
-    np.save(folder / "counted.npy", np.concatenate([e.counted for e in examples]))
-    np.save(folder / "ends.npy", np.cumsum([len(e.ids) for e in examples]))
-
-
-def _load(folder: Path, corpus: bytes) -> Examples:
-    arrays = {}
-    for name in ARRAYS:
-        path = folder / f"{name}.npy"
-        try:
-            arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
-        except OSError as error:
-            raise unreadable(path, "the examples", error) from None
-        except ValueError as error:
-            raise UsageError(
-                f"{foreign(path)} is damaged ({foreign(error)}); delete its folder"
-            ) from None
-    ids, counted, ends = (arrays[name] for name in ARRAYS)
-    if not len(ids) == len(counted) == ends[-1] or (np.diff(ends, prepend=0) <= 0).any():
-        raise UsageError(f"{foreign(folder)} is damaged: its arrays differ; delete its folder")
-    return Examples(folder, ids, counted, ends, corpus)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())

@@ -19,6 +19,7 @@ import numpy as np
 
 from gpt.config import DataConfig, TokenizerKind, UsageError, quoted
 from gpt.data import tokenizer as tokenizers
+from gpt.data.batches import TextWindows, Windows
 from gpt.data.corpus import PREPARED_FILES, Corpus, Say, Survey, open_corpus
 from gpt.data.piped import keep
 from gpt.data.reading import Reading
@@ -45,6 +46,10 @@ class Prepared:
     tokenizer: Tokenizer
     train: Shard
     validation: Shard
+
+    def windows(self, split: Split, context_length: int) -> Windows:
+        """The text of a split as windows; ``UsageError`` if it has less than one."""
+        return TextWindows(getattr(self, split), context_length)
 
 
 def prepare(
@@ -75,7 +80,7 @@ def prepare(
         shutil.rmtree(folder, ignore_errors=True)  # a part of it was deleted
         try:
             with new_folder(folder) as work:
-                tokenizer = tokenizer or _make_tokenizer(config.tokenizer, survey.characters)
+                tokenizer = tokenizer or make_tokenizer(config.tokenizer, survey.characters)
                 _write(config, corpus, survey, work, tokenizer, progress)
         except UsageError:
             if not _is_whole(folder):  # else another run has prepared it meanwhile
@@ -127,7 +132,8 @@ def _write(
             progress(done / survey.length)
 
 
-def _make_tokenizer(kind: TokenizerKind, characters: str) -> Tokenizer:
+def make_tokenizer(kind: TokenizerKind, characters: str) -> Tokenizer:
+    """A tokenizer for texts of these ``characters``."""
     match kind:
         case "char":
             return CharTokenizer(characters)

@@ -7,7 +7,7 @@ tokens.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -165,6 +165,17 @@ def ends_of(tokenizer: Tokenizer) -> frozenset[int]:
     """The ids that end a generated text."""
     ends: frozenset[int] = getattr(tokenizer, "ends", frozenset())
     return ends | {tokenizer.end_of_text}
+
+
+def special_texts(tokenizer: Tokenizer) -> Mapping[str, int]:
+    """The special tokens by their texts."""
+    special: Mapping[str, int] = getattr(tokenizer, "special", {END_OF_TEXT: tokenizer.end_of_text})
+    return special
+
+
+def end_text(tokenizer: Tokenizer) -> str:
+    """The text of the end-of-text token."""
+    return next(t for t, i in special_texts(tokenizer).items() if i == tokenizer.end_of_text)
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:

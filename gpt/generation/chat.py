@@ -11,10 +11,10 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 from gpt.config import GenerationConfig, UsageError, quoted
-from gpt.data.tokenizer import Tokenizer, decode
+from gpt.data.tokenizer import Tokenizer, decode, special_texts
 from gpt.generation.chat_template import Message, render
 from gpt.generation.decode import Decoder
-from gpt.generation.marks import MARKS, Marker, encode_rendered, special_texts, unused_marks
+from gpt.generation.marks import MARKS, Marker, encode_rendered, unused_marks
 from gpt.generation.prefix import Prefix
 from gpt.generation.text import Completion, new_decoder, run, settings_of
 from gpt.model.gpt import GPT

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from gpt.config import UsageError, quoted
-from gpt.data.instructions import Example
-from gpt.data.tokenizer import Tokenizer, encoder, prompt_ids
+from gpt.data.examples import Example
+from gpt.data.tokenizer import Tokenizer, encoder, prompt_ids, special_texts
 from gpt.generation.chat import checked_messages
 from gpt.generation.chat_template import Message, render
-from gpt.generation.marks import Marker, encode_rendered, special_texts, unused_marks
+from gpt.generation.marks import Marker, encode_rendered, unused_marks
 
 VARIABLES = ("tools", "documents")
 """Fields of a record that are given to the template beside its messages."""

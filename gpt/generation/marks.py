@@ -11,17 +11,10 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from gpt.config import UsageError
-from gpt.data.tokenizer import END_OF_TEXT, Tokenizer, encoder
+from gpt.data.tokenizer import Tokenizer, encoder, special_texts
 
 MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 """Unicode's noncharacters, which no text needs."""
-
-
-def special_texts(tokenizer: Tokenizer) -> Mapping[str, int]:
-    """The special tokens that a template can write, by their texts."""
-    usual = {END_OF_TEXT: tokenizer.end_of_text}
-    special: Mapping[str, int] = getattr(tokenizer, "special", usual)
-    return special
 
 
 def encode_rendered(

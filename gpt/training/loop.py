@@ -7,8 +7,9 @@ weights, the optimizers' state, the loss scale, and the step's number.
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -19,9 +20,9 @@ from gpt import checkpoint as checkpoints
 from gpt.checkpoint import Checkpoint, State
 from gpt.config import TrainConfig, UsageError
 from gpt.data import tokenizer as tokenizers
-from gpt.data.batches import Batch, Windows
+from gpt.data.batches import Batch
+from gpt.data.instructions import Instructions
 from gpt.data.prepare import Prepared
-from gpt.data.tokenizer import Tokenizer
 from gpt.device import choose_device, choose_precision, peak_flops
 from gpt.model.gpt import GPT, parameter_count
 from gpt.model.moe import auxiliary_loss
@@ -42,8 +43,18 @@ from gpt.training.source import Objective, ShuffledWindows, Source, next_token
 from gpt.training.stopwatch import Forecast, Stopwatch, Trace
 from gpt.training.validation import score
 
-Sample = Callable[[GPT, Tokenizer], str]
-"""Writes the text that is shown with an evaluation."""
+
+class Shown(NamedTuple):
+    """What the model writes for an evaluation."""
+
+    text: str
+    figures: Mapping[str, float] = MappingProxyType({})
+    """Further figures for the evaluation's record."""
+
+
+Data = Prepared | Instructions
+Sample = Callable[[GPT, Data], Shown]
+"""Writes what is shown with an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +83,7 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig,
-        data: Prepared,
+        data: Data,
         *,
         world: World | None = None,
         source: Source | None = None,
@@ -97,13 +108,13 @@ class Trainer:
             config.training.batch_tokens, config.model.context_length, self.world
         )
         self.source = source or ShuffledWindows(
-            Windows(data.train, config.model.context_length),
+            data.windows("train", config.model.context_length),
             sequences=sequences,
             seed=config.training.seed,
             kind=config.data.order,
         )
         self.objective = objective
-        self.validation = Windows(data.validation, config.model.context_length)
+        self.validation = data.windows("validation", config.model.context_length)
         self.byte_lengths = tokenizers.byte_lengths(data.tokenizer)
         self._tokenizer = tokenizers.fingerprint(data.tokenizer).hex()
         self.strategy: Strategy = self.world.broadcast(self.choose_strategy)
@@ -394,23 +405,24 @@ class Trainer:
             "validation_loss": result.loss,
             "bits_per_byte": result.bits_per_byte,
         }
-        text = self.sample(sample) if sample else ""
+        shown = self.sample(sample) if sample else Shown("")
+        record |= shown.figures
         best = self.step > 0 and result.loss < self.least_loss
-        self.reporter.evaluation(record, best=best, sample=text)
+        self.reporter.evaluation(record, best=best, sample=shown.text)
         self.least_loss = min(self.least_loss, result.loss)
         return result.loss
 
-    def sample(self, make: Sample) -> str:
-        """The text that ``make`` writes with the model, on the main process; else empty."""
+    def sample(self, make: Sample) -> Shown:
+        """What ``make`` writes with the model, on the main process; else nothing."""
         model: GPT | None = self.model
         if self.strategy == "fsdp":
             if self.saves_shards:
-                return ""  # the model may not fit into one process's memory
+                return Shown("")  # the model may not fit into one process's memory
             model = build.whole_model(self.model, self.world, device=self.device, dtype=self.dtype)
         if model is None or not self.world.is_main:
-            return ""
+            return Shown("")
         with torch.compiler.set_stance("force_eager"):  # else each length would be compiled
-            return make(model, self.data.tokenizer)
+            return make(model, self.data)
 
     def save(self, saver: Saver, loss: float | None = None) -> None:
         """Start writing a checkpoint. It becomes the best one if its validation ``loss`` is lowest.

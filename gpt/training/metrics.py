@@ -94,14 +94,19 @@ class Reporter:
             self.say("step " + "  ".join(parts))
 
     def evaluation(self, record: Record, *, best: bool, sample: str) -> None:
-        """An evaluation: ``step``, ``validation_loss`` and ``bits_per_byte``; ``sample`` is a text
-        by the model, or empty.
+        """An evaluation: ``step``, ``validation_loss``, ``bits_per_byte`` and perhaps further
+        figures; ``sample`` is a text by the model, or empty.
         """
         self._validation = record["validation_loss"]
         self._write(record | ({"sample": sample} if sample else {}))
+        further = "".join(
+            f", {name.replace('_', ' ')} {value:.4g}"
+            for name, value in record.items()
+            if name not in ("step", "validation_loss", "bits_per_byte")
+        )
         self.say(
             f"step {record['step']:,}: validation {self._validation:.4f} nats/token, "
-            f"{record['bits_per_byte']:.4f} bits/byte{' (best so far)' if best else ''}"
+            f"{record['bits_per_byte']:.4f} bits/byte{further}{' (best so far)' if best else ''}"
         )
         if sample:
             frame = "|" if self._console.options.ascii_only else "│"

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from gpt.config import DataConfig, TrainConfig, UsageError
 from gpt.data.corpus import open_corpus
+from gpt.data.instructions import Encoder, is_instructions, prepare_instructions
 from gpt.data.piped import is_piped, keep
 from gpt.data.prepare import prepare
 from gpt.data.tokenizer import Tokenizer
@@ -18,7 +19,7 @@ from gpt.model.gpt import GPT
 from gpt.training import setup
 from gpt.training.build import check_sizes
 from gpt.training.curve import draw_curve
-from gpt.training.loop import Result, Sample, Trainer
+from gpt.training.loop import Data, Result, Sample, Trainer
 from gpt.training.metrics import Reporter, Silent, as_settings
 from gpt.training.optimizer import describe_groups
 from gpt.training.parallel import World, join
@@ -31,10 +32,12 @@ def train(
     console: Console,
     sample: Sample | None = None,
     initial: setup.Initial | None = None,
+    encoder: Encoder | None = None,
 ) -> Result:
     """Train the model that ``config`` describes, from the start or from the run's last checkpoint,
     on all processes that torchrun started. ``initial`` loads the model that ``config.init`` names.
-    ``sample`` writes the text that is shown with each evaluation.
+    ``sample`` writes what is shown with each evaluation. ``encoder`` makes what encodes the records
+    of instructions with a tokenizer.
 
     Raises :class:`UsageError` if the run cannot be trained, and then loses nothing in its folder.
     """
@@ -47,7 +50,14 @@ def train(
             )  # before a folder is made
             world.broadcast(lambda: stack.enter_context(setup.held(config.run)))
             try:
-                return train_on(world, config, console=console, sample=sample, initial=initial)
+                return train_on(
+                    world,
+                    config,
+                    console=console,
+                    sample=sample,
+                    initial=initial,
+                    encoder=encoder,
+                )
             except OSError as error:
                 if error.errno not in setup.DISK_ERRORS:
                     raise
@@ -65,6 +75,7 @@ def train_on(
     console: Console,
     sample: Sample | None = None,
     initial: setup.Initial | None = None,
+    encoder: Encoder | None = None,
 ) -> Result:
     """:func:`train` in a world, by a process that holds the run's folder."""
 
@@ -89,8 +100,14 @@ def train_on(
         source = world.broadcast(lambda: keep(config.data, config.cache_dir).source)
         kept = dataclasses.replace(config.data, source=source)  # a pipe's copy, for resuming
         config = dataclasses.replace(config, run_dir=str(config.run), data=kept)
-        data = world.main_first(
-            lambda: prepare(
+
+        def prepared() -> Data:
+            if is_instructions(config.data):
+                assert encoder is not None, "the caller of train() gave no encoder"
+                return prepare_instructions(
+                    config.data, config.cache_dir, encoder, tokenizer=tokenizer
+                )
+            return prepare(
                 config.data,
                 config.cache_dir,
                 tokenizer=tokenizer,
@@ -99,7 +116,8 @@ def train_on(
                 ),
                 say=say,
             )
-        )
+
+        data = world.main_first(prepared)
     config = setup.resolve(config, data, checkpoint)
     device = choose_device(config.training.device)
     check_sizes(config.model, config.training, config.parallel, world, device)
@@ -176,6 +194,7 @@ def beginning(trainer: Trainer) -> list[str]:
         f"({f'{n} x {split}' if n > 1 else split}), "
         f"{tokens * config.training.max_steps / len(trainer.data.train):.2f} epochs, "
         f"{processes}{trainer.device.type}, {str(trainer.dtype).removeprefix('torch.')}",
+        *trainer.source.describe(),
         *describe_groups(trainer.optimizers),
     ]
 

@@ -14,6 +14,8 @@ from gpt import checkpoint as checkpoints
 from gpt.checkpoint import Checkpoint
 from gpt.config import DataConfig, ModelConfig, TrainConfig, UsageError, to_toml
 from gpt.data import tokenizer as tokenizers
+from gpt.data.examples import Examples
+from gpt.data.instructions import Instructions
 from gpt.data.prepare import Prepared
 from gpt.data.shards import Shard
 from gpt.data.tokenizer import Tokenizer
@@ -128,7 +130,9 @@ def take_initial_model(
     return model, tokenizer
 
 
-def resolve(config: TrainConfig, data: Prepared, checkpoint: Checkpoint | None) -> TrainConfig:
+def resolve(
+    config: TrainConfig, data: Prepared | Instructions, checkpoint: Checkpoint | None
+) -> TrainConfig:
     """The configuration with all fields known: the vocabulary's size, and the run's folder.
     ``UsageError`` if ``model.vocab_size`` is too small for the tokenizer.
     """
@@ -191,7 +195,7 @@ def check_changes(
     return free
 
 
-def settings(config: TrainConfig, text: Shard) -> dict[str, Any]:
+def settings(config: TrainConfig, text: Shard | Examples) -> dict[str, Any]:
     """Each ``group.field`` of a run, its text's fingerprint, and its initial model."""
     flat = {TEXT: text.corpus.hex()[:12], "init": config.init}
     for name, value in dataclasses.asdict(config).items():

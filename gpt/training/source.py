@@ -29,6 +29,9 @@ class Source(Protocol):
     def origin(self, step: int) -> list[int]:
         """The window numbers in the batch of ``step`` on all processes, for a report."""
 
+    def describe(self) -> list[str]:
+        """What the user should know of the batches, in a few lines."""
+
 
 class Forward(Protocol):
     """The model in the run's precision."""
@@ -65,6 +68,10 @@ class ShuffledWindows:
         """As in :class:`Source`."""
         windows: list[int] = self.order.step(step).tolist()
         return windows
+
+    def describe(self) -> list[str]:
+        """As in :class:`Source`."""
+        return self.windows.describe()
 
 
 def next_token(forward: Forward, batch: Batch) -> Tensor:

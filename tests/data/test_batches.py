@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from gpt.config import UsageError
-from gpt.data.batches import IGNORED, Batch, Windows
+from gpt.data.batches import IGNORED, Batch, TextWindows
 from gpt.data.shards import ShardWriter, read_shard
 
 
@@ -11,7 +11,7 @@ def windows_of(tmp_path, n_tokens, context_length):
     path = tmp_path / "train.bin"
     with ShardWriter(path, vocab_size=1 << 20, tokenizer=bytes(32), corpus=bytes(32)) as writer:
         writer.write(np.arange(n_tokens))
-    return Windows(read_shard(path, tokenizer=bytes(32), vocab_size=1 << 20), context_length)
+    return TextWindows(read_shard(path, tokenizer=bytes(32), vocab_size=1 << 20), context_length)
 
 
 def test_targets_are_the_tokens_that_follow(tmp_path):

@@ -33,9 +33,9 @@ from gpt.config import (
     TrainConfig,
     UsageError,
 )
-from gpt.data.tokenizer import Tokenizer
 from gpt.generation.text import generate
 from gpt.model.gpt import GPT
+from gpt.training.loop import Data, Shown
 from gpt.training.run import train
 from tests.tiny import tiny_run
 
@@ -59,10 +59,10 @@ def config_of(folder: Path, *, max_steps: int = 9, every: int = 3) -> TrainConfi
     return dataclasses.replace(config, resume=True)
 
 
-def sample(model: GPT, tokenizer: Tokenizer) -> str:
+def sample(model: GPT, data: Data) -> Shown:
     """A text that stands in the metrics, and so in the digest."""
-    [text] = generate((model, tokenizer), "", max_new_tokens=8, seed=0)
-    return text.text
+    [text] = generate((model, data.tokenizer), "", max_new_tokens=8, seed=0)
+    return Shown(text.text)
 
 
 def run(config: TrainConfig) -> str:

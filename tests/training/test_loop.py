@@ -23,13 +23,13 @@ from gpt.config import (
     UsageError,
     parse,
 )
-from gpt.data.batches import IGNORED, Batch, Windows
+from gpt.data.batches import IGNORED, Batch, TextWindows
 from gpt.data.prepare import prepare
 from gpt.device import choose_precision
 from gpt.interop.load import load
 from gpt.model.moe import MoE
 from gpt.training.compilation import compile_blocks
-from gpt.training.loop import Gradients, Trainer
+from gpt.training.loop import Gradients, Shown, Trainer
 from gpt.training.metrics import Silent
 from gpt.training.parallel import World
 from gpt.training.run import train
@@ -358,7 +358,7 @@ def test_compiled_blocks_learn_the_same_as_plain_ones(config):
     config = change(config, "model", dropout=0.0)
     plain, compiled = elsewhere(config, "-plain"), change(config, "training", compile="on")
     run(plain)
-    run(compiled, sample=lambda model, tokenizer: "a sample")
+    run(compiled, sample=lambda model, data: Shown("a sample"))
     one, two = ([r["loss"] for r in records(c) if "loss" in r] for c in (plain, compiled))
     assert one == pytest.approx(two, rel=1e-4)
 
@@ -374,17 +374,19 @@ def test_compiling_is_block_by_block_and_in_place(monkeypatch, tiny_model):
 def test_each_evaluation_shows_a_sample(config):
     modes = []
 
-    def sample(model, tokenizer):
+    def sample(model, data):
         modes.append(model.training)
-        return f"a sample of {tokenizer.kind}"
+        return Shown(f"a sample of {data.tokenizer.kind}", {"words": 4})
 
     _, output = run(config, sample=sample)
     assert output.count("│ a sample of char") == 4
     assert records(config)[-1]["sample"] == "a sample of char"
+    assert records(config)[-1]["words"] == 4
+    assert output.count("bits/byte, words 4") == 4
 
 
 def test_an_impossible_sample_is_an_error_before_training(config, monkeypatch):
-    def refuse(model, tokenizer):
+    def refuse(model, data):
         raise UsageError("no such prompt")
 
     monkeypatch.setattr(Trainer, "update", None)
@@ -747,14 +749,14 @@ def test_a_loss_scale_of_one_or_more_can_cause_a_nonfinite_gradient(scale, confi
     assert not trainer_of(config).was_scaled_too_far()
 
 
-class HalfMasked(Windows):
+class HalfMasked(TextWindows):
     def batch(self, windows):
         batch = super().batch(windows)
         return Batch(batch.tokens, batch.targets.masked_fill(batch.targets % 2 == 0, IGNORED))
 
 
 def test_masked_targets_do_not_count(config, monkeypatch):
-    monkeypatch.setattr("gpt.training.loop.Windows", HalfMasked)
+    monkeypatch.setattr("gpt.data.prepare.TextWindows", HalfMasked)
     trainer = trainer_of(change(config, "model", dropout=0.0))
     batch = trainer.source.batch(0, trainer.world)
     logits = trainer.model(batch.tokens).detach()
@@ -765,12 +767,12 @@ def test_masked_targets_do_not_count(config, monkeypatch):
 
 
 def test_a_batch_with_only_masked_targets_is_an_error_that_names_its_windows(config, monkeypatch):
-    class Masked(Windows):
+    class Masked(TextWindows):
         def batch(self, windows):
             batch = super().batch(windows)
             return Batch(batch.tokens, torch.full_like(batch.targets, IGNORED))
 
-    monkeypatch.setattr("gpt.training.loop.Windows", Masked)
+    monkeypatch.setattr("gpt.data.prepare.TextWindows", Masked)
     trainer = trainer_of(config)
     first = trainer.source.order.step(0)[0]
     with pytest.raises(UsageError, match=f"step 1 has nothing .* targets in its windows {first}, "):
@@ -1005,19 +1007,19 @@ def test_an_evaluation_without_a_sample_shows_none(config):
 
     trainer.reporter = Kept()
     trainer.evaluate(None)
-    trainer.evaluate(lambda model, tokenizer: "Once")
+    trainer.evaluate(lambda model, data: Shown("Once"))
     assert shown == [(0, False, ""), (0, False, "Once")]
 
 
 def test_a_batch_is_read_once(config, monkeypatch):
     read = []
 
-    class Counted(Windows):
+    class Counted(TextWindows):
         def batch(self, windows):
             read.append(windows.tolist())
             return super().batch(windows)
 
-    monkeypatch.setattr("gpt.training.loop.Windows", Counted)
+    monkeypatch.setattr("gpt.data.prepare.TextWindows", Counted)
     trainer = trainer_of(config)
     for _ in range(3):
         trainer.update()

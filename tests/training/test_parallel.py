@@ -67,7 +67,7 @@ def difference(one, two):
     return (torch.stack(apart).norm() / torch.stack(sizes).norm()).item(), worst.item()
 
 
-@pytest.mark.parametrize("kind", ["gradients", "masked"])
+@pytest.mark.parametrize("kind", ["gradients", "masked", "documents"])
 @pytest.mark.parametrize(
     ("n", "strategy", "micro"), [(n, s, micro) for n, s in PLACES for micro in MICRO[n]]
 )
@@ -98,10 +98,11 @@ def test_every_two_techniques_give_the_gradients_of_one_process(row, strategy, r
     assert split["loss"].item() == pytest.approx(whole["loss"].item(), rel=1e-6)
 
 
-def test_masked_targets_change_the_gradients(results):  # or the test above says nothing of them
-    assert (
-        difference(results[1]["single", "masked", 8], results[1]["single", "gradients", 8])[0] > 0.1
-    )
+@pytest.mark.parametrize("kind", ["masked", "documents"])
+def test_other_windows_change_the_gradients(
+    kind, results
+):  # or the test above says nothing of them
+    assert difference(results[1]["single", kind, 8], results[1]["single", "gradients", 8])[0] > 0.1
 
 
 @pytest.mark.parametrize("kind", ["selective", "full"])

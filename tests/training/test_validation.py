@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gpt.data.batches import Windows
+from gpt.data.batches import TextWindows
 from gpt.data.shards import ShardWriter, read_shard
 from gpt.training.parallel import World
 from gpt.training.validation import score
@@ -17,7 +17,7 @@ def windows(tmp_path):
     path = tmp_path / "v.bin"
     with ShardWriter(path, vocab_size=61, tokenizer=bytes(32), corpus=bytes(32)) as writer:
         writer.write(np.random.Generator(np.random.Philox(0)).integers(0, 61, 500))
-    return Windows(read_shard(path, tokenizer=bytes(32), vocab_size=61), 16)
+    return TextWindows(read_shard(path, tokenizer=bytes(32), vocab_size=61), 16)
 
 
 def scored(model, windows, batch_size):

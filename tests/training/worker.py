@@ -16,9 +16,9 @@ from rich.console import Console
 from torch.distributed.tensor import DTensor
 
 from gpt.config import CheckpointConfig, OptimizerConfig, TrainConfig
-from gpt.data.batches import IGNORED, Batch, Windows
+from gpt.data.batches import IGNORED, Batch, TextWindows
 from gpt.data.prepare import prepare
-from gpt.training.loop import Trainer
+from gpt.training.loop import Shown, Trainer
 from gpt.training.parallel import World, join
 from gpt.training.run import train_on
 from tests.tiny import tiny_run
@@ -97,7 +97,7 @@ def gradients(config: TrainConfig, world: World) -> dict[str, torch.Tensor]:
     return {"loss": torch.tensor(loss), "norm": torch.tensor(norm), **found}
 
 
-class Masked(Windows):
+class Masked(TextWindows):
     """Windows with different masked targets in each: 0 to 15 of the 16."""
 
     def batch(self, windows):
@@ -111,6 +111,16 @@ def train(config: TrainConfig, world: World, sample=None) -> str:
     console = Console(file=io.StringIO(), width=300)
     train_on(world, config, console=console, sample=sample)
     return console.file.getvalue()
+
+
+class Several(TextWindows):
+    """Windows with two documents each, of unlike lengths."""
+
+    def batch(self, windows):
+        batch = super().batch(windows)
+        at = torch.arange(batch.tokens.shape[1])
+        documents = (at >= torch.from_numpy(windows % 11 + 2)[:, None]).long()
+        return Batch(batch.tokens, batch.targets, documents)
 
 
 def main(folder: Path) -> None:
@@ -128,8 +138,9 @@ def main(folder: Path) -> None:
                 training = {"micro_batch_size": micro, "gradient_clip": 0.0}
                 config = config_of(folder, "none", **options, training=training)
                 results[name, "gradients", micro] = gradients(config, world)
-                with mock.patch("gpt.training.loop.Windows", Masked):
-                    results[name, "masked", micro] = gradients(config, world)
+                for kind, windows in {"masked": Masked, "documents": Several}.items():
+                    with mock.patch("gpt.data.prepare.TextWindows", windows):
+                        results[name, kind, micro] = gradients(config, world)
             for kind, model in COMPOSITES.items():
                 config = config_of(folder, "none", **options, model=model)
                 results[name, kind] = gradients(config, world)
@@ -163,9 +174,9 @@ def main(folder: Path) -> None:
                 options["checkpoint"] = CheckpointConfig(keep=9, format=kind)
                 texts = []
 
-                def sample(model, tokenizer, texts=texts):
+                def sample(model, data, texts=texts):
                     texts.append(type(model).__name__)
-                    return "a sample"
+                    return Shown("a sample")
 
                 results[name, kind, "said"] = train(
                     config_of(folder, run, **options), world, sample
