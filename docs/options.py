@@ -11,13 +11,21 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from gpt.cli import COMMANDS
-from gpt.config import EvaluateConfig, ExportConfig, PrepareConfig, SampleConfig, TrainConfig
+from gpt.config import (
+    EvaluateConfig,
+    ExportConfig,
+    InspectConfig,
+    PrepareConfig,
+    SampleConfig,
+    TrainConfig,
+)
 
 PAGE = Path(__file__).with_suffix(".md")
 SCHEMAS = {
     "train": TrainConfig,
     "sample": SampleConfig,
     "prepare": PrepareConfig,
+    "inspect": InspectConfig,
     "export": ExportConfig,
     "evaluate": EvaluateConfig,
 }

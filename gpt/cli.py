@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, TextIO, cast
 from gpt.config import (
     EvaluateConfig,
     ExportConfig,
+    InspectConfig,
     PrepareConfig,
     SampleConfig,
     TrainConfig,
@@ -226,31 +227,6 @@ def sample(words: Sequence[str], prog: str) -> int:
     return 0
 
 
-def prepare(words: Sequence[str], prog: str) -> int:
-    """Prepare a text for training: write its token shards."""
-    with _starting():
-        config = parse(PrepareConfig, words, prog=prog)
-        from rich.text import Text
-
-        from gpt.data.prepare import prepare as run
-
-    console = open_console()
-    with console.status("reading", spinner="line") as status:
-        prepared = run(
-            config.data,
-            config.out,
-            progress=lambda fraction: status.update(
-                Text(f"preparing {config.data.source}: {fraction:.0%}")
-            ),
-            say=tell,
-        )
-    console.print(
-        f"{prepared.train.path.parent}: {len(prepared.train):,} training and "
-        f"{len(prepared.validation):,} validation tokens"
-    )
-    return 0
-
-
 def export(words: Sequence[str], prog: str) -> int:
     """Write a model in Hugging Face's layout, packed for inference, or for llama.cpp."""
     with _starting():
@@ -290,10 +266,29 @@ def evaluate(words: Sequence[str], prog: str) -> int:
     return 0
 
 
+def prepare(words: Sequence[str], prog: str) -> int:
+    """Prepare texts for training: write their token shards."""
+    from gpt.commands.prepare import prepare as run
+
+    with _starting():
+        config = parse(PrepareConfig, words, prog=prog)
+    return run(config)
+
+
+def inspect(words: Sequence[str], prog: str) -> int:
+    """Show what is in prepared tokens: documents, lengths, frequent tokens."""
+    from gpt.commands.inspect import inspect as run
+
+    with _starting():
+        config = parse(InspectConfig, words, prog=prog)
+    return run(config)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str], str], int]] = {
     "train": train,
     "sample": sample,
     "prepare": prepare,
+    "inspect": inspect,
     "export": export,
     "evaluate": evaluate,
 }

@@ -6,7 +6,15 @@ and the same suggestions. Nothing here imports torch, so ``--help`` answers at o
 """
 
 from gpt.config.checks import FOREIGN, MESSAGE, Bounds, UsageError, foreign, quoted
-from gpt.config.commands import EvaluateConfig, ExportConfig, PrepareConfig, SampleConfig, Weights
+from gpt.config.commands import (
+    Duplicates,
+    EvaluateConfig,
+    ExportConfig,
+    InspectConfig,
+    PrepareConfig,
+    SampleConfig,
+    Weights,
+)
 from gpt.config.data import BadBytes, DataConfig, TextFormat, TokenizerKind, TooLong, WindowOrder
 from gpt.config.generation import GenerationConfig, SamplingConfig, token_ids, unescaped
 from gpt.config.model import (
@@ -46,11 +54,13 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "Device",
+    "Duplicates",
     "EvaluateConfig",
     "EvaluationConfig",
     "ExportConfig",
     "GenerationConfig",
     "Initial",
+    "InspectConfig",
     "LogConfig",
     "Mlp",
     "ModelConfig",

@@ -10,6 +10,7 @@ from gpt.config.generation import GenerationConfig
 from gpt.config.model import RotaryScaling
 from gpt.config.training import Device
 
+Duplicates = Literal["keep", "exact", "near"]
 Weights = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
 
 
@@ -97,14 +98,47 @@ def _shown(path: Path | None) -> str:
 class PrepareConfig:
     """Options of ``gpt prepare``."""
 
+    sources: tuple[str, ...]
+    """Files, folders, patterns, named corpora, - for a pipe, hf://OWNER/NAME; without any,
+    data.source."""
     out: Path = Path("data")
-    """The cache folder to write. train.py reads it with --data.cache_dir."""
+    """The folder to write. It becomes the data.source of train.py. A preparation that was stopped
+    goes on from there."""
+    validation: Literal["auto", "documents", "end"] = "auto"
+    """What is held out; documents: those that the hashes of their texts choose; end: the end of
+    the text; auto: documents if there are at least 100."""
+    duplicates: Duplicates = "keep"
+    """Documents that came before; exact: drop those with the same words; near: also those with
+    almost the same (needs datasketch)."""
+    shard_tokens: int = number(100_000_000, at_least=1)
+    """Tokens in a file."""
+    workers: int = number(0, at_least=0)
+    """Threads that encode; 0: one for each core. The files do not depend on it."""
     data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:
         check(self)
         if cache := self.data.cache_dir:
             raise UsageError(f"gpt prepare takes no data.cache_dir ({cache!r}); give --out {cache}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """Options of ``gpt inspect``."""
+
+    path: Path
+    """What gpt prepare wrote, a run's folder, or other projects' files of GPT-2's token ids."""
+    documents: int = number(3, at_least=0)
+    """How many of the first documents to show."""
+    characters: int = number(200, at_least=1)
+    """How much of each."""
+    frequent: int = number(10, at_least=0)
+    """How many of the most frequent tokens to show."""
+    json: bool = False
+    """Print JSON."""
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gpt.config import UsageError
-from gpt.data.shards import Shard
+from gpt.data.shards import Shard, Shards
 
 IGNORED = -100
 """Marks a target that does not count in the loss."""
@@ -69,23 +69,24 @@ class Windows(Protocol):
 class TextWindows:
     """A shard as windows of ``context_length`` tokens, each with the token that follows it."""
 
-    def __init__(self, shard: Shard, context_length: int) -> None:
+    def __init__(self, shard: Shard | Shards, context_length: int) -> None:
         if len(shard) <= context_length:
             raise UsageError(
                 f"{shard.path} has {len(shard):,} tokens, and one window of model.context_length "
                 f"{context_length} needs {context_length + 1:,}; use a longer text, a smaller "
                 "model.context_length or another data.validation_fraction"
             )
-        self.ids = shard.ids
-        self.context_length = context_length
+        self.shard, self.context_length = shard, context_length
 
     def __len__(self) -> int:
-        return (len(self.ids) - 1) // self.context_length
+        return (len(self.shard) - 1) // self.context_length
 
     def batch(self, windows: NDArray[np.int64]) -> Batch:
         """The batch of the windows with these numbers ``[B]``."""
         T = self.context_length
-        rows = np.stack([self.ids[w * T : w * T + T + 1] for w in windows]).astype(np.int64)
+        rows = np.stack([self.shard.read(start, T + 1) for start in (windows * T).tolist()]).astype(
+            np.int64
+        )
         both = torch.from_numpy(rows)
         return Batch(both[:, :-1], both[:, 1:])
 

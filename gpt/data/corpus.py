@@ -12,7 +12,7 @@ import glob
 import hashlib
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,6 +122,16 @@ def open_corpus(
         return _folder(path, reading, field)
     check_regular(path, field)
     return _files([path], reading)
+
+
+def joined(corpora: Sequence[Corpus]) -> Corpus:
+    """Several corpora as one; a file that is in several is read once."""
+    if len(corpora) == 1:
+        return corpora[0]
+    reads = {path: corpus.read for corpus in reversed(corpora) for path in corpus.files}
+    files = tuple(dict.fromkeys(path for corpus in corpora for path in corpus.files))
+    name = "; ".join(dict.fromkeys(corpus.name for corpus in corpora))
+    return Corpus(files, lambda path, tap: reads[path](path, tap), name)
 
 
 def _files(files: list[Path], reading: Reading, folder: Path | None = None) -> Corpus:

@@ -20,10 +20,12 @@ from gpt.data.chat_templates import DEFAULT, PLAIN, PLAIN_LETTERS, ChatTemplates
 from gpt.data.corpus import open_corpus
 from gpt.data.example_windows import ExampleWindows
 from gpt.data.examples import Example, Examples, load_examples, save_examples
+from gpt.data.pieces import Split
 from gpt.data.piped import keep
-from gpt.data.prepare import Split, make_tokenizer
+from gpt.data.prepare import is_corpus, make_tokenizer
 from gpt.data.reading import Reading
 from gpt.data.records import Record, read_records
+from gpt.data.token_files import is_token_files
 from gpt.data.tokenizer import Tokenizer, end_text
 from gpt.files import new_folder
 
@@ -53,6 +55,8 @@ def is_instructions(config: DataConfig) -> bool:
     """Whether ``config.source`` has records with answers: its first record says so."""
     if config.descriptor is not None or config.records != "auto":
         return config.records == "instructions"
+    if is_corpus(config.source) or is_token_files(config.source):
+        return False
     reading = Reading.of(config)
     files = open_corpus(config.source, reading).files
     if not all(path.is_file() and reading.format_of(path) != "text" for path in files):

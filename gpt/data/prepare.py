@@ -6,6 +6,7 @@ same for all tokenizers. Each document ends with the tokenizer's end-of-text.
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 from collections import deque
@@ -13,17 +14,18 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
-from gpt.config import DataConfig, TokenizerKind, UsageError, quoted
+from gpt.config import DataConfig, TokenizerKind, UsageError, foreign, quoted
 from gpt.data import tokenizer as tokenizers
 from gpt.data.batches import TextWindows, Windows
-from gpt.data.corpus import PREPARED_FILES, Corpus, Say, Survey, open_corpus
+from gpt.data.corpus import CORPUS_FILE, PREPARED_FILES, Corpus, Say, Survey, open_corpus
+from gpt.data.pieces import SPLITS, Split
 from gpt.data.piped import keep
 from gpt.data.reading import Reading
-from gpt.data.shards import Shard, ShardWriter, read_shard
+from gpt.data.shards import Shard, Shards, ShardWriter, read_shard
+from gpt.data.token_files import is_token_files, read_token_files
 from gpt.data.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
@@ -32,9 +34,8 @@ from gpt.data.tokenizer import (
     Tokenizer,
     encoder,
 )
-from gpt.files import new_folder
+from gpt.files import new_folder, read_json
 
-Split = Literal["train", "validation"]
 Progress = Callable[[float], None]
 """Receives the fraction of the work that is done, from 0 to 1."""
 
@@ -44,8 +45,8 @@ class Prepared:
     """A text as tokens, ready to train on."""
 
     tokenizer: Tokenizer
-    train: Shard
-    validation: Shard
+    train: Shard | Shards
+    validation: Shard | Shards
 
     def windows(self, split: Split, context_length: int) -> Windows:
         """The text of a split as windows; ``UsageError`` if it has less than one."""
@@ -66,6 +67,16 @@ def prepare(
     means if that may be unexpected. ``UsageError`` for a text that cannot be read, a folder that
     cannot be written, and damaged shards.
     """
+    if is_corpus(config.source):
+        return read_corpus(Path(config.source), tokenizer)
+    if is_token_files(config.source):
+        gpt2 = GPT2Tokenizer.released()
+        if tokenizer and tokenizers.fingerprint(tokenizer) != tokenizers.fingerprint(gpt2):
+            raise UsageError(
+                f"{quoted(config.source)} has GPT-2's token ids, and the model has another "
+                "tokenizer; give the text itself"
+            )
+        return Prepared(gpt2, *read_token_files(config.source, vocab_size=gpt2.vocab_size))
     config = keep(config, cache_dir)
     corpus = open_corpus(config.source, Reading.of(config), say=say)
     kind = tokenizer.kind if tokenizer else config.tokenizer
@@ -86,6 +97,50 @@ def prepare(
             if not _is_whole(folder):  # else another run has prepared it meanwhile
                 raise
     return read_prepared(folder)
+
+
+def read_corpus(folder: Path, tokenizer: Tokenizer | None = None) -> Prepared:
+    """What ``gpt prepare`` wrote into ``folder``. The shards' headers and sizes are checked.
+
+    ``UsageError`` if it is incomplete, or was made with another tokenizer than ``tokenizer``.
+    """
+    path = folder / CORPUS_FILE
+    summary, shown = read_json(path, "the corpus"), foreign(path)
+    own = tokenizers.load(folder / "tokenizer.json")
+    if tokenizer is not None and tokenizers.fingerprint(own) != tokenizers.fingerprint(tokenizer):
+        raise UsageError(
+            f"{foreign(folder)} was prepared with another tokenizer than the model's; prepare the "
+            "text again with --data.tokenizer, or without init"
+        )
+    if not isinstance(summary, dict) or not isinstance(summary.get("shards"), dict):
+        raise UsageError(f"{shown} is not what gpt prepare wrote; prepare the text again")
+    corpus = hashlib.sha256(json.dumps(summary["shards"], sort_keys=True).encode()).digest()
+    splits = []
+    for split in SPLITS:
+        parts = []
+        for item in summary["shards"].get(split, ()):
+            name, n = (item.get("name"), item.get("tokens")) if isinstance(item, dict) else (0, 0)
+            if not isinstance(name, str) or Path(name).name != name:
+                raise UsageError(f"{shown} names the shard {quoted(name)}; prepare the text again")
+            part = read_shard(
+                folder / name,
+                tokenizer=tokenizers.fingerprint(own),
+                vocab_size=own.vocab_size,
+                check=False,
+            )
+            if len(part) != n:
+                raise UsageError(f"{foreign(part.path)} has {len(part):,} tokens, not {quoted(n)}")
+            parts.append(part)
+        splits.append(Shards(folder, parts, corpus))
+    return Prepared(own, *splits)
+
+
+def is_corpus(source: str) -> bool:
+    """Whether ``source`` is a folder that ``gpt prepare`` wrote."""
+    try:
+        return (Path(source) / CORPUS_FILE).is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _is_whole(folder: Path) -> bool:

@@ -6,8 +6,10 @@ CRC-32 of the ids followed by the header fields. A reader refuses a file that is
 or made with another tokenizer. Version 1 has no CRC-32.
 """
 
+import os
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -39,20 +41,78 @@ class Shard:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def read(self, start: int, count: int) -> NDArray[np.integer]:
+        """The ids from ``start`` on, ``[count]``, or fewer at the end."""
+        return self.ids[start : start + count]
+
+    def documents(self, end_of_text: int) -> NDArray[np.int64]:
+        """Where the ids ``end_of_text`` are, which end the documents, ascending."""
+        found = [
+            np.flatnonzero(self.ids[start : start + _BLOCK] == end_of_text) + start
+            for start in range(0, len(self.ids), _BLOCK)
+        ]
+        return np.concatenate([np.zeros(0, np.int64), *found])
+
+
+class Shards:
+    """Several shards that are read as one."""
+
+    def __init__(self, path: Path, parts: Sequence[Shard], corpus: bytes) -> None:
+        self.path, self.parts, self.corpus = path, parts, corpus
+        self._ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def read(self, start: int, count: int) -> NDArray[np.integer]:
+        """As :meth:`Shard.read`, also across shards."""
+        end, pieces = min(start + count, len(self)), []
+        number = int(np.searchsorted(self._ends, start, side="right"))
+        while start < end:
+            part = self.parts[number]
+            begins = int(self._ends[number]) - len(part)
+            pieces.append(part.read(start - begins, end - start))
+            start, number = int(self._ends[number]), number + 1
+        return pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, np.uint16), *pieces])
+
+    def documents(self, end_of_text: int) -> NDArray[np.int64]:
+        """As :meth:`Shard.documents`."""
+        starts = [0, *self._ends[:-1].tolist()]
+        found = [
+            part.documents(end_of_text) + start
+            for part, start in zip(self.parts, starts, strict=True)
+        ]
+        return np.concatenate([np.zeros(0, np.int64), *found])
+
 
 class ShardWriter:
-    """Writes ids to a new shard at ``path``, with the fingerprints in its header.
+    """Writes ids to a shard at ``path``, with the fingerprints in its header.
 
     A context manager. It writes the header at the end if there was no exception, so an incomplete
-    file has no header.
+    file has no header. Such a file is continued after its first ids with the ``state`` that it had
+    then.
     """
 
-    def __init__(self, path: Path, *, vocab_size: int, tokenizer: bytes, corpus: bytes) -> None:
-        self._file = path.open("wb")
-        self._file.write(bytes(HEADER_BYTES))
+    def __init__(
+        self,
+        path: Path,
+        *,
+        vocab_size: int,
+        tokenizer: bytes,
+        corpus: bytes,
+        state: tuple[int, int] = (0, 0),
+    ) -> None:
         self._item_bytes = 2 if vocab_size <= 1 << 16 else 4
         self._fields = vocab_size, tokenizer, corpus
-        self._count = self._checksum = 0
+        self._count, self._checksum = state
+        self._file = path.open("r+b" if self._count else "wb")
+        self._file.write(bytes(HEADER_BYTES))
+        if self._count:
+            self._file.truncate(HEADER_BYTES + self._count * self._item_bytes)
+            self._file.seek(0, 2)
+
+    def __len__(self) -> int:
+        return self._count
 
     def write(self, ids: NDArray[np.integer]) -> None:
         """Append ``ids`` ``[n]``."""
@@ -60,6 +120,16 @@ class ShardWriter:
         self._file.write(raw)
         self._checksum = zlib.crc32(raw, self._checksum)
         self._count += len(ids)
+
+    def flush(self) -> tuple[int, int]:
+        """Wait until all ids are on the disk, and return the state: their number and CRC-32."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._count, self._checksum
+
+    def close(self) -> None:
+        """Close the file without a header, so that it is incomplete."""
+        self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -77,8 +147,8 @@ class ShardWriter:
         return header + _CHECKSUM.pack(zlib.crc32(header, self._checksum))
 
 
-def read_shard(path: Path, *, tokenizer: bytes, vocab_size: int) -> Shard:
-    """Open the shard at ``path``, and read its ids once to check them.
+def read_shard(path: Path, *, tokenizer: bytes, vocab_size: int, check: bool = True) -> Shard:
+    """Open the shard at ``path``, and read its ids once to check them (``check``).
 
     ``UsageError`` if it is not complete, if it was made with another tokenizer than the one with
     the SHA-256 ``tokenizer``, or if an id is not below ``vocab_size``.
@@ -116,12 +186,13 @@ def read_shard(path: Path, *, tokenizer: bytes, vocab_size: int) -> Shard:
             f"uses {tokenizer.hex()[:12]}"
         )
     dtype = _DTYPES[item_bytes]
-    checksum = zlib.crc32(header[: _HEADER.size], _checked(path, dtype, vocab_size))
-    if version > 1 and (checksum,) != _CHECKSUM.unpack_from(header, _HEADER.size):
-        raise UsageError(
-            f"{what} {shown} is damaged: its checksum does not match; delete it and prepare it "
-            "again"
-        )
+    if check:
+        checksum = zlib.crc32(header[: _HEADER.size], _checked(path, dtype, vocab_size))
+        if version > 1 and (checksum,) != _CHECKSUM.unpack_from(header, _HEADER.size):
+            raise UsageError(
+                f"{what} {shown} is damaged: its checksum does not match; delete it and prepare it "
+                "again"
+            )
     if count == 0:
         return Shard(path, np.zeros(0, dtype), corpus)
     return Shard(path, np.memmap(path, dtype, "r", offset=HEADER_BYTES, shape=(count,)), corpus)

@@ -12,7 +12,8 @@ from gpt.config import DataConfig, TrainConfig, UsageError
 from gpt.data.corpus import open_corpus
 from gpt.data.instructions import Encoder, is_instructions, prepare_instructions
 from gpt.data.piped import is_piped, keep
-from gpt.data.prepare import prepare
+from gpt.data.prepare import is_corpus, prepare
+from gpt.data.token_files import is_token_files
 from gpt.data.tokenizer import Tokenizer
 from gpt.device import choose_device
 from gpt.model.gpt import GPT
@@ -162,7 +163,7 @@ def train_on(
 
 def check_source(data: DataConfig, run: Path) -> None:
     """``UsageError`` if the text does not exist, or the run's folder is the folder of the text."""
-    if is_piped(data):
+    if is_piped(data) or is_corpus(data.source) or is_token_files(data.source):
         return
     folder = open_corpus(data.source).folder
     if folder is not None and run.exists() and folder.samefile(run):

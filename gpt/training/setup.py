@@ -17,7 +17,7 @@ from gpt.data import tokenizer as tokenizers
 from gpt.data.examples import Examples
 from gpt.data.instructions import Instructions
 from gpt.data.prepare import Prepared
-from gpt.data.shards import Shard
+from gpt.data.shards import Shard, Shards
 from gpt.data.tokenizer import Tokenizer
 from gpt.files import unwritable, write_atomically
 from gpt.model.gpt import GPT
@@ -195,7 +195,7 @@ def check_changes(
     return free
 
 
-def settings(config: TrainConfig, text: Shard | Examples) -> dict[str, Any]:
+def settings(config: TrainConfig, text: Shard | Shards | Examples) -> dict[str, Any]:
     """Each ``group.field`` of a run, its text's fingerprint, and its initial model."""
     flat = {TEXT: text.corpus.hex()[:12], "init": config.init}
     for name, value in dataclasses.asdict(config).items():

@@ -159,5 +159,5 @@ def test_a_damaged_shard_is_noticed_when_a_run_is_resumed(folder, train):
 
 def test_brackets_in_the_name_of_a_text_are_shown(folder, capsys):
     Path("book [draft] [b].txt").write_bytes(TEXT)
-    assert main(["prepare", "--data.source", "book [draft] [b].txt"]) == 0
-    assert "data/book [draft] [b]-char-" in capsys.readouterr().out
+    assert main(["prepare", "book [draft] [b].txt", "--out", "data [b]"]) == 0
+    assert "data [b]: " in capsys.readouterr().out

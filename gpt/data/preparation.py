@@ -1,0 +1,313 @@
+"""``gpt prepare``: documents of any number of sources to token shards, on all cores, in little
+memory.
+
+One thread reads, several encode (tiktoken releases Python's lock), and one writes in the order of
+reading: the shards are the same for any number of workers. A journal says what is on the disk, so
+that a preparation that was killed goes on from there, and its shards are the same to the byte.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from gpt.config import Duplicates, PrepareConfig, UsageError, foreign, quoted
+from gpt.data import tokenizer as tokenizers
+from gpt.data.compression import Tap
+from gpt.data.corpus import CORPUS_FILE, Corpus, Say, joined, open_corpus
+from gpt.data.duplicates import Seen, keys
+from gpt.data.formats import PIECE_CHARACTERS
+from gpt.data.journal import Journal
+from gpt.data.pieces import SPLITS, Piece, Place, Split, Splitter, at_end, by_content, pieces
+from gpt.data.piped import keep
+from gpt.data.reading import Reading
+from gpt.data.shard_series import ShardSeries
+from gpt.data.tokenizer import Ids, Tokenizer, encoder
+from gpt.files import unwritable, write_atomically
+
+JOURNAL, SEEN = "journal.jsonl", "duplicates.sqlite"
+FEWEST_DOCUMENTS = 100
+"""A corpus of fewer documents is held out at its end."""
+BLOCKS_A_STEP = 32
+"""Blocks of a million characters between two lines of the journal."""
+
+
+@dataclass
+class Progress:
+    """What has been done so far, for a display."""
+
+    total_bytes: int
+    """Of all files; 0 if it is not known."""
+    bytes: int = 0
+    tokens: int = 0
+    resumed: int = 0
+    """Tokens that an earlier preparation wrote."""
+    started: float = field(default_factory=time.monotonic)
+
+
+class Encoded(NamedTuple):
+    """A piece, its ids, and the keys by which its document is compared."""
+
+    piece: Piece
+    ids: Ids
+    keys: list[bytes]
+
+
+def prepare_corpus(
+    config: PrepareConfig,
+    make_tokenizer: Callable[[Corpus], Tokenizer],
+    *,
+    show: Callable[[Progress], None] = lambda progress: None,
+    say: Say = lambda text: None,
+) -> dict[str, Any]:
+    """Write the shards of ``config.sources`` into ``config.out``, and return what its
+    ``corpus.json`` says. ``UsageError`` for a source that cannot be read, a folder that cannot be
+    written, and a folder with other data.
+    """
+    out = config.out
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".lock").touch()
+    except OSError as error:
+        raise unwritable(out, error) from None
+    try:
+        with FileLock(out / ".lock", timeout=0):
+            corpus, sizes = _opened(config, say)
+            found = _work(config, corpus, sizes)
+            if (out / CORPUS_FILE).exists():
+                return _finished(out, found, say)
+            others = [p.name for p in out.iterdir() if p.name not in (".lock", JOURNAL)]
+            if others and not (out / JOURNAL).exists():
+                raise UsageError(
+                    f"{foreign(out)} has other files ({foreign(others[0])}); name a new folder"
+                )
+            made = out / "tokenizer.json"  # by the preparation that is continued
+            tokenizer = tokenizers.load(made) if made.exists() else make_tokenizer(corpus)
+            preparation = _Preparation(config, corpus, found, tokenizer, say)
+            return preparation.run(Progress(sum(sizes)), show)
+    except Timeout:
+        raise UsageError(f"{foreign(out)} is being prepared by another process") from None
+    except OSError as error:
+        raise unwritable(out, error) from None
+
+
+def _opened(config: PrepareConfig, say: Say) -> tuple[Corpus, list[int]]:
+    """All sources as one corpus, and the sizes of its files."""
+    corpora = []
+    for source in config.sources or (config.data.source,):
+        one = dataclasses.replace(config.data, source=source)
+        one = keep(one, config.out / ".piped") if one.descriptor is not None else one
+        corpora.append(open_corpus(one.source, Reading.of(one), field="a source", say=say))
+    corpus = joined(corpora)
+    sizes = [path.stat().st_size if path.is_file() else 0 for path in corpus.files]
+    return corpus, sizes
+
+
+def _work(config: PrepareConfig, corpus: Corpus, sizes: list[int]) -> dict[str, Any]:
+    """What decides the shards, apart from the tokenizer, as the journal's first line."""
+    digest = hashlib.sha256()
+    for path, size in zip(corpus.files, sizes, strict=True):
+        digest.update(f"{path} {size}\n".encode(errors="surrogatepass"))
+    return {
+        "files": digest.hexdigest(),
+        "reading": corpus.name,
+        "tokenizer setting": config.data.tokenizer,
+        "duplicates": config.duplicates,
+        "shard_tokens": config.shard_tokens,
+        "validation": config.validation,
+        "validation_fraction": config.data.validation_fraction,
+    }
+
+
+def _finished(out: Path, work: dict[str, Any], say: Say) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((out / CORPUS_FILE).read_text(encoding="utf-8"))
+    if {k: summary["work"].get(k) for k in work} != work:
+        raise UsageError(f"{foreign(out)} has other prepared data; name a new folder")
+    say(f"{foreign(out)} is prepared already")
+    return summary
+
+
+class _Preparation:
+    """One preparation, new or continued."""
+
+    def __init__(
+        self,
+        config: PrepareConfig,
+        corpus: Corpus,
+        work: dict[str, Any],
+        tokenizer: Tokenizer,
+        say: Say,
+    ) -> None:
+        self.config, self.corpus, self.out = config, corpus, config.out
+        self.tokenizer = tokenizer
+        self.work = work | {"tokenizer": tokenizers.fingerprint(tokenizer).hex()}
+        self.splitter = self._splitter()
+        self.journal = Journal(self.out / JOURNAL, self.work)
+        last = self.journal.last or {}
+        self.place = Place(*last.get("place", ()))
+        self.steps: int = last.get("step", 0)
+        self.counts: Counter[str] = Counter(last.get("counts", {}))
+        self.drops = False  # whether the pieces of the current document are left out
+        write_atomically(self.out / "tokenizer.json", tokenizers.to_json(tokenizer))
+        made = hashlib.sha256(json.dumps(self.work, sort_keys=True).encode()).digest()
+        self.series = {
+            split: ShardSeries(
+                self.out, split, tokenizer, made, config.shard_tokens, last.get(split, {})
+            )
+            for split in SPLITS
+        }
+        self.seen = None if config.duplicates == "keep" else Seen(self.out / SEEN)
+        if self.seen is not None:
+            self.seen.back_to(self.steps)
+        if last:
+            say(f"going on after {self.counts['tokens']:,} tokens")
+
+    def _splitter(self) -> Splitter:
+        kind, fraction = self.config.validation, self.config.data.validation_fraction
+        if kind == "auto":
+            kind = "documents" if _has_many(self.corpus) else "end"
+        if kind == "documents":
+            return by_content(fraction)
+        return at_end(round(self.corpus.survey().length * (1 - fraction)))
+
+    def run(self, progress: Progress, show: Callable[[Progress], None]) -> dict[str, Any]:
+        """Prepare what is left, and return the summary."""
+        progress.resumed = progress.tokens = self.counts["tokens"]
+        progress.bytes = sum(
+            path.stat().st_size for path in self.corpus.files[: self.place.file] if path.is_file()
+        )
+
+        def tap(block: bytes) -> None:
+            progress.bytes += len(block)
+
+        with self.journal, contextlib.ExitStack() as stack:
+            for series in self.series.values():
+                stack.callback(series.abandon)
+            if self.seen is not None:
+                stack.callback(self.seen.close)
+            for number, block in enumerate(self._encoded(tap), 1):
+                for encoded in block:
+                    self._write(encoded)
+                place = block[-1].piece.after
+                assert place is not None
+                self.place = place
+                if number % BLOCKS_A_STEP == 0:
+                    self._step()
+                progress.tokens = self.counts["tokens"]
+                show(progress)
+            shards = {split: series.close() for split, series in self.series.items()}
+        return self._finish(shards)
+
+    def _encoded(self, tap: Tap) -> Iterator[list[Encoded]]:
+        """The blocks of the corpus with their ids, in order."""
+        workers = self.config.workers or os.cpu_count() or 1
+        waiting: deque[Future[list[Encoded]]] = deque()
+        read = pieces(self.corpus, self.splitter, start=self.place, tap=tap)
+        with ThreadPoolExecutor(workers) as pool:
+            try:
+                for block in blocks(read):
+                    waiting.append(
+                        pool.submit(encode, block, self.tokenizer, self.config.duplicates)
+                    )
+                    if len(waiting) > 2 * workers:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def _write(self, encoded: Encoded) -> None:
+        piece = encoded.piece
+        if piece.begins:
+            self.counts["documents"] += 1
+            self.counts["long" if not piece.ends else "whole"] += 1
+            again = self.seen.add(encoded.keys, self.steps + 1) if self.seen else ""
+            self.drops = bool(again)
+            self.counts[again or "kept"] += 1
+        self.counts["characters"] += len(piece.text)
+        if self.drops:
+            return
+        self.counts["bytes"] += len(piece.text.encode(errors="surrogatepass"))
+        self.counts["tokens"] += len(encoded.ids)
+        self.series[piece.split].write(encoded.ids)
+        if piece.ends:
+            self.counts[f"{piece.split} documents"] += 1
+
+    def _step(self) -> None:
+        """Make sure that everything so far is on the disk, and write it into the journal."""
+        self.steps += 1
+        states = {str(split): series.flush() for split, series in self.series.items()}
+        if self.seen is not None:
+            self.seen.flush()
+        self.journal.write(
+            {"step": self.steps, "place": list(self.place), "counts": dict(self.counts), **states}
+        )
+
+    def _finish(self, shards: dict[Split, list[dict[str, Any]]]) -> dict[str, Any]:
+        if not self.counts["tokens"]:
+            names = self.config.sources or (self.config.data.source,)
+            raise UsageError(f"{quoted(names[0])} has no text")
+        summary = {
+            "version": 1,
+            "kind": self.tokenizer.kind,
+            "vocab_size": self.tokenizer.vocab_size,
+            "sources": [str(s) for s in self.config.sources or (self.config.data.source,)],
+            "counts": dict(sorted(self.counts.items())),
+            "shards": shards,
+            "work": self.work,
+        }
+        write_atomically(
+            self.out / CORPUS_FILE, json.dumps(summary, indent=1, sort_keys=True) + "\n"
+        )
+        for path in (JOURNAL, SEEN, f"{SEEN}-wal", f"{SEEN}-shm"):
+            (self.out / path).unlink(missing_ok=True)
+        return summary
+
+
+def blocks(read: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """The pieces in blocks of about a million characters."""
+    block: list[Piece] = []
+    size = 0
+    for piece in read:
+        block.append(piece)
+        size += len(piece.text)
+        if size >= PIECE_CHARACTERS and piece.after is not None:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
+
+
+def encode(block: list[Piece], tokenizer: Tokenizer, duplicates: Duplicates) -> list[Encoded]:
+    """A block with its ids, the end-of-text behind each document included."""
+    first, later = (encoder(tokenizer, begins=begins) for begins in (True, False))
+    end = np.array([tokenizer.end_of_text], np.uint32)
+    done = []
+    for piece in block:
+        ids = (first if piece.begins else later)(piece.text)
+        whole = piece.begins and piece.ends
+        compared = keys(piece.text, duplicates) if whole else []
+        done.append(Encoded(piece, np.concatenate([ids, end]) if piece.ends else ids, compared))
+    return done
+
+
+def _has_many(corpus: Corpus) -> bool:
+    """Whether the corpus has :data:`FEWEST_DOCUMENTS`."""
+    for number, document in enumerate(corpus.documents(), 1):
+        for _ in document:
+            pass
+        if number == FEWEST_DOCUMENTS:
+            return True
+    return False
