@@ -7,7 +7,15 @@ and the same suggestions. Nothing here imports torch, so ``--help`` answers at o
 
 from gpt.config.checks import FOREIGN, MESSAGE, Bounds, UsageError, foreign, quoted
 from gpt.config.commands import EvaluateConfig, ExportConfig, PrepareConfig, SampleConfig, Weights
-from gpt.config.data import BadBytes, DataConfig, TextFormat, TokenizerKind, TooLong, WindowOrder
+from gpt.config.data import (
+    BadBytes,
+    DataConfig,
+    TextFormat,
+    TokenizerKind,
+    TooLong,
+    WindowKind,
+    WindowOrder,
+)
 from gpt.config.generation import GenerationConfig, SamplingConfig, token_ids, unescaped
 from gpt.config.model import (
     Activation,
@@ -72,6 +80,7 @@ __all__ = [
     "TrainingConfig",
     "UsageError",
     "Weights",
+    "WindowKind",
     "WindowOrder",
     "foreign",
     "parse",

@@ -12,6 +12,7 @@ TokenizerKind = Literal["char", "byte", "gpt2"]
 WindowOrder = Literal["auto", "table", "keyed"]
 Records = Literal["auto", "text", "instructions"]
 TooLong = Literal["cut", "drop"]
+WindowKind = Literal["crossing", "packed", "best_fit"]
 TextFormat = Literal["auto", "text", "jsonl", "parquet"]
 BadBytes = Literal["refuse", "replace"]
 
@@ -44,6 +45,10 @@ class DataConfig:
     """char: the characters of the text; byte: 256 bytes; gpt2: GPT-2's byte-pair encoding."""
     validation_fraction: float = number(0.05, above=0, below=1)
     """Fraction of the text, at its end, that is held out for validation."""
+    windows: WindowKind = "crossing"
+    """How the text is cut into windows; crossing: in equal parts, and attention crosses documents;
+    packed: in equal parts, with attention inside each document and positions from its start;
+    best_fit: as packed, of whole documents, and only those longer than a window are cut."""
     order: WindowOrder = "auto"
     """How each epoch's order of windows is made; table: a shuffled list in memory; keyed: a
     permutation computed window by window, without memory; auto: table up to 4,194,304 windows, and

@@ -5,6 +5,7 @@ same for all tokenizers. Each document ends with the tokenizer's end-of-text.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import shutil
@@ -17,10 +18,11 @@ from typing import Literal
 
 import numpy as np
 
-from gpt.config import DataConfig, TokenizerKind, UsageError, quoted
+from gpt.config import DataConfig, TokenizerKind, UsageError, WindowKind, quoted
 from gpt.data import tokenizer as tokenizers
-from gpt.data.batches import TextWindows, Windows
+from gpt.data.batches import Boundary, TextWindows, Windows
 from gpt.data.corpus import PREPARED_FILES, Corpus, Say, Survey, open_corpus
+from gpt.data.document_windows import DocumentWindows
 from gpt.data.piped import keep
 from gpt.data.reading import Reading
 from gpt.data.shards import Shard, ShardWriter, read_shard
@@ -46,10 +48,18 @@ class Prepared:
     tokenizer: Tokenizer
     train: Shard
     validation: Shard
+    kind: WindowKind = "crossing"
+    """How the text is cut into windows."""
 
     def windows(self, split: Split, context_length: int) -> Windows:
         """The text of a split as windows; ``UsageError`` if it has less than one."""
-        return TextWindows(getattr(self, split), context_length)
+        shard: Shard = getattr(self, split)
+        boundary = Boundary.of(self.tokenizer)
+        if self.kind == "best_fit":
+            return DocumentWindows(shard, context_length, boundary)
+        return TextWindows(
+            shard, context_length, boundary=boundary if self.kind == "packed" else None
+        )
 
 
 def prepare(
@@ -85,7 +95,7 @@ def prepare(
         except UsageError:
             if not _is_whole(folder):  # else another run has prepared it meanwhile
                 raise
-    return read_prepared(folder)
+    return dataclasses.replace(read_prepared(folder), kind=config.windows)
 
 
 def _is_whole(folder: Path) -> bool:

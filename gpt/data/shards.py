@@ -39,6 +39,18 @@ class Shard:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def read(self, start: int, count: int) -> NDArray[np.uint16] | NDArray[np.uint32]:
+        """The ids from ``start`` on, ``[count]``, or fewer at the end."""
+        return self.ids[start : start + count]
+
+    def documents(self, end_of_text: int) -> NDArray[np.int64]:
+        """Where the ids ``end_of_text`` are, which end the documents, ascending."""
+        found = [
+            np.flatnonzero(self.ids[start : start + _BLOCK] == end_of_text) + start
+            for start in range(0, len(self.ids), _BLOCK)
+        ]
+        return np.concatenate([np.zeros(0, np.int64), *found])
+
 
 class ShardWriter:
     """Writes ids to a new shard at ``path``, with the fingerprints in its header.

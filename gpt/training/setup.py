@@ -179,7 +179,7 @@ def check_changes(
     }
     before = checkpoint.progress.get("settings", {})
     before = before if isinstance(before, dict) else {}  # restoring it raises the error
-    before |= _resolved(checkpoint.model)
+    before = {"data.windows": "crossing"} | before | _resolved(checkpoint.model)
     told = {
         name: f"{name} was {before[name]} and is {value}"
         for name, value in now.items()
