@@ -1,9 +1,8 @@
 """Rows that hold several documents: positions restart with each, and attention stays inside.
 
 The result is that of each document alone. Two ways to compute it: a mask of all queries by all
-keys, or one document after the other. On a CPU the second takes a third of the time, because it
-skips what the mask hides, unless the documents are only a few tokens long
-(benchmarks/RESULTS.md).
+keys, or one document after the other. On a CPU the second takes less time, because it skips what
+the mask hides, unless the documents are only a few tokens long (benchmarks/RESULTS.md).
 """
 
 from collections.abc import Callable
