@@ -140,7 +140,7 @@ def test_lists_in_toml_are_read(tmp_path):
     [
         (TrainConfig, ["--model.n_layr=3"], "'--model.n_layr'; did you mean --model.n_layer?"),
         (TrainConfig, ["--model.no-biass"], "'--model.no_biass'; did you mean --model.no_bias?"),
-        (TrainConfig, ["--windows", "3"], "'--windows'; did you mean --evaluation.windows?"),
+        (TrainConfig, ["--max_steps", "3"], "'--max_steps'; did you mean --training.max_steps?"),
         (SampleConfig, ["--xyzzy\x1b"], "'--xyzzy\\x1b'; --help lists the options"),
         (ExportConfig, ["--model", "m"], "'--model'; --help lists the options"),
     ],

@@ -21,7 +21,8 @@ from gpt.interop.export import export_huggingface
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NAMES = [
-    "training", "generation", "models", "techniques", "evaluation", "performance", "architecture",
+    "data", "training", "generation", "models", "techniques", "evaluation", "performance",
+    "architecture",
 ]  # fmt: skip
 PAGES = {"README": README} | {
     name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in NAMES

@@ -15,8 +15,8 @@ from gpt.data.corpus import PREPARED_FILES
 from gpt.data.inspection import Inspection
 from gpt.data.inspection import inspect as inspect_shards
 from gpt.data.pieces import SPLITS, Split
-from gpt.data.prepare import Prepared, is_corpus, read_corpus, read_prepared
 from gpt.data.prepare import prepare as prepare_tokens
+from gpt.data.prepared import Prepared, is_corpus, read_corpus, read_prepared
 from gpt.data.token_files import is_token_files
 from gpt.data.tokenizer import Tokenizer, decode, end_text
 

@@ -15,7 +15,15 @@ from gpt.config.commands import (
     SampleConfig,
     Weights,
 )
-from gpt.config.data import BadBytes, DataConfig, TextFormat, TokenizerKind, TooLong, WindowOrder
+from gpt.config.data import (
+    BadBytes,
+    DataConfig,
+    TextFormat,
+    TokenizerKind,
+    TooLong,
+    WindowKind,
+    WindowOrder,
+)
 from gpt.config.generation import GenerationConfig, SamplingConfig, token_ids, unescaped
 from gpt.config.model import (
     Activation,
@@ -82,6 +90,7 @@ __all__ = [
     "TrainingConfig",
     "UsageError",
     "Weights",
+    "WindowKind",
     "WindowOrder",
     "foreign",
     "parse",

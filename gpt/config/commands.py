@@ -120,6 +120,11 @@ class PrepareConfig:
         check(self)
         if cache := self.data.cache_dir:
             raise UsageError(f"gpt prepare takes no data.cache_dir ({cache!r}); give --out {cache}")
+        if self.data.mixture:
+            raise UsageError(
+                "gpt prepare takes no data.mixture: train.py prepares its sources, with one "
+                "tokenizer for all"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

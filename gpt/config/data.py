@@ -1,21 +1,27 @@
 """Where the text comes from."""
 
+import dataclasses
+import json
+import math
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
-from gpt.config.checks import check, number
+from gpt.config.checks import UsageError, check, number, quoted
 
 TokenizerKind = Literal["char", "byte", "gpt2"]
 WindowOrder = Literal["auto", "table", "keyed"]
 Records = Literal["auto", "text", "instructions"]
 TooLong = Literal["cut", "drop"]
+WindowKind = Literal["crossing", "packed", "best_fit"]
 TextFormat = Literal["auto", "text", "jsonl", "parquet"]
 BadBytes = Literal["refuse", "replace"]
 
 
+SHARED = ("mixture", "tokenizer", "windows", "order", "records", "too_long", "cache_dir")
+"""Settings that the sources of a mixture have in common."""
 _DESCRIPTOR = re.compile(r"-|/dev/stdin|/(?:dev|proc/self)/fd/([0-9]{1,9})")
 
 
@@ -44,15 +50,72 @@ class DataConfig:
     """char: the characters of the text; byte: 256 bytes; gpt2: GPT-2's byte-pair encoding."""
     validation_fraction: float = number(0.05, above=0, below=1)
     """Fraction of the text, at its end, that is held out for validation."""
+    windows: WindowKind = "crossing"
+    """How the text is cut into windows; crossing: in equal parts, and attention crosses documents;
+    packed: in equal parts, with attention inside each document and positions from its start;
+    best_fit: as packed, of whole documents, and only those longer than a window are cut."""
     order: WindowOrder = "auto"
     """How each epoch's order of windows is made; table: a shuffled list in memory; keyed: a
     permutation computed window by window, without memory; auto: table up to 4,194,304 windows, and
     what the run began with when it is resumed."""
+    mixture: tuple[str, ...] = ()
+    """Several sources instead of one: for each a table [[data.mixture]] in TOML, or the same as
+    JSON, with its source, its weight (1), perhaps a name, and settings of data that differ."""
     cache_dir: str = ""
     """The folder in which prepared tokens are cached; empty: data/ in the run's folder."""
 
     def __post_init__(self) -> None:
         check(self, "data.")
+        if self.mixture and self.source != type(self).source:
+            raise UsageError(
+                f"data.source is {quoted(self.source)}, and data.mixture has its own sources: "
+                "leave one of them out"
+            )
+        if self.mixture and self.records == "instructions":
+            raise UsageError("data.records is 'instructions', and data.mixture mixes texts alone")
+        self.parts()
+
+    def parts(self) -> "list[Part]":
+        """The sources of the mixture. ``UsageError`` names the entry that is wrong."""
+        found = [self._part(number, text) for number, text in enumerate(self.mixture, 1)]
+        names = [part.name for part in found]
+        if again := [name for n, name in enumerate(names) if name in names[:n]]:
+            raise UsageError(
+                f"data.mixture has two sources with the name {quoted(again[0])}: give each a name"
+            )
+        return found
+
+    def _part(self, number: int, text: str) -> "Part":
+        where = f"data.mixture entry {number}"
+        try:
+            fields = json.loads(text)
+        except (ValueError, RecursionError):
+            fields = None
+        if not isinstance(fields, dict) or not isinstance(fields.get("source"), str):
+            raise UsageError(
+                f"{where} is {quoted(text)}, and must be a table with a source, such as "
+                '{"source": "book.txt", "weight": 0.5}'
+            )
+        weight: Any = fields.pop("weight", 1)
+        if type(weight) not in (int, float) or not 0 < weight < math.inf:
+            raise UsageError(f"{where} has the weight {quoted(weight)}, and must be above 0")
+        name = fields.pop("name", None)
+        own = [item.name for item in dataclasses.fields(self) if item.name not in SHARED]
+        for field in fields:
+            if field not in own:
+                raise UsageError(
+                    f"{where} has the setting {quoted(field)}, and a source may have weight, name, "
+                    f"{', '.join(own)}"
+                )
+        try:
+            data = dataclasses.replace(self, mixture=(), **fields)
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from None
+        if data.descriptor is not None:
+            raise UsageError(f"{where} is a pipe, and must be a file or a folder")
+        if not isinstance(name, str | None):
+            raise UsageError(f"{where} has the name {quoted(name)}, and must be a text")
+        return Part(name or data.name, float(weight), data)
 
     @property
     def descriptor(self) -> int | None:
@@ -63,8 +126,15 @@ class DataConfig:
         return int(match[1] or 0) if match else None
 
     @property
+    def described(self) -> str:
+        """The source, or the sources of the mixture, for a message."""
+        return ", ".join(part.data.source for part in self.parts()) or self.source
+
+    @property
     def name(self) -> str:
         """The text's name, as used in the names of runs and caches."""
+        if self.mixture:
+            return "mixture"
         if self.descriptor is not None:
             return "piped"
         dataset, _, _ = self.source.partition("?")  # the options of hf://OWNER/NAME
@@ -72,3 +142,12 @@ class DataConfig:
         if path.name in ("", ".."):  # . or ..
             path = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() fails for some links
         return path.stem or "text"
+
+
+class Part(NamedTuple):
+    """One source of a mixture."""
+
+    name: str
+    weight: float
+    data: DataConfig
+    """Its source and its settings."""

@@ -177,7 +177,7 @@ def _tokens(table: Mapping[str, Any], group: str = "") -> Iterator[str]:
             yield f"--{group}{name}" if value else f"--{group}no_{name}"
         elif isinstance(value, list):
             yield f"--{group}{name}"
-            yield from map(str, value)
+            yield from (json.dumps(v) if isinstance(v, dict) else str(v) for v in value)
         else:
             yield f"--{group}{name}={value}"
 

@@ -198,7 +198,7 @@ class TrainConfig:
     @property
     def run(self) -> Path:
         """The run's folder."""
-        return run_of(self.run_dir, self.data.source)
+        return Path(self.run_dir or f"runs/{self.data.name}")
 
     @property
     def cache_dir(self) -> Path:

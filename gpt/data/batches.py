@@ -1,10 +1,13 @@
 """Batches of windows. The tokens are cut into windows of ``context_length``;
 :mod:`gpt.data.order` says which of them each step takes.
+
+A window may hold several documents. Across them, it is one text (``crossing``), or attention stays
+inside each (``packed``); :mod:`gpt.data.document_windows` puts whole documents into windows.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor
 
 from gpt.config import UsageError
 from gpt.data.shards import Shard, Shards
+from gpt.data.tokenizer import Tokenizer
 
 IGNORED = -100
 """Marks a target that does not count in the loss."""
@@ -51,6 +55,24 @@ class Batch:
         return tensors if self.documents is None else [*tensors, self.documents]
 
 
+@dataclass(frozen=True)
+class Boundary:
+    """Where a document ends and the next one begins in a stream of tokens.
+
+    The end-of-text between them begins the next one, as it begins an empty prompt. If the
+    tokenizer's documents begin with tokens of their own, it belongs to the one that it ends, and
+    nothing is learned from what follows it.
+    """
+
+    end_of_text: int
+    begins: bool
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> Self:
+        """The boundary of a tokenizer's documents."""
+        return cls(tokenizer.end_of_text, begins=not tokenizer.first)
+
+
 class Windows(Protocol):
     """Training data as windows of one length."""
 
@@ -69,14 +91,17 @@ class Windows(Protocol):
 class TextWindows:
     """A shard as windows of ``context_length`` tokens, each with the token that follows it."""
 
-    def __init__(self, shard: Shard | Shards, context_length: int) -> None:
+    def __init__(
+        self, shard: Shard | Shards, context_length: int, *, boundary: Boundary | None = None
+    ) -> None:
+        """With ``boundary``, attention stays inside documents."""
         if len(shard) <= context_length:
             raise UsageError(
                 f"{shard.path} has {len(shard):,} tokens, and one window of model.context_length "
                 f"{context_length} needs {context_length + 1:,}; use a longer text, a smaller "
                 "model.context_length or another data.validation_fraction"
             )
-        self.shard, self.context_length = shard, context_length
+        self.shard, self.context_length, self.boundary = shard, context_length, boundary
 
     def __len__(self) -> int:
         return (len(self.shard) - 1) // self.context_length
@@ -84,11 +109,15 @@ class TextWindows:
     def batch(self, windows: NDArray[np.int64]) -> Batch:
         """The batch of the windows with these numbers ``[B]``."""
         T = self.context_length
-        rows = np.stack([self.shard.read(start, T + 1) for start in (windows * T).tolist()]).astype(
-            np.int64
-        )
-        both = torch.from_numpy(rows)
-        return Batch(both[:, :-1], both[:, 1:])
+        rows = np.stack([self.shard.read(start, T + 1) for start in (windows * T).tolist()])
+        both = torch.from_numpy(rows.astype(np.int64))
+        tokens, targets = both[:, :-1], both[:, 1:]
+        if self.boundary is None:
+            return Batch(tokens, targets)
+        is_end = tokens == self.boundary.end_of_text
+        if self.boundary.begins:
+            return Batch(tokens, targets, is_end.cumsum(1))
+        return Batch(tokens, targets.masked_fill(is_end, IGNORED), is_end.cumsum(1) - is_end.long())
 
     def spread(self, n: int) -> NDArray[np.int64]:
         """``n`` window numbers, evenly spread over the shard; all windows if ``n`` is 0 or too

@@ -22,7 +22,8 @@ from gpt.data.example_windows import ExampleWindows
 from gpt.data.examples import Example, Examples, load_examples, save_examples
 from gpt.data.pieces import Split
 from gpt.data.piped import keep
-from gpt.data.prepare import is_corpus, make_tokenizer
+from gpt.data.prepare import make_tokenizer
+from gpt.data.prepared import is_corpus
 from gpt.data.reading import Reading
 from gpt.data.records import Record, read_records
 from gpt.data.token_files import is_token_files

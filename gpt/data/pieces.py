@@ -25,6 +25,9 @@ class Place(NamedTuple):
     characters: int = 0
 
 
+START = Place()
+
+
 class Piece(NamedTuple):
     """A piece of a document."""
 
@@ -62,7 +65,13 @@ def at_end(boundary: int) -> Splitter:
     return split
 
 
-def pieces(corpus: Corpus, splitter: Splitter, *, start: Place, tap: Tap) -> Iterator[Piece]:
+def pieces(
+    corpus: Corpus,
+    splitter: Splitter,
+    *,
+    start: Place = START,
+    tap: Tap = lambda block: None,
+) -> Iterator[Piece]:
     """The pieces from ``start`` on, in order. ``tap`` receives the files' bytes, also those before
     ``start`` in its file, which are read again.
     """

@@ -10,30 +10,26 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 from filelock import FileLock, Timeout
 
-from gpt.config import Duplicates, PrepareConfig, UsageError, foreign, quoted
+from gpt.config import PrepareConfig, UsageError, foreign, quoted
 from gpt.data import tokenizer as tokenizers
-from gpt.data.compression import Tap
 from gpt.data.corpus import CORPUS_FILE, Corpus, Say, joined, open_corpus
-from gpt.data.duplicates import Seen, keys
-from gpt.data.formats import PIECE_CHARACTERS
+from gpt.data.duplicates import Seen
+from gpt.data.encoding import Encoded, encoded
 from gpt.data.journal import Journal
-from gpt.data.pieces import SPLITS, Piece, Place, Split, Splitter, at_end, by_content, pieces
+from gpt.data.pieces import SPLITS, Place, Split, Splitter, at_end, by_content, pieces
 from gpt.data.piped import keep
 from gpt.data.reading import Reading
 from gpt.data.shard_series import ShardSeries
-from gpt.data.tokenizer import Ids, Tokenizer, encoder
+from gpt.data.tokenizer import Tokenizer
 from gpt.files import unwritable, write_atomically
 
 JOURNAL, SEEN = "journal.jsonl", "duplicates.sqlite"
@@ -54,14 +50,6 @@ class Progress:
     resumed: int = 0
     """Tokens that an earlier preparation wrote."""
     started: float = field(default_factory=time.monotonic)
-
-
-class Encoded(NamedTuple):
-    """A piece, its ids, and the keys by which its document is compared."""
-
-    piece: Piece
-    ids: Ids
-    keys: list[bytes]
 
 
 def prepare_corpus(
@@ -196,9 +184,16 @@ class _Preparation:
                 stack.callback(series.abandon)
             if self.seen is not None:
                 stack.callback(self.seen.close)
-            for number, block in enumerate(self._encoded(tap), 1):
-                for encoded in block:
-                    self._write(encoded)
+            read = pieces(self.corpus, self.splitter, start=self.place, tap=tap)
+            blocks = encoded(
+                read,
+                self.tokenizer,
+                duplicates=self.config.duplicates,
+                workers=self.config.workers,
+            )
+            for number, block in enumerate(blocks, 1):
+                for each in block:
+                    self._write(each)
                 place = block[-1].piece.after
                 assert place is not None
                 self.place = place
@@ -209,39 +204,20 @@ class _Preparation:
             shards = {split: series.close() for split, series in self.series.items()}
         return self._finish(shards)
 
-    def _encoded(self, tap: Tap) -> Iterator[list[Encoded]]:
-        """The blocks of the corpus with their ids, in order."""
-        workers = self.config.workers or os.cpu_count() or 1
-        waiting: deque[Future[list[Encoded]]] = deque()
-        read = pieces(self.corpus, self.splitter, start=self.place, tap=tap)
-        with ThreadPoolExecutor(workers) as pool:
-            try:
-                for block in blocks(read):
-                    waiting.append(
-                        pool.submit(encode, block, self.tokenizer, self.config.duplicates)
-                    )
-                    if len(waiting) > 2 * workers:
-                        yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
-            finally:
-                for future in waiting:
-                    future.cancel()
-
-    def _write(self, encoded: Encoded) -> None:
-        piece = encoded.piece
+    def _write(self, each: Encoded) -> None:
+        piece = each.piece
         if piece.begins:
             self.counts["documents"] += 1
             self.counts["long" if not piece.ends else "whole"] += 1
-            again = self.seen.add(encoded.keys, self.steps + 1) if self.seen else ""
+            again = self.seen.add(each.keys, self.steps + 1) if self.seen else ""
             self.drops = bool(again)
             self.counts[again or "kept"] += 1
         self.counts["characters"] += len(piece.text)
         if self.drops:
             return
         self.counts["bytes"] += len(piece.text.encode(errors="surrogatepass"))
-        self.counts["tokens"] += len(encoded.ids)
-        self.series[piece.split].write(encoded.ids)
+        self.counts["tokens"] += len(each.ids)
+        self.series[piece.split].write(each.ids)
         if piece.ends:
             self.counts[f"{piece.split} documents"] += 1
 
@@ -274,33 +250,6 @@ class _Preparation:
         for path in (JOURNAL, SEEN, f"{SEEN}-wal", f"{SEEN}-shm"):
             (self.out / path).unlink(missing_ok=True)
         return summary
-
-
-def blocks(read: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """The pieces in blocks of about a million characters."""
-    block: list[Piece] = []
-    size = 0
-    for piece in read:
-        block.append(piece)
-        size += len(piece.text)
-        if size >= PIECE_CHARACTERS and piece.after is not None:
-            yield block
-            block, size = [], 0
-    if block:
-        yield block
-
-
-def encode(block: list[Piece], tokenizer: Tokenizer, duplicates: Duplicates) -> list[Encoded]:
-    """A block with its ids, the end-of-text behind each document included."""
-    first, later = (encoder(tokenizer, begins=begins) for begins in (True, False))
-    end = np.array([tokenizer.end_of_text], np.uint32)
-    done = []
-    for piece in block:
-        ids = (first if piece.begins else later)(piece.text)
-        whole = piece.begins and piece.ends
-        compared = keys(piece.text, duplicates) if whole else []
-        done.append(Encoded(piece, np.concatenate([ids, end]) if piece.ends else ids, compared))
-    return done
 
 
 def _has_many(corpus: Corpus) -> bool:

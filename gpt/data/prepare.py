@@ -5,52 +5,32 @@ same for all tokenizers. Each document ends with the tokenizer's end-of-text.
 """
 
 import contextlib
+import dataclasses
 import hashlib
-import json
-import os
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
-from gpt.config import DataConfig, TokenizerKind, UsageError, foreign, quoted
+from gpt.config import DataConfig, TokenizerKind, UsageError, quoted
 from gpt.data import tokenizer as tokenizers
-from gpt.data.batches import TextWindows, Windows
-from gpt.data.corpus import CORPUS_FILE, PREPARED_FILES, Corpus, Say, Survey, open_corpus
-from gpt.data.pieces import SPLITS, Split
+from gpt.data.corpus import PREPARED_FILES, Corpus, Say, Survey, open_corpus
+from gpt.data.encoding import encoded
+from gpt.data.pieces import at_end, pieces
 from gpt.data.piped import keep
+from gpt.data.prepared import Prepared, is_corpus, read_corpus, read_prepared
 from gpt.data.reading import Reading
-from gpt.data.shards import Shard, Shards, ShardWriter, read_shard
+from gpt.data.shards import ShardWriter
 from gpt.data.token_files import is_token_files, read_token_files
 from gpt.data.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
     GPT2Tokenizer,
-    Ids,
     Tokenizer,
-    encoder,
 )
-from gpt.files import new_folder, read_json
+from gpt.files import new_folder
 
 Progress = Callable[[float], None]
 """Receives the fraction of the work that is done, from 0 to 1."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A text as tokens, ready to train on."""
-
-    tokenizer: Tokenizer
-    train: Shard | Shards
-    validation: Shard | Shards
-
-    def windows(self, split: Split, context_length: int) -> Windows:
-        """The text of a split as windows; ``UsageError`` if it has less than one."""
-        return TextWindows(getattr(self, split), context_length)
 
 
 def prepare(
@@ -68,7 +48,7 @@ def prepare(
     cannot be written, and damaged shards.
     """
     if is_corpus(config.source):
-        return read_corpus(Path(config.source), tokenizer)
+        return dataclasses.replace(read_corpus(Path(config.source), tokenizer), kind=config.windows)
     if is_token_files(config.source):
         gpt2 = GPT2Tokenizer.released()
         if tokenizer and tokenizers.fingerprint(tokenizer) != tokenizers.fingerprint(gpt2):
@@ -76,7 +56,8 @@ def prepare(
                 f"{quoted(config.source)} has GPT-2's token ids, and the model has another "
                 "tokenizer; give the text itself"
             )
-        return Prepared(gpt2, *read_token_files(config.source, vocab_size=gpt2.vocab_size))
+        files = read_token_files(config.source, vocab_size=gpt2.vocab_size)
+        return Prepared(gpt2, *files, kind=config.windows)
     config = keep(config, cache_dir)
     corpus = open_corpus(config.source, Reading.of(config), say=say)
     kind = tokenizer.kind if tokenizer else config.tokenizer
@@ -96,66 +77,11 @@ def prepare(
         except UsageError:
             if not _is_whole(folder):  # else another run has prepared it meanwhile
                 raise
-    return read_prepared(folder)
-
-
-def read_corpus(folder: Path, tokenizer: Tokenizer | None = None) -> Prepared:
-    """What ``gpt prepare`` wrote into ``folder``. The shards' headers and sizes are checked.
-
-    ``UsageError`` if it is incomplete, or was made with another tokenizer than ``tokenizer``.
-    """
-    path = folder / CORPUS_FILE
-    summary, shown = read_json(path, "the corpus"), foreign(path)
-    own = tokenizers.load(folder / "tokenizer.json")
-    if tokenizer is not None and tokenizers.fingerprint(own) != tokenizers.fingerprint(tokenizer):
-        raise UsageError(
-            f"{foreign(folder)} was prepared with another tokenizer than the model's; prepare the "
-            "text again with --data.tokenizer, or without init"
-        )
-    if not isinstance(summary, dict) or not isinstance(summary.get("shards"), dict):
-        raise UsageError(f"{shown} is not what gpt prepare wrote; prepare the text again")
-    corpus = hashlib.sha256(json.dumps(summary["shards"], sort_keys=True).encode()).digest()
-    splits = []
-    for split in SPLITS:
-        parts = []
-        for item in summary["shards"].get(split, ()):
-            name, n = (item.get("name"), item.get("tokens")) if isinstance(item, dict) else (0, 0)
-            if not isinstance(name, str) or Path(name).name != name:
-                raise UsageError(f"{shown} names the shard {quoted(name)}; prepare the text again")
-            part = read_shard(
-                folder / name,
-                tokenizer=tokenizers.fingerprint(own),
-                vocab_size=own.vocab_size,
-                check=False,
-            )
-            if len(part) != n:
-                raise UsageError(f"{foreign(part.path)} has {len(part):,} tokens, not {quoted(n)}")
-            parts.append(part)
-        splits.append(Shards(folder, parts, corpus))
-    return Prepared(own, *splits)
-
-
-def is_corpus(source: str) -> bool:
-    """Whether ``source`` is a folder that ``gpt prepare`` wrote."""
-    try:
-        return (Path(source) / CORPUS_FILE).is_file()
-    except (OSError, ValueError):
-        return False
+    return dataclasses.replace(read_prepared(folder), kind=config.windows)
 
 
 def _is_whole(folder: Path) -> bool:
     return all((folder / name).exists() for name in PREPARED_FILES)
-
-
-def read_prepared(folder: Path) -> Prepared:
-    """Read what :func:`prepare` wrote into ``folder``."""
-    tokenizer = tokenizers.load(folder / "tokenizer.json")
-    fingerprint = tokenizers.fingerprint(tokenizer)
-    train, validation = (
-        read_shard(folder / f"{split}.bin", tokenizer=fingerprint, vocab_size=tokenizer.vocab_size)
-        for split in ("train", "validation")
-    )
-    return Prepared(tokenizer, train, validation)
 
 
 def _write(
@@ -181,10 +107,11 @@ def _write(
             )
             for split in ("train", "validation")
         }
-        for split, piece, ids in _encoded(tokenizer, _pieces(corpus, boundary)):
-            writers[split].write(ids)
-            done += len(piece)
-            progress(done / survey.length)
+        for block in encoded(pieces(corpus, at_end(boundary)), tokenizer):
+            for each in block:
+                writers[each.piece.split].write(each.ids)
+                done += len(each.piece.text)
+                progress(done / survey.length)
 
 
 def make_tokenizer(kind: TokenizerKind, characters: str) -> Tokenizer:
@@ -196,43 +123,3 @@ def make_tokenizer(kind: TokenizerKind, characters: str) -> Tokenizer:
             return ByteTokenizer()
         case "gpt2":
             return GPT2Tokenizer.released()
-
-
-def _pieces(corpus: Corpus, boundary: int) -> Iterator[tuple[Split, str]]:
-    """The pieces of each split; they are cut at the character ``boundary``. An empty piece ends a
-    document.
-    """
-    position = 0
-    for document in corpus.documents():
-        start = position
-        for piece in document:
-            cut = boundary - position
-            position += len(piece)
-            if piece[: max(cut, 0)]:
-                yield "train", piece[:cut]
-            if piece[max(cut, 0) :]:
-                yield "validation", piece[max(cut, 0) :]
-        if position > start:
-            yield "train" if position <= boundary else "validation", ""
-
-
-def _encoded(
-    tokenizer: Tokenizer, pieces: Iterator[tuple[Split, str]]
-) -> Iterator[tuple[Split, str, Ids]]:
-    """Each piece with its ids, in order. Threads encode several pieces at once (tiktoken releases
-    Python's lock). A document begins with the tokenizer's first tokens.
-    """
-    end_of_text = np.array([tokenizer.end_of_text], np.uint32)
-    begins = True
-    workers = os.cpu_count() or 1
-    waiting: deque[tuple[Split, str, Future[Ids]]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        for split, piece in pieces:
-            encode = encoder(tokenizer, begins=begins) if piece else lambda _: end_of_text
-            begins = not piece
-            waiting.append((split, piece, pool.submit(encode, piece)))
-            if len(waiting) > 2 * workers:
-                split, piece, ids = waiting.popleft()
-                yield split, piece, ids.result()
-        for split, piece, ids in waiting:
-            yield split, piece, ids.result()

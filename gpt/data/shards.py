@@ -6,11 +6,13 @@ CRC-32 of the ids followed by the header fields. A reader refuses a file that is
 or made with another tokenizer. Version 1 has no CRC-32.
 """
 
+import itertools
+import mmap
 import os
 import struct
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,7 +29,14 @@ _HEADER = struct.Struct("<8sIIQQ32s32s")
 _CHECKSUM = struct.Struct("<I")
 _BLOCK = 1 << 20
 """How many ids are read at once for the check."""
+RELEASED = 64
+"""Reads, after which the pages that they mapped are released: Linux maps up to 2 MB around each
+read, and would keep the whole file resident. Released pages stay in the system's cache.
+"""
 _DTYPES: dict[int, np.dtype[Any]] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
+
+
+_CAN_RELEASE = hasattr(mmap, "MADV_DONTNEED")
 
 
 @dataclass(frozen=True)
@@ -37,21 +46,30 @@ class Shard:
     path: Path
     ids: NDArray[np.uint16] | NDArray[np.uint32]
     corpus: bytes
+    memory: mmap.mmap | None = field(default=None, repr=False, compare=False)
+    """The mapped file."""
+    _reads: Iterator[int] = field(default_factory=lambda: itertools.count(1), compare=False)
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def read(self, start: int, count: int) -> NDArray[np.integer]:
+    def read(self, start: int, count: int) -> NDArray[np.uint16] | NDArray[np.uint32]:
         """The ids from ``start`` on, ``[count]``, or fewer at the end."""
+        if next(self._reads) % RELEASED == 0:
+            self._release()
         return self.ids[start : start + count]
 
     def documents(self, end_of_text: int) -> NDArray[np.int64]:
         """Where the ids ``end_of_text`` are, which end the documents, ascending."""
-        found = [
-            np.flatnonzero(self.ids[start : start + _BLOCK] == end_of_text) + start
-            for start in range(0, len(self.ids), _BLOCK)
-        ]
-        return np.concatenate([np.zeros(0, np.int64), *found])
+        found = [np.zeros(0, np.int64)]
+        for start in range(0, len(self), _BLOCK):
+            found.append(np.flatnonzero(self.read(start, _BLOCK) == end_of_text) + start)
+        self._release()
+        return np.concatenate(found)
+
+    def _release(self) -> None:
+        if self.memory is not None and _CAN_RELEASE:
+            self.memory.madvise(mmap.MADV_DONTNEED)
 
 
 class Shards:
@@ -195,7 +213,10 @@ def read_shard(path: Path, *, tokenizer: bytes, vocab_size: int, check: bool = T
             )
     if count == 0:
         return Shard(path, np.zeros(0, dtype), corpus)
-    return Shard(path, np.memmap(path, dtype, "r", offset=HEADER_BYTES, shape=(count,)), corpus)
+    with path.open("rb") as file:
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    ids = np.frombuffer(memory, dtype, count, HEADER_BYTES)
+    return Shard(path, ids, corpus, memory)
 
 
 def _checked(path: Path, dtype: np.dtype[Any], vocab_size: int) -> int:

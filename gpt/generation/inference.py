@@ -111,7 +111,7 @@ class InferenceGPT(GPT):
         few = 2 * self.few if T == 1 else self.few  # for prompts, matrix products are fast too
         padded = valid is not None and set(valid) != {T}
         fused = None
-        if cache is not None and documents is None and tokens.numel() <= few and not padded:
+        if cache is not None and tokens.numel() <= few and not padded and documents is None:
             fused = self._fused(cache, B)
         if cache is None or fused is None:
             return super().features(tokens, cache=cache, valid=valid, documents=documents)

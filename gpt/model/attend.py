@@ -7,7 +7,6 @@ On CUDA, :mod:`gpt.model.flex` computes what is neither fused nor short.
 """
 
 import contextlib
-import functools
 import threading
 from typing import TYPE_CHECKING
 
@@ -77,7 +76,6 @@ def attend(
     top_k: int = 0,
     learned_sinks: Tensor | None = None,
     flex: "BlockMask | None" = None,
-    documents: list[int] | None = None,
 ) -> Tensor:
     """Softmax attention of ``q`` ``[B, H, Tq, D]`` over ``k`` and ``v`` ``[B, Hkv, Tk, D]``.
 
@@ -86,8 +84,7 @@ def attend(
     score. ``Hkv`` divides ``H``. ``scale`` multiplies the scores; it is ``1 / sqrt(D)`` unless
     given. Some kernels are used only in ``training``. Returns ``[B, H, Tq, D]``.
 
-    With ``documents``, the tokens of each document in the rows, attention is square causal inside
-    each. With ``blocks`` each block of queries reads a few blocks of keys, under its own ``mask``
+    With ``blocks`` each block of queries reads a few blocks of keys, under its own ``mask``
     ``[N, 1 or H, size, S]``.
 
     The plain formula computes what fused kernels cannot: ``to_sinks`` are other queries, shaped
@@ -100,14 +97,6 @@ def attend(
         return attend_in_blocks(
             q, k, v, flex, scale=scale, softcap=softcap, learned_sinks=learned_sinks
         )
-    if documents is not None:
-        inside = functools.partial(
-            attend, dropout=dropout, scale=scale, training=training,
-            softcap=softcap, top_k=top_k, learned_sinks=learned_sinks,
-        )  # fmt: skip
-        parts = zip(*(_one_row(x).split(documents, dim=2) for x in (q, k, v)), strict=True)
-        y = torch.cat([inside(*part) for part in parts], dim=2)[0]
-        return y.view(y.shape[0], q.shape[0], -1, y.shape[2]).transpose(0, 1)
     if blocks is not None:
         assert mask is not None
         shape = q.shape
@@ -228,11 +217,6 @@ def _by_blocks(
         return torch.cat([first, near], dim=3).flatten(0, 1)
 
     return _split(q, blocks.size).flatten(0, 1), read(k), read(v), mask.repeat(q.shape[0], 1, 1, 1)
-
-
-def _one_row(x: Tensor) -> Tensor:
-    """``[B, H, T, D]`` as ``[1, H, B * T, D]``."""
-    return x.transpose(0, 1).flatten(1, 2)[None]
 
 
 def _split(x: Tensor, size: int) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gpt.config import ModelConfig
 from gpt.model.attend import attend
+from gpt.model.documents import one_by_one
 from gpt.model.flops import flops_per_token
 from gpt.model.initial import Role, draw, normal, std_of
 from gpt.model.kinds import layer_kinds
@@ -107,16 +108,13 @@ class CausalSelfAttention(nn.Module):
         q = q.to(k.dtype)
         if view.dynamic is not None:
             y = view.dynamic(q, k, v, view.mask, attended)
+        elif view.lengths is not None:
+            y = one_by_one(
+                q, k, v, lengths=view.lengths, mask=view.mask, to_sinks=to_sinks, attend=attended
+            )
         else:
             y = attended(
-                q,
-                k,
-                v,
-                mask=view.mask,
-                blocks=view.blocks,
-                to_sinks=to_sinks,
-                flex=view.flex,
-                documents=view.documents,
+                q, k, v, mask=view.mask, blocks=view.blocks, to_sinks=to_sinks, flex=view.flex
             )
         out: Tensor = self.out(y.transpose(1, 2).reshape(B, T, -1).to(x.dtype))
         return out

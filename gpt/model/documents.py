@@ -1,39 +1,87 @@
-"""Several documents in one row of tokens: attention stays inside each, and positions restart.
+"""Rows that hold several documents: positions restart with each, and attention stays inside.
 
-A row's documents are numbered, and each is contiguous. Attention is computed under a mask, or on a
-CPU document by document: what the causal mask hides is then not computed at all.
+The result is that of each document alone. Two ways to compute it: a mask of all queries by all
+keys, or one document after the other. On a CPU the second takes less time, because it skips what
+the mask hides, unless the documents are only a few tokens long (benchmarks/RESULTS.md).
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-SHORTEST = 64
-"""Tokens. For documents that are shorter on average, one product under a mask is as fast
-(benchmarks/RESULTS.md)."""
+SCORES_A_DOCUMENT = 1 << 14
+"""Computing a document's attention alone costs as much time as this many masked scores."""
 
 
-def positions(documents: Tensor) -> Tensor:
-    """The position of each token in its document, from the documents' numbers, both ``[B, T]``."""
-    at = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
-    begins = torch.ones_like(documents, dtype=torch.bool)
-    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    return at - torch.where(begins, at, 0).cummax(dim=1).values
+@dataclass(frozen=True)
+class Documents:
+    """Which document each token belongs to."""
+
+    number: Tensor
+    """The document's number in its row, from 0, ``[B, T]``."""
+    at: Tensor
+    """The token's position in its document, ``[B, T]``."""
+    lengths: Tensor | None = None
+    """The lengths of all documents, row after row, where attention is computed one by one."""
+    longest: int = 0
+    """Tokens, where :attr:`lengths` are given."""
+
+    def same(self) -> Tensor:
+        """Whether query and key belong to the same document, ``[B, T, T]``."""
+        return self.number[:, :, None] == self.number[:, None, :]
 
 
-def same_document(documents: Tensor) -> Tensor:
-    """Where a query and a key are of one document, ``[B, T, T]``."""
-    return documents[:, :, None] == documents[:, None, :]
-
-
-def lengths(at: Tensor) -> list[int] | None:
-    """The tokens of each document, row after row, for documents with the positions ``at``
-    ``[B, T]``; ``None`` where attention document by document is not faster.
+def documents_of(marks: Tensor, n_head: int) -> Documents | None:
+    """The documents of ``marks`` ``[B, T]``: neighbours with equal marks belong to the same one.
+    ``None`` where, on a CPU, each row is one document.
     """
-    if at.device.type != "cpu" or torch.compiler.is_compiling():
+    B, T = marks.shape
+    starts = torch.ones_like(marks, dtype=torch.bool)
+    starts[:, 1:] = marks[:, 1:] != marks[:, :-1]
+    index = torch.arange(T, device=marks.device)
+    number = starts.cumsum(1) - 1
+    at = index - torch.where(starts, index, 0).cummax(1).values
+    if marks.device.type != "cpu":  # no wait for the device
+        return Documents(number, at)
+    ends = torch.cat([starts.flatten().nonzero()[:, 0], torch.tensor([B * T])])
+    lengths = ends.diff()
+    if len(lengths) == B:
         return None
-    begins = (at.flatten() == 0).nonzero().flatten()
-    if at.numel() < SHORTEST * len(begins):
-        return None
-    ends = torch.cat([begins[1:], begins.new_tensor([at.numel()])])
-    found: list[int] = (ends - begins).tolist()
-    return found
+    if len(lengths) * SCORES_A_DOCUMENT > B * n_head * T * T:
+        return Documents(number, at)
+    return Documents(number, at, lengths, int(lengths.max()))
+
+
+# Not compiled, because the number of documents differs from step to step.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def one_by_one(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    lengths: Tensor,
+    mask: Tensor | None,
+    to_sinks: tuple[Tensor, Tensor] | None,
+    attend: Callable[..., Tensor],
+) -> Tensor:
+    """Attention by ``attend`` (:func:`gpt.model.attend.attend`) inside each document. ``mask`` and
+    the keys of ``to_sinks`` are those of the longest document.
+    """
+    sizes = lengths.tolist()
+    others = [None] * len(sizes) if to_sinks is None else _split(to_sinks[0], sizes)
+    parts = []
+    for n, *heads, other in zip(sizes, *(_split(x, sizes) for x in (q, k, v)), others, strict=True):
+        assert to_sinks is None or other is not None
+        sinks = None if to_sinks is None else (other, to_sinks[1][..., :n])
+        seen = None if mask is None else mask[..., :n, :n]
+        parts.append(attend(*heads, mask=seen, to_sinks=sinks).transpose(1, 2))
+    B, H, T, _ = q.shape
+    return torch.cat(parts, dim=1).view(B, T, H, -1).transpose(1, 2)
+
+
+def _split(x: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    """``[B, H, T, D]`` document by document, each ``[1, H, n, D]``."""
+    rows = x.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2)
+    return torch.split(rows, sizes, dim=2)

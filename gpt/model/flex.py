@@ -1,7 +1,8 @@
 """FlexAttention (arXiv:2412.05496): a fused kernel that torch generates for changed scores.
 
-On CUDA it computes what fused attention cannot, soft-capped scores and learned sinks, without the
-``T * T`` numbers of the plain formula.
+On CUDA it computes what fused attention cannot, soft-capped scores, learned sinks and several
+documents in a row, without the ``T * T`` numbers of the plain formula or a mask. No test has run it
+with documents on a GPU.
 """
 
 import functools
@@ -23,11 +24,13 @@ FEWEST = 128
 """Tokens. For fewer, the plain formula is as good."""
 
 
-def serves(config: ModelConfig, kind: Kind, at: Tensor, *, training: bool) -> bool:
+def serves(
+    config: ModelConfig, kind: Kind, at: Tensor, *, training: bool, documents: bool = False
+) -> bool:
     """Whether these layers need it, and it can compute their attention over the tokens at the
-    positions ``at`` ``[T]`` alone.
+    positions ``at`` ``[T]`` alone, or ``[B, T]`` of several ``documents`` in a row.
     """
-    needed = config.attention_softcap > 0 or config.learned_sinks
+    needed = config.attention_softcap > 0 or config.learned_sinks or documents
     other = config.attention_top_k or kind.sinks or (training and config.dropout)
     own = config.resolved()
     return (
@@ -36,7 +39,7 @@ def serves(config: ModelConfig, kind: Kind, at: Tensor, *, training: bool) -> bo
         and config.position != "alibi"
         and config.rotary_scaling != "dynamic_ntk"
         and own.head_dim >= 16
-        and len(at) >= FEWEST
+        and at.shape[-1] >= FEWEST
         and at.device.type == "cuda"
         and importlib.util.find_spec("triton") is not None
     )
@@ -51,6 +54,20 @@ def block_mask(rule: MaskRule, n_token: int, device: torch.device) -> "BlockMask
         return rule(query, key)
 
     return create_block_mask(sees, None, None, n_token, n_token, device=device)
+
+
+def block_mask_of_documents(rule: MaskRule, number: Tensor) -> "BlockMask":
+    """A rule inside documents, which have the ``number`` ``[B, T]`` at each token. Blocks of keys
+    that belong to other documents are not read. The rule must depend on distances alone.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return rule(query, key) & (number[batch, query] == number[batch, key])
+
+    B, T = number.shape
+    on_gpu = number.device.type == "cuda"  # compiled, it needs no B * T * T numbers
+    return create_block_mask(sees, B, None, T, T, device=number.device, _compile=on_gpu)
 
 
 def attend_in_blocks(

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from gpt.config import ModelConfig
 from gpt.model.block import RESIDUALS, Block
 from gpt.model.cache import KVCache
-from gpt.model.documents import positions
+from gpt.model.documents import documents_of
 from gpt.model.dropout import Dropout
-from gpt.model.flex import block_mask, serves
+from gpt.model.flex import block_mask, block_mask_of_documents, serves
 from gpt.model.flops import flops_per_token
 from gpt.model.head import apply_head
 from gpt.model.initial import reset, table
@@ -69,10 +69,14 @@ class GPT(nn.Module):
 
         With a ``cache``, ``tokens`` continue the ones that it holds, and are added to it; of each
         row the first ``valid`` ones, where the rest are padding. ``last_only`` gives the logits of
-        the last position, ``[B, 1, V]``. Where a row has several documents, ``documents`` has their
-        numbers, ``[B, T]``: each is read as if it were alone. Raises ``ValueError`` past
-        ``context_length`` where positions are learned, past the cache's capacity, and for
-        ``documents`` with a cache.
+        the last position, ``[B, 1, V]``.
+
+        ``documents`` ``[B, T]`` marks the document of each token: neighbours with equal marks are
+        of the same one. Each document gets the logits that it has alone: its positions start at 0,
+        and attention stays inside it.
+
+        Raises ``ValueError`` past ``context_length`` where positions are learned, past the cache's
+        capacity, and for ``documents`` with a cache.
         """
         x = self.features(tokens, cache=cache, valid=valid, documents=documents)
         return self.logits(x[:, -1:] if last_only else x)
@@ -121,25 +125,27 @@ class GPT(nn.Module):
         documents: Tensor | None = None,
     ) -> Shared:
         """What all layers need to know of the forward of ``tokens`` ``[B, T]``."""
+        T, most = tokens.shape[1], self.config.most_positions()
         if documents is not None and cache is not None:
             raise ValueError("a cache holds one document in each row, and documents were given")
-        T, most = tokens.shape[1], self.config.most_positions()
         plan = None if cache is None else cache.plan(T, valid)
+        rows = None if documents is None else documents_of(documents, self.config.n_head)
         if plan is not None:
             at, end, slots = plan.at, plan.new.end, plan.slots
         elif most is not None and most < T:
             raise ValueError(f"{T} tokens are longer than the model's context_length ({most})")
         else:
-            at, end = torch.arange(T, device=tokens.device), T
-            at = at if documents is None else positions(documents)
-            square = Slots(at, is_square=True, sees_all=False, to=slice(0, T))
-            slots = dict.fromkeys(self.kinds, square)
+            at, end = torch.arange(T, device=tokens.device) if rows is None else rows.at, T
+            alone = Slots(at, is_square=rows is None, sees_all=False, to=slice(0, T))
+            slots = dict.fromkeys(self.kinds, alone)
+        several = rows is not None
         flex = {
             kind: block_mask(kind.rule, T, at.device)
+            if rows is None
+            else block_mask_of_documents(kind.rule, rows.number)
             for kind in self.kinds
-            if documents is None
-            and plan is None
-            and serves(self.config, kind, at, training=self.training)
+            if plan is None
+            and serves(self.config, kind, at, training=self.training, documents=several)
         }
         dtype = self._score_dtype()
         views = {
@@ -151,11 +157,11 @@ class GPT(nn.Module):
                 end=end,
                 dtype=dtype,
                 flex=flex.get(kind),
-                documents=documents,
+                documents=rows,
             )
             for kind in self.kinds
         }
-        return Shared(at, views, cache, plan, documents)
+        return Shared(at, views, cache, plan, rows)
 
     def _score_dtype(self) -> torch.dtype:
         """What attention computes its scores in, most of the time."""

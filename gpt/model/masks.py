@@ -134,13 +134,13 @@ def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def dense(
-    rule: MaskRule, at: Tensor, keys: Tensor, dtype: torch.dtype, *, also: Tensor | None = None
+    rule: MaskRule, at: Tensor, keys: Tensor, dtype: torch.dtype, *, same: Tensor | None = None
 ) -> Tensor:
     """The bias of queries at the positions ``at`` over keys at the positions ``keys`` (a negative
     one is no key): ``[n, S]`` for ``at`` ``[n]`` and ``keys`` ``[S]``, or ``[B, 1, n, S]``
-    (broadcastable over heads) where either has rows, ``[B, n]`` or ``[B, S]``. Where ``also``
-    ``[B, n, S]`` is False, a query may not look either.
+    (broadcastable over heads) where either has rows, ``[B, n]`` or ``[B, S]``. ``same``
+    ``[B, n, S]`` is True where query and key belong to the same document.
     """
     mask = rule(at[..., :, None], keys[..., None, :]) & (keys >= 0)[..., None, :]
-    mask = mask if also is None else mask & also
+    mask = mask if same is None else mask & same
     return as_bias(mask if mask.ndim == 2 else mask[:, None], dtype)

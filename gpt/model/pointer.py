@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from gpt.config import ModelConfig
 from gpt.model.cache import COPIED
-from gpt.model.documents import same_document
 from gpt.model.flops import flops_per_token
 from gpt.model.initial import normal
 from gpt.model.masks import causal
@@ -50,7 +49,7 @@ class Pointer(nn.Module):
         scores = (query @ states.transpose(1, 2)).to(exact)  # B, T, S
         visible = causal(at[..., :, None], positions[..., None, :])
         if shared.documents is not None:
-            visible = visible & same_document(shared.documents)
+            visible = visible & shared.documents.same()
         scores = scores.masked_fill(~visible, -torch.inf)
         sentinel = (query @ self.sentinel.to(query.dtype)).to(exact)[..., None]
         weights = torch.cat([scores, sentinel], dim=-1).softmax(dim=-1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gpt.model.cache import KVCache, Plan
-from gpt.model.documents import lengths, same_document
+from gpt.model.documents import Documents
 from gpt.model.kinds import Kind
 from gpt.model.masks import Blocks, causal, dense, in_blocks
 from gpt.model.store import Slots
@@ -76,8 +76,8 @@ class View(NamedTuple):
     """How attention that sees little of a long context is computed, without a cache."""
     flex: "BlockMask | None" = None
     """Instead of a mask, where FlexAttention computes attention."""
-    documents: list[int] | None = None
-    """The tokens of each document, where attention is computed document by document."""
+    lengths: Tensor | None = None
+    """Of the documents, where attention is computed one by one; the mask is the longest one's."""
 
 
 def view(
@@ -89,36 +89,35 @@ def view(
     end: int,
     dtype: torch.dtype,
     flex: "BlockMask | None" = None,
-    documents: Tensor | None = None,
+    documents: Documents | None = None,
 ) -> View:
     """What the layers of a kind share, for queries at the positions ``at`` ``[..., T]``, all below
     ``end``, and keys in ``slots``. Attention computes its scores in ``dtype``, most of the time.
 
     With ``flex``, FlexAttention computes it. Else attention needs no mask if it is square causal,
     or if each query sees every key. Of tokens alone, a rule that sees little is computed by blocks.
-    Else there is a mask. With the numbers of ``documents`` ``[B, T]``, attention stays inside each.
+    Else there is a mask. Where ``documents`` are computed one by one, the mask is that of the
+    longest one alone.
     """
     T, keys, blocks = at.shape[-1], slots.keys, None
     rotation = position.rotation(at, kind)
     if flex is not None:
         return View(None, rotation, flex=flex)
     dynamic = position.dynamic(at, keys, kind)
+    if documents is not None and documents.lengths is not None and dynamic is None:
+        return _one_by_one(position, kind, rotation, documents, dtype=dtype)
     if slots.is_square:
         sees_all = kind.rule is causal or (kind.window is not None and kind.window >= T)
-        if dynamic is None and documents is None:
-            blocks = in_blocks(kind.rule, T, at.device)
+        blocks = in_blocks(kind.rule, T, at.device) if dynamic is None else None
     else:
         sees_all = kind.rule is causal and slots.sees_all
     queries = at if blocks is None else blocks.at
     keys = keys if blocks is None else blocks.positions
     bias = position.bias(queries, keys, kind)
     if sees_all and bias is None and (dynamic is None or dynamic.is_one):
-        if documents is None:
-            return View(None, rotation, dynamic)
-        if dynamic is None and (found := lengths(at)) is not None:
-            return View(None, rotation, documents=found)
-    same = None if documents is None else same_document(documents)
-    mask = dense(kind.rule, queries, keys, dtype, also=same)
+        return View(None, rotation, dynamic)
+    same = None if documents is None else documents.same()
+    mask = dense(kind.rule, queries, keys, dtype, same=same)
     mask = mask if bias is None else (mask + bias).to(mask.dtype)
     last, sinks = kind.last_to_sinks, None
     if rotation is not None and last is not None and end > last + 1:
@@ -129,15 +128,40 @@ def view(
     return View(mask, rotation, dynamic, sinks, blocks)
 
 
+def _one_by_one(
+    position: "Position",
+    kind: Kind,
+    rotation: Rotation | None,
+    documents: Documents,
+    *,
+    dtype: torch.dtype,
+) -> View:
+    """The mask and the sinks of the longest document alone, which begin with those of each other
+    one, and the rotation of all.
+    """
+    n = documents.longest
+    first = torch.arange(n, device=documents.at.device)
+    slots = Slots(first, is_square=False, sees_all=True, to=slice(0, n))
+    alone = view(position, kind, first, slots, end=n, dtype=dtype)
+    sinks = alone.sinks
+    if sinks is not None:
+        near = position.rotation(documents.at.clamp(max=kind.last_to_sinks), kind)
+        assert near is not None
+        sinks = Sinks(near, sinks.keys)
+    return View(alone.mask, rotation, None, sinks, lengths=documents.lengths)
+
+
 @dataclass
 class Shared:
     """Positions, masks and cache of one forward of ``T`` tokens."""
 
     at: Tensor
-    """The position of each token: ``[T]``, or ``[B, T]`` where the rows' lengths differ."""
+    """The position of each token: ``[T]``, or ``[B, T]`` where rows differ: in their lengths, or in
+    their documents.
+    """
     views: Mapping[Kind, View]
     cache: KVCache | None = None
     plan: Plan | None = None
     """Where the tokens go in the cache."""
-    documents: Tensor | None = None
-    """The number of each token's document, ``[B, T]``, if a row has several."""
+    documents: Documents | None = None
+    """Where rows hold several."""

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ from gpt.config import TrainConfig, UsageError
 from gpt.data import tokenizer as tokenizers
 from gpt.data.batches import Batch
 from gpt.data.instructions import Instructions
-from gpt.data.prepare import Prepared
+from gpt.data.mixture import Mixture
+from gpt.data.prepared import Prepared
 from gpt.device import choose_device, choose_precision, peak_flops
 from gpt.model.gpt import GPT, parameter_count
 from gpt.model.moe import auxiliary_loss
@@ -41,7 +42,7 @@ from gpt.training.saving import Saver
 from gpt.training.schedule import learning_rate_factor
 from gpt.training.source import Objective, ShuffledWindows, Source, next_token
 from gpt.training.stopwatch import Forecast, Stopwatch, Trace
-from gpt.training.validation import score
+from gpt.training.validation import score_all
 
 
 class Shown(NamedTuple):
@@ -52,7 +53,7 @@ class Shown(NamedTuple):
     """Further figures for the evaluation's record."""
 
 
-Data = Prepared | Instructions
+Data = Prepared | Instructions | Mixture
 Sample = Callable[[GPT, Data], Shown]
 """Writes what is shown with an evaluation."""
 
@@ -368,6 +369,7 @@ class Trainer:
             "gradient_norm": norm if math.isfinite(norm) else None,
             "tokens": self.step * self.config.training.batch_tokens,
             "tokens_per_second": tokens_per_second,
+            **self.source.progress(self.step),
             **times,
         }
         if self.scaler.is_enabled():
@@ -383,10 +385,10 @@ class Trainer:
 
     def evaluate(self, sample: Sample | None) -> float:
         """Compute and report the model's loss on the held-out text, with a sample."""
-        result = score(
+        result = score_all(
             self.model,
             self.validation,
-            self.validation.spread(self.config.evaluation.windows),
+            self.config.evaluation.windows,
             byte_lengths=self.byte_lengths,
             batch_size=self.config.training.micro_batch_size,
             device=self.device,
@@ -400,11 +402,13 @@ class Trainer:
                 f"the validation loss is {result.loss} at step {self.step}: training has diverged "
                 "since the last checkpoint; try a lower optimizer.learning_rate"
             )
-        record = {
+        record: dict[str, Any] = {
             "step": self.step,
             "validation_loss": result.loss,
             "bits_per_byte": result.bits_per_byte,
         }
+        if result.by_source:
+            record["validation_losses"] = result.by_source
         shown = self.sample(sample) if sample else Shown("")
         record |= shown.figures
         best = self.step > 0 and result.loss < self.least_loss

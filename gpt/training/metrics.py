@@ -17,6 +17,8 @@ from gpt.config import LogConfig, UsageError
 from gpt.files import check_regular, write_atomically
 
 Record = dict[str, Any]
+WIDE = 92
+"""Columns. Narrower terminals do not show the epoch."""
 
 
 class Reporter:
@@ -82,7 +84,7 @@ class Reporter:
 
     def step(self, record: Record) -> None:
         """A training step: ``step``, ``loss``, ``learning_rate``, ``tokens_per_second``, and if
-        known ``mfu``.
+        known ``epoch`` and ``mfu``.
         """
         self._write(record)
         self._smooth.add(record["loss"])
@@ -94,20 +96,23 @@ class Reporter:
             self.say("step " + "  ".join(parts))
 
     def evaluation(self, record: Record, *, best: bool, sample: str) -> None:
-        """An evaluation: ``step``, ``validation_loss``, ``bits_per_byte`` and perhaps further
-        figures; ``sample`` is a text by the model, or empty.
+        """An evaluation: ``step``, ``validation_loss``, ``bits_per_byte``, of a mixture
+        ``validation_losses`` by source, and perhaps further figures; ``sample`` is a text by the
+        model, or empty.
         """
         self._validation = record["validation_loss"]
         self._write(record | ({"sample": sample} if sample else {}))
         further = "".join(
             f", {name.replace('_', ' ')} {value:.4g}"
             for name, value in record.items()
-            if name not in ("step", "validation_loss", "bits_per_byte")
+            if name not in ("step", "validation_loss", "bits_per_byte", "validation_losses")
         )
         self.say(
             f"step {record['step']:,}: validation {self._validation:.4f} nats/token, "
             f"{record['bits_per_byte']:.4f} bits/byte{further}{' (best so far)' if best else ''}"
         )
+        for name, loss in record.get("validation_losses", {}).items():
+            self.say(f"  {name}: {loss:.4f} nats/token")
         if sample:
             frame = "|" if self._console.options.ascii_only else "│"
             self._console.print(
@@ -134,9 +139,15 @@ class Reporter:
             f"val {self._validation:.4f}" if self._validation == self._validation else "val   -   ",
             f"lr {record['learning_rate']:.1e}",
             f"{record['tokens_per_second']:,.0f} tok/s",
+            *self._epoch(record),
             *([f"MFU {record['mfu']:.1%}"] if "mfu" in record else []),
             f"{_clock(elapsed)}<{_clock(left)}",
         ]
+
+    def _epoch(self, record: Record) -> list[str]:
+        """The epochs so far, if a terminal is wide enough."""
+        has_room = not self._console.is_terminal or self._console.width >= WIDE
+        return [f"epoch {record['epoch']:.2f}"] if "epoch" in record and has_room else []
 
 
 class Silent:

@@ -11,8 +11,10 @@ from rich.text import Text
 from gpt.config import DataConfig, TrainConfig, UsageError
 from gpt.data.corpus import open_corpus
 from gpt.data.instructions import Encoder, is_instructions, prepare_instructions
+from gpt.data.mixture import prepare_mixture
 from gpt.data.piped import is_piped, keep
-from gpt.data.prepare import is_corpus, prepare
+from gpt.data.prepare import prepare
+from gpt.data.prepared import is_corpus
 from gpt.data.token_files import is_token_files
 from gpt.data.tokenizer import Tokenizer
 from gpt.device import choose_device
@@ -103,17 +105,18 @@ def train_on(
         config = dataclasses.replace(config, run_dir=str(config.run), data=kept)
 
         def prepared() -> Data:
-            if is_instructions(config.data):
+            if not config.data.mixture and is_instructions(config.data):
                 assert encoder is not None, "the caller of train() gave no encoder"
                 return prepare_instructions(
                     config.data, config.cache_dir, encoder, tokenizer=tokenizer
                 )
-            return prepare(
+            make = prepare_mixture if config.data.mixture else prepare
+            return make(
                 config.data,
                 config.cache_dir,
                 tokenizer=tokenizer,
                 progress=lambda fraction: status.update(
-                    Text(f"preparing {config.data.source}: {fraction:.0%}")
+                    Text(f"preparing {config.data.described}: {fraction:.0%}")
                 ),
                 say=say,
             )
@@ -165,12 +168,13 @@ def check_source(data: DataConfig, run: Path) -> None:
     """``UsageError`` if the text does not exist, or the run's folder is the folder of the text."""
     if is_piped(data) or is_corpus(data.source) or is_token_files(data.source):
         return
-    folder = open_corpus(data.source).folder
-    if folder is not None and run.exists() and folder.samefile(run):
-        raise UsageError(
-            f"run_dir is {run}, which is the folder of the text; choose another one, which may "
-            "be inside it"
-        )
+    for source in [part.data.source for part in data.parts()] or [data.source]:
+        folder = open_corpus(source).folder
+        if folder is not None and run.exists() and folder.samefile(run):
+            raise UsageError(
+                f"run_dir is {run}, which is the folder of the text; choose another one, which may "
+                "be inside it"
+            )
 
 
 def beginning(trainer: Trainer) -> list[str]:
@@ -184,7 +188,7 @@ def beginning(trainer: Trainer) -> list[str]:
     return [
         f"run      {config.run}"
         + (f", continuing from step {trainer.step:,}" if trainer.step else ""),
-        f"text     {config.data.source}: {len(trainer.data.train):,} training and "
+        f"text     {config.data.described}: {len(trainer.data.train):,} training and "
         f"{len(trainer.data.validation):,} validation tokens, "
         f"{trainer.data.tokenizer.kind} tokenizer",
         f"model    {trainer.model.parameter_count():,} parameters "

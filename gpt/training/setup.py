@@ -16,7 +16,8 @@ from gpt.config import DataConfig, ModelConfig, TrainConfig, UsageError, to_toml
 from gpt.data import tokenizer as tokenizers
 from gpt.data.examples import Examples
 from gpt.data.instructions import Instructions
-from gpt.data.prepare import Prepared
+from gpt.data.mixture import Mixture, Total
+from gpt.data.prepared import Prepared
 from gpt.data.shards import Shard, Shards
 from gpt.data.tokenizer import Tokenizer
 from gpt.files import unwritable, write_atomically
@@ -34,7 +35,7 @@ Say = Callable[[str], None]
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
 TEXT = "the text's fingerprint"
 FIXED = (TEXT, "training.seed", "training.batch_tokens", "optimizer.name")
-FIXED_GROUPS = {"model": ("dropout",), "data": ("source", "cache_dir")}
+FIXED_GROUPS = {"model": ("dropout",), "data": ("source", "mixture", "cache_dir")}
 """Groups whose settings must not change in a run either, except the named ones."""
 
 
@@ -131,7 +132,7 @@ def take_initial_model(
 
 
 def resolve(
-    config: TrainConfig, data: Prepared | Instructions, checkpoint: Checkpoint | None
+    config: TrainConfig, data: Prepared | Instructions | Mixture, checkpoint: Checkpoint | None
 ) -> TrainConfig:
     """The configuration with all fields known: the vocabulary's size, and the run's folder.
     ``UsageError`` if ``model.vocab_size`` is too small for the tokenizer.
@@ -142,7 +143,7 @@ def resolve(
     if vocab_size < tokenizer.vocab_size:
         raise UsageError(
             f"model.vocab_size is {vocab_size}, and the {tokenizer.kind} tokenizer of "
-            f"{config.data.source} needs {tokenizer.vocab_size} (0 chooses it)"
+            f"{config.data.described} needs {tokenizer.vocab_size} (0 chooses it)"
         )
     model = dataclasses.replace(config.model, vocab_size=vocab_size)
     return dataclasses.replace(config, run_dir=str(config.run), resume=False, model=model)
@@ -179,7 +180,7 @@ def check_changes(
     }
     before = checkpoint.progress.get("settings", {})
     before = before if isinstance(before, dict) else {}  # restoring it raises the error
-    before |= _resolved(checkpoint.model)
+    before = {"data.windows": "crossing"} | before | _resolved(checkpoint.model)
     told = {
         name: f"{name} was {before[name]} and is {value}"
         for name, value in now.items()
@@ -195,12 +196,13 @@ def check_changes(
     return free
 
 
-def settings(config: TrainConfig, text: Shard | Shards | Examples) -> dict[str, Any]:
+def settings(config: TrainConfig, text: Shard | Shards | Examples | Total) -> dict[str, Any]:
     """Each ``group.field`` of a run, its text's fingerprint, and its initial model."""
-    flat = {TEXT: text.corpus.hex()[:12], "init": config.init}
+    flat: dict[str, Any] = {TEXT: text.corpus.hex()[:12], "init": config.init}
     for name, value in dataclasses.asdict(config).items():
         if isinstance(value, dict):
             flat |= {f"{name}.{field}": setting for field, setting in value.items()}
+    flat["data.mixture"] = list(config.data.mixture)  # as a checkpoint's JSON has it
     if config.init:
         del flat["data.tokenizer"]  # the initial model's tokenizer is used
     return flat | _resolved(config.model)

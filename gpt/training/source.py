@@ -1,12 +1,13 @@
 """A run's source of batches, and its objective: the loss of a batch."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from gpt.config import WindowOrder
 from gpt.data.batches import Batch, Windows
+from gpt.data.mixture import MixedOrder, MixedWindows
 from gpt.data.order import Order
 from gpt.training.loss import summed_loss
 from gpt.training.parallel import World
@@ -32,6 +33,11 @@ class Source(Protocol):
     def describe(self) -> list[str]:
         """What the user should know of the batches, in a few lines."""
 
+    def progress(self, step: int) -> dict[str, Any]:
+        """How much of the data the steps before ``step`` took, as figures for the log: ``epoch``,
+        and more if the source has more to tell.
+        """
+
 
 class Forward(Protocol):
     """The model in the run's precision."""
@@ -51,7 +57,11 @@ class ShuffledWindows:
         self, windows: Windows, *, sequences: int, seed: int, kind: WindowOrder = "auto"
     ) -> None:
         self.windows, self.sequences = windows, sequences
-        self.order = Order(len(windows), batch_size=sequences, seed=seed, kind=kind)
+        self.order: Order | MixedOrder
+        if isinstance(windows, MixedWindows):
+            self.order = MixedOrder(windows, batch_size=sequences, seed=seed, kind=kind)
+        else:
+            self.order = Order(len(windows), batch_size=sequences, seed=seed, kind=kind)
         self._ahead: tuple[int, Batch] | None = None
 
     def batch(self, step: int, world: World) -> Batch:
@@ -72,6 +82,17 @@ class ShuffledWindows:
     def describe(self) -> list[str]:
         """As in :class:`Source`."""
         return self.windows.describe()
+
+    def progress(self, step: int) -> dict[str, Any]:
+        """``epoch``, and ``seen``: the share of the windows that was taken at least once. Of a
+        mixture, ``sources`` has both for each one.
+        """
+        total = step * self.sequences / len(self.windows)
+        if not isinstance(self.order, MixedOrder):
+            return {"epoch": total, "seen": min(1.0, total)}
+        epochs = self.order.epochs(step)
+        sources = {name: {"epoch": n, "seen": min(1.0, n)} for name, n in epochs.items()}
+        return {"epoch": total, "sources": sources}
 
 
 def next_token(forward: Forward, batch: Batch) -> Tensor:

@@ -2,7 +2,8 @@
 
 import math
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gpt.data.batches import IGNORED, Windows
+from gpt.data.mixture import MixedWindows
 from gpt.training.loss import summed_loss
 from gpt.training.parallel import World
 
@@ -22,6 +24,10 @@ class Score:
     """Nats per token."""
     bits_per_byte: float
     """The same loss per byte of text, which is comparable between tokenizers."""
+    bytes_per_token: float
+    """Of the text that was scored."""
+    by_source: dict[str, float] = field(default_factory=dict)
+    """The loss on each source of a mixture."""
 
 
 @torch.no_grad()
@@ -63,4 +69,20 @@ def score(
     for number, summed in losses.items():  # only here, to wait for a GPU once
         figures[0, number] = summed.item()
     loss, n_tokens, n_bytes = world.sum(figures).sum(1).tolist()
-    return Score(loss / n_tokens, loss / (max(n_bytes, 1) * math.log(2)))
+    n_bytes = max(n_bytes, 1)
+    return Score(loss / n_tokens, loss / (n_bytes * math.log(2)), n_bytes / n_tokens)
+
+
+def score_all(model: nn.Module, windows: Windows, n: int, **options: Any) -> Score:
+    """The :func:`score` on ``n`` of the windows (0: all of them). On a mixture, it is the mean over
+    its sources by their weights, however much text of each is held out.
+    """
+    if not isinstance(windows, MixedWindows):
+        return score(model, windows, windows.spread(n), **options)
+    loss, bytes_per_token, by_source = 0.0, 0.0, {}
+    for name, weight, part, chosen in windows.by_source(n):
+        own = score(model, part, chosen, **options)
+        by_source[name] = own.loss
+        loss += weight * own.loss
+        bytes_per_token += weight * own.bytes_per_token
+    return Score(loss, loss / (bytes_per_token * math.log(2)), bytes_per_token, by_source)

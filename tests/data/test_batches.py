@@ -1,9 +1,14 @@
+import dataclasses
+import mmap
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from gpt.config import UsageError
 from gpt.data.batches import IGNORED, Batch, TextWindows
+from gpt.data.order import Order
 from gpt.data.shards import ShardWriter, read_shard
 
 
@@ -68,3 +73,45 @@ def test_a_batch_goes_to_cuda_as_one_contiguous_pinned_tensor(masked, tmp_path, 
 )
 def test_validation_windows_are_spread_evenly(n, chosen, tmp_path):
     assert windows_of(tmp_path, 101, 10).spread(n).tolist() == list(chosen)
+
+
+def test_pages_are_released_after_some_reads(tmp_path, monkeypatch):
+    shard = windows_of(tmp_path, 2000, 5).shard
+    calls = []
+
+    class Memory:
+        def madvise(self, advice):
+            calls.append(advice)
+
+    shard = dataclasses.replace(shard, memory=Memory())
+    monkeypatch.setattr("gpt.data.shards.RELEASED", 10)
+    for start in range(25):
+        assert shard.read(start, 3).tolist() == [start, start + 1, start + 2]
+    assert calls == [mmap.MADV_DONTNEED] * 2
+
+
+def resident_file_pages():
+    """MB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssFile"):
+            return int(line.split()[1]) / 1024
+    return None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the memory")
+def test_resident_memory_is_bounded_over_100_000_batches(tmp_path):
+    path = tmp_path / "large.bin"
+    ids = np.arange(1 << 20)
+    with ShardWriter(path, vocab_size=1 << 20, tokenizer=bytes(32), corpus=bytes(32)) as writer:
+        for _ in range(128):  # 512 MB
+            writer.write(ids)
+    windows = TextWindows(read_shard(path, tokenizer=bytes(32), vocab_size=1 << 20), 64)
+    order = Order(len(windows), batch_size=4, seed=0)
+    before = most = resident_file_pages()
+    for step in range(100_000):
+        batch = windows.batch(order.step(step))
+        if step % 997 == 0:
+            most = max(most, resident_file_pages())
+            assert batch.targets[0, 0] == (batch.tokens[0, 0] + 1) % (1 << 20)
+    assert most - before < 200

@@ -9,7 +9,7 @@ from gpt.cli import main
 from gpt.config import DataConfig, PrepareConfig
 from gpt.data.inspection import histogram, inspect
 from gpt.data.preparation import prepare_corpus
-from gpt.data.prepare import read_corpus
+from gpt.data.prepared import read_corpus
 from gpt.data.tokenizer import ByteTokenizer
 
 TEXTS = ["a" * n for n in range(1, 40)] + ["é" * 20]

@@ -1,3 +1,4 @@
+import hashlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from gpt.config import DataConfig
 from gpt.data import order as orders
 from gpt.data.order import Keyed, Order
+from gpt.data.prepare import prepare
 from gpt.training.parallel import World
 from gpt.training.setup import as_it_began
 
@@ -64,6 +66,18 @@ def test_a_keyed_order_of_any_size_and_seed_has_every_window_once(n, seed, epoch
     assert np.array_equal(np.sort(Keyed(n, seed=seed, epoch=epoch)(np.arange(n))), np.arange(n))
 
 
+@settings(derandomize=True, deadline=None, max_examples=12)
+@given(
+    n=st.integers(1, 10**6) | st.sampled_from([2**16, 2**18 - 1, 2**18 + 1, 10**6]),
+    seed=st.integers(0, 2**63 - 1),
+    kind=st.sampled_from(KINDS),
+    epoch=st.integers(0, 1000),
+)
+def test_an_epoch_of_up_to_a_million_windows_takes_every_window_once(n, seed, kind, epoch):
+    order = Order(n, batch_size=n, seed=seed, kind=kind)
+    assert (np.bincount(order.step(epoch), minlength=n) == 1).all()
+
+
 @pytest.mark.parametrize("n", [10**11, 2**40, 2**40 + 1])
 def test_the_inverse_of_a_huge_keyed_order_finds_every_position(n):
     order = Keyed(n, seed=3, epoch=1)
@@ -86,12 +100,29 @@ def test_a_keyed_order_is_spread_like_a_random_one():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size", [2, 3, 8])
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_any_number_of_processes_sees_the_same_steps(kind, size):
     order = Order(1001, batch_size=24, seed=1, kind=kind)
     for step in range(100):
         parts = [World(rank=rank, size=size).split(order.step(step)) for rank in range(size)]
         assert np.array_equal(np.concatenate(parts), order.step(step))
+
+
+@pytest.mark.parametrize("kind", ["crossing", "packed", "best_fit"])
+def test_no_held_out_window_is_trained_on(kind, tmp_path):
+    text = tmp_path / "random.txt"
+    letters = np.random.default_rng(0).integers(97, 123, 8000).astype(np.uint8)
+    letters[::100] = ord("\n")
+    text.write_bytes(letters.tobytes())
+    data = prepare(DataConfig(source=str(text), separator="\\n", windows=kind), tmp_path)
+    train, held_out = (data.windows(split, 16) for split in ("train", "validation"))
+    order = Order(len(train), batch_size=len(train), seed=0)
+    seen, kept = (
+        {hashlib.sha256(row.numpy().tobytes()).digest() for row in windows.batch(chosen).tokens}
+        for windows, chosen in ((train, order.step(0)), (held_out, held_out.spread(0)))
+    )
+    assert len(kept) > 20
+    assert not seen & kept
 
 
 def test_auto_is_a_table_until_it_would_be_large(monkeypatch):

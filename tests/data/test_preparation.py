@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from gpt.config import DataConfig, PrepareConfig, UsageError
-from gpt.data import formats, preparation
+from gpt.data import encoding, formats, preparation
 from gpt.data.corpus import open_corpus
 from gpt.data.journal import Journal
 from gpt.data.pieces import Place, at_end, by_content, pieces
 from gpt.data.preparation import prepare_corpus
-from gpt.data.prepare import prepare, read_corpus
+from gpt.data.prepare import prepare
+from gpt.data.prepared import read_corpus
 from gpt.data.shards import ShardWriter
 from gpt.data.tokenizer import ByteTokenizer, decode
 
@@ -23,7 +24,7 @@ END = 256
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(formats, "PIECE_CHARACTERS", 200)
-    monkeypatch.setattr(preparation, "PIECE_CHARACTERS", 200)
+    monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 200)
     monkeypatch.setattr(preparation, "BLOCKS_A_STEP", 2)
 
 

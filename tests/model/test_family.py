@@ -129,45 +129,6 @@ def test_rows_of_unlike_lengths_give_the_full_forwards_logits(model):
     ragged(model)
 
 
-DOCUMENTS = [[9, 1, 14], [CONTEXT], [3, 21]]
-"""Tokens of the documents in each row."""
-
-
-def packed(model):
-    """Documents that share rows have the logits, and give the gradients, of each read alone."""
-    tokens = some_tokens(len(DOCUMENTS), CONTEXT)
-    numbers = torch.tensor([list(itertools.chain(*([i] * n for i, n in enumerate(row))))
-                            for row in DOCUMENTS])  # fmt: skip
-    alone = [
-        model(document[None])
-        for line, row in zip(tokens, DOCUMENTS, strict=True)
-        for document in line.split(row)
-    ]
-    expected = torch.cat(alone, dim=1).view(*tokens.shape, -1)
-    direction = torch.randn(expected.shape, dtype=expected.dtype)
-    weights = [p for p in model.parameters() if p.requires_grad]
-    by_one = torch.autograd.grad((expected * direction).sum(), weights, allow_unused=True)
-    for shortest in (1, CONTEXT):  # document by document, and under a mask
-        with mock.patch("gpt.model.documents.SHORTEST", shortest):
-            logits = model(tokens, documents=numbers)
-        assert_close(logits.detach(), expected.detach())
-        together = torch.autograd.grad((logits * direction).sum(), weights, allow_unused=True)
-        for one, all_ in zip(by_one, together, strict=True):
-            assert (one is None) == (all_ is None)
-            if one is not None:
-                assert_close(all_, one, 1e-8)
-
-
-def test_documents_that_share_a_row_are_read_as_if_alone(model):
-    packed(model)
-
-
-def test_documents_and_a_cache_exclude_each_other(model):
-    tokens = some_tokens(1, 4)
-    with pytest.raises(ValueError, match="a cache holds one document in each row"):
-        model(tokens, cache=model.new_cache(), documents=torch.zeros_like(tokens))
-
-
 WITH_RINGS = [row for row in ROWS if "L" in config_of(row).layer_pattern()]
 
 

@@ -1,6 +1,7 @@
 """FlexAttention without its compiler, which on a CPU computes the same formula."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,9 +78,12 @@ def test_flex_attention_serves_only_what_it_computes(
 ):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     config = dataclasses.replace(SHAPE, **changes)
-    at = type("At", (), {"device": torch.device(device), "__len__": lambda self: n_token})()
+    at = SimpleNamespace(device=torch.device(device), shape=(n_token,))
     [kind] = set(layer_kinds(config))
     assert flex.serves(config, kind, at, training=training) == expected
+    plain = dataclasses.replace(config, attention_softcap=0.0, learned_sinks=False)
+    shown = expected or ("attention_softcap" in changes and device == "cuda")
+    assert flex.serves(plain, kind, at, training=training, documents=True) == shown
 
 
 def test_a_model_on_a_cpu_never_uses_it(monkeypatch):

@@ -343,7 +343,7 @@ def test_the_configured_seed_sets_the_order_and_the_weights(config):
 
 def test_the_validation_loss_is_that_of_the_held_out_text(config):
     trainer = trainer_of(change(config, "evaluation", windows=0))
-    assert trainer.validation.ids.tolist() == trainer.data.validation.ids.tolist()
+    assert trainer.validation.shard is trainer.data.validation
     seen = []
     trainer.forward.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
 
@@ -756,7 +756,7 @@ class HalfMasked(TextWindows):
 
 
 def test_masked_targets_do_not_count(config, monkeypatch):
-    monkeypatch.setattr("gpt.data.prepare.TextWindows", HalfMasked)
+    monkeypatch.setattr("gpt.data.prepared.TextWindows", HalfMasked)
     trainer = trainer_of(change(config, "model", dropout=0.0))
     batch = trainer.source.batch(0, trainer.world)
     logits = trainer.model(batch.tokens).detach()
@@ -772,7 +772,7 @@ def test_a_batch_with_only_masked_targets_is_an_error_that_names_its_windows(con
             batch = super().batch(windows)
             return Batch(batch.tokens, torch.full_like(batch.targets, IGNORED))
 
-    monkeypatch.setattr("gpt.data.prepare.TextWindows", Masked)
+    monkeypatch.setattr("gpt.data.prepared.TextWindows", Masked)
     trainer = trainer_of(config)
     first = trainer.source.order.step(0)[0]
     with pytest.raises(UsageError, match=f"step 1 has nothing .* targets in its windows {first}, "):
@@ -1019,7 +1019,7 @@ def test_a_batch_is_read_once(config, monkeypatch):
             read.append(windows.tolist())
             return super().batch(windows)
 
-    monkeypatch.setattr("gpt.data.prepare.TextWindows", Counted)
+    monkeypatch.setattr("gpt.data.prepared.TextWindows", Counted)
     trainer = trainer_of(config)
     for _ in range(3):
         trainer.update()

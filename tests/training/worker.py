@@ -139,7 +139,7 @@ def main(folder: Path) -> None:
                 config = config_of(folder, "none", **options, training=training)
                 results[name, "gradients", micro] = gradients(config, world)
                 for kind, windows in {"masked": Masked, "documents": Several}.items():
-                    with mock.patch("gpt.data.prepare.TextWindows", windows):
+                    with mock.patch("gpt.data.prepared.TextWindows", windows):
                         results[name, kind, micro] = gradients(config, world)
             for kind, model in COMPOSITES.items():
                 config = config_of(folder, "none", **options, model=model)

@@ -1,0 +1,74 @@
+"""The pieces of a corpus to ids, on all cores and in order: tiktoken releases Python's lock."""
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+
+from gpt.config import Duplicates
+from gpt.data import duplicates as same
+from gpt.data.formats import PIECE_CHARACTERS
+from gpt.data.pieces import Piece
+from gpt.data.tokenizer import Ids, Tokenizer, encoder
+
+
+class Encoded(NamedTuple):
+    """A piece, its ids, and the keys by which its document is compared."""
+
+    piece: Piece
+    ids: Ids
+    """The end-of-text behind the document included."""
+    keys: list[bytes]
+
+
+def encoded(
+    read: Iterable[Piece],
+    tokenizer: Tokenizer,
+    *,
+    duplicates: Duplicates = "keep",
+    workers: int = 0,
+) -> Iterator[list[Encoded]]:
+    """The pieces in blocks of about a million characters, with their ids, in order. ``workers``
+    threads encode; 0: one for each core.
+    """
+    workers = workers or os.cpu_count() or 1
+    waiting: deque[Future[list[Encoded]]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for block in _blocks(read):
+                waiting.append(pool.submit(_encode, block, tokenizer, duplicates))
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _blocks(read: Iterable[Piece]) -> Iterator[list[Piece]]:
+    block: list[Piece] = []
+    size = 0
+    for piece in read:
+        block.append(piece)
+        size += len(piece.text)
+        if size >= PIECE_CHARACTERS and piece.after is not None:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
+
+
+def _encode(block: list[Piece], tokenizer: Tokenizer, duplicates: Duplicates) -> list[Encoded]:
+    first, later = (encoder(tokenizer, begins=begins) for begins in (True, False))
+    end = np.array([tokenizer.end_of_text], np.uint32)
+    done = []
+    for piece in block:
+        ids = (first if piece.begins else later)(piece.text)
+        whole = piece.begins and piece.ends
+        keys = same.keys(piece.text, duplicates) if whole else []
+        done.append(Encoded(piece, np.concatenate([ids, end]) if piece.ends else ids, keys))
+    return done
