@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from gpt.cli import COMMANDS
+from gpt.commands.tokenizer import COMMANDS as TOKENIZER_COMMANDS
 from gpt.config import EvaluateConfig, ExportConfig, PrepareConfig, SampleConfig, TrainConfig
+from gpt.config.tokenizer import (
+    TokenizerCompareConfig,
+    TokenizerExportConfig,
+    TokenizerShowConfig,
+    TokenizerTrainConfig,
+)
 
 PAGE = Path(__file__).with_suffix(".md")
 SCHEMAS = {
@@ -20,6 +27,14 @@ SCHEMAS = {
     "prepare": PrepareConfig,
     "export": ExportConfig,
     "evaluate": EvaluateConfig,
+    "tokenizer train": TokenizerTrainConfig,
+    "tokenizer compare": TokenizerCompareConfig,
+    "tokenizer show": TokenizerShowConfig,
+    "tokenizer export": TokenizerExportConfig,
+}
+DESCRIPTIONS = {name: command.__doc__ for name, command in COMMANDS.items()}
+DESCRIPTIONS |= {
+    f"tokenizer {name}": command.__doc__ for name, command in TOKENIZER_COMMANDS.items()
 }
 OPENING = """# Options
 
@@ -35,7 +50,7 @@ def page() -> str:
     """The whole page, as Markdown."""
     parts = [OPENING]
     for name, schema in SCHEMAS.items():
-        parts += [f"## gpt {name}\n", f"{COMMANDS[name].__doc__}\n", TABLE]
+        parts += [f"## gpt {name}\n", f"{DESCRIPTIONS[name]}\n", TABLE]
         parts += [f"| {' | '.join(row)} |" for row in rows(schema)] + [""]
     return "\n".join(parts)
 

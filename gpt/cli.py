@@ -1,4 +1,4 @@
-"""The command line: ``gpt train | sample | prepare | export | evaluate``.
+"""The command line: ``gpt train | sample | prepare | export | evaluate | tokenizer``.
 
 ``train.py`` and ``sample.py`` run the first two.
 
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, cast
 
 from gpt.config import (
+    TOKENIZERS,
     EvaluateConfig,
     ExportConfig,
     PrepareConfig,
@@ -191,8 +192,20 @@ def train(words: Sequence[str], prog: str) -> int:
 
         return load(name, trainable=True, say=tell if tells else lambda text: None)
 
+    def named(name: str) -> "Tokenizer":
+        from gpt.interop.named_tokenizer import named_tokenizer
+
+        return named_tokenizer(name)
+
     console = open_console(cast(TextIO, Output(sys.stdout)))
-    result = run(config, console=console, sample=sample, initial=initial, encoder=ExampleEncoder)
+    result = run(
+        config,
+        console=console,
+        sample=sample,
+        initial=initial,
+        encoder=ExampleEncoder,
+        named=named,
+    )
     return 128 + result.signal if result.signal else 0
 
 
@@ -233,12 +246,16 @@ def prepare(words: Sequence[str], prog: str) -> int:
         from rich.text import Text
 
         from gpt.data.prepare import prepare as run
+        from gpt.interop.named_tokenizer import named_tokenizer
 
+    name = config.data.tokenizer
+    tokenizer = None if name in TOKENIZERS else named_tokenizer(name)
     console = open_console()
     with console.status("reading", spinner="line") as status:
         prepared = run(
             config.data,
             config.out,
+            tokenizer=tokenizer,
             progress=lambda fraction: status.update(
                 Text(f"preparing {config.data.source}: {fraction:.0%}")
             ),
@@ -273,6 +290,13 @@ def export(words: Sequence[str], prog: str) -> int:
     return 0
 
 
+def tokenizer(words: Sequence[str], prog: str) -> int:
+    """Train, compare, show or export a tokenizer."""
+    from gpt.commands.tokenizer import run
+
+    return run(words, prog)
+
+
 def evaluate(words: Sequence[str], prog: str) -> int:
     """Score models on a text, LAMBADA, HellaSwag, or your own multiple-choice questions."""
     with _starting():
@@ -296,11 +320,12 @@ COMMANDS: dict[str, Callable[[Sequence[str], str], int]] = {
     "prepare": prepare,
     "export": export,
     "evaluate": evaluate,
+    "tokenizer": tokenizer,
 }
 
 
 def _usage() -> str:
-    lines = [f"  {name:<9}{command.__doc__}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<10}{command.__doc__}" for name, command in COMMANDS.items()]
     return "\n".join(
         ["usage: gpt COMMAND [OPTIONS]", "", *lines, "", "gpt COMMAND --help lists the options", ""]
     )

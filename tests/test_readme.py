@@ -15,13 +15,15 @@ import torch
 import gpt
 from gpt import GPT, ModelConfig
 from gpt.config import EvaluateConfig, ExportConfig, SampleConfig, TrainConfig, parse
+from gpt.config.tokenizer import TokenizerShowConfig, TokenizerTrainConfig
 from gpt.data.tokenizer import ByteTokenizer
 from gpt.interop.export import export_huggingface
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NAMES = [
-    "training", "generation", "models", "techniques", "evaluation", "performance", "architecture",
+    "training", "data", "generation", "models", "techniques", "evaluation", "performance",
+    "architecture",
 ]  # fmt: skip
 PAGES = {"README": README} | {
     name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in NAMES
@@ -35,6 +37,8 @@ SCHEMAS = {
     "python train.py": TrainConfig,
     "gpt export": ExportConfig,
     "gpt evaluate": EvaluateConfig,
+    "gpt tokenizer train": TokenizerTrainConfig,
+    "gpt tokenizer show": TokenizerShowConfig,
 }
 
 

@@ -7,7 +7,16 @@ and the same suggestions. Nothing here imports torch, so ``--help`` answers at o
 
 from gpt.config.checks import FOREIGN, MESSAGE, Bounds, UsageError, foreign, quoted
 from gpt.config.commands import EvaluateConfig, ExportConfig, PrepareConfig, SampleConfig, Weights
-from gpt.config.data import BadBytes, DataConfig, TextFormat, TokenizerKind, TooLong, WindowOrder
+from gpt.config.data import (
+    MADE_FROM_TEXT,
+    TOKENIZERS,
+    BadBytes,
+    DataConfig,
+    Pattern,
+    TextFormat,
+    TooLong,
+    WindowOrder,
+)
 from gpt.config.generation import GenerationConfig, SamplingConfig, token_ids, unescaped
 from gpt.config.model import (
     Activation,
@@ -38,7 +47,9 @@ from gpt.config.training import (
 
 __all__ = [
     "FOREIGN",
+    "MADE_FROM_TEXT",
     "MESSAGE",
+    "TOKENIZERS",
     "Activation",
     "BadBytes",
     "Balance",
@@ -58,6 +69,7 @@ __all__ = [
     "NormPlacement",
     "OptimizerConfig",
     "ParallelConfig",
+    "Pattern",
     "PositionScheme",
     "Precision",
     "PrepareConfig",
@@ -66,7 +78,6 @@ __all__ = [
     "SampleConfig",
     "SamplingConfig",
     "TextFormat",
-    "TokenizerKind",
     "TooLong",
     "TrainConfig",
     "TrainingConfig",

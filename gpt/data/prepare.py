@@ -17,21 +17,15 @@ from typing import Literal
 
 import numpy as np
 
-from gpt.config import DataConfig, TokenizerKind, UsageError, quoted
+from gpt.config import DataConfig, UsageError, quoted
 from gpt.data import tokenizer as tokenizers
 from gpt.data.batches import TextWindows, Windows
 from gpt.data.corpus import PREPARED_FILES, Corpus, Say, Survey, open_corpus
 from gpt.data.piped import keep
 from gpt.data.reading import Reading
 from gpt.data.shards import Shard, ShardWriter, read_shard
-from gpt.data.tokenizer import (
-    ByteTokenizer,
-    CharTokenizer,
-    GPT2Tokenizer,
-    Ids,
-    Tokenizer,
-    encoder,
-)
+from gpt.data.tokenizer import Ids, Tokenizer, encoder
+from gpt.data.tokenizer_training import recipe, tokenizer_of_text
 from gpt.files import new_folder
 
 Split = Literal["train", "validation"]
@@ -62,7 +56,8 @@ def prepare(
 ) -> Prepared:
     """The shards of ``config.source`` in ``cache_dir``; they are written if they are not there yet.
 
-    ``tokenizer`` replaces the one that ``config.tokenizer`` names. ``say`` is told what the source
+    ``tokenizer`` replaces the one that ``config.tokenizer`` names, and is needed if that is a file
+    or an encoding of tiktoken. ``say`` is told what the source
     means if that may be unexpected. ``UsageError`` for a text that cannot be read, a folder that
     cannot be written, and damaged shards.
     """
@@ -72,7 +67,8 @@ def prepare(
     survey = corpus.survey(characters=kind == "char" and tokenizer is None)
     if survey.length == 0:
         raise UsageError(f"data.source is {quoted(config.source)}, which has no text")
-    key = hashlib.sha256(survey.fingerprint + f"{kind} {config.validation_fraction!r}".encode())
+    made = kind if tokenizer else recipe(config)
+    key = hashlib.sha256(survey.fingerprint + f"{made} {config.validation_fraction!r}".encode())
     if tokenizer:
         key.update(tokenizers.fingerprint(tokenizer))
     folder = cache_dir / f"{config.name[:40]}-{kind}-{key.hexdigest()[:12]}"
@@ -80,7 +76,13 @@ def prepare(
         shutil.rmtree(folder, ignore_errors=True)  # a part of it was deleted
         try:
             with new_folder(folder) as work:
-                tokenizer = tokenizer or make_tokenizer(config.tokenizer, survey.characters)
+                tokenizer = tokenizer or tokenizer_of_text(
+                    config,
+                    corpus.documents(),
+                    length=survey.length,
+                    characters=survey.characters,
+                    say=say,
+                )
                 _write(config, corpus, survey, work, tokenizer, progress)
         except UsageError:
             if not _is_whole(folder):  # else another run has prepared it meanwhile
@@ -130,17 +132,6 @@ def _write(
             writers[split].write(ids)
             done += len(piece)
             progress(done / survey.length)
-
-
-def make_tokenizer(kind: TokenizerKind, characters: str) -> Tokenizer:
-    """A tokenizer for texts of these ``characters``."""
-    match kind:
-        case "char":
-            return CharTokenizer(characters)
-        case "byte":
-            return ByteTokenizer()
-        case "gpt2":
-            return GPT2Tokenizer.released()
 
 
 def _pieces(corpus: Corpus, boundary: int) -> Iterator[tuple[Split, str]]:
