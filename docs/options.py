@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from gpt.cli import COMMANDS
+from gpt.commands.tokenizer import COMMANDS as TOKENIZER_COMMANDS
 from gpt.config import (
     EvaluateConfig,
     ExportConfig,
@@ -18,6 +19,12 @@ from gpt.config import (
     PrepareConfig,
     SampleConfig,
     TrainConfig,
+)
+from gpt.config.tokenizer import (
+    TokenizerCompareConfig,
+    TokenizerExportConfig,
+    TokenizerShowConfig,
+    TokenizerTrainConfig,
 )
 
 PAGE = Path(__file__).with_suffix(".md")
@@ -28,6 +35,14 @@ SCHEMAS = {
     "inspect": InspectConfig,
     "export": ExportConfig,
     "evaluate": EvaluateConfig,
+    "tokenizer train": TokenizerTrainConfig,
+    "tokenizer compare": TokenizerCompareConfig,
+    "tokenizer show": TokenizerShowConfig,
+    "tokenizer export": TokenizerExportConfig,
+}
+DESCRIPTIONS = {name: command.__doc__ for name, command in COMMANDS.items()}
+DESCRIPTIONS |= {
+    f"tokenizer {name}": command.__doc__ for name, command in TOKENIZER_COMMANDS.items()
 }
 OPENING = """# Options
 
@@ -43,7 +58,7 @@ def page() -> str:
     """The whole page, as Markdown."""
     parts = [OPENING]
     for name, schema in SCHEMAS.items():
-        parts += [f"## gpt {name}\n", f"{COMMANDS[name].__doc__}\n", TABLE]
+        parts += [f"## gpt {name}\n", f"{DESCRIPTIONS[name]}\n", TABLE]
         parts += [f"| {' | '.join(row)} |" for row in rows(schema)] + [""]
     return "\n".join(parts)
 

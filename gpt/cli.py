@@ -1,4 +1,4 @@
-"""The command line: ``gpt train | sample | prepare | export | evaluate``.
+"""The command line: ``gpt train | sample | prepare | export | evaluate | tokenizer``.
 
 ``train.py`` and ``sample.py`` run the first two.
 
@@ -192,8 +192,20 @@ def train(words: Sequence[str], prog: str) -> int:
 
         return load(name, trainable=True, say=tell if tells else lambda text: None)
 
+    def named(name: str) -> "Tokenizer":
+        from gpt.interop.named_tokenizer import named_tokenizer
+
+        return named_tokenizer(name)
+
     console = open_console(cast(TextIO, Output(sys.stdout)))
-    result = run(config, console=console, sample=sample, initial=initial, encoder=ExampleEncoder)
+    result = run(
+        config,
+        console=console,
+        sample=sample,
+        initial=initial,
+        encoder=ExampleEncoder,
+        named=named,
+    )
     return 128 + result.signal if result.signal else 0
 
 
@@ -249,6 +261,13 @@ def export(words: Sequence[str], prog: str) -> int:
     return 0
 
 
+def tokenizer(words: Sequence[str], prog: str) -> int:
+    """Train, compare, show or export a tokenizer."""
+    from gpt.commands.tokenizer import run
+
+    return run(words, prog)
+
+
 def evaluate(words: Sequence[str], prog: str) -> int:
     """Score models on a text, LAMBADA, HellaSwag, or your own multiple-choice questions."""
     with _starting():
@@ -291,11 +310,12 @@ COMMANDS: dict[str, Callable[[Sequence[str], str], int]] = {
     "inspect": inspect,
     "export": export,
     "evaluate": evaluate,
+    "tokenizer": tokenizer,
 }
 
 
 def _usage() -> str:
-    lines = [f"  {name:<9}{command.__doc__}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<10}{command.__doc__}" for name, command in COMMANDS.items()]
     return "\n".join(
         ["usage: gpt COMMAND [OPTIONS]", "", *lines, "", "gpt COMMAND --help lists the options", ""]
     )

@@ -15,6 +15,7 @@ import torch
 import gpt
 from gpt import GPT, ModelConfig
 from gpt.config import EvaluateConfig, ExportConfig, SampleConfig, TrainConfig, parse
+from gpt.config.tokenizer import TokenizerShowConfig, TokenizerTrainConfig
 from gpt.data.tokenizer import ByteTokenizer
 from gpt.interop.export import export_huggingface
 
@@ -36,6 +37,8 @@ SCHEMAS = {
     "python train.py": TrainConfig,
     "gpt export": ExportConfig,
     "gpt evaluate": EvaluateConfig,
+    "gpt tokenizer train": TokenizerTrainConfig,
+    "gpt tokenizer show": TokenizerShowConfig,
 }
 
 

@@ -5,12 +5,13 @@ import time
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gpt.config import PrepareConfig
+from gpt.config import TOKENIZERS, PrepareConfig
 from gpt.console import open_console, tell
 from gpt.data import preparation
 from gpt.data.corpus import Corpus
-from gpt.data.prepare import make_tokenizer
 from gpt.data.tokenizer import Tokenizer
+from gpt.data.tokenizer_training import tokenizer_of_corpus
+from gpt.interop.named_tokenizer import named_tokenizer
 
 SECONDS = 10
 """Between two lines where the output is not a terminal."""
@@ -20,9 +21,10 @@ def prepare(config: PrepareConfig) -> int:
     """Run the command."""
 
     def tokenizer(corpus: Corpus) -> Tokenizer:
-        kind = config.data.tokenizer
-        characters = corpus.survey(characters=True).characters if kind == "char" else ""
-        return make_tokenizer(kind, characters)
+        name = config.data.tokenizer
+        if name not in TOKENIZERS:
+            return named_tokenizer(name)
+        return tokenizer_of_corpus(config.data, corpus, say=tell)
 
     console = open_console(sys.stderr)
     bar = Progress(

@@ -16,10 +16,12 @@ from gpt.config.commands import (
     Weights,
 )
 from gpt.config.data import (
+    MADE_FROM_TEXT,
+    TOKENIZERS,
     BadBytes,
     DataConfig,
+    Pattern,
     TextFormat,
-    TokenizerKind,
     TooLong,
     WindowKind,
     WindowOrder,
@@ -54,7 +56,9 @@ from gpt.config.training import (
 
 __all__ = [
     "FOREIGN",
+    "MADE_FROM_TEXT",
     "MESSAGE",
+    "TOKENIZERS",
     "Activation",
     "BadBytes",
     "Balance",
@@ -76,6 +80,7 @@ __all__ = [
     "NormPlacement",
     "OptimizerConfig",
     "ParallelConfig",
+    "Pattern",
     "PositionScheme",
     "Precision",
     "PrepareConfig",
@@ -84,7 +89,6 @@ __all__ = [
     "SampleConfig",
     "SamplingConfig",
     "TextFormat",
-    "TokenizerKind",
     "TooLong",
     "TrainConfig",
     "TrainingConfig",

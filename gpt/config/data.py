@@ -11,7 +11,13 @@ from typing import Any, Literal, NamedTuple
 
 from gpt.config.checks import UsageError, check, number, quoted
 
-TokenizerKind = Literal["char", "byte", "gpt2"]
+MADE_FROM_TEXT = ("char", "words", "bpe")
+"""The tokenizers that are made from the text itself."""
+TOKENIZERS = (*MADE_FROM_TEXT, "byte", "gpt2")
+Pattern = Literal[
+    "gpt2", "smollm", "llama3", "cl100k", "cl100k_base", "qwen2", "tekken", "o200k", "bloom",
+    "chinese", "code",
+]  # fmt: skip
 WindowOrder = Literal["auto", "table", "keyed"]
 Records = Literal["auto", "text", "instructions"]
 TooLong = Literal["cut", "drop"]
@@ -20,7 +26,11 @@ TextFormat = Literal["auto", "text", "jsonl", "parquet"]
 BadBytes = Literal["refuse", "replace"]
 
 
-SHARED = ("mixture", "tokenizer", "windows", "order", "records", "too_long", "cache_dir")
+LEAST_BYTE_PAIRS = 257
+SHARED = (
+    "mixture", "tokenizer", "vocab_size", "pattern", "unknown", "windows", "order", "records",
+    "too_long", "cache_dir",
+)  # fmt: skip
 """Settings that the sources of a mixture have in common."""
 _DESCRIPTOR = re.compile(r"-|/dev/stdin|/(?:dev|proc/self)/fd/([0-9]{1,9})")
 
@@ -46,8 +56,18 @@ class DataConfig:
     r"""Where a text file is split into documents: '\n' is a document a line; empty: one a file."""
     bad_bytes: BadBytes = "refuse"
     """Bytes that are not UTF-8; refuse: name the file and the place; replace: by U+FFFD."""
-    tokenizer: TokenizerKind = "char"
-    """char: the characters of the text; byte: 256 bytes; gpt2: GPT-2's byte-pair encoding."""
+    tokenizer: str = "char"
+    """char: the characters of the text; words: its words; bpe: byte pairs learned from it; byte:
+    256 bytes; gpt2: GPT-2's byte pairs; or an encoding of tiktoken (cl100k_base, o200k_base), a
+    file (of gpt tokenizer train, tokenizer.json, SentencePiece's .model), or a folder with one."""
+    vocab_size: int = number(0, at_least=0, at_most=1 << 24)
+    """Tokens of a tokenizer that is made from the text, with the special ones; 0: 8,192 for bpe,
+    all words or characters of the text for words and char."""
+    pattern: Pattern = "gpt2"
+    """How bpe splits a text before it merges bytes: as the named models do; chinese and code are
+    for such texts."""
+    unknown: bool = False
+    """Read words or characters that are not in the vocabulary as <UNK>, with words and char."""
     validation_fraction: float = number(0.05, above=0, below=1)
     """Fraction of the text, at its end, that is held out for validation."""
     windows: WindowKind = "crossing"
@@ -66,6 +86,12 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check(self, "data.")
+        if not self.tokenizer:
+            raise UsageError(
+                f"data.tokenizer is empty, and must be one of {', '.join(TOKENIZERS)}, an encoding "
+                "of tiktoken, or a file"
+            )
+        check_vocabulary(self.tokenizer, self.vocab_size, unknown=self.unknown, group="data.")
         if self.mixture and self.source != type(self).source:
             raise UsageError(
                 f"data.source is {quoted(self.source)}, and data.mixture has its own sources: "
@@ -151,3 +177,26 @@ class Part(NamedTuple):
     weight: float
     data: DataConfig
     """Its source and its settings."""
+
+
+def check_vocabulary(tokenizer: str, vocab_size: int, *, unknown: bool, group: str = "") -> None:
+    """``UsageError`` for a ``vocab_size`` or an ``unknown`` that this tokenizer cannot have; the
+    fields' names begin with ``group``.
+    """
+    size, name = f"{group}vocab_size is {vocab_size:,}", f"{group}tokenizer"
+    if unknown and tokenizer not in ("char", "words"):
+        raise UsageError(
+            f"{group}unknown is for the tokenizers char and words, and {name} is "
+            f"{quoted(tokenizer)}"
+        )
+    if vocab_size and tokenizer not in MADE_FROM_TEXT:
+        raise UsageError(
+            f"{size}, and is for the tokenizers {', '.join(MADE_FROM_TEXT)}; {quoted(tokenizer)} "
+            "has its own size"
+        )
+    if vocab_size and tokenizer == "char" and not unknown:
+        raise UsageError(f"{size}, and char has all characters of the text without {group}unknown")
+    if tokenizer == "bpe" and 0 < vocab_size < LEAST_BYTE_PAIRS:
+        raise UsageError(
+            f"{size}, and must be at least {LEAST_BYTE_PAIRS} for bpe: 256 bytes and end-of-text"
+        )

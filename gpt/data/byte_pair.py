@@ -15,31 +15,10 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from gpt.config import UsageError, foreign, quoted
 from gpt.data.chat_templates import ChatTemplates
+from gpt.data.patterns import PATTERNS
 
 Ids = NDArray[np.uint32]
 
-_WORDS = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|%s| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$"
-    r"|\s*[\r\n]|\s+(?!\S)|\s"
-)
-_BLOOM = r"(\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-PATTERNS = {
-    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
-    # Each digit by itself, then GPT-2's: white space before a digit is at the end of a text.
-    "smollm": r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}++| ?[^\s\p{L}\p{N}]++|\s++$"
-    r"|\s+(?![^\s\p{N}])|\s",
-    "llama3": _WORDS % r"\p{N}{1,3}+",
-    "cl100k": _WORDS % r"\p{N}{1,3}+",
-    "qwen2": _WORDS % r"\p{N}",
-    "tekken": rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n/]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
-    # Words, and the runs between them.
-    "bloom": f" ?[^{_BLOOM}]++|(?:(?! [^{_BLOOM}])[{_BLOOM}])+",
-}
-"""Regular expressions in tiktoken's syntax. They split a text before bytes are merged. Each gives
-the pieces of the released tokenizer that it is named for: Llama 3's, GPT-4's (``cl100k``), Qwen 2's
-and 3's, SmolLM's, Mistral Nemo's (``tekken``), BLOOM's."""
 # The hashes that OpenAI published with GPT-2.
 _VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 _ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
@@ -159,7 +138,9 @@ class GPT2Tokenizer:
         """Split the text first, and then leave out its absent bytes: tiktoken does not do that."""
         import regex  # takes 0.1 s, and few vocabularies need it
 
-        pieces = (m[0].encode() for m in regex.finditer(PATTERNS[self.pattern], text))
+        pattern = PATTERNS[self.pattern]
+        version = regex.V1 if "&&" in pattern else regex.V0
+        pieces = (m[0].encode() for m in regex.finditer(pattern, text, version))
         left = (piece.translate(None, self.absent) for piece in pieces)
         encode = self._encoding._encode_single_piece
         return np.array([i for piece in left if piece for i in encode(piece)], np.uint32)

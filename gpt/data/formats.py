@@ -4,8 +4,9 @@
 separator between them. A line of a JSONL file is a document, and so is a row of a Parquet file.
 
 A document comes as pieces. The pieces of a long text have about a million characters, so a file of
-any size needs little memory. They end where white space follows a word. No token of any tokenizer
-spans such a place, so the ids of the pieces are the ids of the whole.
+any size needs little memory. They end where a space follows a word or a mark, or a line feed
+follows a word. No token of any tokenizer spans such a place, so the ids of the pieces are the ids
+of the whole. Only in a text without such a place in 4 million characters, a piece ends elsewhere.
 """
 
 import codecs
@@ -21,7 +22,9 @@ from gpt.files import as_training_text
 
 PIECE_CHARACTERS = 1 << 20
 LONGEST_WORD_PIECES = 4
-"""A word longer than this many pieces is cut, to limit memory."""
+"""A text without an end of a word in this many pieces is cut elsewhere, to limit memory: before a
+line feed, else anywhere.
+"""
 Document = Iterable[str]
 """A document's pieces, in order."""
 
@@ -75,7 +78,7 @@ def _pieces(texts: Iterator[str]) -> Iterator[str]:
             continue
         end = _last_word_end(held, max(start, 1))
         if not end and len(held) >= LONGEST_WORD_PIECES * PIECE_CHARACTERS:
-            end = len(held)
+            end = _last_word_end(held, 1, marks=True) or len(held)
         if end:
             yield held[:end]
             held = held[end:]
@@ -83,10 +86,17 @@ def _pieces(texts: Iterator[str]) -> Iterator[str]:
         yield held
 
 
-def _last_word_end(text: str, start: int) -> int:
-    """The last position, at ``start`` or later, where white space follows a word; 0 if none."""
+def _last_word_end(text: str, start: int, *, marks: bool = False) -> int:
+    """The last position, at ``start`` or later, where white space follows a word; 0 if none. A line
+    feed after a punctuation mark counts only with ``marks``: some tokenizers have tokens of both.
+    """
     for i in range(len(text) - 1, start - 1, -1):
-        if text[i] in " \n" and not text[i - 1].isspace():
+        before = text[i - 1]
+        if (
+            text[i] in " \n"
+            and not before.isspace()
+            and (text[i] == " " or marks or before.isalnum())
+        ):
             return i
     return 0
 

@@ -22,12 +22,12 @@ from gpt.data.example_windows import ExampleWindows
 from gpt.data.examples import Example, Examples, load_examples, save_examples
 from gpt.data.pieces import Split
 from gpt.data.piped import keep
-from gpt.data.prepare import make_tokenizer
 from gpt.data.prepared import is_corpus
 from gpt.data.reading import Reading
 from gpt.data.records import Record, read_records
 from gpt.data.token_files import is_token_files
 from gpt.data.tokenizer import Tokenizer, end_text
+from gpt.data.tokenizer_training import tokenizer_of_text
 from gpt.files import new_folder
 
 SPLITS = ("train", "validation")
@@ -91,7 +91,12 @@ def prepare_instructions(
         )
     if tokenizer is None:
         texts = [text for _, record in records for text in _texts(record)]
-        tokenizer = make_tokenizer(config.tokenizer, "".join({*"".join(texts), *PLAIN_LETTERS}))
+        tokenizer = tokenizer_of_text(
+            config,
+            [texts, [PLAIN_LETTERS]],
+            length=sum(map(len, texts)),
+            characters="".join({*"".join(texts), *PLAIN_LETTERS}),
+        )
     if tokenizer.chat is None and any("messages" in record for _, record in records):
         tokenizer.chat = ChatTemplates({DEFAULT: PLAIN}, {"eos_token": end_text(tokenizer)})
     key = hashlib.sha256(digest.digest() + f"{reading} {config.validation_fraction!r}".encode())

@@ -16,15 +16,14 @@ from numpy.typing import NDArray
 
 from gpt.config import DataConfig, UsageError, WindowOrder, quoted
 from gpt.data.batches import Batch, Windows
-from gpt.data.compression import Tap
-from gpt.data.corpus import Corpus, Say, open_corpus
-from gpt.data.formats import Document
+from gpt.data.corpus import Say, joined, open_corpus
 from gpt.data.order import Numbers, Order
 from gpt.data.pieces import Split
-from gpt.data.prepare import Progress, make_tokenizer, prepare
+from gpt.data.prepare import Progress, prepare
 from gpt.data.prepared import Prepared
 from gpt.data.reading import Reading
 from gpt.data.tokenizer import Tokenizer
+from gpt.data.tokenizer_training import tokenizer_of_corpus
 
 
 def quotas(weights: list[float], total: int) -> list[int]:
@@ -96,9 +95,8 @@ def prepare_mixture(
     """
     parts = config.parts()
     if tokenizer is None:
-        corpus = together([open_corpus(p.data.source, Reading.of(p.data)) for p in parts])
-        characters = corpus.survey(characters=True).characters if config.tokenizer == "char" else ""
-        tokenizer = make_tokenizer(config.tokenizer, characters)
+        corpus = joined([open_corpus(p.data.source, Reading.of(p.data)) for p in parts])
+        tokenizer = tokenizer_of_corpus(config, corpus, say=say)
     texts = []
     for number, part in enumerate(parts):
 
@@ -110,16 +108,6 @@ def prepare_mixture(
     return Mixture(
         tokenizer, tuple(p.name for p in parts), tuple(p.weight for p in parts), tuple(texts)
     )
-
-
-def together(corpora: list[Corpus]) -> Corpus:
-    """The documents of all corpora, each read in its own way."""
-    readers = {path: corpus.read for corpus in corpora for path in corpus.files}
-
-    def read(path: Path, tap: Tap) -> Iterator[Document]:
-        return readers[path](path, tap)
-
-    return Corpus(tuple(readers), read, " + ".join(corpus.name for corpus in corpora))
 
 
 class MixedWindows:

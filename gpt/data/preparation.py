@@ -30,6 +30,7 @@ from gpt.data.piped import keep
 from gpt.data.reading import Reading
 from gpt.data.shard_series import ShardSeries
 from gpt.data.tokenizer import Tokenizer
+from gpt.data.tokenizer_training import recipe
 from gpt.files import unwritable, write_atomically
 
 JOURNAL, SEEN = "journal.jsonl", "duplicates.sqlite"
@@ -110,7 +111,7 @@ def _work(config: PrepareConfig, corpus: Corpus, sizes: list[int]) -> dict[str, 
     return {
         "files": digest.hexdigest(),
         "reading": corpus.name,
-        "tokenizer setting": config.data.tokenizer,
+        "tokenizer setting": recipe(config.data),
         "duplicates": config.duplicates,
         "shard_tokens": config.shard_tokens,
         "validation": config.validation,

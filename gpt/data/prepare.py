@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from gpt.config import DataConfig, TokenizerKind, UsageError, quoted
+from gpt.config import DataConfig, UsageError, quoted
 from gpt.data import tokenizer as tokenizers
 from gpt.data.corpus import PREPARED_FILES, Corpus, Say, Survey, open_corpus
 from gpt.data.encoding import encoded
@@ -21,12 +21,8 @@ from gpt.data.prepared import Prepared, is_corpus, read_corpus, read_prepared
 from gpt.data.reading import Reading
 from gpt.data.shards import ShardWriter
 from gpt.data.token_files import is_token_files, read_token_files
-from gpt.data.tokenizer import (
-    ByteTokenizer,
-    CharTokenizer,
-    GPT2Tokenizer,
-    Tokenizer,
-)
+from gpt.data.tokenizer import GPT2Tokenizer, Tokenizer
+from gpt.data.tokenizer_training import recipe, tokenizer_of_corpus
 from gpt.files import new_folder
 
 Progress = Callable[[float], None]
@@ -43,9 +39,10 @@ def prepare(
 ) -> Prepared:
     """The shards of ``config.source`` in ``cache_dir``; they are written if they are not there yet.
 
-    ``tokenizer`` replaces the one that ``config.tokenizer`` names. ``say`` is told what the source
-    means if that may be unexpected. ``UsageError`` for a text that cannot be read, a folder that
-    cannot be written, and damaged shards.
+    ``tokenizer`` replaces the one that ``config.tokenizer`` names, and is needed if that is a file
+    or an encoding of tiktoken. ``say`` is told what the source means if that may be unexpected.
+    ``UsageError`` for a text that cannot be read, a folder that cannot be written, and damaged
+    shards.
     """
     if is_corpus(config.source):
         return dataclasses.replace(read_corpus(Path(config.source), tokenizer), kind=config.windows)
@@ -64,7 +61,8 @@ def prepare(
     survey = corpus.survey(characters=kind == "char" and tokenizer is None)
     if survey.length == 0:
         raise UsageError(f"data.source is {quoted(config.source)}, which has no text")
-    key = hashlib.sha256(survey.fingerprint + f"{kind} {config.validation_fraction!r}".encode())
+    made = kind if tokenizer else recipe(config)
+    key = hashlib.sha256(survey.fingerprint + f"{made} {config.validation_fraction!r}".encode())
     if tokenizer:
         key.update(tokenizers.fingerprint(tokenizer))
     folder = cache_dir / f"{config.name[:40]}-{kind}-{key.hexdigest()[:12]}"
@@ -72,7 +70,7 @@ def prepare(
         shutil.rmtree(folder, ignore_errors=True)  # a part of it was deleted
         try:
             with new_folder(folder) as work:
-                tokenizer = tokenizer or make_tokenizer(config.tokenizer, survey.characters)
+                tokenizer = tokenizer or tokenizer_of_corpus(config, corpus, survey, say=say)
                 _write(config, corpus, survey, work, tokenizer, progress)
         except UsageError:
             if not _is_whole(folder):  # else another run has prepared it meanwhile
@@ -112,14 +110,3 @@ def _write(
                 writers[each.piece.split].write(each.ids)
                 done += len(each.piece.text)
                 progress(done / survey.length)
-
-
-def make_tokenizer(kind: TokenizerKind, characters: str) -> Tokenizer:
-    """A tokenizer for texts of these ``characters``."""
-    match kind:
-        case "char":
-            return CharTokenizer(characters)
-        case "byte":
-            return ByteTokenizer()
-        case "gpt2":
-            return GPT2Tokenizer.released()

@@ -7,6 +7,7 @@ tokens.
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +22,11 @@ from gpt.data.byte_pair import Ids as Ids
 from gpt.data.byte_pair import byte_pair_from_state
 from gpt.data.chat_templates import ChatTemplates
 from gpt.data.library_tokenizer import library_tokenizer_from_state
+from gpt.data.sentencepiece_tokenizer import sentencepiece_from_state
+from gpt.data.words import UNKNOWN, UNKNOWN_BYTES, words_from_state
 from gpt.files import read_json
+
+GPT2_VOCAB_SIZE = 50257
 
 
 class Tokenizer(Protocol):
@@ -50,20 +55,26 @@ class Tokenizer(Protocol):
 
 
 class CharTokenizer:
-    """One token per character of the corpus, sorted by code point, and end-of-text."""
+    """One token per character of the corpus, sorted by code point, end-of-text, and ``<UNK>`` for
+    all other characters if ``unknown``.
+    """
 
     kind = "char"
     first: tuple[int, ...] = ()
     chat: ChatTemplates | None = None
 
-    def __init__(self, characters: Iterable[str]) -> None:
+    def __init__(self, characters: Iterable[str], *, unknown: bool = False) -> None:
         self.characters = "".join(sorted(set(characters)))
         self.end_of_text = len(self.characters)
-        self.vocab_size = self.end_of_text + 1
+        self.special = {END_OF_TEXT: self.end_of_text}
+        if unknown:
+            self.special[UNKNOWN] = self.end_of_text + 1
+        self.unknown = self.special.get(UNKNOWN)
+        self.vocab_size = len(self.characters) + len(self.special)
         codes = self._codes(self.characters)
         self._table = np.full(int(codes.max(initial=0)) + 1, self.vocab_size, np.uint32)
         self._table[codes] = np.arange(len(codes), dtype=np.uint32)
-        self._bytes = [character.encode() for character in self.characters] + [b""]
+        self._bytes = [*(character.encode() for character in self.characters), b"", UNKNOWN_BYTES]
 
     @staticmethod
     def _codes(text: str) -> Ids:
@@ -75,6 +86,8 @@ class CharTokenizer:
         known = codes < len(self._table)
         ids: Ids = self._table[np.where(known, codes, 0)]
         unknown = ~known | (ids == self.vocab_size)
+        if self.unknown is not None:
+            return np.where(unknown, np.uint32(self.unknown), ids)
         if unknown.any():
             character = text[int(unknown.argmax())]
             raise UsageError(
@@ -88,7 +101,8 @@ class CharTokenizer:
         return b"".join([self._bytes[i] for i in ids])
 
     def state(self) -> dict[str, Any]:
-        return {"characters": self.characters}
+        state: dict[str, Any] = {"characters": self.characters}
+        return state if self.unknown is None else state | {"unknown": True}
 
 
 class ByteTokenizer:
@@ -137,20 +151,59 @@ def _from_state(state: Any) -> Tokenizer:
 
 
 def _without_chat(state: dict[str, Any]) -> Tokenizer:
-    match state.get("kind"):
-        case "char":
-            characters = state.get("characters")
-            if not isinstance(characters, str) or list(characters) != sorted(set(characters)):
-                raise ValueError("characters must be sorted by code point, without repetition")
-            return CharTokenizer(characters)
-        case "byte":
-            return ByteTokenizer()
-        case "gpt2":
-            return byte_pair_from_state(state)
-        case "tokenizers":
-            return library_tokenizer_from_state(state)
-        case kind:
-            raise ValueError(f"kind is {quoted(kind)}, and must be char, byte, gpt2 or tokenizers")
+    kind = state.get("kind")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f"kind is {quoted(kind)}, and must be one of {', '.join(KINDS)}")
+    return KINDS[kind](state)
+
+
+def _characters_from_state(state: dict[str, Any]) -> CharTokenizer:
+    characters, unknown = state.get("characters"), state.get("unknown", False)
+    if not isinstance(characters, str) or list(characters) != sorted(set(characters)):
+        raise ValueError("characters must be sorted by code point, without repetition")
+    if not isinstance(unknown, bool):
+        raise ValueError(f"unknown is {quoted(unknown)}, and must be true or false")
+    return CharTokenizer(characters, unknown=unknown)
+
+
+KINDS: dict[str, Callable[[dict[str, Any]], Tokenizer]] = {
+    "char": _characters_from_state,
+    "byte": lambda state: ByteTokenizer(),
+    "words": words_from_state,
+    "gpt2": byte_pair_from_state,
+    "tokenizers": library_tokenizer_from_state,
+    "sentencepiece": sentencepiece_from_state,
+}
+"""From the kind in a file to what reads the rest. ``gpt2`` are all byte pairs that tiktoken
+computes.
+"""
+
+
+def name_of(tokenizer: Tokenizer) -> str:
+    """What messages call a tokenizer."""
+    size = GPT2_VOCAB_SIZE if tokenizer.kind == "gpt2" else tokenizer.vocab_size
+    return tokenizer.kind if tokenizer.vocab_size == size else "byte-pair"
+
+
+def special_tokens(tokenizer: Tokenizer) -> Mapping[str, int]:
+    """The special tokens by their texts; end-of-text for a tokenizer that has no texts for them."""
+    named: Mapping[str, int] = getattr(tokenizer, "special", {END_OF_TEXT: tokenizer.end_of_text})
+    return named
+
+
+def encode_special(tokenizer: Tokenizer, text: str) -> Ids:
+    """The ids of ``text``, in which the texts of special tokens are these tokens. For texts that
+    the user trusts: :meth:`Tokenizer.encode` reads them as ordinary text.
+    """
+    special = special_tokens(tokenizer)
+    longest_first = sorted(special, key=len, reverse=True)
+    parts: list[Ids] = []
+    for i, part in enumerate(re.split(f"({'|'.join(map(re.escape, longest_first))})", text)):
+        if i % 2:
+            parts.append(np.array([special[part]], np.uint32))
+        elif part:
+            parts.append(encoder(tokenizer, begins=i == 0)(part))
+    return np.concatenate(parts) if parts else np.zeros(0, np.uint32)
 
 
 def fingerprint(tokenizer: Tokenizer) -> bytes:

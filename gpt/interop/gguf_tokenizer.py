@@ -14,8 +14,9 @@ from gpt.config import UsageError, foreign, quoted
 from gpt.data.byte_pair import END_OF_TEXT, GPT2Tokenizer
 from gpt.data.chat_templates import DEFAULT, ChatTemplates
 from gpt.data.library_tokenizer import LibraryTokenizer
-from gpt.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, ends_of
-from gpt.interop.patterns import KNOWN, pattern_of_pre, pattern_of_steps, steps_of
+from gpt.data.patterns import steps_of
+from gpt.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, ends_of, special_tokens
+from gpt.interop.patterns import KNOWN, pattern_of_pre, pattern_of_steps
 from gpt.interop.tokenizer_settings import Settings
 from gpt.interop.vocabulary import (
     OtherEngineError,
@@ -25,7 +26,7 @@ from gpt.interop.vocabulary import (
     library_tokenizer,
     pairs_of,
 )
-from gpt.interop.vocabulary_export import definition_of, special_tokens
+from gpt.interop.vocabulary_export import definition_of
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """``tokenizer.ggml.token_type``: ordinary, unknown, special, added, padding, one byte."""
@@ -252,6 +253,8 @@ def tokenizer_metadata(tokenizer: Tokenizer, *, rows: int) -> dict[str, Any]:
     """
     special = special_tokens(tokenizer)
     added: Mapping[str, int] = getattr(tokenizer, "added", {})
+    if type(tokenizer) not in _WRITERS:
+        raise UsageError(f"a {tokenizer.kind} tokenizer cannot be written to a GGUF file")
     written = _WRITERS[type(tokenizer)](tokenizer)
     named, types = dict(written.tokens), dict.fromkeys(written.tokens, NORMAL) | written.types
     for group, kind in ((special, CONTROL), (added, USER)):
@@ -307,10 +310,10 @@ def _written_byte_level(tokenizer: Tokenizer) -> _Written:
     pattern = getattr(tokenizer, "pattern", None) or pattern_of_steps(
         before, ignore_merges=model["ignore_merges"]
     )
-    if pattern is None:
+    if pattern is None or not KNOWN[pattern].pre:
         raise UsageError(
-            f"the tokenizer splits a text with {quoted(before)}, which has no name in GGUF; the "
-            f"patterns that have one are {', '.join(KNOWN)}"
+            f"the tokenizer splits a text with {quoted(pattern or before)}, which has no name in "
+            f"GGUF; the patterns that have one are {', '.join(p for p in KNOWN if KNOWN[p].pre)}"
         )
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     metadata = {"model": "gpt2", "pre": KNOWN[pattern].pre[0], "merges": merges}
@@ -329,7 +332,8 @@ def _written_characters(tokenizer: Tokenizer) -> _Written:
         )
     named = {i: c.replace(" ", _SPACE) for i, c in enumerate(tokenizer.characters)}
     metadata = {"model": "llama", "pre": "default", "add_space_prefix": False}
-    return _Written(named, metadata, scores=dict.fromkeys(named, 0.0))
+    scores = dict.fromkeys(named, 0.0)
+    return _Written(named, metadata, scores=scores, unknown=tokenizer.unknown)
 
 
 def _written_library(tokenizer: Tokenizer) -> _Written:

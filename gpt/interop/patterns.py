@@ -8,20 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpt.config import UsageError, quoted
-
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_LETTERS = r"[^\r\n\p{L}\p{N}]?"
-_TEKKEN = (
-    rf"{_LETTERS}{_UPPER}*{_LOWER}+|{_LETTERS}{_UPPER}+{_LOWER}*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-Step = tuple[str, str | bool]
-_BYTES: Step = ("ByteLevel", False)
-"""The bytes of each piece, which is not split again."""
+from gpt.data.patterns import STEPS, Step
 
 
 @dataclass(frozen=True)
@@ -29,9 +16,7 @@ class Known:
     """The other names of one of :data:`gpt.data.byte_pair.PATTERNS`."""
 
     pre: tuple[str, ...]
-    """GGUF's names. The first one is written."""
-    steps: tuple[Step, ...]
-    """The steps in ``tokenizer.json``."""
+    """GGUF's names. The first one is written; without one, GGUF cannot say the pattern."""
     ignore_merges: bool = False
     """Whether a piece that is a token is taken whole, whatever its merges are."""
     normalisation: str = ""
@@ -43,36 +28,28 @@ class Known:
 KNOWN = {
     "gpt2": Known(
         ("gpt-2", "olmo", "mpt", "phi-2", "gigachat", "jais", "trillion", "modern-bert"),
-        (("ByteLevel", True),),
     ),
     "smollm": Known(
         ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
-        (("Digits", True), ("ByteLevel", True)),
     ),
     "llama3": Known(
         ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "lfm2"),
-        (("Split", _WORDS % r"\p{N}{1,3}"), _BYTES),
         ignore_merges=True,
         adds_first=True,
     ),
-    "cl100k": Known(
-        ("dbrx", "smaug-bpe", "chatglm-bpe"),
-        (("Split", _WORDS % r"\p{N}{1,3}"), _BYTES),
-    ),
+    "cl100k": Known(("dbrx", "smaug-bpe", "chatglm-bpe")),
+    "cl100k_base": Known(()),
     "qwen2": Known(
         ("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez"),
-        (("Split", _WORDS % r"\p{N}"), _BYTES),
         normalisation="NFC",
     ),
-    "tekken": Known(("tekken",), (("Split", _TEKKEN), _BYTES), ignore_merges=True, adds_first=True),
-    "bloom": Known(
-        ("bloom", "poro-chat", "gpt3-finnish"),
-        (
-            ("Split", r" ?[^(\s|[.,!?" + "\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c" + "])]+"),
-            _BYTES,
-        ),
-    ),
+    "tekken": Known(("tekken",), ignore_merges=True, adds_first=True),
+    "o200k": Known(("gpt-4o", "llama4")),
+    "bloom": Known(("bloom", "poro-chat", "gpt3-finnish")),
+    "chinese": Known(()),
+    "code": Known(()),
 }
+"""All of :data:`gpt.data.patterns.PATTERNS`. Those without a name of GGUF are only ours."""
 
 
 def pattern_of_steps(before: dict[str, Any], *, ignore_merges: bool) -> str | None:
@@ -94,7 +71,7 @@ def pattern_of_steps(before: dict[str, Any], *, ignore_merges: bool) -> str | No
                 steps.append(("Split", expression))
             case _:
                 return None
-    found = [name for name, known in KNOWN.items() if known.steps == tuple(steps)]
+    found = [name for name in KNOWN if STEPS[name] == tuple(steps)]
     found.sort(key=lambda name: KNOWN[name].ignore_merges != ignore_merges)
     if found == ["bloom"] and parts[0].get("behavior") != "Isolated":
         return None
@@ -108,28 +85,3 @@ def pattern_of_pre(pre: object) -> str:
             return name
     names = ", ".join(pre for known in KNOWN.values() for pre in known.pre)
     raise UsageError(f"tokenizer.ggml.pre is {quoted(pre)}, and the known ones are {names}")
-
-
-def steps_of(pattern: str) -> dict[str, Any]:
-    """The ``pre_tokenizer`` of a pattern."""
-    parts: list[dict[str, Any]] = []
-    for step in KNOWN[pattern].steps:
-        match step:
-            case ("ByteLevel", bool() as splits):
-                parts.append(byte_level(use_regex=splits))
-            case ("Digits", _):
-                parts.append({"type": "Digits", "individual_digits": True})
-            case (_, expression):
-                split = {"type": "Split", "pattern": {"Regex": expression}}
-                parts.append(split | {"behavior": "Isolated", "invert": False})
-    return parts[0] if len(parts) == 1 else {"type": "Sequence", "pretokenizers": parts}
-
-
-def byte_level(*, use_regex: bool) -> dict[str, Any]:
-    """The step that writes bytes as printable characters."""
-    return {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": use_regex,
-    }

@@ -13,9 +13,11 @@ from typing import Any
 from gpt.config import UsageError, foreign, quoted
 from gpt.data.byte_pair import END_OF_TEXT, GPT2Tokenizer
 from gpt.data.library_tokenizer import LibraryTokenizer, byte_characters, check_definition
+from gpt.data.patterns import byte_level
 from gpt.data.tokenizer import CharTokenizer, Tokenizer
+from gpt.data.words import UNKNOWN
 from gpt.files import read_object, read_text
-from gpt.interop.patterns import byte_level, pattern_of_steps
+from gpt.interop.patterns import pattern_of_steps
 from gpt.interop.tokenizer_settings import (
     WHAT,
     Settings,
@@ -80,6 +82,13 @@ def load_tokenizer(
         settings=settings,
         first=_first(folder, special, settings, ()),
     )
+
+
+def tokenizer_of_json(path: Path) -> Tokenizer:
+    """The tokenizer of a file in the format of ``tokenizer.json``, with any name. The folder's
+    ``tokenizer_config.json`` counts too. Errors as :func:`load_tokenizer`.
+    """
+    return _from_json(path, read_object(path, WHAT), end_of_text=(), rows=None)
 
 
 def _from_json(
@@ -249,15 +258,16 @@ def _adds_first(path: Path, processor: Any) -> tuple[int, ...]:
 
 def _characters(path: Path, vocab: dict[str, int], others: dict[str, int]) -> CharTokenizer:
     """The character tokenizer that this project exported."""
-    tokenizer = CharTokenizer(token for token in vocab if len(token) == 1)
-    if {c: i for i, c in enumerate(tokenizer.characters)} != vocab:
+    unknown = {UNKNOWN: vocab[UNKNOWN]} if UNKNOWN in vocab else {}
+    tokenizer = CharTokenizer((token for token in vocab if len(token) == 1), unknown=bool(unknown))
+    if {c: i for i, c in enumerate(tokenizer.characters)} | unknown != vocab:
         raise UsageError(
             f"{foreign(path)} has no pre_tokenizer, and its vocabulary is not one of characters"
         )
-    if list(others.values()) != [tokenizer.end_of_text]:
+    if sorted(others.values()) != sorted(tokenizer.special.values()):
         raise UsageError(
             f"{foreign(path)} has the added_tokens {quoted(others)}, and must have only "
-            f"end-of-text, with the id {tokenizer.end_of_text}"
+            f"end-of-text, with the id {tokenizer.end_of_text}, and {UNKNOWN} after it, if at all"
         )
     return tokenizer
 

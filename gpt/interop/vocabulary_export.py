@@ -8,8 +8,10 @@ from gpt.config import UsageError
 from gpt.data.byte_pair import END_OF_TEXT, GPT2Tokenizer
 from gpt.data.chat_templates import DEFAULT
 from gpt.data.library_tokenizer import LibraryTokenizer, byte_characters
-from gpt.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
-from gpt.interop.patterns import KNOWN, steps_of
+from gpt.data.patterns import steps_of
+from gpt.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, special_tokens
+from gpt.data.words import UNKNOWN
+from gpt.interop.patterns import KNOWN
 from gpt.interop.vocabulary import added_entries, byte_level_definition, merged_from
 
 
@@ -47,24 +49,23 @@ def hugging_face_files(tokenizer: Tokenizer) -> dict[str, str]:
     return {name: json.dumps(content, ensure_ascii=False) for name, content in files.items()}
 
 
-def special_tokens(tokenizer: Tokenizer) -> Mapping[str, int]:
-    """The special tokens by their texts; end-of-text for a tokenizer that has no texts for them."""
-    named: Mapping[str, int] = getattr(tokenizer, "special", {END_OF_TEXT: tokenizer.end_of_text})
-    return named
-
-
 def definition_of(tokenizer: Tokenizer) -> dict[str, Any]:
     """The content of ``tokenizer.json``, apart from what puts ``first`` before a text."""
     if isinstance(tokenizer, LibraryTokenizer):
         return dict(tokenizer.definition)
     if isinstance(tokenizer, CharTokenizer):
-        return byte_level_definition(
-            {character: i for i, character in enumerate(tokenizer.characters)},
+        characters = {character: i for i, character in enumerate(tokenizer.characters)}
+        if tokenizer.unknown is not None:
+            characters[UNKNOWN] = tokenizer.unknown
+        definition = byte_level_definition(
+            characters,
             [],
             added_tokens=added_entries(special_tokens(tokenizer), {}),
             before=None,
             decoder={"type": "Fuse"},
         )
+        definition["model"]["unk_token"] = UNKNOWN if tokenizer.unknown is not None else None
+        return definition
     if isinstance(tokenizer, ByteTokenizer):
         vocab = {byte_characters()[byte]: byte for byte in range(256)}
         entries, before = added_entries(special_tokens(tokenizer), {}), steps_of("gpt2")

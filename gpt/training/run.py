@@ -3,12 +3,14 @@
 import contextlib
 import dataclasses
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
-from gpt.config import DataConfig, TrainConfig, UsageError
+from gpt.config import TOKENIZERS, DataConfig, TrainConfig, UsageError, quoted
+from gpt.data import tokenizer as tokenizers
 from gpt.data.corpus import open_corpus
 from gpt.data.instructions import Encoder, is_instructions, prepare_instructions
 from gpt.data.mixture import prepare_mixture
@@ -16,7 +18,7 @@ from gpt.data.piped import is_piped, keep
 from gpt.data.prepare import prepare
 from gpt.data.prepared import is_corpus
 from gpt.data.token_files import is_token_files
-from gpt.data.tokenizer import Tokenizer
+from gpt.data.tokenizer import Tokenizer, name_of
 from gpt.device import choose_device
 from gpt.model.gpt import GPT
 from gpt.training import setup
@@ -28,6 +30,9 @@ from gpt.training.optimizer import describe_groups
 from gpt.training.parallel import World, join
 from gpt.training.saving import point_and_prune
 
+Named = Callable[[str], Tokenizer]
+"""Loads a tokenizer by its name: a file, a folder, or an encoding of tiktoken."""
+
 
 def train(
     config: TrainConfig,
@@ -36,11 +41,13 @@ def train(
     sample: Sample | None = None,
     initial: setup.Initial | None = None,
     encoder: Encoder | None = None,
+    named: Named | None = None,
 ) -> Result:
     """Train the model that ``config`` describes, from the start or from the run's last checkpoint,
     on all processes that torchrun started. ``initial`` loads the model that ``config.init`` names.
     ``sample`` writes what is shown with each evaluation. ``encoder`` makes what encodes the records
-    of instructions with a tokenizer.
+    of instructions with a tokenizer. ``named`` loads a tokenizer that ``config.data.tokenizer``
+    names and that is not made from the text.
 
     Raises :class:`UsageError` if the run cannot be trained, and then loses nothing in its folder.
     """
@@ -51,6 +58,7 @@ def train(
             world.main_first(
                 lambda: check_source(config.data, config.run)
             )  # before a folder is made
+            tokenizer = world.main_first(lambda: given_tokenizer(config, named))
             world.broadcast(lambda: stack.enter_context(setup.held(config.run)))
             try:
                 return train_on(
@@ -60,6 +68,7 @@ def train(
                     sample=sample,
                     initial=initial,
                     encoder=encoder,
+                    tokenizer=tokenizer,
                 )
             except OSError as error:
                 if error.errno not in setup.DISK_ERRORS:
@@ -79,8 +88,11 @@ def train_on(
     sample: Sample | None = None,
     initial: setup.Initial | None = None,
     encoder: Encoder | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Result:
-    """:func:`train` in a world, by a process that holds the run's folder."""
+    """:func:`train` in a world, by a process that holds the run's folder. ``tokenizer`` replaces
+    the one that ``config.data.tokenizer`` names.
+    """
 
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
@@ -89,7 +101,6 @@ def train_on(
     if checkpoint is not None:
         config = dataclasses.replace(config, data=setup.as_it_began(config.data, checkpoint))
     model: GPT | None = None
-    tokenizer: Tokenizer | None = None
     if config.init:
         if initial is None:
             raise UsageError(
@@ -177,6 +188,23 @@ def check_source(data: DataConfig, run: Path) -> None:
             )
 
 
+def given_tokenizer(config: TrainConfig, named: Named | None) -> Tokenizer | None:
+    """The tokenizer that ``config.data.tokenizer`` names, or ``None`` if the text, GPT-2 or an
+    initial model has it. A run that is resumed uses the one in its folder.
+    """
+    name, own = config.data.tokenizer, config.run / "tokenizer.json"
+    if name in TOKENIZERS or config.init:
+        return None
+    if config.resume and own.is_file():
+        return tokenizers.load(own)
+    if named is None:
+        raise UsageError(
+            f"data.tokenizer is {quoted(name)}, and the caller of train() gave no function to load "
+            "it"
+        )
+    return named(name)
+
+
 def beginning(trainer: Trainer) -> list[str]:
     """A summary of the run in a few lines, for the user."""
     config, model = trainer.config, trainer.config.model
@@ -190,7 +218,7 @@ def beginning(trainer: Trainer) -> list[str]:
         + (f", continuing from step {trainer.step:,}" if trainer.step else ""),
         f"text     {config.data.described}: {len(trainer.data.train):,} training and "
         f"{len(trainer.data.validation):,} validation tokens, "
-        f"{trainer.data.tokenizer.kind} tokenizer",
+        f"{name_of(trainer.data.tokenizer)} tokenizer",
         f"model    {trainer.model.parameter_count():,} parameters "
         f"({trainer.model.parameter_count(embeddings=False):,} without embeddings): "
         f"{model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, "

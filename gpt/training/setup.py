@@ -142,8 +142,8 @@ def resolve(
     vocab_size = config.model.vocab_size or max(there, tokenizer.vocab_size)
     if vocab_size < tokenizer.vocab_size:
         raise UsageError(
-            f"model.vocab_size is {vocab_size}, and the {tokenizer.kind} tokenizer of "
-            f"{config.data.described} needs {tokenizer.vocab_size} (0 chooses it)"
+            f"model.vocab_size is {vocab_size}, and the {tokenizers.name_of(tokenizer)} tokenizer "
+            f"of {config.data.described} needs {tokenizer.vocab_size} (0 chooses it)"
         )
     model = dataclasses.replace(config.model, vocab_size=vocab_size)
     return dataclasses.replace(config, run_dir=str(config.run), resume=False, model=model)

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from gpt.config import DataConfig, UsageError
-from gpt.data import compression, reading
+from gpt.data import compression, formats, reading
 from gpt.data.corpus import open_corpus
 from gpt.data.formats import FORMATS
 from gpt.data.prepare import prepare
@@ -176,3 +176,11 @@ def test_a_folder_of_a_dataset_is_streamed(tmp_path):
         read(f"hf://{tmp_path}", text_field="body")
     with pytest.raises(UsageError, match="has the option 'x', and takes name, split, revision"):
         read(f"hf://{tmp_path}?x=1")
+
+
+def test_a_text_without_the_end_of_a_word_is_cut_before_a_line_feed(monkeypatch):
+    monkeypatch.setattr(formats, "PIECE_CHARACTERS", 10)
+    pieces = list(formats.cut("\u3002\n".rjust(9, "\u6771") * 9))
+    assert [len(piece) for piece in pieces[:2]] == [35, 36]
+    assert all(piece.startswith("\n") for piece in pieces[1:])
+    assert next(iter(formats.cut("x" * 95))) == "x" * 40
