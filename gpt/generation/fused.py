@@ -68,7 +68,7 @@ class Fused:
 
 def _memory(cache: KVCache) -> list[tuple[int, torch.Size]]:
     stores = cache.stores.values()
-    return [(t.data_ptr(), t.shape) for store in stores for t in (store.keys, store.values)]
+    return [(t.data_ptr(), t.shape) for store in stores for t in store.tensors]
 
 
 def _gathered(model: GPT, cache: KVCache) -> kernels.Blocks | None:
@@ -92,7 +92,7 @@ def _gathered(model: GPT, cache: KVCache) -> kernels.Blocks | None:
         if store.keys.shape[2::2] != (config.n_kv_head, config.head_dim):
             return None
         memory = kernels.Store(
-            store.keys[number], store.values[number], **_seen(store, block.attn.kind.rule)
+            *(tensor[number] for tensor in store.tensors), **_seen(store, block.attn.kind.rule)
         )
         rotary = list(rotaries).index(block.attn.kind) if rotaries else -1
         layers.append(_layer(block, config, memory, slopes, rotary))
