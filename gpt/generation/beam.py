@@ -143,7 +143,7 @@ def check(
         torch.device("cpu"),
         advice="use a smaller num_beams or max_new_tokens",
     )
-    check_cache(model, width, min(context.length, len(prompt) + limit))
+    check_cache(model, width, min(context.length, len(prompt) + limit), config.cache)
     return prompt
 
 
