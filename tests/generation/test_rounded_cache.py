@@ -13,6 +13,7 @@ from gpt.generation.checks import check_cache
 from gpt.generation.decode import Decoder
 from gpt.generation.inference import prepare_for_inference
 from gpt.generation.speculative import DraftModel, PromptLookup, Speculator
+from gpt.model.cache import KVCache
 from gpt.model.gpt import GPT
 from gpt.model.store import Copied, Store
 from tests.conftest import make_model
