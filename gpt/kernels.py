@@ -335,7 +335,9 @@ class Store(ctypes.Structure):
         torch.float32: 0, torch.bfloat16: 1, torch.int8: 2,
     }  # fmt: skip
 
-    def __init__(self, keys: Tensor, values: Tensor, *scales: Tensor, **seen: int) -> None:
+    def __init__(
+        self, keys: Tensor, values: Tensor, scales: Sequence[Tensor] = (), **seen: int
+    ) -> None:
         dtype = keys.dtype
         if dtype not in self.NUMBERS or len(scales) != (2 if dtype == torch.int8 else 0):
             raise ValueError(f"the kernels do not take caches of {dtype}")

@@ -91,9 +91,9 @@ def _gathered(model: GPT, cache: KVCache) -> kernels.Blocks | None:
         store, number = cache.layer(layer)
         if store.keys.shape[2::2] != (config.n_kv_head, config.head_dim):
             return None
-        memory = kernels.Store(
-            *(tensor[number] for tensor in store.tensors), **_seen(store, block.attn.kind.rule)
-        )
+        keys, values, *scales = (tensor[number] for tensor in store.tensors)
+        seen = _seen(store, block.attn.kind.rule)
+        memory = kernels.Store(keys, values, scales, **seen)
         rotary = list(rotaries).index(block.attn.kind) if rotaries else -1
         layers.append(_layer(block, config, memory, slopes, rotary))
     return kernels.Blocks(
