@@ -48,11 +48,12 @@ struct FeedForward {
   Matrix up, gate, down;  // a gate without weights is none
 };
 
-// Keys and values [B, Hkv, slots, D] of one layer, float32 or bfloat16 (halves); strides are in
-// numbers. With a window, tokens behind the first `sinks` are in a ring of the other slots. With a
+// Keys and values [B, Hkv, slots, D] of one layer, float32, bfloat16 or int8, the last with a scale
+// for each slot, [B, Hkv, slots]; strides are in numbers. With a window, tokens behind the first `sinks` are in a ring of the other slots. With a
 // block size, a query sees its `local` newest blocks, the `first` ones, and `random` drawn ones.
 struct Store {
   void *keys, *values;
+  float *key_scales, *value_scales;  // null unless the numbers are int8
   long row_stride, head_stride, slots, window, sinks, block, local, first, random;
 };
 
@@ -81,9 +82,9 @@ struct Layer {
   Store store;
 };
 
-// parallel: both branches read the same stream.
+// parallel: both branches read the same stream. numbers: of the cache, 0 float32, 1 bfloat16, 2 int8.
 struct Shape {
-  long n_layer, n_head, kv_heads, head_dim, activation, parallel, halves, n_rotary;
+  long n_layer, n_head, kv_heads, head_dim, activation, parallel, numbers, n_rotary;
   const Rotary* rotaries;
 };
 
@@ -137,6 +138,18 @@ inline Floats floats(const uint16_t* from) {  // bfloat16 is the upper half of a
   return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load<__m128i>(from)), 16);
 #else
   return (Floats)(__builtin_convertvector(load<Halves>(from), Words) << 16);
+#endif
+}
+
+inline Floats floats(const int8_t* from) {
+#if defined(GPT_AVX512)
+  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(from)));
+#elif defined(GPT_AVX2)
+  return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+#else
+  Floats all;
+  for (int i = 0; i < LANES; i++) all[i] = from[i];
+  return all;
 #endif
 }
 
@@ -860,6 +873,26 @@ inline void weigh(const float* weights, const Number* values, long S, long D, fl
   for (int n = 0; n < N; n++) put(out + n * LANES, sums[n]);
 }
 
+// The D numbers of a key or value go into the cache, int8 with their scale, as gpt/model/store.py
+// rounds them.
+template <class Number>
+inline void keep(const float* from, long D, Number* to, float*) {
+  for (long d = 0; d < D; d += LANES) put(to + d, floats(from + d));
+}
+
+inline void keep(const float* from, long D, int8_t* to, float* scale) {
+  float largest = 0;
+  for (long d = 0; d < D; d++) {
+    float size = std::fabs(from[d]);
+    largest = size > largest || size != size ? size : largest;  // NaN stays
+  }
+  *scale = largest / 127;
+  for (long d = 0; d < D; d++) {
+    float steps = *scale > 0 ? std::nearbyint(from[d] / *scale) : 0;
+    to[d] = steps > -127 ? int8_t(std::min(steps, 127.0f)) : -127;
+  }
+}
+
 // Keys of consecutive positions in consecutive slots.
 struct Stretch {
   long slot, n, at;  // the position of the first
@@ -905,11 +938,31 @@ inline void stretches(const Store& store, long at, std::vector<Stretch>& out) {
   }
 }
 
-// One query's attention over the stretches of keys and values [slots, D] that it sees. Towards sinks
-// the query is another one.
+// Keys and values [slots, D] of one row and head, and their scales [slots], or null.
+template <class Number>
+struct Memory {
+  Number *keys, *values;
+  float *key_scales, *value_scales;
+
+  Memory(const Store& store, long at, long D)  // at: the index of the first number
+      : keys(static_cast<Number*>(store.keys) + at), values(static_cast<Number*>(store.values) + at),
+        key_scales(store.key_scales ? store.key_scales + at / D : nullptr),
+        value_scales(store.value_scales ? store.value_scales + at / D : nullptr) {}
+};
+
+// Numbers of the slots that a query sees are multiplied by the slots' scales.
+inline void scale_by(const float* scales, const std::vector<Stretch>& seen, float* numbers) {
+  for (const Stretch& stretch : seen) {
+    for (long s = 0; s < stretch.n; s++) numbers[s] *= scales[stretch.slot + s];
+    numbers += stretch.n;
+  }
+}
+
+// One query's attention over the stretches of keys and values that it sees. Towards sinks the query
+// is another one.
 template <class Number>
 void attend(const Layer& layer, long head, const float* query, const float* to_sinks,
-            const Number* keys, const Number* values, long at, long D, float* out) {
+            const Memory<Number>& memory, long at, long D, float* out) {
   static thread_local std::vector<float> weights, best;
   static thread_local std::vector<Stretch> seen;
   stretches(layer.store, at, seen);
@@ -919,13 +972,14 @@ void attend(const Layer& layer, long head, const float* query, const float* to_s
   float scale = float(layer.scale), softcap = float(layer.softcap);
   float* to = weights.data();
   for (long i = 0; i < count; i++) {
-    const Number* from = keys + seen[i].slot * D;
+    const Number* from = memory.keys + seen[i].slot * D;
     const float* q = seen[i].sinks ? to_sinks : query;
     long s = 0, n = seen[i].n;
     for (; s + 4 <= n; s += 4) scores<4>(q, from + s * D, D, to + s);
     for (; s < n; s++) scores<1>(q, from + s * D, D, to + s);
     to += n;
   }
+  if (memory.key_scales) scale_by(memory.key_scales, seen, weights.data());
   if (softcap || layer.slopes) {
     to = weights.data();
     float slope = layer.slopes ? layer.slopes[head] : 0;
@@ -961,10 +1015,11 @@ void attend(const Layer& layer, long head, const float* query, const float* to_s
       if (weights[s] < 1e-37f) weights[s] = 0;
   float total = add_up(weights.data(), S, [](auto v) { return v; });
   if (layer.sinks && layer.sinks[head] >= least) total += std::exp(layer.sinks[head] - largest);
+  if (memory.value_scales) scale_by(memory.value_scales, seen, weights.data());
   std::fill_n(out, D, 0.0f);
   const float* from = weights.data();
   for (long i = 0; i < count; from += seen[i].n, i++) {
-    const Number* its = values + seen[i].slot * D;
+    const Number* its = memory.values + seen[i].slot * D;
     long d = 0, n = seen[i].n;
     for (; d + 4 * LANES <= D; d += 4 * LANES) weigh<4>(from, its + d, n, D, out + d);
     for (; d < D; d += LANES) weigh<1>(from, its + d, n, D, out + d);
@@ -1013,7 +1068,6 @@ void attention(const Shape& shape, const Layer& layer, const Token* tokens, long
                const std::vector<Turned>& turned, const float* qkv, float* out) {
   long H = shape.n_head, G = shape.kv_heads, D = shape.head_dim;
   const Store& store = layer.store;
-  auto keys = static_cast<Number*>(store.keys), values = static_cast<Number*>(store.values);
   bool rotates = layer.rotary >= 0;
   long pairs = rotates ? shape.rotaries[layer.rotary].pairs : 0;
   auto angles = [&](long m) {
@@ -1029,10 +1083,9 @@ void attention(const Shape& shape, const Layer& layer, const Token* tokens, long
     long at = tokens[m].row * store.row_stride + g * store.head_stride + slot * D;
     const float *k = qkv + (m * (H + 2 * G) + H + g) * D, *v = k + G * D;
     prepare(layer.k_norm, k, D, angles(m), pairs, head.data());
-    for (long d = 0; d < D; d += LANES) {
-      put(keys + at + d, floats(&head[d]));
-      put(values + at + d, floats(v + d));
-    }
+    Memory<Number> memory(store, at, D);
+    keep(head.data(), D, memory.keys, memory.key_scales);
+    keep(v, D, memory.values, memory.value_scales);
   }
 #pragma omp barrier
   for (long i = own.begin; i < own.end; i++) {
@@ -1042,7 +1095,7 @@ void attention(const Shape& shape, const Layer& layer, const Token* tokens, long
     prepare(layer.q_norm, q, D, rotates ? angles(m) + 2 * pairs : nullptr, pairs, head.data());
     if (store.sinks)
       prepare(layer.q_norm, q, D, rotates ? angles(m) + 4 * pairs : nullptr, pairs, to_sinks.data());
-    attend(layer, h, head.data(), to_sinks.data(), keys + at, values + at, tokens[m].at, D,
+    attend(layer, h, head.data(), to_sinks.data(), Memory<Number>(store, at, D), tokens[m].at, D,
            out + i * D);
   }
 }
@@ -1146,10 +1199,10 @@ void gpt_blocks(const Layer* layers, const Shape* shape, const Token* tokens, lo
       if (shape->parallel && layer.mlp_norm.kind) normalise(layer.mlp_norm, x, M, C, other.data());
       multiply(layer.qkv, M, normal.data(), qkv.data());
 #pragma omp barrier
-      if (shape->halves)
-        attention<uint16_t>(*shape, layer, tokens, M, turned, qkv.data(), heads.data());
-      else
-        attention<float>(*shape, layer, tokens, M, turned, qkv.data(), heads.data());
+      auto attend_by = shape->numbers == 0   ? attention<float>
+                       : shape->numbers == 1 ? attention<uint16_t>
+                                             : attention<int8_t>;
+      attend_by(*shape, layer, tokens, M, turned, qkv.data(), heads.data());
 #pragma omp barrier
       bool attn_norm = layer.attn_out_norm.kind, mlp_norm = layer.mlp_out_norm.kind;
       multiply(layer.out, M, heads.data(), attn_norm ? added.data() : x, !attn_norm);

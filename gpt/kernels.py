@@ -319,24 +319,33 @@ class Rotary(ctypes.Structure):
 
 
 class Store(ctypes.Structure):
-    """The keys and values of one layer, ``[B, Hkv, S, D]``, float32 or bfloat16. It keeps its
-    tensors alive. With an attention ``window``, the slots after the first ``sinks`` are a ring.
-    With a ``block`` size, queries see the ``local`` newest blocks, the ``first`` blocks, and
-    ``random`` drawn ones.
+    """The keys and values of one layer, ``[B, Hkv, S, D]``, float32 or bfloat16, or int8 with
+    ``scales`` ``[B, Hkv, S, 1]`` of keys and of values. It keeps its tensors alive. With an
+    attention ``window``, the slots after the first ``sinks`` are a ring. With a ``block`` size,
+    queries see the ``local`` newest blocks, the ``first`` blocks, and ``random`` drawn ones.
     """
 
     _fields_ = (
-        *((name, _POINTER) for name in ("keys", "values")),
+        *((name, _POINTER) for name in ("keys", "values", "key_scales", "value_scales")),
         *((n, _LONG) for n in ("row_stride", "head_stride", "slots", "window", "sinks")),
         *((n, _LONG) for n in ("block", "local", "first", "random")),
     )
 
-    def __init__(self, keys: Tensor, values: Tensor, **seen: int) -> None:
-        self.halves = keys.dtype == torch.bfloat16
-        dtype = torch.bfloat16 if self.halves else torch.float32
-        addresses = (_address(tensor, dtype, *keys.shape) for tensor in (keys, values))
+    NUMBERS: ClassVar[dict[torch.dtype, int]] = {
+        torch.float32: 0, torch.bfloat16: 1, torch.int8: 2,
+    }  # fmt: skip
+
+    def __init__(
+        self, keys: Tensor, values: Tensor, scales: Sequence[Tensor] = (), **seen: int
+    ) -> None:
+        dtype = keys.dtype
+        if dtype not in self.NUMBERS or len(scales) != (2 if dtype == torch.int8 else 0):
+            raise ValueError(f"the kernels do not take caches of {dtype}")
+        self.numbers = self.NUMBERS[dtype]
+        addresses = [_address(tensor, dtype, *keys.shape) for tensor in (keys, values)]
+        addresses += [_numbers(tensor, *keys.shape[:3], 1) or 0 for tensor in scales] or [0, 0]
         super().__init__(*addresses, *keys.stride()[:2], keys.shape[2], **seen)
-        self.tensors = keys, values
+        self.tensors = keys, values, *scales
 
 
 class Layer(ctypes.Structure):
@@ -388,7 +397,7 @@ class Layer(ctypes.Structure):
 class _Shape(ctypes.Structure):
     _fields_ = (
         *((n, _LONG) for n in ("n_layer", "n_head", "kv_heads", "head_dim", "activation")),
-        *((n, _LONG) for n in ("parallel", "halves", "n_rotary")),
+        *((n, _LONG) for n in ("parallel", "numbers", "n_rotary")),
         ("rotaries", ctypes.POINTER(Rotary)),
     )
 
@@ -423,14 +432,14 @@ class Blocks:
             raise ValueError(f"the size of a head must be a multiple of 16, not {head_dim}")
         if any(2 * rotary.pairs > head_dim for rotary in rotaries):
             raise ValueError(f"a rotation has more than the {head_dim} numbers of a head")
-        halves = {bool(layer.kept[0]["store"].halves) for layer in layers}
-        if len(halves) > 1:
+        numbers: set[int] = {layer.kept[0]["store"].numbers for layer in layers}
+        if len(numbers) > 1:
             raise ValueError("the layers' caches have different dtypes")
         self._array = (Layer * len(layers))(*layers)
         self._rotaries = (Rotary * len(rotaries))(*rotaries)
         self._shape = _Shape(
             len(layers), n_head, kv_heads, head_dim, ACTIVATIONS[activation],
-            parallel, halves.pop(), len(rotaries), self._rotaries,
+            parallel, numbers.pop(), len(rotaries), self._rotaries,
         )  # fmt: skip
         self._kept = list(rotaries)
 

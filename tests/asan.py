@@ -34,6 +34,7 @@ MODELS = [
     {"n_embd": 64, "n_head": 4, "activation": "tanh", "scale_attention_by_layer": True},
 ]
 CAPACITIES = [1, 4, 5, 15, 16, 33]
+DTYPES = [torch.float32, torch.bfloat16, torch.int8]
 
 
 def products() -> int:
@@ -61,8 +62,9 @@ def decoded(model: InferenceGPT, dtype: torch.dtype, capacity: int, rows: int, s
     """Rows of ``capacity`` tokens, ``step`` at once, up to the cache's last slot; then unequal
     rows.
     """
-    cache = model.new_cache(rows, capacity=capacity)
-    for store in cache.stores.values():
+    rounded = dtype == torch.int8
+    cache = model.new_cache(rows, capacity=capacity, stored_as="int8" if rounded else "float")
+    for store in () if rounded else cache.stores.values():
         store.keys, store.values = store.keys.to(dtype), store.values.to(dtype)
     tokens = torch.randint(model.config.vocab_size, (rows, capacity))
     for chunk in tokens.split(step, dim=1):
@@ -101,7 +103,7 @@ def check(path: str, what: str) -> None:
         for changes, kind in itertools.product(models, kernels.FORMATS):
             shape = {"vocab_size": 257, "context_length": 33, "n_layer": 2} | changes
             model = prepare_for_inference(make_model(ModelConfig(**shape)), kind)
-            for capacity, dtype in itertools.product(CAPACITIES, (torch.float32, torch.bfloat16)):
+            for capacity, dtype in itertools.product(CAPACITIES, DTYPES):
                 for rows, step in ((1, 1), (1, 5), (3, 4)):
                     decoded(model, dtype, capacity, rows, step)
             decoded(model, torch.float32, 5, 2 * FEW, 1)

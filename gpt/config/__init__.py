@@ -26,7 +26,13 @@ from gpt.config.data import (
     WindowKind,
     WindowOrder,
 )
-from gpt.config.generation import GenerationConfig, SamplingConfig, token_ids, unescaped
+from gpt.config.generation import (
+    CacheFormat,
+    GenerationConfig,
+    SamplingConfig,
+    token_ids,
+    unescaped,
+)
 from gpt.config.model import (
     Activation,
     Balance,
@@ -63,6 +69,7 @@ __all__ = [
     "BadBytes",
     "Balance",
     "Bounds",
+    "CacheFormat",
     "CheckpointConfig",
     "DataConfig",
     "Device",

@@ -6,7 +6,7 @@ from typing import Literal
 
 from gpt.config.checks import UsageError, check, number, quoted
 from gpt.config.data import DataConfig
-from gpt.config.generation import GenerationConfig
+from gpt.config.generation import CacheFormat, GenerationConfig
 from gpt.config.model import RotaryScaling
 from gpt.config.training import Device
 
@@ -200,6 +200,9 @@ class EvaluateConfig:
     stride: int = number(0, at_least=0)
     """Distance between windows of the text, in tokens; 0: half the context, or context_length
     if that is given."""
+    cache: CacheFormat = "float"
+    """int8: the model reads the text's keys and values after their rounding to 8 bits, as with
+    sample.py --cache int8. float: as they are."""
     paired: bool = False
     """Test whether the difference of two models on one text is more than noise."""
     json: bool = False
@@ -227,6 +230,10 @@ class EvaluateConfig:
             raise UsageError(
                 f"rotary_scaling_factor is {self.rotary_scaling_factor:g}, and needs a "
                 "rotary_scaling"
+            )
+        if self.cache != "float" and not self.text:
+            raise UsageError(
+                f"cache is {self.cache!r}, and is measured on a text: give text as well"
             )
         if self.paired and not (len(self.models) == 2 and self.text):
             raise UsageError(

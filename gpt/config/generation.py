@@ -34,6 +34,7 @@ def unescaped(text: str) -> str:
     return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t"}.get(found[1], "\\"), text)
 
 
+CacheFormat = Literal["float", "int8"]
 _MOST_BIAS = 1e30
 """Far beyond any logit, and finite in bfloat16 and float32."""
 
@@ -128,6 +129,9 @@ class GenerationConfig(SamplingConfig):
     """What happens when the context is full. slide: the model reads the newer half again and
     continues; stop: the text ends; sinks: continue without reading again (only models in which
     every layer has an attention window)."""
+    cache: CacheFormat = "float"
+    """Format of the keys and values of earlier tokens. float: the model's; int8: 8 bits and a scale
+    for each head, about half the memory of bfloat16, with a small loss (docs/generation.md)."""
     logprobs: int | None = number(None, at_least=0)
     """Also return the log-probability of each token and of this many likeliest alternatives (in
     Python, and in the lines of out)."""

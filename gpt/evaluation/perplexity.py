@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gpt.config import UsageError
+from gpt.config import CacheFormat, UsageError
 from gpt.data import tokenizer as tokenizers
 from gpt.data.corpus import Corpus
 from gpt.data.tokenizer import Ids, Tokenizer, encoder
@@ -105,8 +105,10 @@ def score_text(
     context: int = 0,
     stride: int = 0,
     batch_size: int = 0,
+    cache: CacheFormat = "float",
 ) -> TextScore:
-    """The model's score on ``ids`` ``[n]``. Every token except the first counts once.
+    """The model's score on ``ids`` ``[n]``. Every token except the first counts once. With the
+    ``cache`` int8, queries read keys and values as such a cache has them.
 
     The defaults of 0 mean: windows of the model's context length, a ``stride`` of half the
     ``context``, and a ``batch_size`` of 1 window on a CPU (for its caches) and 8 elsewhere.
@@ -135,7 +137,10 @@ def score_text(
     for batch in batches:
         rows = np.stack([ids[starts[i] : starts[i] + context + 1] for i in batch])
         tokens = torch.from_numpy(rows.astype(np.int64)).to(device)
-        features = model.features(tokens[:, :-1])
+        held = None
+        if cache != "float":
+            held = model.new_cache(len(batch), capacity=context, stored_as=cache)
+        features = model.features(tokens[:, :-1], cache=held)
         for j, i in enumerate(batch):
             before = starts[i - 1] + context - starts[i] if i else 0  # scored by the window before
             targets = tokens[j, 1 + before :]

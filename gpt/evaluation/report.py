@@ -109,6 +109,7 @@ def _measure(config: EvaluateConfig, corpus: Corpus | None, say: Callable[[str],
                 context=context,
                 stride=config.stride or config.context_length,
                 batch_size=config.batch_size,
+                cache=config.cache,
             )
             texts.append(score)
             own[config.text] = {

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from gpt.config import SamplingConfig
+from gpt.config import CacheFormat, GenerationConfig, SamplingConfig
 from gpt.generation.sampling import UNKNOWN, choose, marked, penalise
 from gpt.model.cache import KVCache
 from gpt.model.gpt import GPT
@@ -148,7 +148,7 @@ no graphs. A decoder takes the loop out while it runs, so that no two decoders s
 
 
 def loop_for(
-    model: GPT, config: SamplingConfig, *, rows: int, length: int, vocab_size: int
+    model: GPT, config: GenerationConfig, *, rows: int, length: int, vocab_size: int
 ) -> TokenLoop:
     """A loop over an empty cache with room for ``rows`` rows of ``length`` tokens: the one that
     the model keeps, if it fits.
@@ -156,12 +156,12 @@ def loop_for(
     length = -(-length // ROUNDED) * ROUNDED
     length = min(model.config.most_positions() or length, length)
     old = _kept.pop(model, None)
-    if old is not None and _fits(old, model, rows, length):
+    if old is not None and _fits(old, model, config.cache, rows, length):
         old.cache.reorder([])
         if (old.settings, old.vocab_size) == (_settings(config), vocab_size):
             return old
         return TokenLoop(old.cache, config, vocab_size=vocab_size)
-    cache = model.new_cache(rows, capacity=length, on_device=True)
+    cache = model.new_cache(rows, capacity=length, on_device=True, stored_as=config.cache)
     cache.reorder([])
     return TokenLoop(cache, config, vocab_size=vocab_size)
 
@@ -175,7 +175,7 @@ def keep(model: GPT, loop: TokenLoop) -> None:
         _kept[model] = loop
 
 
-def _fits(loop: TokenLoop, model: GPT, rows: int, length: int) -> bool:
+def _fits(loop: TokenLoop, model: GPT, stored_as: CacheFormat, rows: int, length: int) -> bool:
     """Whether the cache has room for ``rows`` rows of ``length`` tokens, and the graphs read this
     model's weights. Attention reads the whole capacity, so it may be at most twice ``length``.
     """
@@ -183,7 +183,7 @@ def _fits(loop: TokenLoop, model: GPT, rows: int, length: int) -> bool:
     return (
         rows <= cache.max_batch_size
         and length <= cache.capacity <= 2 * length
-        and cache.dtype == (model.cache_dtype or model.dtype)
+        and (cache.stored_as, cache.dtype) == (stored_as, model.cache_dtype or model.dtype)
         and cache.device == model.device
         and (not loop.addresses or loop.addresses == addresses(model))
     )

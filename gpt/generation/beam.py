@@ -58,7 +58,8 @@ def beam_search(
     prompt = check(model, prompt, config, vocab_size)
     limit = min(config.max_new_tokens, context.room(prompt))
     device = model.device
-    cache = model.new_cache(width, capacity=min(context.length, len(prompt) + limit))
+    capacity = min(context.length, len(prompt) + limit)
+    cache = model.new_cache(width, capacity=capacity, stored_as=config.cache)
     cache.reorder([0])
     history = None
     if config.has_penalties:
@@ -142,7 +143,7 @@ def check(
         torch.device("cpu"),
         advice="use a smaller num_beams or max_new_tokens",
     )
-    check_cache(model, width, min(context.length, len(prompt) + limit))
+    check_cache(model, width, min(context.length, len(prompt) + limit), config.cache)
     return prompt
 
 

@@ -87,7 +87,7 @@ class Conversation:
         self._templates = tokenizer.chat
         self._template, self._variables = template, dict(variables or {})
         self._guessing: dict[str, Any] = {"draft": draft, "num_draft_tokens": num_draft_tokens}
-        self._prefix = Prefix(network)
+        self._prefix = Prefix(network, cache=config.cache)
         self._known: tuple[str, list[int]] = ("", [])  # a rendered text, and the ids it has had
         self._marker, self._mark = Marker(special_texts(tokenizer)), MARKS[0]
         self._ends: frozenset[int] | None = None

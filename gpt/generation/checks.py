@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from gpt.config import GenerationConfig, UsageError, quoted, token_ids
+from gpt.config import CacheFormat, GenerationConfig, UsageError, quoted, token_ids
 from gpt.device import check_memory
 from gpt.model.cache import KVCache
 from gpt.model.gpt import GPT
@@ -79,15 +79,22 @@ def check_sequences(n: int, tokens: int) -> None:
     )
 
 
-def check_cache(model: GPT, rows: int, length: int) -> None:
+def check_cache(model: GPT, rows: int, length: int, stored_as: CacheFormat) -> None:
     """``UsageError`` if the model's device has no memory for the keys, values and logits of
     ``rows`` sequences of up to ``length`` tokens.
     """
     dtype = model.cache_dtype or model.dtype
-    cache = KVCache(model.config, batch_size=rows, capacity=length, dtype=dtype, device="meta")
+    cache = KVCache(
+        model.config,
+        batch_size=rows,
+        capacity=length,
+        dtype=dtype,
+        device="meta",
+        stored_as=stored_as,
+    )
     check_memory(
         f"the keys, values and logits of {rows:,} sequences of up to {length:,} tokens",
         cache.nbytes + rows * COPIES_OF_LOGITS * 4 * model.config.vocab_size,
         model.device,
-        advice="use a smaller batch_size, num_beams or max_new_tokens",
+        advice="use a smaller batch_size, num_beams or max_new_tokens, or cache int8",
     )

@@ -124,7 +124,7 @@ class Decoder:
         if config.logprobs is not None:
             self._describer = Describer(model, config.logprobs, self.vocab_size)
             prefix = None  # what was read without details has none
-        self._prefix = prefix or Prefix(model, self._describer)
+        self._prefix = prefix or Prefix(model, self._describer, cache=config.cache)
         self._remembers = prefix is not None
         self._count = 0
 
@@ -290,14 +290,14 @@ class Decoder:
         length = self._longest([*arriving, *self._waiting])
         if old is not None:
             rows, length = max(rows, old.max_batch_size), max(length, old.capacity)
-        check_cache(self.model, rows, length)
+        check_cache(self.model, rows, length, self.config.cache)
         if self._ahead > 1:
             self._loop = loop_for(
                 self.model, self.config, rows=rows, length=length, vocab_size=self.vocab_size
             )
             self._cache = self._loop.cache
         else:
-            self._cache = self.model.new_cache(rows, capacity=length)
+            self._cache = self.model.new_cache(rows, capacity=length, stored_as=self.config.cache)
             self._cache.reorder([])
         if old is not None:
             self._cache.add(old)
@@ -310,7 +310,9 @@ class Decoder:
             return
         cache = self._cache
         if self._loop is not None:  # its memory belongs to the model's next texts
-            cache = self.model.new_cache(1, capacity=self._cache.capacity)
+            cache = self.model.new_cache(
+                1, capacity=self._cache.capacity, stored_as=self.config.cache
+            )
             cache.reorder([])
             cache.add(self._cache, [0])
         tokens = self._rows[0].tokens

@@ -68,7 +68,7 @@ class Fused:
 
 def _memory(cache: KVCache) -> list[tuple[int, torch.Size]]:
     stores = cache.stores.values()
-    return [(t.data_ptr(), t.shape) for store in stores for t in (store.keys, store.values)]
+    return [(t.data_ptr(), t.shape) for store in stores for t in store.tensors]
 
 
 def _gathered(model: GPT, cache: KVCache) -> kernels.Blocks | None:
@@ -91,9 +91,9 @@ def _gathered(model: GPT, cache: KVCache) -> kernels.Blocks | None:
         store, number = cache.layer(layer)
         if store.keys.shape[2::2] != (config.n_kv_head, config.head_dim):
             return None
-        memory = kernels.Store(
-            store.keys[number], store.values[number], **_seen(store, block.attn.kind.rule)
-        )
+        keys, values, *scales = (tensor[number] for tensor in store.tensors)
+        seen = _seen(store, block.attn.kind.rule)
+        memory = kernels.Store(keys, values, scales, **seen)
         rotary = list(rotaries).index(block.attn.kind) if rotaries else -1
         layers.append(_layer(block, config, memory, slopes, rotary))
     return kernels.Blocks(

@@ -2,6 +2,7 @@
 
 import torch
 
+from gpt.config import CacheFormat
 from gpt.generation.logprobs import Describer, Reading, TokenDetails
 from gpt.generation.prefill import read
 from gpt.model.cache import KVCache
@@ -18,8 +19,10 @@ class Prefix:
     token give the details of the next one, so each prompt reads the last shared token itself.
     """
 
-    def __init__(self, model: GPT, describer: Describer | None = None) -> None:
-        self.model, self.describer = model, describer
+    def __init__(
+        self, model: GPT, describer: Describer | None = None, *, cache: CacheFormat = "float"
+    ) -> None:
+        self.model, self.describer, self.stored_as = model, describer, cache
         self.details: list[TokenDetails] = []
         """Those of the shared tokens from the second on."""
         self._left = 0 if describer is None else 1  # shared tokens that are not in the cache
@@ -39,7 +42,7 @@ class Prefix:
         if len(shared) - len(common(shared, self._tokens)) >= WORTH_SHARING:
             self._tokens = shared
             unread = shared[: len(shared) - self._left]
-            self._cache = self.model.new_cache(1, capacity=len(unread))
+            self._cache = self.model.new_cache(1, capacity=len(unread), stored_as=self.stored_as)
             ids = torch.tensor([unread], device=self.model.device)
             if self.describer is None:
                 read(self.model, ids, self._cache)
@@ -63,7 +66,7 @@ class Prefix:
             or known < WORTH_SHARING
             or not self._cache.can_truncate([known])  # a ring has forgotten what is before
         ):
-            return self.model.new_cache(len(prompts), capacity=longest)
+            return self.model.new_cache(len(prompts), capacity=longest, stored_as=self.stored_as)
         cache = self._cache.expand(len(prompts), capacity=max(longest, self._cache.length))
         cache.truncate(known)
         return cache

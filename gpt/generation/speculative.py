@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt.config import GenerationConfig, SamplingConfig, UsageError
+from gpt.config import CacheFormat, GenerationConfig, SamplingConfig, UsageError
 from gpt.generation.checks import check_number, check_prompt, check_settings
 from gpt.generation.context import Context, Ends, newest
 from gpt.generation.decode import Token
@@ -36,6 +36,9 @@ from gpt.generation.sampling import (
     penalise,
 )
 from gpt.model.gpt import GPT
+
+FIRST = 256
+"""Tokens that a cache has memory for at first."""
 
 
 class Draft(Protocol):
@@ -82,8 +85,9 @@ class DraftModel:
         *,
         vocab_size: int | None = None,
         seed: int | None = None,
+        cache: CacheFormat = "float",
     ) -> None:
-        self._reader, self._config = _Reader(model), config
+        self._reader, self._config = _Reader(model, cache), config
         self._vocab_size = vocab_size or model.config.vocab_size
         self._seed = seed
         self._draws = new_draws(seed, [], 0, guesses=True)
@@ -173,7 +177,8 @@ class Speculator:
         prompt = check_prompt(self.model, prompt, config, self.vocab_size)
         draws = _Draws(new_draws(config.seed, prompt, sample))
         self.draft.start(prompt, sample)
-        reader, tokens, written = _Reader(self.model), context.fit(prompt), 0
+        reader = _Reader(self.model, self.config.cache)
+        tokens, written = context.fit(prompt), 0
         history = None
         if config.has_penalties:
             history = History(self.vocab_size, self.model.device)
@@ -285,11 +290,12 @@ def _verified(
 
 
 class _Reader:
-    """A model that reads a growing text, each time only the new tokens."""
+    """A model that reads a growing text, each time only the new tokens. Its cache grows too."""
 
-    def __init__(self, model: GPT) -> None:
+    def __init__(self, model: GPT, cache: CacheFormat) -> None:
         self.model = model
-        self._cache = model.new_cache()
+        capacity = min(FIRST, model.config.context_length)
+        self._cache = model.new_cache(capacity=capacity, stored_as=cache)
         self._tokens: list[int] = []
 
     def logits(
@@ -302,6 +308,9 @@ class _Reader:
         kept = min(len(common(self._tokens, tokens)), len(tokens) - n)
         kept = kept if self._cache.can_truncate([kept]) else 0
         self._cache.truncate(kept)
+        if len(tokens) > self._cache.capacity:  # twice as much, so that few tokens are copied
+            capacity = min(2 * len(tokens), self.model.config.context_length)
+            self._cache = self._cache.expand(1, capacity=capacity)
         self._tokens = list(tokens)
         unread = torch.tensor([tokens[kept:]], device=self.model.device)
         with evaluation_mode(self.model):

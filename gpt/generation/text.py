@@ -191,7 +191,9 @@ def new_decoder(
             raise UsageError(
                 "the draft model's tokenizer differs from the model's, and must be the same"
             )
-        guesser = DraftModel(draft[0], config, vocab_size=size, seed=config.seed)
+        guesser = DraftModel(
+            draft[0], config, vocab_size=size, seed=config.seed, cache=config.cache
+        )
     return Speculator(
         network,
         config,

@@ -3,10 +3,11 @@
 A plain object that is passed to ``GPT.forward``, never a buffer of the model. Its memory is
 allocated once. Per token it holds ``2 * n_layer * n_kv_head * head_dim`` numbers (GPT-2's smallest:
 18,432, or 36 KiB in bfloat16); layers with an attention window hold a ring, whose memory does not
-grow with the text.
+grow with the text. Stored as ``int8``, a number takes 8 bits, and each head's keys and values
+of a token a scale of 32 bits each (:mod:`gpt.model.store`).
 
 The law: for every variant, both kinds of lengths and every chunking, decoding with the cache gives
-the full forward's logits.
+the full forward's logits. With int8, these are the logits of keys and values that were rounded.
 """
 
 import copy
@@ -17,7 +18,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from gpt.config import ModelConfig
+from gpt.config import CacheFormat, ModelConfig
 from gpt.model.kinds import Kind, layer_kinds
 from gpt.model.lengths import DeviceLengths, HostLengths, Next
 from gpt.model.store import Copied, Ring, Slots, Store, make_store
@@ -59,9 +60,11 @@ class KVCache:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         on_device: bool = False,
+        stored_as: CacheFormat = "float",
     ) -> None:
         """``capacity`` is the model's ``context_length`` unless given. It cannot be more where
-        positions are learned. ``on_device`` keeps the lengths in a tensor.
+        positions are learned. Queries read keys and values in ``dtype``, which are stored in it, or
+        with ``stored_as`` int8 in 8 bits. ``on_device`` keeps the lengths in a tensor.
         """
         config = config.resolved()
         capacity = config.context_length if capacity is None else capacity
@@ -73,6 +76,8 @@ class KVCache:
             )
         self.capacity = capacity
         """The most tokens that a row may have."""
+        self.stored_as = stored_as
+        """Of the keys and values of the layers."""
         kinds = layer_kinds(config)
         self._where = [(kind, kinds[:layer].count(kind)) for layer, kind in enumerate(kinds)]
         self.stores = {
@@ -81,6 +86,7 @@ class KVCache:
                 (kinds.count(kind), batch_size, config.n_kv_head, capacity, config.head_dim),
                 dtype,
                 device,
+                stored_as == "int8",
             )
             for kind in dict.fromkeys(kinds)
         }
@@ -112,8 +118,8 @@ class KVCache:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of keys and values."""
-        return self._first.keys.dtype
+        """Of the keys and values that queries read."""
+        return self._first.dtype
 
     @property
     def nbytes(self) -> int:

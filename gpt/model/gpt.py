@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from gpt.config import ModelConfig
+from gpt.config import CacheFormat, ModelConfig
 from gpt.model.block import RESIDUALS, Block
 from gpt.model.cache import KVCache
 from gpt.model.documents import documents_of
@@ -191,10 +191,16 @@ class GPT(nn.Module):
             self.head.weight = self.embed.weight
 
     def new_cache(
-        self, batch_size: int = 1, *, capacity: int | None = None, on_device: bool = False
+        self,
+        batch_size: int = 1,
+        *,
+        capacity: int | None = None,
+        on_device: bool = False,
+        stored_as: CacheFormat = "float",
     ) -> KVCache:
-        """An empty cache for this model, of its dtype and on its device. Its lengths are host
-        integers, or with ``on_device`` a tensor, for compiled and captured decoding.
+        """An empty cache for this model, of its dtype and on its device; with ``stored_as`` int8,
+        keys and values are rounded. Its lengths are host integers, or with ``on_device`` a tensor,
+        for compiled and captured decoding.
         """
         return KVCache(
             self.config,
@@ -203,6 +209,7 @@ class GPT(nn.Module):
             dtype=self.cache_dtype or self.dtype,
             device=self.device,
             on_device=on_device,
+            stored_as=stored_as,
         )
 
     @property

@@ -62,6 +62,14 @@ MODELS = {
         "window": 16, "window_pattern": "LLLLLG", "rotary_base_local": 1e4, "n_layer": 6,
     },
     "gemma3 without windows": GEMMA,
+    "gemma3 with scaled positions": GEMMA | {
+        "window": 16, "window_pattern": "LLLLLG", "rotary_base_local": 1e4, "n_layer": 6,
+        "rotary_scaling": "linear", "rotary_scaling_factor": 8.0, "rotary_scaling_local": False,
+    },
+    "gemma3 of 62 layers": GEMMA | {
+        "n_layer": 62, "n_embd": 32, "n_inner": 32, "scale_attention_width": 8, "window": 16,
+        "window_pattern": "LLLLLG", "rotary_base_local": 1e4,
+    },
 }  # fmt: skip
 """Models by the architecture that they are exported to, which is the first word."""
 GELU = ("gpt2", "bloom", "gemma3")
