@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import shlex
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.text import Text
@@ -28,6 +30,8 @@ from gpt.training.optimizer import describe_groups
 from gpt.training.parallel import World, join
 from gpt.training.saving import point_and_prune
 
+Rounded = Literal["int8", "int4"]
+
 
 def train(
     config: TrainConfig,
@@ -36,11 +40,12 @@ def train(
     sample: Sample | None = None,
     initial: setup.Initial | None = None,
     encoder: Encoder | None = None,
+    freeze_rounded: Callable[[GPT, Rounded], None] | None = None,
 ) -> Result:
     """Train the model that ``config`` describes, from the start or from the run's last checkpoint,
     on all processes that torchrun started. ``initial`` loads the model that ``config.init`` names.
     ``sample`` writes what is shown with each evaluation. ``encoder`` makes what encodes the records
-    of instructions with a tokenizer.
+    of instructions with a tokenizer. ``freeze_rounded`` rounds the weights under an adapter.
 
     Raises :class:`UsageError` if the run cannot be trained, and then loses nothing in its folder.
     """
@@ -60,6 +65,7 @@ def train(
                     sample=sample,
                     initial=initial,
                     encoder=encoder,
+                    freeze_rounded=freeze_rounded,
                 )
             except OSError as error:
                 if error.errno not in setup.DISK_ERRORS:
@@ -79,6 +85,7 @@ def train_on(
     sample: Sample | None = None,
     initial: setup.Initial | None = None,
     encoder: Encoder | None = None,
+    freeze_rounded: Callable[[GPT, Rounded], None] | None = None,
 ) -> Result:
     """:func:`train` in a world, by a process that holds the run's folder."""
 
@@ -89,6 +96,8 @@ def train_on(
     if checkpoint is not None:
         config = dataclasses.replace(config, data=setup.as_it_began(config.data, checkpoint))
     model: GPT | None = None
+    base: dict[str, Any] = {}
+    has_adapter = config.adapter.kind != "none"
     tokenizer: Tokenizer | None = None
     if config.init:
         if initial is None:
@@ -96,8 +105,25 @@ def train_on(
                 f"init is {config.init!r}, and the caller of train() gave no function to load it"
             )
         model, tokenizer = world.main_first(
-            lambda: setup.take_initial_model(config.init, config.model, checkpoint, initial, say)
+            lambda: setup.take_initial_model(
+                config.init,
+                config.model,
+                None if has_adapter else checkpoint,  # which has only the adapter
+                initial,
+                say,
+            )
         )
+        if has_adapter:
+            base = setup.describe_base(config, model)
+            if checkpoint is not None:
+                setup.check_base(checkpoint, config.init, base)
+            if config.adapter.base != "float32":
+                if freeze_rounded is None:
+                    raise UsageError(
+                        f"adapter.base is {config.adapter.base}, and the caller of train() gave no "
+                        "function to round the weights"
+                    )
+                freeze_rounded(model, config.adapter.base)
         config = dataclasses.replace(config, model=model.config)
     with console.status("preparing the text", spinner="line") as status:
         source = world.broadcast(lambda: keep(config.data, config.cache_dir).source)
@@ -124,12 +150,12 @@ def train_on(
         data = world.main_first(prepared)
     config = setup.resolve(config, data, checkpoint)
     device = choose_device(config.training.device)
-    check_sizes(config.model, config.training, config.parallel, world, device)
+    check_sizes(config.model, config.training, config.parallel, world, device, config.adapter)
     changes: list[str] = []
     if checkpoint is not None:
         now = setup.settings(config, data.train)
         changes = setup.check_changes(config.run, config.model, now, checkpoint)
-    trainer = Trainer(config, data, world=world, model=model)
+    trainer = Trainer(config, data, world=world, model=model, base=base)
     if checkpoint is not None:
         changes += trainer.resume(checkpoint)
     if world.is_main:
