@@ -102,8 +102,8 @@ class OptimizerConfig:
                 known = False
             if not known:
                 raise UsageError(
-                    f"optimizer.rates has {quoted(text)}, and needs a pattern and a factor above 0, "
-                    "such as embed.*=0.1"
+                    f"optimizer.rates has {quoted(text)}, and needs a pattern and a factor above "
+                    "0, such as embed.*=0.1"
                 )
         return factors
 

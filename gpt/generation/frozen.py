@@ -17,7 +17,7 @@ from gpt.model.gpt import GPT
 
 
 class FrozenProduct(torch.autograd.Function):
-    """``x @ W.T`` for a :class:`Matrix` ``W``, in the dtype of ``x``; a gradient for ``x`` alone."""
+    """``x @ W.T`` for a :class:`Matrix` ``W``, in ``x``'s dtype; a gradient for ``x`` alone."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, matrix: Matrix) -> Tensor:
@@ -35,6 +35,7 @@ class FrozenLinear(nn.Module):
     name.
     """
 
+    bias: nn.Parameter | None
     is_frozen_linear = True
 
     def __init__(self, matrix: Matrix, bias: nn.Parameter | None) -> None:
@@ -50,12 +51,6 @@ class FrozenLinear(nn.Module):
         out: Tensor = FrozenProduct.apply(x.to(dtype), self.matrix)  # type: ignore[no-untyped-call]
         return out if self.bias is None else out + self.bias.to(dtype)
 
-    def dense(self) -> nn.Linear:
-        """An ordinary layer of the same numbers, in float32."""
-        made = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        made.weight, made.bias = nn.Parameter(self.matrix.dense(torch.float32)), self.bias
-        return made
-
 
 def freeze_rounded(model: GPT, weights: Weights) -> None:
     """Round the linear layers of the blocks to ``weights``, in place, one after the other."""
@@ -67,8 +62,8 @@ def freeze_rounded(model: GPT, weights: Weights) -> None:
 
 
 def round_weights(model: GPT, weights: Weights) -> None:
-    """Replace the weights of the blocks' linear layers by those that ``weights`` rounds them to: the
-    numbers that an adapter over such a base was trained with.
+    """Replace the weights of the blocks' linear layers by those that ``weights`` rounds them to.
+    An adapter over such a base was trained with these numbers.
     """
     for layer in adaptable(model).values():
         if isinstance(layer, nn.Linear):

@@ -128,8 +128,8 @@ def _adapted(
     if settings.kind != "lora":
         if weights in ("int8", "int4"):
             raise UsageError(
-                f"weights is {weights}, and the adapter in {foreign(adapter)} is a {settings.kind}, "
-                "which runs with float weights"
+                f"weights is {weights}, and the adapter in {foreign(adapter)} is a "
+                f"{settings.kind}, which runs with float weights"
             )
         kept = dtype if weights is None else getattr(torch, choose_weights(weights, device))
         return Loaded(model.to(device=device, dtype=kept).eval(), tokenizer)

@@ -99,8 +99,8 @@ def save_peft(
 def load_peft(
     folder: Path, model: GPT, *, family: str = "auto"
 ) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """The settings and the weights of PEFT's LoRA in ``folder``, for :func:`gpt.model.adapter.adapt`
-    of ``model``.
+    """The settings and the weights of PEFT's LoRA in ``folder``, for ``model``
+    (:func:`gpt.model.adapter.adapt`).
 
     ``UsageError`` for settings that are not supported, and for layers that the model lacks.
     """

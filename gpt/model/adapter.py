@@ -1,9 +1,10 @@
 """Adapters: a few new weights over a model whose own weights are frozen and keep their names.
 
-LoRA (Hu et al., 2021, arXiv:2106.09685) adds ``scale * B A x`` to a linear layer's ``W x``. Queries,
-keys and values are one layer here, so they share ``A``, and each has its rows of ``B``. A bottleneck
-(Houlsby et al., 2019, arXiv:1902.00751) adds ``up(gelu(down(y)))`` to the output ``y`` of attention
-and of the feed-forward layer. A new adapter of either kind changes nothing: ``B`` and ``up`` are 0.
+LoRA (Hu et al., 2021, arXiv:2106.09685) adds ``scale * B A x`` to a linear layer's ``W x``.
+Queries, keys and values are one layer here, so they share ``A``, and each has its rows of ``B``. A
+bottleneck (Houlsby et al., 2019, arXiv:1902.00751) adds ``up(gelu(down(y)))`` to the output ``y``
+of attention and of the feed-forward layer. A new adapter of either kind changes nothing: ``B`` and
+``up`` are 0.
 
 The layer stays the module that it was, with parameters ``adapter_a`` and ``adapter_b`` beside its
 own, and a forward hook that adds the adapter's output.
@@ -50,7 +51,7 @@ class Bottleneck:
         return out + F.linear(F.gelu(F.linear(y, a)), b)
 
 
-HOOKS = {"lora": LowRank, "bottleneck": Bottleneck}
+HOOKS: dict[str, type[LowRank] | type[Bottleneck]] = {"lora": LowRank, "bottleneck": Bottleneck}
 """The configuration's ``kind`` to the hook of a layer."""
 
 

@@ -39,8 +39,9 @@ def make_optimizers(
     """AdamW (arXiv:1711.05101) for all parameters that are not frozen; or Muon for the hidden
     matrices and AdamW for the rest (:mod:`gpt.training.muon`).
 
-    ``config.rates`` scales the learning rate of parameters by their names. ``fast`` is the dtype that the device multiplies fastest. Each group keeps its highest learning
-    rate as ``peak_lr``, which the schedule scales.
+    ``config.rates`` scales the learning rate of parameters by their names. ``fast`` is the dtype
+    that the device multiplies fastest. Each group keeps its highest learning rate as ``peak_lr``,
+    which the schedule scales.
     """
     named = roles(model)
     decayed: set[Role] = {"hidden matrix", "embedding"}

@@ -60,8 +60,8 @@ def check_base(checkpoint: Checkpoint, init: str, base: Mapping[str, Any]) -> No
     then = recorded.get("fingerprint") if isinstance(recorded, dict) else None
     if then != base["fingerprint"]:
         raise UsageError(
-            f"init is {quoted(init)}, and the adapter in {checkpoint.path} was trained over a model "
-            "with other weights"
+            f"init is {quoted(init)}, and the adapter in {checkpoint.path} was trained over a "
+            "model with other weights"
         )
 
 

@@ -31,7 +31,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def saved_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that a checkpoint holds, by name: those of the adapter, or without one, all."""
+    """The parameters that a checkpoint holds, by name: the adapter's, or without one, all."""
     return adapter_weights(model) or dict(model.named_parameters())
 
 
