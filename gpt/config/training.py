@@ -199,6 +199,9 @@ class TrainConfig:
     init: str = ""
     """Start from the weights of this model, named as for sample.py. Of the model's settings, only
     context_length and dropout can be changed."""
+    embeddings: str = ""
+    """A text file of word vectors (GloVe, word2vec, fastText): the embeddings of tokens that are
+    words in it start from them."""
     model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=0))
     data: DataConfig = field(default_factory=DataConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from rich.console import Console
 from rich.text import Text
 
@@ -19,6 +20,7 @@ from gpt.data.prepare import prepare
 from gpt.data.prepared import is_corpus
 from gpt.data.token_files import is_token_files
 from gpt.data.tokenizer import Tokenizer
+from gpt.data.word_vectors import fill_embedding
 from gpt.device import choose_device
 from gpt.model.gpt import GPT
 from gpt.training import setup
@@ -155,6 +157,13 @@ def train_on(
     if checkpoint is not None:
         now = setup.settings(config, data.train)
         changes = setup.check_changes(config.run, config.model, now, checkpoint)
+    if config.embeddings and checkpoint is None:
+        if model is None:
+            torch.manual_seed(config.training.seed)  # the weights that the trainer would draw
+            model = GPT(config.model)
+        fill_embedding(
+            model.embed.weight.detach(), Path(config.embeddings), data.tokenizer, say=say
+        )
     trainer = Trainer(config, data, world=world, model=model, base=base)
     if checkpoint is not None:
         changes += trainer.resume(checkpoint)
