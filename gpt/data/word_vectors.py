@@ -53,8 +53,8 @@ def read_vectors(path: Path, words: set[str]) -> dict[str, Tensor]:
                     row = torch.empty(0)
                 if width < 1 or len(row) != width or not row.isfinite().all():
                     raise UsageError(
-                        f"embeddings is {foreign(path)}, whose line {number:,} must have a word and "
-                        f"{max(width, 1):,} numbers"
+                        f"embeddings is {foreign(path)}, whose line {number:,} must have a word "
+                        f"and {max(width, 1):,} numbers"
                     )
                 found[word] = row
     except OSError as error:
@@ -65,8 +65,8 @@ def read_vectors(path: Path, words: set[str]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def fill_embedding(embedding: Tensor, path: Path, tokenizer: Tokenizer, *, say: Say) -> None:
-    """Set the rows ``[V, C]`` of the tokens that are words in the file to its vectors, scaled to the
-    standard deviation of the rows before.
+    """Set the rows ``[V, C]`` of the tokens that are words in the file to its vectors, with the
+    standard deviation that all rows had.
 
     Wider vectors are projected on their first C principal axes, narrower ones embedded by a random
     isometry. ``say`` is told the share of the tokens. ``UsageError`` if there are none.
