@@ -38,17 +38,18 @@ def read_vectors(path: Path, words: set[str]) -> dict[str, Tensor]:
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                fields = line.split()
                 if number == 1:
+                    fields = line.split()
                     has_header = len(fields) == 2 and all(field.isdigit() for field in fields)
                     width = int(fields[1]) if has_header else len(fields) - 1
                     if has_header:
                         continue
-                word = wanted.get(line.split(b" ", 1)[0])
+                first = line.split(maxsplit=1)[:1]  # not all numbers of the words of others
+                word = wanted.get(first[0]) if first else None
                 if word is None or word in found:
                     continue
                 try:
-                    row = torch.tensor([float(field) for field in fields[1:]])
+                    row = torch.tensor([float(field) for field in line.split()[1:]])
                 except ValueError:
                     row = torch.empty(0)
                 if width < 1 or len(row) != width or not row.isfinite().all():

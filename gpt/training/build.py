@@ -22,6 +22,8 @@ from gpt.training.backends import choose_attention
 from gpt.training.compilation import compile_blocks
 from gpt.training.parallel import STATE_BYTES, Strategy, World, replicate, shard
 
+NO_ADAPTER = AdapterConfig()
+
 
 def build_model(
     start: GPT | ModelConfig,
@@ -33,7 +35,7 @@ def build_model(
     device: torch.device,
     dtype: torch.dtype,
     say: Callable[[str], None],
-    adapter: AdapterConfig,
+    adapter: AdapterConfig = NO_ADAPTER,
 ) -> tuple[GPT, nn.Module]:
     """The model to train, in training mode, and the module to call for a forward pass.
 
@@ -72,7 +74,7 @@ def whole_model(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    adapter: AdapterConfig,
+    adapter: AdapterConfig = NO_ADAPTER,
 ) -> GPT | None:
     """An unsharded copy of a sharded model on the main process, else ``None``. All processes must
     call this.
@@ -107,7 +109,7 @@ def check_sizes(
     parallel: ParallelConfig,
     world: World,
     device: torch.device,
-    adapter: AdapterConfig,
+    adapter: AdapterConfig = NO_ADAPTER,
 ) -> None:
     """``UsageError`` if the run needs more memory than there is, before anything is built. The
     estimate is a lower bound, so it never refuses a run that fits.
