@@ -8,6 +8,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from gpt import checkpoint as checkpoints
+from gpt.cli import main
 from gpt.config import AdapterConfig, UsageError
 from gpt.generation.frozen import freeze_rounded
 from gpt.interop.adapters import add_adapter
@@ -120,3 +121,22 @@ def test_frozen_weights_stay_as_they_were(base, tmp_path):
     before, after = last(base)[1], last(config)[1]
     same = {name for name in before if torch.equal(before[name], after[name])}
     assert same == {name for name in before if name.startswith(("embed.", "blocks.0."))}
+
+
+def test_the_commands_take_an_adapter(base, tmp_path, capsys):
+    config = adapted(base, tmp_path, "lora")
+    run(config)
+    over = ("--adapter", config.run_dir)
+    out = tmp_path / "peft"
+    assert main(["export", base.run_dir, *over, "--to", "peft", "--out", str(out)]) == 0
+    tokens = torch.arange(16)[None] % 10
+    logits = load(base.run_dir, adapter=out).model(tokens)
+    assert (logits - load(config.run_dir).model(tokens)).abs().max() < 1e-5
+    words = ("--prompt", "the", "--max_new_tokens", "3", "--device", "cpu")
+    assert main(["sample", "--model", base.run_dir, *over, *words]) == 0
+    text = str(base.data.source)
+    words = ("--text", text, "--weights", "float32", "--device", "cpu", "--json")
+    assert main(["evaluate", base.run_dir, *over, *words]) == 0
+    assert main(["evaluate", config.run_dir, *words]) == 0
+    assert main(["export", base.run_dir, "--to", "peft", "--out", str(tmp_path / "x")]) == 2
+    assert "to is peft" in capsys.readouterr().err
