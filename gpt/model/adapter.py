@@ -141,7 +141,10 @@ def merge(model: GPT) -> None:
         del layer._parameters[A], layer._parameters[B]
         for key in [k for k, own in layer._forward_hooks.items() if own is hook]:
             del layer._forward_hooks[key]
-    model.requires_grad_(True)
+    with torch.device("meta"):
+        plain = GPT(model.config)
+    for name, p in model.named_parameters():
+        p.requires_grad_(plain.get_parameter(name).requires_grad)
 
 
 def freeze(model: GPT, patterns: tuple[str, ...]) -> None:

@@ -16,7 +16,7 @@ SHAPES = {
     "llama": {
         "position": "rotary", "norm": "rmsnorm", "mlp": "gated", "n_kv_head": 1, "bias": False,
     },
-    "experts": {"n_expert": 3, "n_expert_active": 2},
+    "experts": {"n_expert": 3, "n_expert_active": 2, "moe_balance": "bias"},
 }  # fmt: skip
 ADAPTERS = {
     "attention": {"kind": "lora", "rank": 3},
@@ -71,6 +71,8 @@ def test_a_merged_adapter_gives_the_logits_of_the_unmerged_one(shape, kind):
     merge(model)
     assert (model(tokens()) - adapted).abs().max() < 1e-5
     assert not adapter_weights(model)
+    flags = [p.requires_grad for p in model.parameters()]
+    assert flags == [p.requires_grad for p in new_model(**SHAPES[shape]).parameters()]
     prepare_for_inference(model, "float32")
 
 
