@@ -176,6 +176,7 @@ def train(words: Sequence[str], prog: str) -> int:
             return 2
         from gpt.device import keep_freed_memory
         from gpt.generation.examples import ExampleEncoder
+        from gpt.generation.frozen import freeze_rounded
         from gpt.training.interrupt import Output
         from gpt.training.run import train as run
 
@@ -205,6 +206,7 @@ def train(words: Sequence[str], prog: str) -> int:
         initial=initial,
         encoder=ExampleEncoder,
         named=named,
+        freeze_rounded=freeze_rounded,
     )
     return 128 + result.signal if result.signal else 0
 
@@ -225,7 +227,8 @@ def sample(words: Sequence[str], prog: str) -> int:
 
     keep_freed_memory()
     device = choose_device(config.device)
-    model = load(config.model, device=device, weights=config.weights, say=tell)
+    adapter = config.adapter or None
+    model = load(config.model, device=device, weights=config.weights, adapter=adapter, say=tell)
     draft = None
     if config.draft:
         draft = load(config.draft, device=device, weights=config.weights, say=tell)
@@ -249,7 +252,10 @@ def export(words: Sequence[str], prog: str) -> int:
         from gpt.interop.load import load
         from gpt.interop.packed import save_packed
 
-    loaded = load(config.model, dtype=None, trainable=True, say=tell)
+    if config.to == "peft":
+        return _export_peft(config)
+    adapter = config.adapter or None
+    loaded = load(config.model, dtype=None, trainable=True, adapter=adapter, say=tell)
     if config.to == "packed":
         packed = prepare_for_inference(loaded.model, config.weights)
         save_packed(packed, loaded.tokenizer, config.out)
@@ -266,6 +272,21 @@ def tokenizer(words: Sequence[str], prog: str) -> int:
     from gpt.commands.tokenizer import run
 
     return run(words, prog)
+
+
+def _export_peft(config: ExportConfig) -> int:
+    """Write an adapter for the library PEFT."""
+    from gpt.interop.adapters import add_adapter
+    from gpt.interop.load import load
+    from gpt.interop.peft import save_peft
+    from gpt.model.adapter import adapter_weights
+
+    model = load(config.model, trainable=True, say=tell).model
+    settings = add_adapter(model, config.adapter, say=tell)
+    save_peft(model, settings, config.model, config.out, family=config.family)
+    count = sum(p.numel() for p in adapter_weights(model).values())
+    tell(f"{config.out}: {count:,} parameters of an adapter")
+    return 0
 
 
 def evaluate(words: Sequence[str], prog: str) -> int:

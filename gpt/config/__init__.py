@@ -5,6 +5,7 @@ words, which are put before the user's own words. So both get the same parser (t
 and the same suggestions. Nothing here imports torch, so ``--help`` answers at once.
 """
 
+from gpt.config.adapter import AdapterConfig, AdapterKind
 from gpt.config.checks import FOREIGN, MESSAGE, Bounds, UsageError, foreign, quoted
 from gpt.config.commands import (
     Duplicates,
@@ -66,6 +67,8 @@ __all__ = [
     "MESSAGE",
     "TOKENIZERS",
     "Activation",
+    "AdapterConfig",
+    "AdapterKind",
     "BadBytes",
     "Balance",
     "Bounds",

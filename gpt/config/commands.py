@@ -21,6 +21,8 @@ class SampleConfig(GenerationConfig):
     model: str = "runs/shakespeare"
     """A run's folder (uses its best checkpoint), a checkpoint, a folder in Hugging Face's layout, a
     packed folder, a GGUF file, smollm2, or a model on the hub."""
+    adapter: str = ""
+    """An adapter over the model: the folder of the run that trained it, or one of PEFT."""
     prompt: str | None = None
     """The text to continue. Without it and without prompt_file, the prompt is read from standard
     input; on a terminal, a session starts."""
@@ -154,9 +156,11 @@ class ExportConfig:
     """The model, as in sample.py --model."""
     out: Path
     """The folder or file to write; it must not exist."""
-    to: Literal["huggingface", "packed", "gguf"] = "huggingface"
+    adapter: str = ""
+    """An adapter over the model: the folder of the run that trained it, or one of PEFT."""
+    to: Literal["huggingface", "packed", "gguf", "peft"] = "huggingface"
     """huggingface: a folder for from_pretrained of transformers; packed: weights converted for
-    inference; gguf: a file for llama.cpp."""
+    inference; gguf: a file for llama.cpp; peft: the adapter alone, for the library PEFT."""
     weights: Weights = "auto"
     """Format of packed weights, as in sample.py; of a GGUF file, with auto as in the model."""
     family: str = "auto"
@@ -165,9 +169,11 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.to != "huggingface" and self.family != "auto":
+        if self.to == "peft" and not self.adapter:
+            raise UsageError("to is peft, and writes an adapter: give adapter as well")
+        if self.to not in ("huggingface", "peft") and self.family != "auto":
             raise UsageError(f"family is {quoted(self.family)}, and needs --to huggingface")
-        if self.to == "huggingface" and self.weights != "auto":
+        if self.to in ("huggingface", "peft") and self.weights != "auto":
             raise UsageError(
                 f"weights is {self.weights!r}, and Hugging Face's layout keeps the format of the "
                 "model; a format needs --to packed or --to gguf"
@@ -180,6 +186,8 @@ class EvaluateConfig:
 
     models: tuple[str, ...]
     """One or more models, as in sample.py --model."""
+    adapter: str = ""
+    """An adapter over each model: the folder of the run that trained it, or one of PEFT."""
     text: str = ""
     """Measure perplexity and bits per byte of this text: a named corpus, a UTF-8 file, a folder, or
     - for a pipe."""

@@ -1,10 +1,12 @@
 """Options of ``train.py``."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from gpt.config.checks import UsageError, check, number
+from gpt.config.adapter import AdapterConfig
+from gpt.config.checks import UsageError, check, number, quoted
 from gpt.config.data import DataConfig
 from gpt.config.model import ModelConfig
 
@@ -46,6 +48,10 @@ class TrainingConfig:
     """How many updates with a loss or gradient that is not finite a run may skip; one more stops
     the run."""
 
+    freeze: tuple[str, ...] = ()
+    """Patterns of the names of parameters that stay as they are: embed.weight, 'blocks.0.*', or in
+    every block 'attn.*'."""
+
     def __post_init__(self) -> None:
         check(self, "training.")
 
@@ -76,8 +82,30 @@ class OptimizerConfig:
     floor: float = number(0.1, at_least=0, at_most=1)
     """The last learning rate of cosine and wsd, as a fraction of the peak learning rate."""
 
+    rates: tuple[str, ...] = ()
+    """Factors of the learning rate by patterns of parameters' names, as in 'embed.*=0.1'; the first
+    pattern that matches counts."""
+
     def __post_init__(self) -> None:
         check(self, "optimizer.")
+        self.rate_factors()
+
+    def rate_factors(self) -> dict[str, float]:
+        """``rates`` as pattern to factor."""
+        factors = {}
+        for text in self.rates:
+            pattern, _, factor = text.rpartition("=")
+            try:
+                factors[pattern] = float(factor)
+                known = bool(pattern) and 0 < factors[pattern] < math.inf
+            except ValueError:
+                known = False
+            if not known:
+                raise UsageError(
+                    f"optimizer.rates has {quoted(text)}, and needs a pattern and a factor above "
+                    "0, such as embed.*=0.1"
+                )
+        return factors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,8 +199,12 @@ class TrainConfig:
     init: str = ""
     """Start from the weights of this model, named as for sample.py. Of the model's settings, only
     context_length and dropout can be changed."""
+    embeddings: str = ""
+    """A text file of word vectors (GloVe, word2vec, fastText): the embeddings of tokens that are
+    words in it start from them."""
     model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=0))
     data: DataConfig = field(default_factory=DataConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -182,6 +214,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.adapter.kind != "none" and not self.init:
+            raise UsageError(
+                f"adapter.kind is {self.adapter.kind}, and needs the model to adapt: give init"
+            )
         if self.model.context_length == 0 and not self.init:
             raise UsageError(
                 "model.context_length is 0, and must be at least 1 (0 is allowed with init, and "

@@ -37,8 +37,12 @@ class Report:
     """Nats per token of the first model minus the second, and the ends of the 95 % interval."""
 
 
-def _load(name: str, weights: Weights, device: torch.device, say: Callable[[str], None]) -> Loaded:
+def _load(
+    name: str, weights: Weights, device: torch.device, say: Callable[[str], None], adapter: str = ""
+) -> Loaded:
     kind = choose_weights(weights, device)
+    if adapter:
+        return load(name, device=device, weights=weights, adapter=adapter, say=say)
     emulated = device.type == "cpu" and kind not in ("float32", choose_weights("auto", device))
     if emulated or kind in ("int8", "int4") or is_packed(name):
         return load(name, device=device, weights=weights, say=say)
@@ -91,7 +95,7 @@ def _measure(config: EvaluateConfig, corpus: Corpus | None, say: Callable[[str],
     texts: list[TextScore] = []
     models: Iterable[tuple[str, Loaded]]
     models = (
-        (name, _made_longer(name, _load(name, config.weights, device, say), config))
+        (name, _made_longer(name, _load(name, config.weights, device, say, config.adapter), config))
         for name in config.models
     )
     context, ids = config.context_length, None

@@ -14,6 +14,7 @@ from gpt.data.tokenizer import Tokenizer
 from gpt.device import parse_device
 from gpt.files import read_object
 from gpt.generation.inference import InferenceGPT, choose_weights, prepare_for_inference
+from gpt.interop.adapters import add_adapter, recorded
 from gpt.interop.gguf.format import is_gguf
 from gpt.interop.gguf.model import described, load_as_stored, load_dense
 from gpt.interop.gguf_tokenizer import tokenizer_of
@@ -22,6 +23,7 @@ from gpt.interop.huggingface import load_folder
 from gpt.interop.named import named_file
 from gpt.interop.packed import is_packed, load_packed
 from gpt.interop.vocabulary import load_tokenizer
+from gpt.model.adapter import merge
 from gpt.model.gpt import GPT
 
 
@@ -39,6 +41,7 @@ def load(
     dtype: torch.dtype | None = torch.float32,
     weights: Weights | None = None,
     trainable: bool = False,
+    adapter: str | Path | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Loaded:
     """Load the model ``name``, in evaluation mode, and its tokenizer.
@@ -50,12 +53,18 @@ def load(
     :func:`gpt.generation.inference.prepare_for_inference`. A packed folder always gives such a
     model, and ``trainable`` refuses it. A GGUF file gives one with the file's own numbers, unless
     ``trainable`` (a network of ``dtype``, dequantised) or other ``weights`` are asked for.
+    ``adapter`` is the folder of a run that trained one over this model, or one of PEFT: LoRA is
+    merged into the weights. The folder of such a run as ``name`` loads its base with it.
     ``UsageError`` if the model does not exist. If a checkpoint is damaged, an older one is used,
     and ``say`` is told.
     """
+    if adapter is not None:
+        return _adapted(name, adapter, device=device, dtype=dtype, weights=weights, say=say)
     device, path = parse_device(device), _path(name, say)
     if path.is_file():
         return _from_file(path, device=device, dtype=dtype, weights=weights, trainable=trainable)
+    if weights is not None and (base := _adapter_in(path)) is not None:
+        return _adapted(base, path, device=device, dtype=dtype, weights=weights, say=say)
     if weights is not None:
         kind = choose_weights(weights, device)
         stored = None if kind in ("int8", "int4") else getattr(torch, kind)
@@ -84,12 +93,51 @@ def load(
     checkpoint = checkpoints.find(path, "best", say=say)
     if checkpoint is None:
         raise UsageError(f"model is {quoted(str(name))}, a folder without a checkpoint or a model")
+    if (own := recorded(checkpoint)) is not None:
+        return _adapted(own.base, path, device=device, dtype=dtype, weights=weights, say=say)
     run = checkpoint.path.resolve().parent.parent
     tokenizer = tokenizers.load(run / "tokenizer.json")
     _check_own(checkpoint, run / "tokenizer.json", tokenizer)
     model = checkpoints.load_model(checkpoint, device=device, dtype=dtype)
     _check_size(run, tokenizer, model)
     return Loaded(model, tokenizer)
+
+
+def _adapter_in(path: Path) -> str | None:
+    """The base's name, if the folder is a run or a checkpoint of an adapter."""
+    if is_packed(path) or (path / "config.json").exists():
+        return None
+    checkpoint = checkpoints.find(path, "best")
+    own = None if checkpoint is None else recorded(checkpoint)
+    return None if own is None else own.base
+
+
+def _adapted(
+    name: str | Path,
+    adapter: str | Path,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    weights: Weights | None,
+    say: Callable[[str], None],
+) -> Loaded:
+    """The model ``name`` with an adapter. LoRA is merged in float32, and the result converted."""
+    model, tokenizer = load(name, dtype=torch.float32, trainable=True, say=say)
+    device = parse_device(device)
+    settings = add_adapter(model, adapter, say=say)
+    if settings.kind != "lora":
+        if weights in ("int8", "int4"):
+            raise UsageError(
+                f"weights is {weights}, and the adapter in {foreign(adapter)} is a "
+                f"{settings.kind}, which runs with float weights"
+            )
+        kept = dtype if weights is None else getattr(torch, choose_weights(weights, device))
+        return Loaded(model.to(device=device, dtype=kept).eval(), tokenizer)
+    merge(model)
+    if weights is not None:
+        kind = choose_weights(weights, device)
+        return Loaded(prepare_for_inference(model.to(device), kind, device=device), tokenizer)
+    return Loaded(model.to(device=device, dtype=dtype).eval(), tokenizer)
 
 
 def _from_file(

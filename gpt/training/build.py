@@ -6,13 +6,23 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from gpt.config import CheckpointConfig, ModelConfig, ParallelConfig, TrainingConfig
+from gpt.config import (
+    AdapterConfig,
+    CheckpointConfig,
+    ModelConfig,
+    ParallelConfig,
+    TrainingConfig,
+    UsageError,
+)
 from gpt.device import check_memory, memory
+from gpt.model.adapter import adapt, freeze
 from gpt.model.gpt import GPT, parameter_count
 from gpt.training.activations import checkpoint_activations
 from gpt.training.backends import choose_attention
 from gpt.training.compilation import compile_blocks
 from gpt.training.parallel import STATE_BYTES, Strategy, World, replicate, shard
+
+NO_ADAPTER = AdapterConfig()
 
 
 def build_model(
@@ -25,6 +35,7 @@ def build_model(
     device: torch.device,
     dtype: torch.dtype,
     say: Callable[[str], None],
+    adapter: AdapterConfig = NO_ADAPTER,
 ) -> tuple[GPT, nn.Module]:
     """The model to train, in training mode, and the module to call for a forward pass.
 
@@ -37,11 +48,19 @@ def build_model(
     else:
         with torch.device("meta" if strategy == "fsdp" else "cpu"):
             model = GPT(start)
+    if adapter.kind != "none":
+        adapt(model, adapter)
+    freeze(model, training.freeze)
     model.train()
     checkpoint_activations(model, training.activation_checkpointing)
     rows = training.micro_batch_size
     choose_attention(model.config, world, rows=rows, device=device, dtype=dtype, say=say)
     compile_blocks(model, training.compile, device=device, say=say)
+    if strategy == "fsdp" and adapter.base != "float32":
+        raise UsageError(
+            f"adapter.base is {adapter.base}, and parallel.strategy is fsdp, which cannot shard "
+            "rounded weights; use ddp"
+        )
     if strategy == "fsdp":
         shard(model, parallel, world, device=device, dtype=dtype)
         return model, model
@@ -50,7 +69,12 @@ def build_model(
 
 
 def whole_model(
-    model: GPT, world: World, *, device: torch.device, dtype: torch.dtype
+    model: GPT,
+    world: World,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    adapter: AdapterConfig = NO_ADAPTER,
 ) -> GPT | None:
     """An unsharded copy of a sharded model on the main process, else ``None``. All processes must
     call this.
@@ -64,6 +88,8 @@ def whole_model(
         return None
     with torch.device("meta"):
         copy = GPT(model.config)
+        if adapter.kind != "none":
+            adapt(copy, adapter)
     copy.load_state_dict(whole, strict=False, assign=True)
     copy.tie_weights()
     return copy.eval()
@@ -83,15 +109,18 @@ def check_sizes(
     parallel: ParallelConfig,
     world: World,
     device: torch.device,
+    adapter: AdapterConfig = NO_ADAPTER,
 ) -> None:
     """``UsageError`` if the run needs more memory than there is, before anything is built. The
     estimate is a lower bound, so it never refuses a run that fits.
     """
     sequences = training.batch_tokens // model.context_length
     n_parameters = parameter_count(model)
+    frozen = {"float32": 4.0, "int8": 1.0, "int4": 0.6}[adapter.base]
+    each = STATE_BYTES if adapter.kind == "none" and not training.freeze else frozen
     check_memory(
         f"the weights, gradients and optimizer state of {n_parameters:,} parameters",
-        STATE_BYTES * n_parameters / (1 if parallel.strategy == "ddp" else world.size),
+        each * n_parameters / (1 if parallel.strategy == "ddp" else world.size),
         device,
         advice="choose a smaller model.n_layer, model.n_embd or model.vocab_size",
     )

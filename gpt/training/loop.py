@@ -90,9 +90,11 @@ class Trainer:
         source: Source | None = None,
         objective: Objective = next_token,
         model: GPT | None = None,
+        base: Mapping[str, Any] | None = None,
     ) -> None:
         """Build a run at step 0. ``source`` gives the batches (default: ``data``'s windows in a new
         order each epoch) and ``objective`` their loss. The weights are those of ``model``, or new.
+        ``base`` describes the model under an adapter; each checkpoint records it.
         """
         torch.manual_seed(config.training.seed)
         self.config, self.data, self.world = config, data, world or World()
@@ -115,6 +117,7 @@ class Trainer:
             kind=config.data.order,
         )
         self.objective = objective
+        self.base = dict(base or {})
         self.validation = data.windows("validation", config.model.context_length)
         self.byte_lengths = tokenizers.byte_lengths(data.tokenizer)
         self._tokenizer = tokenizers.fingerprint(data.tokenizer).hex()
@@ -138,6 +141,7 @@ class Trainer:
             device=self.device,
             dtype=self.dtype,
             say=self.notes.append,
+            adapter=config.adapter,
         )
         self.optimizers = make_optimizers(self.model, config.optimizer, fast=fast)
         self.stopwatch = Stopwatch(self.device)
@@ -422,7 +426,13 @@ class Trainer:
         if self.strategy == "fsdp":
             if self.saves_shards:
                 return Shown("")  # the model may not fit into one process's memory
-            model = build.whole_model(self.model, self.world, device=self.device, dtype=self.dtype)
+            model = build.whole_model(
+                self.model,
+                self.world,
+                device=self.device,
+                dtype=self.dtype,
+                adapter=self.config.adapter,
+            )
         if model is None or not self.world.is_main:
             return Shown("")
         with torch.compiler.set_stance("force_eager"):  # else each length would be compiled
@@ -433,7 +443,7 @@ class Trainer:
 
         ``UsageError`` if a weight is not finite: such a model is never saved.
         """
-        weights = dict(self.model.named_parameters())
+        weights: dict[str, torch.nn.Parameter] = state.saved_weights(self.model)
         if self.world.largest(not nonfinite.all_finite(weights)):
             raise UsageError(
                 f"a weight is not finite at step {self.step}: training has diverged since the "
@@ -458,6 +468,7 @@ class Trainer:
                     "settings": setup.settings(self.config, self.data.train),
                     "tokenizer": self._tokenizer,
                     "place": self.environment(),
+                    **({"adapter": self.base} if self.base else {}),
                 },
                 metrics={} if loss is None else {"validation_loss": loss},
             ),

@@ -1,7 +1,7 @@
 """The optimizers and their groups of parameters, by role: only matrices have weight decay."""
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch.optim import AdamW, Optimizer
 
 from gpt.config import OptimizerConfig
 from gpt.model.gpt import GPT
+from gpt.model.selection import matches, selected
 from gpt.training.muon import Muon
 
 Role = Literal["hidden matrix", "embedding", "vector"]
@@ -38,29 +39,50 @@ def make_optimizers(
     """AdamW (arXiv:1711.05101) for all parameters that are not frozen; or Muon for the hidden
     matrices and AdamW for the rest (:mod:`gpt.training.muon`).
 
-    ``fast`` is the dtype that the device multiplies fastest. Each group keeps its highest learning
-    rate as ``peak_lr``, which the schedule scales.
+    ``config.rates`` scales the learning rate of parameters by their names. ``fast`` is the dtype
+    that the device multiplies fastest. Each group keeps its highest learning rate as ``peak_lr``,
+    which the schedule scales.
     """
     named = roles(model)
     decayed: set[Role] = {"hidden matrix", "embedding"}
 
+    rates = config.rate_factors()
+    if rates:
+        selected(named, tuple(rates), "optimizer.rates")
+    factors = {
+        name: next((f for pattern, f in rates.items() if matches(name, pattern)), 1.0)
+        for name in named
+    }
+
     def having(wanted: set[Role]) -> list[nn.Parameter]:
         return [model.get_parameter(name) for name, role in named.items() if role in wanted]
+
+    def grouped(wanted: set[Role], rate: float, weight_decay: float) -> list[dict[str, Any]]:
+        """A group of parameters for each factor of the learning rate."""
+        found: dict[float, list[nn.Parameter]] = {1.0: []}
+        for name, role in named.items():
+            if role in wanted:
+                found.setdefault(factors[name], []).append(model.get_parameter(name))
+        return [
+            {"params": parameters, "lr": factor * rate, "weight_decay": weight_decay}
+            for factor, parameters in found.items()
+            if parameters or factor == 1.0
+        ]
 
     optimizers: list[Optimizer] = []
     if config.name == "muon" and having({"hidden matrix"}):
         decayed = {"embedding"}
         optimizers.append(
             Muon(
-                having({"hidden matrix"}),
+                grouped({"hidden matrix"}, config.muon_learning_rate, config.weight_decay),
                 lr=config.muon_learning_rate,
                 weight_decay=config.weight_decay,
                 dtype=torch.bfloat16 if fast == torch.bfloat16 else torch.float32,
             )
         )
     groups = [
-        {"params": having(decayed), "weight_decay": config.weight_decay},
-        {"params": having({"vector"}), "weight_decay": 0.0},
+        *grouped(decayed, config.learning_rate, config.weight_decay),
+        *grouped({"vector"}, config.learning_rate, 0.0),
     ]
     if any(group["params"] for group in groups):
         betas = (config.beta1, config.beta2)

@@ -5,7 +5,9 @@ import dataclasses
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
+import torch
 from rich.console import Console
 from rich.text import Text
 
@@ -19,6 +21,7 @@ from gpt.data.prepare import prepare
 from gpt.data.prepared import is_corpus
 from gpt.data.token_files import is_token_files
 from gpt.data.tokenizer import Tokenizer, name_of
+from gpt.data.word_vectors import fill_embedding
 from gpt.device import choose_device
 from gpt.model.gpt import GPT
 from gpt.training import setup
@@ -32,6 +35,7 @@ from gpt.training.saving import point_and_prune
 
 Named = Callable[[str], Tokenizer]
 """Loads a tokenizer by its name: a file, a folder, or an encoding of tiktoken."""
+Rounded = Literal["int8", "int4"]
 
 
 def train(
@@ -42,12 +46,13 @@ def train(
     initial: setup.Initial | None = None,
     encoder: Encoder | None = None,
     named: Named | None = None,
+    freeze_rounded: Callable[[GPT, Rounded], None] | None = None,
 ) -> Result:
     """Train the model that ``config`` describes, from the start or from the run's last checkpoint,
     on all processes that torchrun started. ``initial`` loads the model that ``config.init`` names.
     ``sample`` writes what is shown with each evaluation. ``encoder`` makes what encodes the records
     of instructions with a tokenizer. ``named`` loads a tokenizer that ``config.data.tokenizer``
-    names and that is not made from the text.
+    names and that is not made from the text. ``freeze_rounded`` rounds the weights under an adapter.
 
     Raises :class:`UsageError` if the run cannot be trained, and then loses nothing in its folder.
     """
@@ -69,6 +74,7 @@ def train(
                     initial=initial,
                     encoder=encoder,
                     tokenizer=tokenizer,
+                    freeze_rounded=freeze_rounded,
                 )
             except OSError as error:
                 if error.errno not in setup.DISK_ERRORS:
@@ -89,6 +95,7 @@ def train_on(
     initial: setup.Initial | None = None,
     encoder: Encoder | None = None,
     tokenizer: Tokenizer | None = None,
+    freeze_rounded: Callable[[GPT, Rounded], None] | None = None,
 ) -> Result:
     """:func:`train` in a world, by a process that holds the run's folder. ``tokenizer`` replaces
     the one that ``config.data.tokenizer`` names.
@@ -101,14 +108,33 @@ def train_on(
     if checkpoint is not None:
         config = dataclasses.replace(config, data=setup.as_it_began(config.data, checkpoint))
     model: GPT | None = None
+    base: dict[str, Any] = {}
+    has_adapter = config.adapter.kind != "none"
     if config.init:
         if initial is None:
             raise UsageError(
                 f"init is {config.init!r}, and the caller of train() gave no function to load it"
             )
         model, tokenizer = world.main_first(
-            lambda: setup.take_initial_model(config.init, config.model, checkpoint, initial, say)
+            lambda: setup.take_initial_model(
+                config.init,
+                config.model,
+                None if has_adapter else checkpoint,  # which has only the adapter
+                initial,
+                say,
+            )
         )
+        if has_adapter:
+            base = setup.describe_base(config, model)
+            if checkpoint is not None:
+                setup.check_base(checkpoint, config.init, base)
+            if config.adapter.base != "float32":
+                if freeze_rounded is None:
+                    raise UsageError(
+                        f"adapter.base is {config.adapter.base}, and the caller of train() gave no "
+                        "function to round the weights"
+                    )
+                freeze_rounded(model, config.adapter.base)
         config = dataclasses.replace(config, model=model.config)
     with console.status("preparing the text", spinner="line") as status:
         source = world.broadcast(lambda: keep(config.data, config.cache_dir).source)
@@ -135,12 +161,19 @@ def train_on(
         data = world.main_first(prepared)
     config = setup.resolve(config, data, checkpoint)
     device = choose_device(config.training.device)
-    check_sizes(config.model, config.training, config.parallel, world, device)
+    check_sizes(config.model, config.training, config.parallel, world, device, config.adapter)
     changes: list[str] = []
     if checkpoint is not None:
         now = setup.settings(config, data.train)
         changes = setup.check_changes(config.run, config.model, now, checkpoint)
-    trainer = Trainer(config, data, world=world, model=model)
+    if config.embeddings and checkpoint is None:
+        if model is None:
+            torch.manual_seed(config.training.seed)  # the weights that the trainer would draw
+            model = GPT(config.model)
+        fill_embedding(
+            model.embed.weight.detach(), Path(config.embeddings), data.tokenizer, say=say
+        )
+    trainer = Trainer(config, data, world=world, model=model, base=base)
     if checkpoint is not None:
         changes += trainer.resume(checkpoint)
     if world.is_main:

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from gpt import checkpoint as checkpoints
 from gpt.checkpoint import Checkpoint
-from gpt.config import DataConfig, ModelConfig, TrainConfig, UsageError, to_toml
+from gpt.config import DataConfig, ModelConfig, TrainConfig, UsageError, quoted, to_toml
 from gpt.data import tokenizer as tokenizers
 from gpt.data.examples import Examples
 from gpt.data.instructions import Instructions
@@ -21,6 +21,7 @@ from gpt.data.prepared import Prepared
 from gpt.data.shards import Shard, Shards
 from gpt.data.tokenizer import Tokenizer
 from gpt.files import unwritable, write_atomically
+from gpt.model.adapter import fingerprint
 from gpt.model.gpt import GPT
 from gpt.model.surgery import (
     ROTARY,
@@ -35,8 +36,33 @@ Say = Callable[[str], None]
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
 TEXT = "the text's fingerprint"
 FIXED = (TEXT, "training.seed", "training.batch_tokens", "optimizer.name")
-FIXED_GROUPS = {"model": ("dropout",), "data": ("source", "mixture", "cache_dir")}
+FIXED_GROUPS = {
+    "model": ("dropout",),
+    "adapter": ("dropout",),
+    "data": ("source", "mixture", "cache_dir"),
+}
 """Groups whose settings must not change in a run either, except the named ones."""
+
+
+def describe_base(config: TrainConfig, model: GPT) -> dict[str, Any]:
+    """What a checkpoint of an adapter records of the model under it: its name, the fingerprint of
+    its blocks, and the adapter's settings.
+    """
+    here = Path(config.init)
+    name = str(here.resolve()) if here.exists() else config.init
+    settings = {**dataclasses.asdict(config.adapter), "targets": list(config.adapter.targets)}
+    return {"base": name, "fingerprint": fingerprint(model), "settings": settings}
+
+
+def check_base(checkpoint: Checkpoint, init: str, base: Mapping[str, Any]) -> None:
+    """``UsageError`` if the adapter in the checkpoint was trained over another model."""
+    recorded = checkpoint.progress.get("adapter")
+    then = recorded.get("fingerprint") if isinstance(recorded, dict) else None
+    if then != base["fingerprint"]:
+        raise UsageError(
+            f"init is {quoted(init)}, and the adapter in {checkpoint.path} was trained over a "
+            "model with other weights"
+        )
 
 
 @contextlib.contextmanager
@@ -201,8 +227,10 @@ def settings(config: TrainConfig, text: Shard | Shards | Examples | Total) -> di
     flat: dict[str, Any] = {TEXT: text.corpus.hex()[:12], "init": config.init}
     for name, value in dataclasses.asdict(config).items():
         if isinstance(value, dict):
-            flat |= {f"{name}.{field}": setting for field, setting in value.items()}
-    flat["data.mixture"] = list(config.data.mixture)  # as a checkpoint's JSON has it
+            flat |= {
+                f"{name}.{field}": list(setting) if isinstance(setting, tuple) else setting
+                for field, setting in value.items()
+            }
     if config.init:
         del flat["data.tokenizer"]  # the initial model's tokenizer is used
     return flat | _resolved(config.model)

@@ -18,6 +18,7 @@ from gpt import checkpoint as checkpoints
 from gpt import migrations, tensors
 from gpt.checkpoint import Checkpoint
 from gpt.config import UsageError, foreign, quoted
+from gpt.model.adapter import adapter_weights
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -27,6 +28,11 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     """
     state = np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0]))
+
+
+def saved_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a checkpoint holds, by name: the adapter's, or without one, all."""
+    return adapter_weights(model) or dict(model.named_parameters())
 
 
 def learned(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
@@ -49,7 +55,7 @@ def restore(
     """Load the weights and the state of the optimizers and the scaler, in place. Each process reads
     its own shards. Returns the progress: ``best``, ``best_loss``, ``losses``, ``skipped``, ...
     """
-    parameters = dict(model.named_parameters())
+    parameters = saved_weights(model)
     weights = checkpoint.path / checkpoints.MODEL
     checkpoints.check_fit(checkpoint, tensors.describe(weights), parameters)
     tensors.read(weights, {name: parameter.detach() for name, parameter in parameters.items()})

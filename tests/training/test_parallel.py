@@ -79,7 +79,7 @@ def test_gradients_are_the_same_however_a_step_is_split(n, strategy, micro, kind
     assert split["norm"].item() == pytest.approx(whole["norm"].item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", COMPOSITES)
+@pytest.mark.parametrize("kind", [*COMPOSITES, "lora", "bottleneck"])
 @pytest.mark.parametrize(("n", "strategy"), PLACES[1:])
 def test_gradients_of_composite_models_are_those_of_one_process(n, strategy, kind, results):
     split, whole = results[n][strategy, kind], results[1]["single", kind]

@@ -15,9 +15,11 @@ import torch
 from rich.console import Console
 from torch.distributed.tensor import DTensor
 
-from gpt.config import CheckpointConfig, OptimizerConfig, TrainConfig
+from gpt.config import AdapterConfig, CheckpointConfig, OptimizerConfig, TrainConfig
 from gpt.data.batches import IGNORED, Batch, TextWindows
 from gpt.data.prepare import prepare
+from gpt.model.adapter import adapter_weights
+from gpt.model.gpt import GPT
 from gpt.training.loop import Shown, Trainer
 from gpt.training.parallel import World, join
 from gpt.training.run import train_on
@@ -78,7 +80,15 @@ def config_of(
 def trainer_of(config: TrainConfig, world: World) -> Trainer:
     data = world.main_first(lambda: prepare(config.data, config.cache_dir))
     model = dataclasses.replace(config.model, vocab_size=data.tokenizer.vocab_size)
-    return Trainer(dataclasses.replace(config, model=model), data, world=world)
+    config = dataclasses.replace(config, model=model)
+    if config.adapter.kind == "none":
+        return Trainer(config, data, world=world)
+    torch.manual_seed(3)
+    trainer = Trainer(config, data, world=world, model=GPT(model))
+    with torch.no_grad():
+        for parameter in adapter_weights(trainer.model).values():
+            parameter.add_(0.05)  # a new one has gradients of 0
+    return trainer
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -143,6 +153,10 @@ def main(folder: Path) -> None:
                         results[name, kind, micro] = gradients(config, world)
             for kind, model in COMPOSITES.items():
                 config = config_of(folder, "none", **options, model=model)
+                results[name, kind] = gradients(config, world)
+            for kind in ("lora", "bottleneck"):
+                adapter = AdapterConfig(kind=kind, rank=3)
+                config = config_of(folder, "none", **options, init="base", adapter=adapter)
                 results[name, kind] = gradients(config, world)
             for kind, model in family(name).items() if n < 4 else ():
                 training = {"micro_batch_size": 4}

@@ -1,0 +1,41 @@
+"""Options of adapters: a few new weights over a model whose own ones stay as they are."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from gpt.config.checks import UsageError, check, number
+
+AdapterKind = Literal["none", "lora", "bottleneck"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """A small adapter that is trained instead of the model's own weights. Needs init."""
+
+    kind: AdapterKind = "none"
+    """lora: a product of two thin matrices is added to each target (Hu et al., 2021); bottleneck:
+    a narrow layer behind attention and feed-forward layer (Houlsby et al., 2019)."""
+    rank: int = number(8, at_least=1)
+    """Rank of lora's products; width of a bottleneck."""
+    alpha: float = number(16.0, above=0)
+    """lora's products are scaled by alpha / rank."""
+    dropout: float = number(0.0, at_least=0, below=1)
+    """Dropout of the adapter's input."""
+    targets: tuple[str, ...] = ("attn.*",)
+    """Patterns of the linear layers that lora adapts, by their names in a block (attn.qkv) or in
+    the model (blocks.0.mlp.up). A bottleneck is always behind attn.out and mlp.down."""
+    rank_stabilised: bool = False
+    """Scale lora's products by alpha / sqrt(rank) (Kalajdzievski, 2023)."""
+    base: Literal["float32", "int8", "int4"] = "float32"
+    """Format of the adapted layers' own weights while the adapter is trained. int8 and int4 round
+    them, and need less memory."""
+
+    def __post_init__(self) -> None:
+        check(self, "adapter.")
+        if not self.targets:
+            raise UsageError("adapter.targets is empty, and needs a pattern such as attn.*")
+
+    @property
+    def scale(self) -> float:
+        """The factor of lora's products."""
+        return self.alpha / (self.rank**0.5 if self.rank_stabilised else self.rank)
