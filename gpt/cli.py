@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from gpt.data.tokenizer import Tokenizer
     from gpt.model.gpt import GPT
     from gpt.training.loop import Data, Shown
+    from gpt.training.records import Write
 
 _CONFIGS = [here / "configs" for here in Path(__file__).resolve().parents[:2]]
 """The folder is in an installed package, and beside the package in a checkout."""
@@ -180,6 +181,11 @@ def train(words: Sequence[str], prog: str) -> int:
         from gpt.training.run import train as run
 
     keep_freed_memory()
+    write: Write | None = None
+    if config.objective.kind != "next_token":
+        from gpt.generation.rollout import write_texts
+
+        write = write_texts
 
     def sample(model: "GPT", data: "Data") -> "Shown":
         return _training_sample(config, model, data)
@@ -193,7 +199,14 @@ def train(words: Sequence[str], prog: str) -> int:
         return load(name, trainable=True, say=tell if tells else lambda text: None)
 
     console = open_console(cast(TextIO, Output(sys.stdout)))
-    result = run(config, console=console, sample=sample, initial=initial, encoder=ExampleEncoder)
+    result = run(
+        config,
+        console=console,
+        sample=sample,
+        initial=initial,
+        encoder=ExampleEncoder,
+        write=write,
+    )
     return 128 + result.signal if result.signal else 0
 
 

@@ -38,6 +38,7 @@ from gpt.config.model import (
     RouterScore,
     with_present_names,
 )
+from gpt.config.objective import Baseline, ObjectiveConfig, ObjectiveKind
 from gpt.config.toml import parse, parse_training, to_toml, toml_tokens
 from gpt.config.training import (
     CheckpointConfig,
@@ -58,6 +59,7 @@ __all__ = [
     "Activation",
     "BadBytes",
     "Balance",
+    "Baseline",
     "Bounds",
     "CheckpointConfig",
     "DataConfig",
@@ -74,6 +76,8 @@ __all__ = [
     "ModelConfig",
     "Norm",
     "NormPlacement",
+    "ObjectiveConfig",
+    "ObjectiveKind",
     "OptimizerConfig",
     "ParallelConfig",
     "PositionScheme",

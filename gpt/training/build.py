@@ -50,17 +50,22 @@ def build_model(
 
 
 def whole_model(
-    model: GPT, world: World, *, device: torch.device, dtype: torch.dtype
+    model: GPT,
+    world: World,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    everywhere: bool = False,
 ) -> GPT | None:
-    """An unsharded copy of a sharded model on the main process, else ``None``. All processes must
-    call this.
+    """An unsharded copy of a sharded model on the main process, or ``everywhere``; else ``None``.
+    All processes must call this.
     """
     whole: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        if world.is_main:
+        if world.is_main or everywhere:
             whole[name] = full.detach().to(device=device, dtype=dtype)
-    if not world.is_main:
+    if not (world.is_main or everywhere):
         return None
     with torch.device("meta"):
         copy = GPT(model.config)

@@ -15,10 +15,12 @@ from gpt.data.mixture import prepare_mixture
 from gpt.data.piped import is_piped, keep
 from gpt.data.prepare import prepare
 from gpt.data.prepared import is_corpus
+from gpt.data.prompts import Records, read_prompts
 from gpt.data.token_files import is_token_files
 from gpt.data.tokenizer import Tokenizer
 from gpt.device import choose_device
 from gpt.model.gpt import GPT
+from gpt.model.surgery import resize_vocabulary
 from gpt.training import setup
 from gpt.training.build import check_sizes
 from gpt.training.curve import draw_curve
@@ -26,7 +28,9 @@ from gpt.training.loop import Data, Result, Sample, Trainer
 from gpt.training.metrics import Reporter, Silent, as_settings
 from gpt.training.optimizer import describe_groups
 from gpt.training.parallel import World, join
+from gpt.training.records import Write
 from gpt.training.saving import point_and_prune
+from gpt.training.tasks import FIELDS, task_of
 
 
 def train(
@@ -36,11 +40,12 @@ def train(
     sample: Sample | None = None,
     initial: setup.Initial | None = None,
     encoder: Encoder | None = None,
+    write: Write | None = None,
 ) -> Result:
     """Train the model that ``config`` describes, from the start or from the run's last checkpoint,
     on all processes that torchrun started. ``initial`` loads the model that ``config.init`` names.
     ``sample`` writes what is shown with each evaluation. ``encoder`` makes what encodes the records
-    of instructions with a tokenizer.
+    of instructions with a tokenizer, and ``write`` writes the texts that get rewards.
 
     Raises :class:`UsageError` if the run cannot be trained, and then loses nothing in its folder.
     """
@@ -60,6 +65,7 @@ def train(
                     sample=sample,
                     initial=initial,
                     encoder=encoder,
+                    write=write,
                 )
             except OSError as error:
                 if error.errno not in setup.DISK_ERRORS:
@@ -79,6 +85,7 @@ def train_on(
     sample: Sample | None = None,
     initial: setup.Initial | None = None,
     encoder: Encoder | None = None,
+    write: Write | None = None,
 ) -> Result:
     """:func:`train` in a world, by a process that holds the run's folder."""
 
@@ -90,6 +97,7 @@ def train_on(
         config = dataclasses.replace(config, data=setup.as_it_began(config.data, checkpoint))
     model: GPT | None = None
     tokenizer: Tokenizer | None = None
+    wanted = config.model
     if config.init:
         if initial is None:
             raise UsageError(
@@ -105,6 +113,9 @@ def train_on(
         config = dataclasses.replace(config, run_dir=str(config.run), data=kept)
 
         def prepared() -> Data:
+            if config.objective.kind != "next_token":
+                assert tokenizer is not None, "the configuration has an initial model"
+                return read_prompts(config.data, tokenizer, FIELDS[config.objective.kind])
             if not config.data.mixture and is_instructions(config.data):
                 assert encoder is not None, "the caller of train() gave no encoder"
                 return prepare_instructions(
@@ -129,7 +140,17 @@ def train_on(
     if checkpoint is not None:
         now = setup.settings(config, data.train)
         changes = setup.check_changes(config.run, config.model, now, checkpoint)
-    trainer = Trainer(config, data, world=world, model=model)
+
+    def start() -> GPT:
+        assert initial is not None
+        loaded, _ = setup.take_initial_model(config.init, wanted, None, initial, lambda text: None)
+        resize_vocabulary(loaded, config.model.vocab_size)
+        return loaded
+
+    task = None
+    if isinstance(data, Records):
+        task = task_of(config, data, start=start, write=write)
+    trainer = Trainer(config, data, world=world, model=model, task=task)
     if checkpoint is not None:
         changes += trainer.resume(checkpoint)
     if world.is_main:
@@ -185,21 +206,34 @@ def beginning(trainer: Trainer) -> list[str]:
     micro = min(config.training.micro_batch_size, sequences)
     split = f"{-(-sequences // micro)} x {micro} x {model.context_length}"
     processes = f"{trainer.strategy} on {n} processes, " if n > 1 else ""
-    return [
-        f"run      {config.run}"
-        + (f", continuing from step {trainer.step:,}" if trainer.step else ""),
-        f"text     {config.data.described}: {len(trainer.data.train):,} training and "
-        f"{len(trainer.data.validation):,} validation tokens, "
-        f"{trainer.data.tokenizer.kind} tokenizer",
+    network = (
         f"model    {trainer.model.parameter_count():,} parameters "
         f"({trainer.model.parameter_count(embeddings=False):,} without embeddings): "
         f"{model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, "
-        f"context {model.context_length}",
-        f"training {config.training.max_steps:,} steps of {tokens:,} tokens "
-        f"({f'{n} x {split}' if n > 1 else split}), "
-        f"{tokens * config.training.max_steps / len(trainer.data.train):.2f} epochs, "
-        f"{processes}{trainer.device.type}, {str(trainer.dtype).removeprefix('torch.')}",
-        *trainer.source.describe(),
+        f"context {model.context_length}"
+    )
+    place = f"{processes}{trainer.device.type}, {str(trainer.dtype).removeprefix('torch.')}"
+    if trainer.task is not None:
+        text, steps, *more = trainer.task.describe()
+    else:
+        text = (
+            f"text     {config.data.described}: {len(trainer.data.train):,} training and "
+            f"{len(trainer.data.validation):,} validation tokens, "
+            f"{trainer.data.tokenizer.kind} tokenizer"
+        )
+        steps = (
+            f"training {config.training.max_steps:,} steps of {tokens:,} tokens "
+            f"({f'{n} x {split}' if n > 1 else split}), "
+            f"{tokens * config.training.max_steps / len(trainer.data.train):.2f} epochs"
+        )
+        more = trainer.source.describe()
+    return [
+        f"run      {config.run}"
+        + (f", continuing from step {trainer.step:,}" if trainer.step else ""),
+        text,
+        network,
+        f"{steps}, {place}",
+        *more,
         *describe_groups(trainer.optimizers),
     ]
 

@@ -18,6 +18,7 @@ from gpt.data.examples import Examples
 from gpt.data.instructions import Instructions
 from gpt.data.mixture import Mixture, Total
 from gpt.data.prepared import Prepared
+from gpt.data.prompts import Records, RecordSet
 from gpt.data.shards import Shard, Shards
 from gpt.data.tokenizer import Tokenizer
 from gpt.files import unwritable, write_atomically
@@ -34,7 +35,10 @@ from gpt.training.parallel import World
 Say = Callable[[str], None]
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
 TEXT = "the text's fingerprint"
-FIXED = (TEXT, "training.seed", "training.batch_tokens", "optimizer.name")
+FIXED = (
+    TEXT, "training.seed", "training.batch_tokens", "optimizer.name", "objective.kind",
+    "objective.records", "objective.samples", "objective.updates",
+)  # fmt: skip
 FIXED_GROUPS = {"model": ("dropout",), "data": ("source", "mixture", "cache_dir")}
 """Groups whose settings must not change in a run either, except the named ones."""
 
@@ -132,7 +136,9 @@ def take_initial_model(
 
 
 def resolve(
-    config: TrainConfig, data: Prepared | Instructions | Mixture, checkpoint: Checkpoint | None
+    config: TrainConfig,
+    data: Prepared | Instructions | Mixture | Records,
+    checkpoint: Checkpoint | None,
 ) -> TrainConfig:
     """The configuration with all fields known: the vocabulary's size, and the run's folder.
     ``UsageError`` if ``model.vocab_size`` is too small for the tokenizer.
@@ -196,12 +202,15 @@ def check_changes(
     return free
 
 
-def settings(config: TrainConfig, text: Shard | Shards | Examples | Total) -> dict[str, Any]:
+def settings(
+    config: TrainConfig, text: Shard | Shards | Examples | Total | RecordSet
+) -> dict[str, Any]:
     """Each ``group.field`` of a run, its text's fingerprint, and its initial model."""
     flat: dict[str, Any] = {TEXT: text.corpus.hex()[:12], "init": config.init}
     for name, value in dataclasses.asdict(config).items():
         if isinstance(value, dict):
-            flat |= {f"{name}.{field}": setting for field, setting in value.items()}
+            for field, setting in value.items():  # as JSON gives it back
+                flat[f"{name}.{field}"] = list(setting) if isinstance(setting, tuple) else setting
     flat["data.mixture"] = list(config.data.mixture)  # as a checkpoint's JSON has it
     if config.init:
         del flat["data.tokenizer"]  # the initial model's tokenizer is used
