@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from gpt.data.tokenizer import Tokenizer
     from gpt.model.gpt import GPT
     from gpt.training.loop import Data, Shown
+    from gpt.training.records import Write
 
 _CONFIGS = [here / "configs" for here in Path(__file__).resolve().parents[:2]]
 """The folder is in an installed package, and beside the package in a checkout."""
@@ -181,6 +182,11 @@ def train(words: Sequence[str], prog: str) -> int:
         from gpt.training.run import train as run
 
     keep_freed_memory()
+    write: Write | None = None
+    if config.objective.kind != "next_token":
+        from gpt.generation.rollout import write_texts
+
+        write = write_texts
 
     def sample(model: "GPT", data: "Data") -> "Shown":
         return _training_sample(config, model, data)
@@ -207,6 +213,7 @@ def train(words: Sequence[str], prog: str) -> int:
         encoder=ExampleEncoder,
         named=named,
         freeze_rounded=freeze_rounded,
+        write=write,
     )
     return 128 + result.signal if result.signal else 0
 

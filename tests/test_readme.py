@@ -22,7 +22,8 @@ from gpt.interop.export import export_huggingface
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NAMES = [
-    "data", "training", "generation", "models", "techniques", "evaluation", "performance",
+    "data", "training", "finetuning", "generation", "models", "techniques", "evaluation",
+    "performance",
     "architecture",
 ]  # fmt: skip
 PAGES = {"README": README} | {

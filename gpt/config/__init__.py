@@ -47,6 +47,7 @@ from gpt.config.model import (
     RouterScore,
     with_present_names,
 )
+from gpt.config.objective import Baseline, ObjectiveConfig, ObjectiveKind
 from gpt.config.toml import parse, parse_training, to_toml, toml_tokens
 from gpt.config.training import (
     CheckpointConfig,
@@ -71,6 +72,7 @@ __all__ = [
     "AdapterKind",
     "BadBytes",
     "Balance",
+    "Baseline",
     "Bounds",
     "CacheFormat",
     "CheckpointConfig",
@@ -88,6 +90,8 @@ __all__ = [
     "ModelConfig",
     "Norm",
     "NormPlacement",
+    "ObjectiveConfig",
+    "ObjectiveKind",
     "OptimizerConfig",
     "ParallelConfig",
     "Pattern",

@@ -9,6 +9,7 @@ from gpt.config.adapter import AdapterConfig
 from gpt.config.checks import UsageError, check, number, quoted
 from gpt.config.data import DataConfig
 from gpt.config.model import ModelConfig
+from gpt.config.objective import ObjectiveConfig
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
@@ -47,6 +48,14 @@ class TrainingConfig:
     skip_nonfinite: int = number(0, at_least=0)
     """How many updates with a loss or gradient that is not finite a run may skip; one more stops
     the run."""
+    scheduled_sampling: float = number(0.0, at_least=0, at_most=1)
+    """Scheduled sampling: the highest share of input tokens that are replaced by the model's own
+    predictions, in a second forward pass (arXiv:1906.07651); 0: none, and no second pass."""
+    scheduled_sampling_schedule: Literal["linear", "sigmoid", "constant"] = "linear"
+    """How the share rises to its highest value: linear: evenly, up to the last step; sigmoid:
+    slowly, quickly, slowly (arXiv:1506.03099); constant: at once."""
+    scheduled_sampling_start: float = number(0.0, at_least=0, below=1)
+    """The fraction of max_steps after which the share begins to rise."""
 
     freeze: tuple[str, ...] = ()
     """Patterns of the names of parameters that stay as they are: embed.weight, 'blocks.0.*', or in
@@ -206,6 +215,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -223,8 +233,20 @@ class TrainConfig:
                 "model.context_length is 0, and must be at least 1 (0 is allowed with init, and "
                 "keeps that model's context)"
             )
+        kind = self.objective.kind
+        if kind != "next_token" and not self.init:
+            raise UsageError(f"objective.kind is {kind}, and needs init: the model to start from")
+        if kind != "next_token" and self.data.mixture:
+            raise UsageError(
+                f"objective.kind is {kind}, which reads data.source and takes no data.mixture"
+            )
+        if kind != "next_token" and self.training.scheduled_sampling:
+            raise UsageError(
+                f"training.scheduled_sampling is {self.training.scheduled_sampling}, and must be 0 "
+                f"with objective.kind {kind}"
+            )
         micro = self.training.micro_batch_size * self.model.context_length
-        if micro and self.training.batch_tokens % micro:
+        if kind == "next_token" and micro and self.training.batch_tokens % micro:
             near = max(1, round(self.training.batch_tokens / micro)) * micro
             raise UsageError(
                 f"training.batch_tokens is {self.training.batch_tokens}, and must be a multiple of "

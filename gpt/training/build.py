@@ -75,16 +75,17 @@ def whole_model(
     device: torch.device,
     dtype: torch.dtype,
     adapter: AdapterConfig = NO_ADAPTER,
+    everywhere: bool = False,
 ) -> GPT | None:
-    """An unsharded copy of a sharded model on the main process, else ``None``. All processes must
-    call this.
+    """An unsharded copy of a sharded model on the main process, or ``everywhere``; else ``None``.
+    All processes must call this.
     """
     whole: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        if world.is_main:
+        if world.is_main or everywhere:
             whole[name] = full.detach().to(device=device, dtype=dtype)
-    if not world.is_main:
+    if not (world.is_main or everywhere):
         return None
     with torch.device("meta"):
         copy = GPT(model.config)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from gpt.training.metrics import read_record
 
-Points = list[tuple[int, float]]
+HELD_OUT = "validation_loss"
 
 _DOTS = (
     (0x01, 0x08),
@@ -18,17 +18,20 @@ _DOTS = (
 def draw_curve(
     metrics: Path, *, width: int = 64, height: int = 12, ascii_only: bool = False
 ) -> str:
-    """The training loss as a line and each validation loss as an ``o``, by step.
+    """The training loss as a line and each validation loss as an ``o``, by step; for a run that
+    raises a reward, the rewards.
 
     ``width`` and ``height`` are the size of the plot in characters, without its axes. Returns an
     empty text if there are fewer than two records. ``ascii_only`` uses only ASCII characters.
     """
     lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines()
     records = [record for line in lines if (record := read_record(line))]
-    training: Points = [(r["step"], r["loss"]) for r in records if "loss" in r]
-    validation: Points = [
-        (r["step"], r["validation_loss"]) for r in records if "validation_loss" in r
-    ]
+    of_steps, held_out = [r for r in records if "loss" in r], [r for r in records if HELD_OUT in r]
+    names = ("reward", "reward") if any("reward" in r for r in records) else ("loss", HELD_OUT)
+    training, validation = (
+        [(r["step"], r[name]) for r in some if name in r]
+        for some, name in zip((of_steps, held_out), names, strict=True)
+    )
     values = [loss for _, loss in training + validation]
     if len(training) < 2:
         return ""

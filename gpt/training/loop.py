@@ -20,10 +20,10 @@ from gpt import checkpoint as checkpoints
 from gpt.checkpoint import Checkpoint, State
 from gpt.config import TrainConfig, UsageError
 from gpt.data import tokenizer as tokenizers
-from gpt.data.batches import Batch
 from gpt.data.instructions import Instructions
 from gpt.data.mixture import Mixture
 from gpt.data.prepared import Prepared
+from gpt.data.prompts import Records
 from gpt.device import choose_device, choose_precision, peak_flops
 from gpt.model.gpt import GPT, parameter_count
 from gpt.model.moe import auxiliary_loss
@@ -40,8 +40,10 @@ from gpt.training.parallel import Strategy, World, choose_strategy, only_here
 from gpt.training.precision import autocast, common_precision, loss_scaler
 from gpt.training.saving import Saver
 from gpt.training.schedule import learning_rate_factor
-from gpt.training.source import Objective, ShuffledWindows, Source, next_token
+from gpt.training.scheduled import ScheduledSampling, scheduled
+from gpt.training.source import Learnable, Objective, ShuffledWindows, Source, next_token
 from gpt.training.stopwatch import Forecast, Stopwatch, Trace
+from gpt.training.task import Evaluation, Task
 from gpt.training.validation import score_all
 
 
@@ -53,7 +55,7 @@ class Shown(NamedTuple):
     """Further figures for the evaluation's record."""
 
 
-Data = Prepared | Instructions | Mixture
+Data = Prepared | Instructions | Mixture | Records
 Sample = Callable[[GPT, Data], Shown]
 """Writes what is shown with an evaluation."""
 
@@ -89,12 +91,14 @@ class Trainer:
         world: World | None = None,
         source: Source | None = None,
         objective: Objective = next_token,
+        task: Task | None = None,
         model: GPT | None = None,
         base: Mapping[str, Any] | None = None,
     ) -> None:
         """Build a run at step 0. ``source`` gives the batches (default: ``data``'s windows in a new
-        order each epoch) and ``objective`` their loss. The weights are those of ``model``, or new.
-        ``base`` describes the model under an adapter; each checkpoint records it.
+        order each epoch) and ``objective`` their loss; a ``task`` has both, and an evaluation. The
+        weights are those of ``model``, or new. ``base`` describes the model under an adapter; each
+        checkpoint records it.
         """
         torch.manual_seed(config.training.seed)
         self.config, self.data, self.world = config, data, world or World()
@@ -107,18 +111,18 @@ class Trainer:
         self.scaler = loss_scaler(self.device, self.dtype)
         torch.set_float32_matmul_precision("high" if config.training.tf32 else "highest")
 
-        sequences = setup.sequences_a_step(
-            config.training.batch_tokens, config.model.context_length, self.world
-        )
-        self.source = source or ShuffledWindows(
-            data.windows("train", config.model.context_length),
-            sequences=sequences,
-            seed=config.training.seed,
-            kind=config.data.order,
-        )
-        self.objective = objective
         self.base = dict(base or {})
-        self.validation = data.windows("validation", config.model.context_length)
+        self.task, self.objective = task, objective
+        self.source: Source
+        if task is not None:
+            self.source, self.objective = task, task.objective
+        else:
+            assert not isinstance(data, Records), "records need a task"
+            self.source = source or self._windows(data)
+            self.validation = data.windows("validation", config.model.context_length)
+            if config.training.scheduled_sampling and objective is next_token:
+                self.source = ScheduledSampling(self.source, config.training)
+                self.objective = scheduled
         self.byte_lengths = tokenizers.byte_lengths(data.tokenizer)
         self._tokenizer = tokenizers.fingerprint(data.tokenizer).hex()
         self.strategy: Strategy = self.world.broadcast(self.choose_strategy)
@@ -162,6 +166,21 @@ class Trainer:
         self.overflows = 0
         """Updates that were skipped because float16's loss scale was too high."""
 
+        if task is not None:
+            task.attach(self)
+
+    def _windows(self, data: Prepared | Instructions | Mixture) -> ShuffledWindows:
+        config = self.config
+        sequences = setup.sequences_a_step(
+            config.training.batch_tokens, config.model.context_length, self.world
+        )
+        return ShuffledWindows(
+            data.windows("train", config.model.context_length),
+            sequences=sequences,
+            seed=config.training.seed,
+            kind=config.data.order,
+        )
+
     def resume(self, checkpoint: Checkpoint) -> list[str]:
         """Load the checkpoint's weights, optimizer state and progress, to continue after its step.
 
@@ -171,6 +190,9 @@ class Trainer:
         self.step, self.best, self.losses = checkpoint.step, progress["best"], progress["losses"]
         self.best_loss, self.least_loss = progress["best_loss"], progress["least_loss"]
         self.skipped, self.overflows = progress["skipped"], progress["overflows"]
+        if self.task is not None and isinstance(told := progress.get("task"), dict):
+            self.task.figures.restore(told["figures"])
+            self.task.restore(told["state"])
         windows = progress["settings"].get("evaluation.windows")
         if windows not in (None, self.config.evaluation.windows):
             # Losses on other windows are not comparable with the new ones.
@@ -274,6 +296,8 @@ class Trainer:
                 f"{nonfinite.some(self.source.origin(self.step))} are masked"
             )
         total = self.accumulate(batch, n_targets)
+        if self.task is not None:
+            self.task.figures.settle(self.world)
         with self.stopwatch("data"):  # while a GPU is busy
             self.source.prepare(self.step + 1, self.world)
         with self.stopwatch("optimizer"):
@@ -304,7 +328,7 @@ class Trainer:
             self.expert_load = experts.take_loads(self.model, self.world, rebalance=is_finite)
         self.step += 1
 
-    def accumulate(self, batch: Batch, n_targets: int) -> Tensor:
+    def accumulate(self, batch: Learnable, n_targets: int) -> Tensor:
         """Accumulate the gradients of the mean loss over the ``n_targets`` of all processes, and
         return that loss.
         """
@@ -365,7 +389,8 @@ class Trainer:
         times = self.stopwatch.take(steps)
         if not self.losses:
             return  # all were skipped, and reported as skipped
-        tokens_per_second = self.config.training.batch_tokens / seconds
+        figures = self.task.figures.take() if self.task is not None else {}
+        tokens_per_second = figures.pop("tokens", self.config.training.batch_tokens) / seconds
         record = {
             "step": self.step,
             "loss": sum(self.losses) / len(self.losses),
@@ -375,7 +400,10 @@ class Trainer:
             "tokens_per_second": tokens_per_second,
             **self.source.progress(self.step),
             **times,
+            **figures,
         }
+        if self.task is not None:
+            del record["tokens"]  # texts of different lengths in each step
         if self.scaler.is_enabled():
             record |= {"loss_scale": self.scaler.get_scale(), "overflows": self.overflows}
         if self.expert_load is not None:
@@ -389,6 +417,28 @@ class Trainer:
 
     def evaluate(self, sample: Sample | None) -> float:
         """Compute and report the model's loss on the held-out text, with a sample."""
+        result = self.held_out_loss() if self.task is None else self.task.evaluate()
+        if not math.isfinite(result.loss):
+            raise UsageError(
+                f"the validation loss is {result.loss} at step {self.step}: training has diverged "
+                "since the last checkpoint; try a lower optimizer.learning_rate"
+            )
+        record: dict[str, Any] = {
+            "step": self.step,
+            "validation_loss": result.loss,
+            **result.figures,
+        }
+        shown = Shown(result.sample)
+        if sample and self.task is None:
+            shown = self.sample(sample)
+        record |= shown.figures
+        best = self.step > 0 and result.loss < self.least_loss
+        self.reporter.evaluation(record, best=best, sample=shown.text)
+        self.least_loss = min(self.least_loss, result.loss)
+        return result.loss
+
+    def held_out_loss(self) -> Evaluation:
+        """The model's loss on the windows of the held-out text."""
         result = score_all(
             self.model,
             self.validation,
@@ -401,24 +451,20 @@ class Trainer:
         )
         if isinstance(self.model, FSDPModule):
             self.model.reshard()  # usually the backward pass does it
-        if not math.isfinite(result.loss):
-            raise UsageError(
-                f"the validation loss is {result.loss} at step {self.step}: training has diverged "
-                "since the last checkpoint; try a lower optimizer.learning_rate"
-            )
-        record: dict[str, Any] = {
-            "step": self.step,
-            "validation_loss": result.loss,
-            "bits_per_byte": result.bits_per_byte,
-        }
+        figures: dict[str, Any] = {"bits_per_byte": result.bits_per_byte}
         if result.by_source:
-            record["validation_losses"] = result.by_source
-        shown = self.sample(sample) if sample else Shown("")
-        record |= shown.figures
-        best = self.step > 0 and result.loss < self.least_loss
-        self.reporter.evaluation(record, best=best, sample=shown.text)
-        self.least_loss = min(self.least_loss, result.loss)
-        return result.loss
+            figures["validation_losses"] = result.by_source
+        return Evaluation(result.loss, figures)
+
+    def whole_model(self) -> GPT:
+        """The model, or an unsharded copy of it on every process. All processes must call this."""
+        if self.strategy != "fsdp":
+            return self.model
+        whole = build.whole_model(
+            self.model, self.world, device=self.device, dtype=torch.float32, everywhere=True
+        )
+        assert whole is not None
+        return whole
 
     def sample(self, make: Sample) -> Shown:
         """What ``make`` writes with the model, on the main process; else nothing."""
@@ -469,8 +515,15 @@ class Trainer:
                     "tokenizer": self._tokenizer,
                     "place": self.environment(),
                     **({"adapter": self.base} if self.base else {}),
+                    **self.task_state(),
                 },
                 metrics={} if loss is None else {"validation_loss": loss},
             ),
             best=self.best,
         )
+
+    def task_state(self) -> dict[str, Any]:
+        """What a checkpoint stores of the task."""
+        if self.task is None:
+            return {}
+        return {"task": {"figures": self.task.figures.state(), "state": self.task.state()}}

@@ -17,6 +17,8 @@ from gpt.config import LogConfig, UsageError
 from gpt.files import check_regular, write_atomically
 
 Record = dict[str, Any]
+SHOWN = ("reward", "kl", "margin", "accuracy")
+"""Figures of tasks that a step's line shows."""
 WIDE = 92
 """Columns. Narrower terminals do not show the epoch."""
 
@@ -96,7 +98,7 @@ class Reporter:
             self.say("step " + "  ".join(parts))
 
     def evaluation(self, record: Record, *, best: bool, sample: str) -> None:
-        """An evaluation: ``step``, ``validation_loss``, ``bits_per_byte``, of a mixture
+        """An evaluation: ``step``, ``validation_loss``, for a text ``bits_per_byte``, of a mixture
         ``validation_losses`` by source, and perhaps further figures; ``sample`` is a text by the
         model, or empty.
         """
@@ -107,10 +109,11 @@ class Reporter:
             for name, value in record.items()
             if name not in ("step", "validation_loss", "bits_per_byte", "validation_losses")
         )
-        self.say(
-            f"step {record['step']:,}: validation {self._validation:.4f} nats/token, "
-            f"{record['bits_per_byte']:.4f} bits/byte{further}{' (best so far)' if best else ''}"
-        )
+        told = f"loss {self._validation:.4f}"
+        if "bits_per_byte" in record:
+            told = f"{self._validation:.4f} nats/token, {record['bits_per_byte']:.4f} bits/byte"
+        best_so_far = " (best so far)" if best else ""
+        self.say(f"step {record['step']:,}: validation {told}{further}{best_so_far}")
         for name, loss in record.get("validation_losses", {}).items():
             self.say(f"  {name}: {loss:.4f} nats/token")
         if sample:
@@ -136,6 +139,7 @@ class Reporter:
         return [
             f"{step:>{len(str(self._max_steps))}}/{self._max_steps}",
             f"loss {self._smooth.value:.4f}",
+            *(f"{name} {record[name]:.3f}" for name in SHOWN if name in record),
             f"val {self._validation:.4f}" if self._validation == self._validation else "val   -   ",
             f"lr {record['learning_rate']:.1e}",
             f"{record['tokens_per_second']:,.0f} tok/s",

@@ -19,11 +19,13 @@ from gpt.data.mixture import prepare_mixture
 from gpt.data.piped import is_piped, keep
 from gpt.data.prepare import prepare
 from gpt.data.prepared import is_corpus
+from gpt.data.prompts import Records, read_prompts
 from gpt.data.token_files import is_token_files
 from gpt.data.tokenizer import Tokenizer, name_of
 from gpt.data.word_vectors import fill_embedding
 from gpt.device import choose_device
 from gpt.model.gpt import GPT
+from gpt.model.surgery import resize_vocabulary
 from gpt.training import setup
 from gpt.training.build import check_sizes
 from gpt.training.curve import draw_curve
@@ -31,7 +33,9 @@ from gpt.training.loop import Data, Result, Sample, Trainer
 from gpt.training.metrics import Reporter, Silent, as_settings
 from gpt.training.optimizer import describe_groups
 from gpt.training.parallel import World, join
+from gpt.training.records import Write
 from gpt.training.saving import point_and_prune
+from gpt.training.tasks import FIELDS, task_of
 
 Named = Callable[[str], Tokenizer]
 """Loads a tokenizer by its name: a file, a folder, or an encoding of tiktoken."""
@@ -47,12 +51,14 @@ def train(
     encoder: Encoder | None = None,
     named: Named | None = None,
     freeze_rounded: Callable[[GPT, Rounded], None] | None = None,
+    write: Write | None = None,
 ) -> Result:
     """Train the model that ``config`` describes, from the start or from the run's last checkpoint,
     on all processes that torchrun started. ``initial`` loads the model that ``config.init`` names.
     ``sample`` writes what is shown with each evaluation. ``encoder`` makes what encodes the records
     of instructions with a tokenizer. ``named`` loads a tokenizer that ``config.data.tokenizer``
-    names and that is not made from the text. ``freeze_rounded`` rounds the weights under an adapter.
+    names and that is not made from the text. ``freeze_rounded`` rounds the weights under an
+    adapter. ``write`` writes the texts that get rewards.
 
     Raises :class:`UsageError` if the run cannot be trained, and then loses nothing in its folder.
     """
@@ -75,6 +81,7 @@ def train(
                     encoder=encoder,
                     tokenizer=tokenizer,
                     freeze_rounded=freeze_rounded,
+                    write=write,
                 )
             except OSError as error:
                 if error.errno not in setup.DISK_ERRORS:
@@ -96,6 +103,7 @@ def train_on(
     encoder: Encoder | None = None,
     tokenizer: Tokenizer | None = None,
     freeze_rounded: Callable[[GPT, Rounded], None] | None = None,
+    write: Write | None = None,
 ) -> Result:
     """:func:`train` in a world, by a process that holds the run's folder. ``tokenizer`` replaces
     the one that ``config.data.tokenizer`` names.
@@ -110,6 +118,7 @@ def train_on(
     model: GPT | None = None
     base: dict[str, Any] = {}
     has_adapter = config.adapter.kind != "none"
+    wanted = config.model
     if config.init:
         if initial is None:
             raise UsageError(
@@ -142,6 +151,9 @@ def train_on(
         config = dataclasses.replace(config, run_dir=str(config.run), data=kept)
 
         def prepared() -> Data:
+            if config.objective.kind != "next_token":
+                assert tokenizer is not None, "the configuration has an initial model"
+                return read_prompts(config.data, tokenizer, FIELDS[config.objective.kind])
             if not config.data.mixture and is_instructions(config.data):
                 assert encoder is not None, "the caller of train() gave no encoder"
                 return prepare_instructions(
@@ -173,7 +185,17 @@ def train_on(
         fill_embedding(
             model.embed.weight.detach(), Path(config.embeddings), data.tokenizer, say=say
         )
-    trainer = Trainer(config, data, world=world, model=model, base=base)
+
+    def start() -> GPT:
+        assert initial is not None
+        loaded, _ = setup.take_initial_model(config.init, wanted, None, initial, lambda text: None)
+        resize_vocabulary(loaded, config.model.vocab_size)
+        return loaded
+
+    task = None
+    if isinstance(data, Records):
+        task = task_of(config, data, start=start, write=write)
+    trainer = Trainer(config, data, world=world, model=model, task=task, base=base)
     if checkpoint is not None:
         changes += trainer.resume(checkpoint)
     if world.is_main:
@@ -246,21 +268,34 @@ def beginning(trainer: Trainer) -> list[str]:
     micro = min(config.training.micro_batch_size, sequences)
     split = f"{-(-sequences // micro)} x {micro} x {model.context_length}"
     processes = f"{trainer.strategy} on {n} processes, " if n > 1 else ""
-    return [
-        f"run      {config.run}"
-        + (f", continuing from step {trainer.step:,}" if trainer.step else ""),
-        f"text     {config.data.described}: {len(trainer.data.train):,} training and "
-        f"{len(trainer.data.validation):,} validation tokens, "
-        f"{name_of(trainer.data.tokenizer)} tokenizer",
+    network = (
         f"model    {trainer.model.parameter_count():,} parameters "
         f"({trainer.model.parameter_count(embeddings=False):,} without embeddings): "
         f"{model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, "
-        f"context {model.context_length}",
-        f"training {config.training.max_steps:,} steps of {tokens:,} tokens "
-        f"({f'{n} x {split}' if n > 1 else split}), "
-        f"{tokens * config.training.max_steps / len(trainer.data.train):.2f} epochs, "
-        f"{processes}{trainer.device.type}, {str(trainer.dtype).removeprefix('torch.')}",
-        *trainer.source.describe(),
+        f"context {model.context_length}"
+    )
+    place = f"{processes}{trainer.device.type}, {str(trainer.dtype).removeprefix('torch.')}"
+    if trainer.task is not None:
+        text, steps, *more = trainer.task.describe()
+    else:
+        text = (
+            f"text     {config.data.described}: {len(trainer.data.train):,} training and "
+            f"{len(trainer.data.validation):,} validation tokens, "
+            f"{name_of(trainer.data.tokenizer)} tokenizer"
+        )
+        steps = (
+            f"training {config.training.max_steps:,} steps of {tokens:,} tokens "
+            f"({f'{n} x {split}' if n > 1 else split}), "
+            f"{tokens * config.training.max_steps / len(trainer.data.train):.2f} epochs"
+        )
+        more = trainer.source.describe()
+    return [
+        f"run      {config.run}"
+        + (f", continuing from step {trainer.step:,}" if trainer.step else ""),
+        text,
+        network,
+        f"{steps}, {place}",
+        *more,
         *describe_groups(trainer.optimizers),
     ]
 

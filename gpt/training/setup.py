@@ -18,6 +18,7 @@ from gpt.data.examples import Examples
 from gpt.data.instructions import Instructions
 from gpt.data.mixture import Mixture, Total
 from gpt.data.prepared import Prepared
+from gpt.data.prompts import Records, RecordSet
 from gpt.data.shards import Shard, Shards
 from gpt.data.tokenizer import Tokenizer
 from gpt.files import unwritable, write_atomically
@@ -35,7 +36,10 @@ from gpt.training.parallel import World
 Say = Callable[[str], None]
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
 TEXT = "the text's fingerprint"
-FIXED = (TEXT, "training.seed", "training.batch_tokens", "optimizer.name")
+FIXED = (
+    TEXT, "training.seed", "training.batch_tokens", "optimizer.name", "objective.kind",
+    "objective.records", "objective.samples", "objective.updates",
+)  # fmt: skip
 FIXED_GROUPS = {
     "model": ("dropout",),
     "adapter": ("dropout",),
@@ -158,7 +162,9 @@ def take_initial_model(
 
 
 def resolve(
-    config: TrainConfig, data: Prepared | Instructions | Mixture, checkpoint: Checkpoint | None
+    config: TrainConfig,
+    data: Prepared | Instructions | Mixture | Records,
+    checkpoint: Checkpoint | None,
 ) -> TrainConfig:
     """The configuration with all fields known: the vocabulary's size, and the run's folder.
     ``UsageError`` if ``model.vocab_size`` is too small for the tokenizer.
@@ -222,7 +228,9 @@ def check_changes(
     return free
 
 
-def settings(config: TrainConfig, text: Shard | Shards | Examples | Total) -> dict[str, Any]:
+def settings(
+    config: TrainConfig, text: Shard | Shards | Examples | Total | RecordSet
+) -> dict[str, Any]:
     """Each ``group.field`` of a run, its text's fingerprint, and its initial model."""
     flat: dict[str, Any] = {TEXT: text.corpus.hex()[:12], "init": config.init}
     for name, value in dataclasses.asdict(config).items():

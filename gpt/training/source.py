@@ -1,8 +1,9 @@
 """A run's source of batches, and its objective: the loss of a batch."""
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, Self
 
+import torch
 from torch import Tensor
 
 from gpt.config import WindowOrder
@@ -13,13 +14,26 @@ from gpt.training.loss import summed_loss
 from gpt.training.parallel import World
 
 
+class Learnable(Protocol):
+    """A batch: what an objective learns from."""
+
+    def n_targets(self) -> int:
+        """What the loss is averaged over: tokens, texts or pairs of texts."""
+
+    def split(self, size: int) -> Iterator[Self]:
+        """Micro batches of about ``size`` sequences."""
+
+    def to(self, device: torch.device) -> Self:
+        """The batch on ``device``."""
+
+
 class Source(Protocol):
     """Gives a run its batches, step by step."""
 
     sequences: int
     """Sequences in one step, over all processes."""
 
-    def batch(self, step: int, world: World) -> Batch:
+    def batch(self, step: int, world: World) -> Learnable:
         """The part of this process in the batch for ``step`` (from 0)."""
 
     def prepare(self, step: int, world: World) -> None:
@@ -46,8 +60,8 @@ class Forward(Protocol):
         """Tokens ``[B, T]`` to logits ``[B, T, V]``, as :meth:`gpt.model.gpt.GPT.forward`."""
 
 
-Objective = Callable[[Forward, Batch], Tensor]
-"""The loss of a batch, summed over its targets."""
+Objective = Callable[[Forward, Any], Tensor]
+"""The loss of a batch of the run's source, summed over its targets."""
 
 
 class ShuffledWindows:

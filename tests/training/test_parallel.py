@@ -24,7 +24,8 @@ from gpt.training.build import saves_shards
 from gpt.training.parallel import World, _meet, choose_strategy
 from gpt.training.setup import sequences_a_step
 from tests.conftest import LINES
-from tests.training.worker import COMPOSITES, FORMATS, MICRO, config_of, family, train
+from tests.training.tasks import write_records
+from tests.training.worker import COMPOSITES, FORMATS, KINDS, MICRO, config_of, family, train
 
 ROOT = Path(__file__).parent.parent.parent
 WORLDS = {1: ("single",), 2: ("ddp", "fsdp"), 4: ("ddp", "fsdp", "hybrid")}
@@ -36,6 +37,7 @@ RUNS = [(n, s, f) for n, s in PLACES[1:] for f in FORMATS.get(s, ("full",))]
 def folder(tmp_path_factory):
     """A folder with the results of worker.py on one, two and four processes."""
     place = tmp_path_factory.mktemp("parallel")
+    write_records(place / "records.jsonl")
     (place / "text.txt").write_text("".join(LINES[i % 3] for i in range(160)))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for n in WORLDS:
@@ -96,6 +98,21 @@ def test_every_two_techniques_give_the_gradients_of_one_process(row, strategy, r
     assert split.keys() == whole.keys()
     assert max(difference(split, whole)) < 1e-5
     assert split["loss"].item() == pytest.approx(whole["loss"].item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_learn_from_records_as_one_does(strategy, kind, results):
+    split, whole = results[2][strategy, kind], results[1]["single", kind]
+    assert split["texts"] == whole["texts"]
+    assert max(difference(split["gradients"], whole["gradients"])) < 1e-4
+    assert split["figures"] == pytest.approx(whole["figures"], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_replace_the_tokens_that_one_does(strategy, results):
+    split, whole = results[2][strategy, "scheduled"], results[1]["single", "scheduled"]
+    assert max(difference(split, whole)) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["masked", "documents"])

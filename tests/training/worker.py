@@ -44,6 +44,8 @@ COMPOSITES = {
     },
 }  # fmt: skip
 """Models of many techniques at once."""
+KINDS = ("dpo", "reward", "reward, several updates", "reward, divergence in it")
+"""Objectives of tests/training/tasks.py."""
 FORMATS = {"fsdp": ("full", "sharded"), "hybrid": ("full", "sharded")}
 
 
@@ -117,6 +119,28 @@ class Masked(TextWindows):
         return Batch(batch.tokens, batch.targets.masked_fill(hidden, IGNORED))
 
 
+def objective_gradients(folder: Path, kind: str, world: World, options: dict) -> dict:
+    """The gradients after one step of an objective on records, and the texts that it wrote."""
+    from tests.training import tasks
+
+    config = tasks.config_of(folder, kind, parallel={"strategy": options.get("strategy", "auto")})
+    trainer = tasks.trainer_of(config, world)
+    trainer.update()
+    loss, norm, _ = trainer.gradients()
+    named = trainer.model.named_parameters()
+    found = {name: whole(p.grad) for name, p in named if p.requires_grad}
+    written = getattr(trainer.task, "_round", None)
+    figures = trainer.task.figures.take() | trainer.task.evaluate().figures
+    numbers = {"loss": torch.tensor(loss), "norm": torch.tensor(norm), **found}
+    return {"gradients": numbers, "texts": written and written.tokens, "figures": figures}
+
+
+def scheduled_gradients(folder: Path, world: World, options: dict) -> dict:
+    """The gradients of a step with scheduled sampling."""
+    training = {"scheduled_sampling": 0.5, "scheduled_sampling_schedule": "constant"}
+    return gradients(config_of(folder, "none", **options, training=training), world)
+
+
 def train(config: TrainConfig, world: World, sample=None) -> str:
     console = Console(file=io.StringIO(), width=300)
     train_on(world, config, console=console, sample=sample)
@@ -162,6 +186,10 @@ def main(folder: Path) -> None:
                 training = {"micro_batch_size": 4}
                 config = config_of(folder, "none", **options, model=model, training=training)
                 results[name, kind] = gradients(config, world)
+            if n < 4:
+                results[name, "scheduled"] = scheduled_gradients(folder, world, options)
+                for kind in KINDS:
+                    results[name, kind] = objective_gradients(folder, kind, world, options)
             config = config_of(folder, "none", **options)
             results[name, "new"] = weights(trainer_of(config, world))
             for kind in ("selective", "full"):
