@@ -17,6 +17,7 @@ from gpt.config import (
     InspectConfig,
     PrepareConfig,
     SampleConfig,
+    ServeConfig,
     TrainConfig,
 )
 
@@ -28,6 +29,7 @@ SCHEMAS = {
     "inspect": InspectConfig,
     "export": ExportConfig,
     "evaluate": EvaluateConfig,
+    "serve": ServeConfig,
 }
 OPENING = """# Options
 

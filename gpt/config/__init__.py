@@ -30,6 +30,7 @@ from gpt.config.model import (
     RouterScore,
     with_present_names,
 )
+from gpt.config.serving import ServeConfig
 from gpt.config.toml import parse, parse_training, to_toml, toml_tokens
 from gpt.config.training import (
     CheckpointConfig,
@@ -75,6 +76,7 @@ __all__ = [
     "RouterScore",
     "SampleConfig",
     "SamplingConfig",
+    "ServeConfig",
     "TextFormat",
     "TokenizerKind",
     "TooLong",
