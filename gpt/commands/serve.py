@@ -38,7 +38,11 @@ def serve(words: Sequence[str], prog: str) -> int:
         rows = rows_that_fit(model.model, config.batch_size, length)
         generate(model, max_new_tokens=2, past_context="stop")  # kernels are compiled here
         engine = Engine(
-            model, batch_size=rows, queue=config.queue, prefix_bytes=config.prefix_cache << 20
+            model,
+            batch_size=rows,
+            queue=config.queue,
+            prefix_bytes=config.prefix_cache << 20,
+            say=tell,
         )
         app = Server(engine, model, config, length).app()
         settings = uvicorn.Config(

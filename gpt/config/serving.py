@@ -73,4 +73,4 @@ class ServeConfig:
     @property
     def served_name(self) -> str:
         """What clients call the model."""
-        return self.name or self.model.rstrip("/").rpartition("/")[2]
+        return self.name or self.model.rstrip("/").rpartition("/")[2] or "model"

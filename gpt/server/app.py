@@ -130,6 +130,9 @@ class Server:
             )
             headers = {"Connection": "close"} if error.status in (408, 413) else {}
             return JSONResponse(content, error.status, headers)
+        except UsageError as error:
+            content = error_object(str(error), "invalid_request_error")
+            return JSONResponse(content, 400)
         except FullError as error:
             content = error_object(str(error), "rate_limit_error", code="rate_limit_exceeded")
             return JSONResponse(content, 429, {"Retry-After": str(error.seconds)})

@@ -8,13 +8,14 @@ prompt that arrives while others are being continued is read in parts between th
 import itertools
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from gpt.config import GenerationConfig, UsageError
 from gpt.data.tokenizer import Tokenizer, ends_of
-from gpt.generation.checks import check_cache
+from gpt.generation.checks import check_cache, check_prompt
 from gpt.generation.decode import Decoder, Token
 from gpt.generation.logprobs import TokenDetails
 from gpt.generation.text import Completion, GrowingText, Writing, begins_text
@@ -111,21 +112,21 @@ class Engine:
         batch_size: int = MOST_ROWS,
         queue: int = 64,
         prefix_bytes: int = 256 << 20,
-        metrics: Metrics | None = None,
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
         """``queue`` jobs may wait while ``batch_size`` sequences run. ``prefix_bytes`` is the bound
-        of the prefix cache.
+        of the prefix cache. ``say`` is told about steps that failed.
         """
         self.model, self.tokenizer = model
         self.batch_size, self.queue = batch_size, queue
-        self.metrics = metrics or Metrics()
+        self.metrics, self.say = Metrics(), say
         self.prefixes = PrefixCache(self.model, prefix_bytes)
         self._ends = ends_of(self.tokenizer)
         self._decoder = self._new_decoder()
         self._waiting: deque[_Sequence] = deque()
         self._running: dict[int, _Sequence] = {}  # by the decoder's number
         self._changed = threading.Condition()
-        self._jobs: deque[Job] = deque()  # submitted, and not seen by the thread yet
+        self._coming: deque[list[_Sequence]] = deque()  # each a job that the thread has not seen
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
 
@@ -160,15 +161,20 @@ class Engine:
 
     def check_room(self) -> None:
         """:class:`FullError` if a job would find the queue full."""
-        waiting = len({id(each.job) for each in self._waiting.copy()}) + len(self._jobs)
+        waiting = len({id(each.job) for each in self._waiting.copy()}) + len(self._coming)
         if waiting >= self.queue and self._is_full:
             raise FullError(self.metrics.seconds_per_request(waiting, self.batch_size))
 
     def submit(self, job: Job) -> None:
-        """Queue a job. :class:`FullError` if too many wait."""
+        """Queue a job. :class:`FullError` if too many wait, ``UsageError`` for a prompt that the
+        model cannot continue.
+        """
+        for prompt in job.prompts:
+            check_prompt(self.model, prompt, job.config, self.tokenizer.vocab_size)
+        sequences = self._sequences_of(job)
         with self._changed:
             self.check_room()
-            self._jobs.append(job)
+            self._coming.append(sequences)
             self._changed.notify()
 
     def cancel(self, job: Job) -> None:
@@ -185,7 +191,7 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Sequences that wait, and requests that were not looked at yet."""
-        return len(self._waiting) + len(self._jobs)
+        return len(self._waiting) + len(self._coming)
 
     @property
     def cache_bytes(self) -> int:
@@ -194,19 +200,17 @@ class Engine:
 
     @property
     def _is_full(self) -> bool:
-        return len(self._running) + len(self._waiting) + len(self._jobs) >= self.batch_size
+        return len(self._running) + len(self._waiting) + len(self._coming) >= self.batch_size
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not (self._stopping or self._jobs or self._waiting or self._running):
+                while not (self._stopping or self._coming or self._waiting or self._running):
                     self._changed.wait()
+                while self._coming:
+                    self._waiting.extend(self._coming.popleft())
                 if self._stopping:
                     break
-                jobs = list(self._jobs)
-                self._jobs.clear()
-                for job in jobs:
-                    self._waiting.extend(self._sequences_of(job))
             try:
                 self._step()
             except Exception as error:  # the thread must outlive every request
@@ -314,6 +318,7 @@ class Engine:
     def _fail_all(self, error: Exception) -> None:
         """After an error in a step, nothing is known about the batch: end all that was in it."""
         message = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}"
+        self.say("".join(traceback.format_exception(error)))
         self.metrics.failures += 1
         for sequence in [*self._running.values(), *itertools.islice(self._waiting, 1)]:
             self._fail(sequence.job, Failure(f"the model failed: {message}", "failed"))
