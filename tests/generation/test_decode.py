@@ -541,6 +541,7 @@ def test_a_copy_of_a_sequence_has_what_the_model_has_read(tiny_model):
         tokens, cache = decoder.copy_of(number)
         assert tokens == prompt + written[number][:-1]
         assert cache.lengths == [len(tokens)]
+        cache = cache.expand(1, capacity=CONTEXT)
         nexts = tiny_model(torch.tensor([[written[number][-1]]]), cache=cache)
         whole = tiny_model(torch.tensor([tokens + written[number][-1:]]))
         torch.testing.assert_close(nexts[:, -1], whole[:, -1], atol=1e-4, rtol=1e-4)

@@ -3,7 +3,9 @@
 import concurrent.futures
 import http.client
 import json
+import re
 import threading
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
@@ -289,7 +291,8 @@ def test_a_full_server_answers_429_and_says_when_to_come_back(model):
     with serving(model_of(context=8192), batch_size=1, queue=0) as (address, engine):
         body = {**ENDLESS, "stream": True}
         with httpx.stream("POST", f"{address}/v1/completions", json=body) as running:
-            next(running.iter_lines())
+            lines = running.iter_lines()  # an iterator that nobody holds closes the stream
+            next(lines)
             refused = post(address, {"prompt": "b"})
             assert refused.status_code == 429
             assert int(refused.headers["Retry-After"]) >= 1
@@ -401,6 +404,13 @@ def test_the_description_names_every_path(address):
     described = httpx.get(f"{address}/openapi.json").json()
     assert described["openapi"].startswith("3.1")
     assert {"/v1/completions", "/v1/chat/completions", "/v1/models"} <= set(described["paths"])
+
+
+def test_the_python_of_the_page_runs(address, capsys):
+    page = (Path(gpt.__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8")
+    [block] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(block.replace("http://127.0.0.1:8000", address), {})
+    assert capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from gpt.server import requests
 from gpt.server.requests import CHAT, COMPLETION, Limits
 from gpt.server.responses import TokenTexts
 from gpt.server.schema import RequestError, check, one_of, record
-from tests.generation.test_chat import HELLO
+from tests.generation.test_chat import HELLO, tokenizer_of
 
 LIMITS = Limits("tiny", 200)
 PARSERS = {"completion": requests.completion, "chat": requests.chat}
@@ -40,7 +40,7 @@ WRONG = [
 @pytest.mark.parametrize("kind", PARSERS)
 @pytest.mark.parametrize(("changes", "says"), WRONG, ids=str)
 def test_a_wrong_field_is_named_with_what_would_be_right(model, kind, changes, says):
-    with pytest.raises(RequestError, match="") as refused:
+    with pytest.raises(RequestError) as refused:
         PARSERS[kind](model, SMALLEST[kind] | changes, LIMITS)
     assert says in str(refused.value)
 
@@ -88,15 +88,12 @@ def test_an_answer_ends_where_the_context_does(model):
 
 
 def test_without_a_template_a_conversation_is_refused(model):
-    from tests.generation.test_chat import tokenizer_of
-
     with pytest.raises(RequestError, match="no chat template"):
         requests.chat((model[0], tokenizer_of(template="")), {"messages": HELLO}, LIMITS)
 
 
 def test_the_tables_are_json_schema():
-    import jsonschema  # what the notebooks' format needs, too
-
+    jsonschema = pytest.importorskip("jsonschema", reason="needs jsonschema")
     for schema in (COMPLETION, CHAT):
         jsonschema.Draft202012Validator.check_schema(json.loads(json.dumps(schema)))
 
