@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import gpt
 from gpt.server.requests import CHAT, COMPLETION
 
 _POSTS = {
@@ -30,8 +31,6 @@ ERRORS = {
 
 def description() -> dict[str, Any]:
     """The description, as JSON values."""
-    from gpt import __version__
-
     failures = {
         status: {"description": meaning, "content": _json({"$ref": "#/components/schemas/Error"})}
         for status, meaning in ERRORS.items()
@@ -64,7 +63,7 @@ def description() -> dict[str, Any]:
     schemas["Error"] = {"type": "object", "properties": {"error": {"properties": error}}}
     return {
         "openapi": "3.1.0",
-        "info": {"title": "gpt", "version": __version__},
+        "info": {"title": "gpt", "version": gpt.__version__},
         "paths": paths,
         "components": {
             "schemas": schemas,
