@@ -83,8 +83,8 @@ class Guard:
         host, origin = headers.get("host", ""), headers.get("origin")
         if self._names is not None and _name(host) not in self._names:
             return _refused(f"the server has no name {quoted(host)}; use localhost")
-        own = f"{scope['scheme']}://{host}"
-        if origin is not None and origin != own and origin not in self._origins:
+        own = {f"http://{host}", f"https://{host}"}  # also behind a proxy with TLS
+        if origin is not None and origin not in own and origin not in self._origins:
             return _refused(
                 f"pages of {quoted(origin)} may not use this server; start it with --allow_origin"
             )

@@ -4,6 +4,7 @@ import concurrent.futures
 import http.client
 import json
 import re
+import sys
 import threading
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -13,6 +14,8 @@ import pytest
 
 import gpt
 from gpt.config import ServeConfig
+from gpt.evaluation.likelihood import Request as LikelihoodRequest
+from gpt.evaluation.likelihood import likelihoods
 from tests.generation.test_chat import HELLO, model_of
 from tests.server.conftest import serving, until
 
@@ -118,6 +121,23 @@ def test_an_echo_has_the_logprobs_of_the_prompt(client, model):
     assert again.choices[0].text == "Hello"
     assert again.choices[0].logprobs.token_logprobs[1:] == pytest.approx(own, abs=1e-5)
     assert again.usage.completion_tokens == 0
+
+
+def test_scores_by_echo_are_those_of_the_adapter_for_the_harness(client, model):
+    """As ``local-completions`` of lm-evaluation-harness asks for them."""
+    pairs = [("To be, or", " not to be"), ("A", "B"), ("Once upon a ", "time")]
+    encoded = [tuple(model[1].encode(text).tolist() for text in pair) for pair in pairs]
+    scores = likelihoods(model[0], [LikelihoodRequest(*pair) for pair in encoded])
+    made = client.completions.create(
+        model="tiny", prompt=[context + rest for context, rest in encoded], max_tokens=1,
+        temperature=0, logprobs=1, echo=True, seed=1234,
+    )  # fmt: skip
+    for choice, (context, _), score in zip(made.choices, encoded, scores, strict=True):
+        part = slice(len(context), -1)
+        numbers, tops = choice.logprobs.token_logprobs[part], choice.logprobs.top_logprobs[part]
+        assert sum(numbers) == pytest.approx(score.total, abs=1e-4)
+        greedy = all(own == max(top.values()) for own, top in zip(numbers, tops, strict=True))
+        assert greedy == score.is_greedy
 
 
 def answer_of(model, messages, **settings):
@@ -430,3 +450,11 @@ def test_no_request_that_fits_the_description_or_not_makes_the_server_fail(addre
                 assert case.call(base_url=address).status_code < 500
 
             check()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's account of a process")
+def test_under_load_no_text_is_wrong_no_sequence_stays_and_the_memory_does_not_grow():
+    from tests.soak.load import run
+
+    assert run(seconds=20, clients=40) == 0
