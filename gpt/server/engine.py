@@ -25,6 +25,8 @@ from gpt.server.prefix_cache import PrefixCache
 
 PART = 256
 """Tokens of a prompt that are read between two steps of other sequences."""
+PART_ALONE = 1024
+"""The same while nothing else runs: how long a request that comes meanwhile waits."""
 RESERVE = 128
 """Tokens that the cache has room for, beyond those of a new sequence."""
 KEPT_IDLE = 64 << 20
@@ -250,8 +252,8 @@ class Engine:
         self._waiting = deque(each for each in self._waiting if not each.job.is_over)
 
     def _admit(self) -> None:
-        """Give free rows to waiting sequences. While others run, these read no more than some
-        tokens between two steps.
+        """Give free rows to waiting sequences. While others run, the model reads no more than some
+        tokens of them between two steps.
         """
         others, unread = bool(self._running), 0
         while self._waiting and len(self._running) < self.batch_size and unread < PART:
@@ -262,8 +264,8 @@ class Engine:
             known = 0 if describes else self.prefixes.known(prompt)
             if sequence.known is None:
                 sequence.known = known
-            new = len(prompt) - known
-            if others and not describes and new > PART and self.prefixes.read_part(prompt, PART):
+            new, part = len(prompt) - known, PART if self._running else PART_ALONE
+            if not describes and new > part and self.prefixes.read_part(prompt, part):
                 return  # the rest after the next step
             self._waiting.popleft()
             try:

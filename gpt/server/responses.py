@@ -61,20 +61,23 @@ class Answer:
         self._told = [0] * n  # tokens of each choice
         self._offsets = [_Offsets(tokenizer) for _ in range(n)]
         self._completions: dict[int, Completion] = {}
+        self._ended: set[int] = set()
 
     def index(self, completion: Completion) -> int:
         """The number of a completion among the choices."""
         return completion.prompt * self.request.config.num_samples + completion.sample
 
     def add(self, piece: Piece) -> None:
-        """Count a piece."""
-        self._completions[self.index(piece.completion)] = piece.completion
+        """Count a piece. Its completion may be ahead of it: the model's thread goes on."""
+        number = self.index(piece.completion)
+        self._completions[number] = piece.completion
+        if piece.ended:
+            self._ended.add(number)
 
     @property
     def is_whole(self) -> bool:
         """Whether every completion has ended."""
-        done = sum(each.reason is not None for each in self._completions.values())
-        return done == len(self._told)
+        return len(self._ended) == len(self._told)
 
     def usage(self) -> dict[str, Any]:
         """The counts of tokens so far."""

@@ -4,9 +4,11 @@ import json
 
 import pytest
 
+from gpt.generation.text import Completion
 from gpt.server import requests
+from gpt.server.engine import Job, Piece
 from gpt.server.requests import CHAT, COMPLETION, Limits
-from gpt.server.responses import TokenTexts
+from gpt.server.responses import Answer, TokenTexts
 from gpt.server.schema import RequestError, check, one_of, record
 from tests.generation.test_chat import HELLO, tokenizer_of
 
@@ -110,6 +112,22 @@ def test_the_check_knows_what_it_says():
     ):
         with pytest.raises(RequestError, match=says):
             check(value, schema)
+
+
+@pytest.mark.parametrize("kind", PARSERS)
+def test_an_answer_is_whole_with_its_last_piece_although_the_model_is_ahead(model, kind):
+    request = PARSERS[kind](model, SMALLEST[kind] | {"n": 2, "stream": True}, LIMITS)
+    answer = Answer(request, Job(request.prompts, request.config, print), model[1], "tiny")
+    done = [Completion(0, n, text="ab", tokens=[97, 98], reason="length") for n in range(2)]
+    pieces = [Piece(each, "a", 1, False) for each in done]
+    pieces += [Piece(each, "b", 2, True) for each in done]
+    choices = []
+    for piece in pieces:
+        assert not answer.is_whole
+        [choice] = json.loads(answer.chunk(piece).removeprefix("data: "))["choices"]
+        choices.append((choice["index"], choice["finish_reason"]))
+    assert answer.is_whole
+    assert choices == [(0, None), (1, None), (0, "length"), (1, "length")]
 
 
 def test_tokens_that_are_no_text_and_special_ones_have_names(model):
