@@ -67,7 +67,7 @@ def chat_prompt(
     answer, besides the tokenizer's own. Raises ``UsageError`` as :func:`chat`.
     """
     conversation = Conversation(model, GenerationConfig(), variables=variables)
-    conversation.messages = _checked(messages)
+    conversation.messages = checked_messages(messages)
     return conversation.encoded()
 
 

@@ -7,8 +7,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from gpt.data.tokenizer import Tokenizer
-from gpt.generation.chat import special_texts
+from gpt.data.tokenizer import Tokenizer, special_texts
 from gpt.generation.context import Reason
 from gpt.generation.logprobs import TokenDetails
 from gpt.generation.text import Completion
