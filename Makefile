@@ -11,7 +11,7 @@ CUDA_READY := $(CUDA_VENV)/.ready
 CUDA_TORCH := torch==2.14.1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smollm2 test test-all test-fake-cuda soak fuzz asan mutants lint format clean
+.PHONY: help setup demo smollm2 test test-all test-fake-cuda soak soak-server fuzz asan mutants lint format clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1	/' | expand -t 18
@@ -53,6 +53,9 @@ test-fake-cuda: $(CUDA_READY)  ## a dry run of the GPU's code on fake tensors: n
 
 soak: $(READY)  ## minutes of killed runs and failing disks: what is left must go on as if nothing had been
 	$(BIN)/python -m tests.soak
+
+soak-server: $(READY)  ## ten minutes of a server under load: no wrong text, no growing memory
+	$(BIN)/python -m tests.soak.load
 
 fuzz: $(READY)  ## minutes of odd words, values and files: each must end well or in a sentence
 	$(BIN)/python -m tests.fuzz

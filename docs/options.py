@@ -18,6 +18,7 @@ from gpt.config import (
     InspectConfig,
     PrepareConfig,
     SampleConfig,
+    ServeConfig,
     TrainConfig,
 )
 from gpt.config.tokenizer import (
@@ -39,6 +40,7 @@ SCHEMAS = {
     "tokenizer compare": TokenizerCompareConfig,
     "tokenizer show": TokenizerShowConfig,
     "tokenizer export": TokenizerExportConfig,
+    "serve": ServeConfig,
 }
 DESCRIPTIONS = {name: command.__doc__ for name, command in COMMANDS.items()}
 DESCRIPTIONS |= {

@@ -1,4 +1,4 @@
-"""The command line: ``gpt train | sample | prepare | export | evaluate | tokenizer``.
+"""The command line: ``gpt COMMAND``, of which ``gpt --help`` prints a list.
 
 ``train.py`` and ``sample.py`` run the first two.
 
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, cast
 
+from gpt.commands.serve import serve
 from gpt.config import (
     EvaluateConfig,
     ExportConfig,
@@ -98,6 +99,7 @@ _NEEDS_LESS = {
     "a smaller model.context_length",
     "sample": "try a smaller --batch_size, --weights int8 or int4, or fewer --max_new_tokens",
     "evaluate": "try a smaller --batch_size, --weights int8 or int4, or --device cpu",
+    "serve": "try --weights int8 or int4, or a smaller --batch_size or --max_length",
 }
 
 
@@ -339,6 +341,7 @@ COMMANDS: dict[str, Callable[[Sequence[str], str], int]] = {
     "export": export,
     "evaluate": evaluate,
     "tokenizer": tokenizer,
+    "serve": serve,
 }
 
 

@@ -17,6 +17,7 @@ from gpt.config import (
     PrepareConfig,
     SampleConfig,
     SamplingConfig,
+    ServeConfig,
     TrainConfig,
     TrainingConfig,
     UsageError,
@@ -320,6 +321,7 @@ REQUIRED = {
     EvaluateConfig: {"models": ("m",)},
     PrepareConfig: {"sources": ("s",)},
     InspectConfig: {"path": Path("p")},
+    ServeConfig: {"model": "m"},
 }
 REQUIRED[EvaluateConfig]["text"] = "t"
 WRONG = {

@@ -13,7 +13,7 @@ ROOT = Path(gpt.__file__).parent
 FLOORS = [
     "config", "files", "device", "kernels", "triton_kernels", "model", "data", "tensors",
     "migrations", "checkpoint", "generation", "interop", "evaluation", "training", "console",
-    "terminal", "commands", "cli", "__main__",
+    "terminal", "server", "commands", "cli", "__main__",
 ]  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import torch
 
 import gpt
 from gpt import GPT, ModelConfig
-from gpt.config import EvaluateConfig, ExportConfig, SampleConfig, TrainConfig, parse
+from gpt.config import EvaluateConfig, ExportConfig, SampleConfig, ServeConfig, TrainConfig, parse
 from gpt.config.tokenizer import TokenizerShowConfig, TokenizerTrainConfig
 from gpt.data.tokenizer import ByteTokenizer
 from gpt.interop.export import export_huggingface
@@ -25,6 +25,7 @@ NAMES = [
     "data", "training", "finetuning", "generation", "models", "techniques", "evaluation",
     "performance",
     "architecture",
+    "serving",
 ]  # fmt: skip
 PAGES = {"README": README} | {
     name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in NAMES
@@ -40,6 +41,7 @@ SCHEMAS = {
     "gpt evaluate": EvaluateConfig,
     "gpt tokenizer train": TokenizerTrainConfig,
     "gpt tokenizer show": TokenizerShowConfig,
+    "gpt serve": ServeConfig,
 }
 
 
@@ -173,7 +175,7 @@ def test_the_python_runs(place, monkeypatch, capsys):
             assert said.count(" length ") == 6
     difference = (scope["last"] - scope["logits"][:, 19:]).abs().max()
     assert difference < 1e-5
-    assert sum(len(blocks("python", page)) for page in PAGES) == 3
+    assert sum(len(blocks("python", page)) for page in PAGES) == 4  # serving's is in tests/server
 
 
 def test_the_readme_is_short_and_leads_to_every_page():

@@ -48,6 +48,7 @@ from gpt.config.model import (
     with_present_names,
 )
 from gpt.config.objective import Baseline, ObjectiveConfig, ObjectiveKind
+from gpt.config.serving import ServeConfig
 from gpt.config.toml import parse, parse_training, to_toml, toml_tokens
 from gpt.config.training import (
     CheckpointConfig,
@@ -102,6 +103,7 @@ __all__ = [
     "RouterScore",
     "SampleConfig",
     "SamplingConfig",
+    "ServeConfig",
     "TextFormat",
     "TooLong",
     "TrainConfig",

@@ -99,7 +99,9 @@ def projected(rows: Tensor, width: int) -> Tensor:
         return rows.clone()
     if own < width:
         axes = torch.randn(width, own, generator=torch.Generator().manual_seed(0))
-        return rows @ torch.linalg.qr(axes).Q.T
+        wider: Tensor = rows @ torch.linalg.qr(axes).Q.T
+        return wider
     centred = (rows - rows.mean(dim=0)).double()
     axes = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)[:, :width]
-    return (rows.double() @ axes).float()
+    narrower: Tensor = (rows.double() @ axes).float()
+    return narrower

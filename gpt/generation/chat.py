@@ -57,6 +57,20 @@ def chat(
     return answer
 
 
+def chat_prompt(
+    model: tuple[GPT, Tokenizer],
+    messages: Sequence[Message],
+    *,
+    variables: Mapping[str, Any] | None = None,
+) -> tuple[list[int], frozenset[int]]:
+    """The ids of the prompt to which the model's answer is the continuation, and those that end the
+    answer, besides the tokenizer's own. Raises ``UsageError`` as :func:`chat`.
+    """
+    conversation = Conversation(model, GenerationConfig(), variables=variables)
+    conversation.messages = checked_messages(messages)
+    return conversation.encoded()
+
+
 class Conversation:
     """The messages of a conversation, and the cache of what the model has read of them.
 
@@ -214,6 +228,10 @@ class Conversation:
         if rest is not None:
             return text, ids + encode_rendered(tokenizer, rest, self._mark, begins=False)
         return text, encode_rendered(tokenizer, text, self._mark)
+
+    def encoded(self) -> tuple[list[int], frozenset[int]]:
+        """The ids of the messages, and those that end the answer to them."""
+        return self._rendered()[1], self._turn_ends()
 
     def _render(self, messages: Sequence[Message], mark: str, **more: Any) -> str:
         marked = self._marker.mark([messages, self._variables], mark)

@@ -79,7 +79,7 @@ def check_sequences(n: int, tokens: int) -> None:
     )
 
 
-def check_cache(model: GPT, rows: int, length: int, stored_as: CacheFormat) -> None:
+def check_cache(model: GPT, rows: int, length: int, stored_as: CacheFormat = "float") -> None:
     """``UsageError`` if the model's device has no memory for the keys, values and logits of
     ``rows`` sequences of up to ``length`` tokens.
     """

@@ -3,7 +3,7 @@
 The model reads each prompt once, and then each new token once. Sequences of any lengths go through
 together. Each row of the batch has its own positions, and its context holds only its own tokens.
 When a sequence ends, the next waiting one takes its row. Equal prompts are read once, and so is
-the beginning that the prompts of a batch share.
+the beginning that the prompts of a batch share. Each sequence may have settings of its own.
 """
 
 import itertools
@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,18 +27,9 @@ from gpt.generation.checks import (
 from gpt.generation.context import Context, Ends, Reason
 from gpt.generation.logprobs import Describer, Reading, TokenDetails
 from gpt.generation.prefill import evaluation_mode, read
-from gpt.generation.prefix import Prefix
-from gpt.generation.sampling import (
-    NO_NUMBERS,
-    Details,
-    History,
-    choose,
-    describe,
-    marked,
-    new_draws,
-    on_host,
-    penalise,
-)
+from gpt.generation.prefix import Beginnings, Prefix
+from gpt.generation.row import Row, next_tokens
+from gpt.generation.sampling import NO_NUMBERS, Details, History, new_draws
 from gpt.model.cache import KVCache
 from gpt.model.gpt import GPT
 
@@ -64,21 +54,6 @@ class Token:
     ``logprobs`` is set; of the part of the prompt that the model reads."""
 
 
-@dataclass(eq=False)
-class _Row:
-    sequence: int
-    sample: int
-    tokens: list[int]  # the ones in the context, and a last one that the model has not read
-    draws: np.random.Generator
-    written: int = 0
-    ended: Reason | None = None
-    prompt_details: list[TokenDetails] | None = None  # until the first token is written
-
-    @property
-    def wants_details(self) -> bool:  # of its prompt
-        return self.written == 0 and self.sample == 0
-
-
 class Decoder:
     """Continues sequences, up to ``batch_size`` at a time: ``add`` prompts, then ``advance``.
 
@@ -96,35 +71,36 @@ class Decoder:
         vocab_size: int | None = None,
         end_of_text: Ends = None,
         ahead: int | None = None,
-        prefix: Prefix | None = None,
+        prefix: Beginnings | None = None,
+        reserve: int | None = None,
     ) -> None:
         """``vocab_size`` is the tokenizer's; the model may have more rows than that. Sequences end
         at ``end_of_text``, one id or any of several. The device chooses up to ``ahead`` tokens of a
         sequence before the host looks at them (:mod:`gpt.generation.ahead`): by default 1, on a GPU
         several. ``prefix`` is what another decoder of the model read and
-        :meth:`remember` kept.
+        :meth:`remember` kept. The cache has room for all tokens that the rows may get; with
+        ``reserve``, for this many more than they have, and it grows with them.
         """
         self.model, self.config, self.batch_size = model, config, batch_size
+        self.reserve = reserve
         self.vocab_size = vocab_size or model.config.vocab_size
         check_number("batch_size", batch_size, 1)
         check_settings(model, config, self.vocab_size)
-        self._context = Context(model, config, end_of_text)
-        self._waiting: deque[_Row] = deque()
-        self._rows: list[_Row] = []  # as in the cache
+        self._ends = end_of_text
+        self._waiting: deque[Row] = deque()
+        self._rows: list[Row] = []  # as in the cache
         self._cache: KVCache | None = None
-        self._history: History | None = None
-        if config.has_penalties:
-            self._history = History(self.vocab_size, self.model.device)
+        self._history: History | None = None  # while a row has penalties
         on_gpu = model.device.type == "cuda"
         self._ahead = min(MOST, ahead or (MOST if on_gpu else 1))
         if config.has_penalties or config.logprobs is not None:
             self._ahead = 1  # the loop computes neither
         self._loop: TokenLoop | None = None
-        self._describer = None
+        describer = None
         if config.logprobs is not None:
-            self._describer = Describer(model, config.logprobs, self.vocab_size)
+            describer = Describer(model, config.logprobs, self.vocab_size)
             prefix = None  # what was read without details has none
-        self._prefix = prefix or Prefix(model, self._describer, cache=config.cache)
+        self._prefix: Beginnings = prefix or Prefix(model, describer, cache=config.cache)
         self._remembers = prefix is not None
         self._count = 0
 
@@ -133,16 +109,34 @@ class Decoder:
         """Whether a sequence is waiting or running."""
         return bool(self._waiting) or any(row.ended is None for row in self._rows)
 
-    def add(self, prompt: Sequence[int], *, sample: int = 0) -> int:
+    def add(
+        self,
+        prompt: Sequence[int],
+        *,
+        sample: int = 0,
+        config: GenerationConfig | None = None,
+        end_of_text: Ends = None,
+        describes: bool | None = None,
+    ) -> int:
         """Queue a sequence that begins with ``prompt``, and return its number.
 
-        With one seed, the sequences of a prompt differ by their ``sample``. Raises ``UsageError``
-        for an empty prompt, and for an id outside of the vocabulary. If the prompt is longer than
-        the context, ``slide`` reads its last ``context_length`` tokens, and ``stop`` raises.
+        With one seed, the sequences of a prompt differ by their ``sample``. ``config`` and
+        ``end_of_text`` are the sequence's own, in place of the decoder's. With log-probabilities,
+        ``describes`` is whether the prompt's tokens get them too: by default those of sample 0.
+        Raises ``UsageError`` for an empty prompt, and for an id outside of the vocabulary. If the
+        prompt is longer than the context, ``slide`` reads its last ``context_length`` tokens, and
+        ``stop`` raises.
         """
-        prompt = check_prompt(self.model, prompt, self.config, self.vocab_size)
-        draws = new_draws(self.config.seed, prompt, sample)
-        self._waiting.append(_Row(self._count, sample, self._context.fit(prompt), draws))
+        if config is not None:
+            check_settings(self.model, config, self.vocab_size)
+            self._ahead = 1  # the loop has one choice for all rows
+        config = config or self.config
+        prompt = check_prompt(self.model, prompt, config, self.vocab_size)
+        context = Context(self.model, config, self._ends if end_of_text is None else end_of_text)
+        draws = new_draws(config.seed, prompt, sample)
+        describes = config.logprobs is not None and (not sample if describes is None else describes)
+        row = Row(self._count, config, context, context.fit(prompt), draws, describes)
+        self._waiting.append(row)
         self._count += 1
         return self._count - 1
 
@@ -173,32 +167,52 @@ class Decoder:
         """Read the tokens that the model has not read: the features after each row, ``[B, C]``."""
         going_on, arriving = self._next_rows()
         self._keep(going_on)
+        if any(len(row.tokens) > self._capacity for row in self._rows):  # with ``reserve``
+            self._make_room([])
         features = [self._read_last_tokens()] if self._rows else []
         if arriving:
             self._make_room(arriving)
             upcoming = [row.tokens for row in itertools.islice(self._waiting, 1)]
             self._prefix.read_common([row.tokens for row in arriving], upcoming)
-        return features + [self._prefill(rows) for rows in _of_like_lengths(arriving)]
+        return features + [self._prefill(rows) for rows in self._read_together(arriving)]
 
-    def _next_rows(self) -> tuple[list[int], list[_Row]]:
+    def _next_rows(self) -> tuple[list[int], list[Row]]:
         """Slide the full rows, and admit waiting ones where others have ended. Returns the rows
         that continue in the cache, and those to prefill, the shortest first.
         """
         running = [i for i, row in enumerate(self._rows) if row.ended is None]
-        going_on = _compacted([i for i in running if self._context.room(self._rows[i].tokens)])
-        sliding = [i for i in running if not self._context.room(self._rows[i].tokens)]
+        going_on = _compacted([i for i in running if self._room(self._rows[i])])
+        sliding = [i for i in running if not self._room(self._rows[i])]
         for i in sliding:
-            self._rows[i].tokens = self._context.slide(self._rows[i].tokens)
+            self._rows[i].tokens = self._rows[i].context.slide(self._rows[i].tokens)
         free = self.batch_size - len(running)
         admitted = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
         rows = self._rows + admitted
         arriving = [*sliding, *range(len(self._rows), len(rows))]
-        arriving.sort(key=lambda i: len(rows[i].tokens))
-        if self._history is not None:  # it has the rows that continue, and then the others
-            for row in admitted:
-                self._history.add(row.tokens)
-            self._history.keep(going_on + arriving)
+        arriving.sort(key=lambda i: (self._origin(rows[i]), len(rows[i].tokens)))
+        self._remember_written(admitted, going_on + arriving)
         return going_on, [rows[i] for i in arriving]
+
+    def _remember_written(self, admitted: list[Row], order: list[int]) -> None:
+        """Add ``admitted`` rows to the history, in which row ``i`` becomes what row ``order[i]``
+        was. It exists while a row needs it.
+        """
+        rows = self._rows + admitted
+        if not any(rows[i].config.has_penalties for i in order):
+            self._history = None
+            return
+        if self._history is None:
+            self._history = History(self.vocab_size, self.model.device)
+            for _ in self._rows:  # they need none
+                self._history.add([])
+        for row in admitted:
+            self._history.add(row.tokens)
+        self._history.keep(order)
+
+    @staticmethod
+    def _room(row: Row) -> int:
+        """How many tokens the model can predict before the row's context is full."""
+        return row.context.room(row.tokens)
 
     def _keep(self, order: list[int]) -> None:
         """Row ``i`` becomes what row ``order[i]`` was."""
@@ -219,10 +233,9 @@ class Decoder:
             return 0
         if self._waiting and len(running) < self.batch_size:
             return 0
-        if any(row.written < self.config.min_new_tokens for row in running):
+        if any(row.written < row.config.min_new_tokens for row in running):
             return 0
-        most = self.config.max_new_tokens
-        room = (min(most - row.written, self._context.room(row.tokens)) for row in running)
+        room = (min(row.left, self._room(row)) for row in running)
         return min(self._ahead, *room)
 
     def _write_ahead(self, n: int) -> list[Token]:
@@ -231,7 +244,7 @@ class Decoder:
         rows = list(self._rows)
         drawn = bool(self.config.temperature)
         numbers = [[row.draws.random() if drawn else 0.0 for row in rows] for _ in range(n)]
-        expected = max(self.config.max_new_tokens - row.written for row in rows)
+        expected = max(row.left for row in rows)
         assert self._loop is not None, "rows are read before"
         chosen = self._loop.run(
             self.model, [row.tokens[-1] for row in rows], numbers, expected=expected
@@ -241,7 +254,7 @@ class Decoder:
         pairs = (pair for tokens in chosen for pair in zip(rows, tokens, strict=True))
         return [self._written(row, token) for row, token in pairs if row.ended is None]
 
-    def _prefill(self, arriving: list[_Row]) -> Tensor:
+    def _prefill(self, arriving: list[Row]) -> Tensor:
         """Read whole prompts into the cache, equal ones once: their last features, ``[B, C]``."""
         prompts: list[list[int]] = []
         own = []  # the index of each row's prompt
@@ -249,7 +262,11 @@ class Decoder:
             if row.tokens not in prompts:
                 prompts.append(row.tokens)
             own.append(prompts.index(row.tokens))
-        cache = self._prefix.new_cache(prompts)
+        watched = any(row.wants_details for row in arriving)
+        if watched and self._prefix.describer is None:  # nobody kept the details of its tokens
+            cache = self.model.new_cache(len(prompts), capacity=max(map(len, prompts)))
+        else:
+            cache = self._prefix.new_cache(prompts)
         start = cache.length
         ends = [len(prompt) - start for prompt in prompts]
         padded = [
@@ -264,30 +281,40 @@ class Decoder:
         if reading is not None:
             for row, number in zip(arriving, own, strict=True):
                 if row.wants_details:
-                    row.prompt_details = self._prefix.details[:start] + reading.found[number]
+                    details = self._prefix.details[:start] + reading.found[number]
+                    row.prompt_details = [token.of_top(row.config.logprobs) for token in details]
         cache.truncate([len(prompt) for prompt in prompts])
         assert self._cache is not None
         self._cache.add(cache, own)
         self._rows += arriving
         return features[own, [ends[i] - 1 for i in own]]
 
-    def _watched(self, rows: list[_Row], prompts: list[list[int]], start: int) -> Reading | None:
+    def _watched(self, rows: list[Row], prompts: list[list[int]], start: int) -> Reading | None:
         """Collects the details of the prompts whose rows want them, if any does."""
-        if self._describer is None or not any(row.wants_details for row in rows):
+        wanting = [row for row in rows if row.wants_details]
+        if not wanting:
             return None
-        wanted = [row.tokens for row in rows if row.wants_details]
-        return Reading(self._describer, [p if p in wanted else [] for p in prompts], start=start)
+        top = max(row.config.logprobs or 0 for row in wanting)
+        wanted = [row.tokens for row in wanting]
+        describer = Describer(self.model, top, self.vocab_size)
+        return Reading(describer, [p if p in wanted else [] for p in prompts], start=start)
 
-    def _make_room(self, arriving: list[_Row]) -> None:
+    @property
+    def _capacity(self) -> int:
+        return 0 if self._cache is None else self._cache.capacity
+
+    def _make_room(self, arriving: list[Row]) -> None:
         """Replace the cache if the ``arriving`` rows do not fit, by one that also fits the waiting
         ones.
         """
         old, rows = self._cache, len(self._rows) + len(arriving)
-        length = self._longest(arriving)
+        length = self._longest([*self._rows, *arriving])
         if old is not None and rows <= old.max_batch_size and length <= old.capacity:
             return
         rows = min(self.batch_size, rows + len(self._waiting))
-        length = self._longest([*arriving, *self._waiting])
+        length = self._longest([*self._rows, *arriving, *self._waiting])
+        if self.reserve is not None:  # so that few arrivals copy the cache
+            rows = min(self.batch_size, 1 << (rows - 1).bit_length())
         if old is not None:
             rows, length = max(rows, old.max_batch_size), max(length, old.capacity)
         check_cache(self.model, rows, length, self.config.cache)
@@ -330,33 +357,76 @@ class Decoder:
             keep(self.model, self._loop)
             self._loop = self._cache = None
 
-    def _longest(self, rows: list[_Row]) -> int:
-        """How many tokens the longest of ``rows`` can have in the cache."""
-        most = max(len(row.tokens) - row.written for row in rows) + self.config.max_new_tokens
-        return min(self._context.length, most)
+    def copy_of(self, sequence: int) -> tuple[list[int], KVCache] | None:
+        """What the model has read of a sequence that got a token from the last :meth:`advance`: its
+        tokens, and a cache of one row with room for no more. ``None`` if it is not there, or if an
+        attention window has lost what is before its last token.
+        """
+        for i, row in enumerate(self._rows):
+            if row.sequence == sequence and self._cache is not None:
+                read = min(self._cache.lengths[i], len(row.tokens) - 1)
+                cache = self.model.new_cache(1, capacity=self._cache.lengths[i])
+                cache.reorder([])
+                cache.add(self._cache, [i])
+                if not cache.can_truncate([read]):
+                    return None
+                cache.truncate([read])
+                return row.tokens[:read], cache
+        return None
+
+    def release(self) -> None:
+        """Give back the cache's memory, if no sequence is running."""
+        if not self.busy:
+            self._rows, self._cache, self._history = [], None, None
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of the running sequences' keys and values."""
+        return 0 if self._cache is None else self._cache.nbytes
+
+    def _longest(self, rows: list[Row]) -> int:
+        """How many tokens the longest of ``rows`` can have in the cache, before it grows."""
+        return max(min(row.context.length, len(row.tokens) + self._reserved(row)) for row in rows)
+
+    def _reserved(self, row: Row) -> int:
+        if self.reserve is None:
+            return row.left
+        return min(row.left, max(self.reserve, len(row.tokens) // 2))
+
+    def _origin(self, row: Row) -> int:
+        """The prefix that the row begins with; rows of one are read together."""
+        if row.wants_details and self._prefix.describer is None:
+            return -1
+        return self._prefix.origin(row.tokens)
+
+    def _read_together(self, rows: list[Row]) -> Iterator[list[Row]]:
+        """Groups of ``rows``, which are sorted by origin and length: one origin each, and no row
+        needs much padding.
+        """
+        group: list[Row] = []
+        origins = [self._origin(row) for row in rows]
+        for row, origin, last in zip(rows, origins, [None, *origins], strict=False):
+            if group and (origin != last or len(row.tokens) > 16 + 1.25 * len(group[0].tokens)):
+                yield group
+                group = []
+            group.append(row)
+        if group:
+            yield group
 
     def _write(self, logits: Tensor) -> list[Token]:
         """Choose the next token of each row. ``logits`` ``[B, V]`` may have more columns than the
         tokenizer has tokens.
         """
-        config, rows, every = self.config, self._rows, logits
-        logits = logits[:, : self.vocab_size]
-        early = [i for i, row in enumerate(rows) if row.written < config.min_new_tokens]
-        processed = penalise(logits, config, self._history, early=early, ends=self._context.ends)
-        numbers = [row.draws.random() for row in rows] if config.temperature else []
-        chosen = choose(processed, config, numbers)
-        ids = on_host(marked(chosen, processed))
+        chosen, found = next_tokens(self._rows, logits, self._history, self.vocab_size)
         if self._history is not None:
             self._history.append(chosen)
-        details = describe(every, chosen, config.logprobs, self.vocab_size)
-        tokens = zip(rows, ids, details, strict=True)
-        return [self._written(*values) for values in tokens]
+        return [self._written(row, *own) for row, own in zip(self._rows, found, strict=True)]
 
-    def _written(self, row: _Row, token: int, details: Details = (None, ())) -> Token:
+    def _written(self, row: Row, token: int, details: Details = (None, ())) -> Token:
         """Append ``token`` to the row."""
         row.tokens.append(token)
         row.written += 1
-        row.ended = self._context.ended(row.tokens, row.written)
+        row.ended = row.context.ended(row.tokens, row.written)
         about_prompt, row.prompt_details = row.prompt_details, None
         return Token(row.sequence, token, row.ended, *details, None, about_prompt)
 
@@ -376,18 +446,6 @@ def decode(
             decoder.add(prompt, sample=sample)
     while decoder.busy:
         yield from decoder.advance()
-
-
-def _of_like_lengths(rows: list[_Row]) -> Iterator[list[_Row]]:
-    """Groups of ``rows``, which are sorted by length, in which no row needs much padding."""
-    group: list[_Row] = []
-    for row in rows:
-        if group and len(row.tokens) > 16 + 1.25 * len(group[0].tokens):
-            yield group
-            group = []
-        group.append(row)
-    if group:
-        yield group
 
 
 def _compacted(rows: list[int]) -> list[int]:

@@ -25,6 +25,10 @@ class TokenDetails(NamedTuple):
     entropy: float
     """The entropy of the distribution, in nats."""
 
+    def of_top(self, top: int | None) -> "TokenDetails":
+        """These details with the ``top`` likeliest ids alone."""
+        return self if top is None else self._replace(top=self.top[:top])
+
 
 @dataclass(frozen=True)
 class Describer:

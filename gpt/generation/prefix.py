@@ -1,5 +1,8 @@
 """The shared beginning of prompts: the model reads it once, and they all start from its cache."""
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import torch
 
 from gpt.config import CacheFormat
@@ -10,6 +13,30 @@ from gpt.model.gpt import GPT
 
 WORTH_SHARING = 8
 """Tokens. A shorter beginning is read again with each prompt."""
+
+
+class Beginnings(Protocol):
+    """What a decoder asks about the beginnings that the model has read."""
+
+    describer: Describer | None
+    details: list[TokenDetails]
+    """With a ``describer``, those of the shared tokens from the second on."""
+
+    def read_common(self, prompts: list[list[int]], upcoming: list[list[int]]) -> None:
+        """Read what ``prompts`` and ``upcoming`` ones begin with, if that is worth it."""
+
+    def origin(self, prompt: Sequence[int]) -> int:
+        """The number of the beginning that ``prompt`` goes on from; prompts with the same one are
+        read together.
+        """
+
+    def new_cache(self, prompts: list[list[int]]) -> KVCache:
+        """A cache with one row for each of ``prompts``, which have one origin, and with room for
+        the longest of them. Each row holds as much as all of them begin with.
+        """
+
+    def keep(self, tokens: list[int], cache: KVCache) -> None:
+        """Take over a cache of one row in which the model has read ``tokens``."""
 
 
 class Prefix:
@@ -50,6 +77,10 @@ class Prefix:
                 reading = Reading(self.describer, [shared])
                 read(self.model, ids, self._cache, each=reading.add)
                 [self.details] = reading.found
+
+    def origin(self, prompt: Sequence[int]) -> int:
+        """There is one."""
+        return 0
 
     def keep(self, tokens: list[int], cache: KVCache) -> None:
         """Take over a cache of one row in which the model has read ``tokens``."""

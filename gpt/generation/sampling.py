@@ -181,7 +181,7 @@ class History:
     def add(self, prompt: Sequence[int]) -> None:
         """Add a row that begins with ``prompt``."""
         row = self.seen.new_zeros(1, self.seen.shape[1])
-        row[0, torch.tensor(prompt, device=row.device)] = True
+        row[0, torch.tensor(prompt, dtype=torch.int64, device=row.device)] = True
         self.seen = torch.cat([self.seen, row])
         self.counts = torch.cat([self.counts, torch.zeros_like(row, dtype=self.counts.dtype)])
 
@@ -189,6 +189,12 @@ class History:
         """Row ``i`` becomes what row ``rows[i]`` was."""
         wanted = torch.tensor(rows, dtype=torch.int64, device=self.seen.device)
         self.seen, self.counts = self.seen[wanted], self.counts[wanted]
+
+    def of(self, rows: Sequence[int]) -> "History":
+        """The history of some rows, as a copy."""
+        other = copy.copy(self)
+        other.keep(rows)
+        return other
 
     def after_each(self, tokens: Tensor) -> "History":
         """The history of ``n + 1`` rows: the only row, now and after each of ``tokens`` ``[n]``."""

@@ -12,7 +12,7 @@ from gpt.generation.beam import BeamSearch
 from gpt.generation.checks import check_number, check_sequences
 from gpt.generation.context import Reason
 from gpt.generation.continuer import Continuer
-from gpt.generation.decode import Decoder
+from gpt.generation.decode import Decoder, Token
 from gpt.generation.logprobs import TokenDetails
 from gpt.generation.prefix import Prefix
 from gpt.generation.speculative import Draft, DraftModel, PromptLookup, Speculator
@@ -113,43 +113,37 @@ def run(
     by default, whether its prompt has no text.
     """
     (_, tokenizer), config = model, decoder.config
-    completions: list[Completion] = []
-    growing: list[GrowingText] = []
+    writings: list[Writing] = []
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     n = config.num_samples
     check_sequences(len(encoded) * n, sum(map(len, encoded)) * n)
     for number, ids in enumerate(encoded):
         for sample in range(config.num_samples):
             decoder.add(ids, sample=sample)
-            completions.append(Completion(number, sample))
-            own = not tokenizer.decode_bytes(ids[:99]) if begins is None else begins
-            growing.append(GrowingText(tokenizer, config.stop, begins=own))
+            own = begins_text(tokenizer, ids) if begins is None else begins
+            text = GrowingText(tokenizer, config.stop, begins=own)
+            writings.append(Writing(Completion(number, sample), text))
     details: dict[int, list[TokenDetails]] = {}  # of each prompt
     while decoder.busy:
         for token in decoder.advance():
-            completion, text = completions[token.sequence], growing[token.sequence]
+            writing = writings[token.sequence]
+            completion = writing.completion
             if completion.reason:  # a beam continues after its stop text
                 completion.score = token.score
                 continue
             if token.prompt_details is not None:
                 details[completion.prompt] = token.prompt_details
             completion.prompt_details = details.get(completion.prompt)
-            completion.tokens.append(token.id)
-            if token.logprob is not None:
-                completion.logprobs.append(token.logprob)
-                completion.top.append(token.top)
-            piece = text.add(token.id)
-            completion.reason = token.ended
-            completion.score = token.score
-            if token.ended:
-                piece += text.finish()
-            elif text.ended:
+            piece = writing.add(token)
+            if writing.text.ended and not token.ended:
                 decoder.end(token.sequence)
-            if text.stopped:
-                completion.reason = "stop"
-            completion.text += piece
             if piece or completion.reason:
                 yield piece, completion
+
+
+def begins_text(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
+    """Whether what continues the ids of ``prompt`` is a text of its own: they have no text."""
+    return not tokenizer.decode_bytes(prompt[:99])
 
 
 def new_decoder(
@@ -247,6 +241,31 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
             f"the prompt is not UTF-8 text: {error.reason} at character {error.start}"
         ) from None
     return prompt_ids(tokenizer, prompt)
+
+
+@dataclass
+class Writing:
+    """A completion, and its text as it grows."""
+
+    completion: Completion
+    text: "GrowingText"
+
+    def add(self, token: Token) -> str:
+        """Add the next token to the completion; returns the piece of text that becomes certain."""
+        completion, text = self.completion, self.text
+        completion.tokens.append(token.id)
+        if token.logprob is not None:
+            completion.logprobs.append(token.logprob)
+            completion.top.append(token.top)
+        piece = text.add(token.id)
+        completion.reason = token.ended
+        completion.score = token.score
+        if token.ended:
+            piece += text.finish()
+        if text.stopped:
+            completion.reason = "stop"
+        completion.text += piece
+        return piece
 
 
 class GrowingText:

@@ -246,7 +246,7 @@ class KVCache:
         :meth:`reorder` freed.
         """
         rows, its_lengths = range(other.batch_size) if rows is None else rows, other.lengths
-        longest = max(its_lengths, default=0)
+        longest = max((its_lengths[row] for row in rows), default=0)
         start, end = self.batch_size, self.batch_size + len(rows)
         if end > self.max_batch_size or longest > self.capacity:
             raise ValueError(

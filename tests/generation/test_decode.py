@@ -483,3 +483,66 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tiny_model):
 def test_a_batch_size_of_0_is_refused(tiny_model):
     with pytest.raises(UsageError, match="batch_size is 0"):
         Decoder(tiny_model, greedy(1), batch_size=0)
+
+
+OTHERS = [
+    greedy(12),
+    greedy(9, repetition_penalty=1.7),
+    GenerationConfig(max_new_tokens=14, seed=1, temperature=1.3, logprobs=2),
+    GenerationConfig(max_new_tokens=5, seed=2, presence_penalty=2.0, frequency_penalty=0.5),
+    GenerationConfig(max_new_tokens=10, seed=3, bias={7: 9.0}, top_k=5, min_new_tokens=4),
+    greedy(30, past_context="stop"),
+]
+
+
+@pytest.mark.parametrize("reserve", [None, 0, 3])
+def test_sequences_with_settings_of_their_own_are_those_of_decoders_of_their_own(
+    tiny_model, reserve
+):
+    decoder = Decoder(tiny_model, greedy(1), batch_size=3, reserve=reserve)
+    prompts = [prompt_of(3 + 2 * (n % 6)) for n in range(12)]
+    configs = [OTHERS[n % len(OTHERS)] for n in range(12)]
+    found = {}
+    for prompt, config in zip(prompts, configs, strict=True):
+        found[decoder.add(prompt, config=config, end_of_text=5)] = []
+        for token in decoder.advance():
+            found[token.sequence].append((token.id, token.ended, len(token.top)))
+    while decoder.busy:
+        for token in decoder.advance():
+            found[token.sequence].append((token.id, token.ended, len(token.top)))
+    for tokens, prompt, config in zip(found.values(), prompts, configs, strict=True):
+        alone = decode(tiny_model, [prompt], config, end_of_text=5)
+        assert tokens == [(token.id, token.ended, len(token.top)) for token in alone]
+
+
+def test_with_reserve_the_cache_grows_with_its_rows(tiny_config):
+    model = make_model(dataclasses.replace(tiny_config, context_length=128))
+    decoder = Decoder(model, greedy(100), reserve=8)
+    decoder.add(prompt_of(4))
+    decoder.advance()
+    small = decoder.cache_bytes
+    while decoder.busy:
+        decoder.advance()
+    assert small * 5 < decoder.cache_bytes <= model.new_cache(1).nbytes
+    decoder.release()
+    assert decoder.cache_bytes == 0
+
+
+def test_a_copy_of_a_sequence_has_what_the_model_has_read(tiny_model):
+    decoder = Decoder(tiny_model, greedy(6), batch_size=2)
+    prompts = [prompt_of(5), prompt_of(9)]
+    for prompt in prompts:
+        decoder.add(prompt)
+    written = {0: [], 1: []}
+    for _ in range(3):
+        for token in decoder.advance():
+            written[token.sequence].append(token.id)
+    for number, prompt in enumerate(prompts):
+        tokens, cache = decoder.copy_of(number)
+        assert tokens == prompt + written[number][:-1]
+        assert cache.lengths == [len(tokens)]
+        cache = cache.expand(1, capacity=CONTEXT)
+        nexts = tiny_model(torch.tensor([[written[number][-1]]]), cache=cache)
+        whole = tiny_model(torch.tensor([tokens + written[number][-1:]]))
+        torch.testing.assert_close(nexts[:, -1], whole[:, -1], atol=1e-4, rtol=1e-4)
+    assert decoder.copy_of(7) is None

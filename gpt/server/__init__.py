@@ -1,0 +1,1 @@
+"""An HTTP server that continues texts: OpenAI's interface over a batch that requests join."""
