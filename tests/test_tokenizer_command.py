@@ -145,3 +145,27 @@ def test_train_takes_a_tokenizer_from_a_file_and_resumes_without_it(place, capsy
     assert main(["train", *words, "--run_dir", "other"]) == 2
     assert "data.tokenizer is 'tok.json', which is neither" in capsys.readouterr().err
     assert not (place / "other").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--data.tokenizer", "bpe", "--data.vocab_size", "300"],
+        ["--data.tokenizer", "words"],
+        ["--data.tokenizer", "char", "--data.unknown"],
+        ["--data.tokenizer", "tok.json"],
+    ],
+)
+def test_prepare_takes_every_tokenizer(options, place, capsys):
+    assert run("train", "text.txt", "--vocab_size", 280) == 0
+    assert main(["prepare", "text.txt", "--out", "shards", *options]) == 0
+    made = tokenizers.load(place / "shards" / "tokenizer.json")
+    assert main(["prepare", "text.txt", "--out", "shards", *options]) == 0
+    assert "is prepared already" in capsys.readouterr().err
+    if "tok.json" in options:
+        assert tokenizers.to_json(made) == (place / "tok.json").read_text()
+    if "bpe" in options:
+        assert made.vocab_size == 300
+        other = ["--data.tokenizer", "bpe", "--data.vocab_size", "310"]
+        assert main(["prepare", "text.txt", "--out", "shards", *other]) == 2
+        assert "has other prepared data" in capsys.readouterr().err

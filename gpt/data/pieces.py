@@ -54,11 +54,15 @@ def by_content(fraction: float) -> Splitter:
     return split
 
 
-def at_end(boundary: int) -> Splitter:
-    """The text is held out from the character ``boundary`` on."""
+def at_end(boundary: int, *, whole_words: bool = False) -> Splitter:
+    """The text is held out from the character ``boundary`` on; with ``whole_words`` from the white
+    space before it.
+    """
 
     def split(first: str, position: int, text: str) -> list[tuple[Split, str]]:
         cut = max(boundary - position, 0)
+        while whole_words and 0 < cut < len(text) and not text[cut].isspace():
+            cut -= 1
         parts: list[tuple[Split, str]] = [("train", text[:cut]), ("validation", text[cut:])]
         return [(side, part) for side, part in parts if part]
 

@@ -168,7 +168,8 @@ class _Preparation:
             kind = "documents" if _has_many(self.corpus) else "end"
         if kind == "documents":
             return by_content(fraction)
-        return at_end(round(self.corpus.survey().length * (1 - fraction)))
+        boundary = round(self.corpus.survey().length * (1 - fraction))
+        return at_end(boundary, whole_words=self.tokenizer.kind == "words")
 
     def run(self, progress: Progress, show: Callable[[Progress], None]) -> dict[str, Any]:
         """Prepare what is left, and return the summary."""

@@ -105,7 +105,8 @@ def _write(
             )
             for split in ("train", "validation")
         }
-        for block in encoded(pieces(corpus, at_end(boundary)), tokenizer):
+        splitter = at_end(boundary, whole_words=tokenizer.kind == "words")
+        for block in encoded(pieces(corpus, splitter), tokenizer):
             for each in block:
                 writers[each.piece.split].write(each.ids)
                 done += len(each.piece.text)

@@ -17,6 +17,7 @@ from gpt.data import formats, tokenizer_training
 from gpt.data import tokenizer as tokenizers
 from gpt.data.corpus import open_corpus
 from gpt.data.formats import PIECE_CHARACTERS, cut
+from gpt.data.mixture import prepare_mixture
 from gpt.data.patterns import PATTERNS, STEPS, steps_of
 from gpt.data.prepare import prepare, read_prepared
 from gpt.data.tokenizer import GPT2Tokenizer, decode, encode_special, encoder
@@ -282,3 +283,28 @@ def test_settings_that_no_tokenizer_has_are_refused(options, said):
 
 def test_the_patterns_of_the_configuration_are_those_of_the_program():
     assert set(get_args(Pattern)) == set(PATTERNS) == set(STEPS)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "words"])
+def test_a_mixture_has_one_tokenizer_of_all_its_sources(kind, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.txt").write_text(f"some {name} words of {name} " * 50)
+    sources = [json.dumps({"source": str(tmp_path / f"{name}.txt")}) for name in ("one", "two")]
+    config = DataConfig(mixture=tuple(sources), tokenizer=kind)
+    made = prepare_mixture(config, tmp_path / "cache").tokenizer
+    assert made.kind == {"bpe": "gpt2"}.get(kind, kind)
+    for name in ("one", "two"):
+        assert len(made.encode(f" {name}")) == 1
+
+
+def test_the_boundary_of_validation_cuts_no_word(tmp_path):
+    (tmp_path / "codons.txt").write_text("ATG GCC\nTAA " * 20)
+    for percent in range(5, 20):
+        config = DataConfig(
+            source=str(tmp_path / "codons.txt"),
+            tokenizer="words",
+            validation_fraction=percent / 100,
+        )
+        made = prepare(config, tmp_path / "cache")
+        ids = [*made.train.ids.tolist(), *made.validation.ids.tolist()]
+        assert decode(made.tokenizer, ids) == "ATG GCC\nTAA " * 20
