@@ -15,14 +15,16 @@ import torch
 from numpy.typing import NDArray
 
 from gpt.config import DataConfig, UsageError, WindowOrder, quoted
+from gpt.data import tokenizer as tokenizers
 from gpt.data.batches import Batch, Windows
 from gpt.data.corpus import Say, joined, open_corpus
 from gpt.data.order import Numbers, Order
 from gpt.data.pieces import Split
 from gpt.data.prepare import Progress, prepare
-from gpt.data.prepared import Prepared
+from gpt.data.prepared import Prepared, is_corpus
 from gpt.data.reading import Reading
-from gpt.data.tokenizer import Tokenizer
+from gpt.data.token_files import is_token_files
+from gpt.data.tokenizer import GPT2Tokenizer, Tokenizer
 from gpt.data.tokenizer_training import tokenizer_of_corpus
 
 
@@ -91,12 +93,10 @@ def prepare_mixture(
     say: Say = lambda text: None,
 ) -> Mixture:
     """As :func:`gpt.data.prepare.prepare`, for each source of ``config.mixture``. All have one
-    tokenizer: one of characters has those of all sources.
+    tokenizer: one of characters has those of all sources, and a prepared source gives its own.
     """
     parts = config.parts()
-    if tokenizer is None:
-        corpus = joined([open_corpus(p.data.source, Reading.of(p.data)) for p in parts])
-        tokenizer = tokenizer_of_corpus(config, corpus, say=say)
+    tokenizer = tokenizer or _tokenizer_of(config, [part.data for part in parts], say)
     texts = []
     for number, part in enumerate(parts):
 
@@ -108,6 +108,17 @@ def prepare_mixture(
     return Mixture(
         tokenizer, tuple(p.name for p in parts), tuple(p.weight for p in parts), tuple(texts)
     )
+
+
+def _tokenizer_of(config: DataConfig, sources: list[DataConfig], say: Say) -> Tokenizer:
+    """The tokenizer of all sources: that of the first one that is prepared, or a new one."""
+    for each in sources:
+        if is_corpus(each.source):
+            return tokenizers.load(Path(each.source) / "tokenizer.json")
+        if is_token_files(each.source):
+            return GPT2Tokenizer.released()
+    corpus = joined([open_corpus(each.source, Reading.of(each)) for each in sources])
+    return tokenizer_of_corpus(config, corpus, say=say)
 
 
 class MixedWindows:

@@ -53,10 +53,10 @@ class Shard:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def read(self, start: int, count: int) -> NDArray[np.uint16] | NDArray[np.uint32]:
+    def read(self, start: int, count: int) -> NDArray[np.integer]:
         """The ids from ``start`` on, ``[count]``, or fewer at the end."""
         if next(self._reads) % RELEASED == 0:
-            self._release()
+            self.release()
         return self.ids[start : start + count]
 
     def documents(self, end_of_text: int) -> NDArray[np.int64]:
@@ -64,10 +64,11 @@ class Shard:
         found = [np.zeros(0, np.int64)]
         for start in range(0, len(self), _BLOCK):
             found.append(np.flatnonzero(self.read(start, _BLOCK) == end_of_text) + start)
-        self._release()
+        self.release()
         return np.concatenate(found)
 
-    def _release(self) -> None:
+    def release(self) -> None:
+        """Unmap the pages that were read; they are mapped again when they are needed."""
         if self.memory is not None and _CAN_RELEASE:
             self.memory.madvise(mmap.MADV_DONTNEED)
 
@@ -78,6 +79,7 @@ class Shards:
     def __init__(self, path: Path, parts: Sequence[Shard], corpus: bytes) -> None:
         self.path, self.parts, self.corpus = path, parts, corpus
         self._ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+        self._reads, self._touched = itertools.count(1), set[int]()
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -90,7 +92,12 @@ class Shards:
             part = self.parts[number]
             begins = int(self._ends[number]) - len(part)
             pieces.append(part.read(start - begins, end - start))
+            self._touched.add(number)
             start, number = int(self._ends[number]), number + 1
+        if next(self._reads) % RELEASED == 0:
+            for number in self._touched:
+                self.parts[number].release()
+            self._touched.clear()
         return pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, np.uint16), *pieces])
 
     def documents(self, end_of_text: int) -> NDArray[np.int64]:
@@ -213,10 +220,17 @@ def read_shard(path: Path, *, tokenizer: bytes, vocab_size: int, check: bool = T
             )
     if count == 0:
         return Shard(path, np.zeros(0, dtype), corpus)
+    ids, memory = mapped(path, dtype, count, HEADER_BYTES)
+    return Shard(path, ids, corpus, memory)
+
+
+def mapped(
+    path: Path, dtype: np.dtype[Any], count: int, offset: int
+) -> tuple[NDArray[Any], mmap.mmap]:
+    """The ids in a file, ``[count]`` from the byte ``offset`` on, and the mapped file."""
     with path.open("rb") as file:
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    ids = np.frombuffer(memory, dtype, count, HEADER_BYTES)
-    return Shard(path, ids, corpus, memory)
+    return np.frombuffer(memory, dtype, count, offset), memory
 
 
 def _checked(path: Path, dtype: np.dtype[Any], vocab_size: int) -> int:

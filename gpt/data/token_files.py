@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from gpt.config import UsageError, foreign, quoted
-from gpt.data.shards import MAGIC, Shard, Shards
+from gpt.data.shards import MAGIC, Shard, Shards, mapped
 from gpt.files import check_regular, unreadable
 
 HEADER = 256 * 4
@@ -93,7 +93,9 @@ def _opened(path: Path, vocab_size: int) -> Shard:
                 )
         elif size % 2 or not size:
             raise UsageError(f"{shown} has {size:,} bytes, which are not ids of 16 bits")
-        ids = np.memmap(path, "<u2", "r", offset=begin) if size > begin else np.zeros(0, "<u2")
+        ids, memory = np.zeros(0, "<u2"), None
+        if size > begin:
+            ids, memory = mapped(path, ids.dtype, (size - begin) // 2, begin)
     except OSError as error:
         raise unreadable(path, "the token file", error) from None
     digest = hashlib.sha256(f"{path.name} {size}".encode(errors="surrogatepass"))
@@ -106,4 +108,6 @@ def _opened(path: Path, vocab_size: int) -> Shard:
                 f"below {vocab_size:,}: it is not a file of GPT-2's ids"
             )
         digest.update(block.tobytes())
-    return Shard(path, ids, digest.digest())
+    shard = Shard(path, ids, digest.digest(), memory)
+    shard.release()
+    return shard

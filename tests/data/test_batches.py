@@ -9,7 +9,7 @@ import torch
 from gpt.config import UsageError
 from gpt.data.batches import IGNORED, Batch, TextWindows
 from gpt.data.order import Order
-from gpt.data.shards import ShardWriter, read_shard
+from gpt.data.shards import Shards, ShardWriter, read_shard
 
 
 def windows_of(tmp_path, n_tokens, context_length):
@@ -88,6 +88,25 @@ def test_pages_are_released_after_some_reads(tmp_path, monkeypatch):
     for start in range(25):
         assert shard.read(start, 3).tolist() == [start, start + 1, start + 2]
     assert calls == [mmap.MADV_DONTNEED] * 2
+
+
+def test_pages_of_several_shards_are_released_together(tmp_path, monkeypatch):
+    shard = windows_of(tmp_path, 2000, 5).shard
+    released = []
+
+    class Memory:
+        def __init__(self, name):
+            self.name = name
+
+        def madvise(self, advice):
+            released.append(self.name)
+
+    parts = [dataclasses.replace(shard, memory=Memory(name)) for name in "abc"]
+    monkeypatch.setattr("gpt.data.shards.RELEASED", 4)
+    shards = Shards(tmp_path, parts, bytes(32))
+    for start in (0, 10, 4500, 20):  # of the first and the third
+        shards.read(start, 3)
+    assert released == ["a", "c"]
 
 
 def resident_file_pages():

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,9 @@ from gpt.data.batches import IGNORED, Boundary, TextWindows
 from gpt.data.document_windows import DocumentWindows
 from gpt.data.prepare import prepare
 from gpt.data.shards import ShardWriter, read_shard
+from gpt.training.setup import check_changes
 from gpt.training.setup import settings as settings_of
+from gpt.training.source import ShuffledWindows
 from tests.tiny import tiny_run
 
 END = 9
@@ -106,6 +110,21 @@ def test_a_run_trains_on_each_kind_of_windows(kind, tmp_path):
     assert np.isfinite(trainer.evaluate(None))
     fixed = settings_of(config, trainer.data.train)
     assert fixed["data.windows"] == kind
+
+
+def test_a_run_of_an_older_version_cannot_resume_with_other_windows(tmp_path):
+    config = tiny_run(tmp_path, "book.txt")
+    checkpoint = SimpleNamespace(progress={"settings": {}}, model=config.model)
+    assert check_changes(tmp_path, config.model, {"data.windows": "crossing"}, checkpoint) == []
+    with pytest.raises(UsageError, match=r"data\.windows was crossing and is packed"):
+        check_changes(tmp_path, config.model, {"data.windows": "packed"}, checkpoint)
+
+
+def test_the_log_tells_the_epoch_and_how_much_was_seen(tmp_path):
+    windows = TextWindows(shard_of(tmp_path, STREAM), 2)  # 8 of them
+    source = ShuffledWindows(windows, sequences=3, seed=0)
+    assert source.progress(1) == {"epoch": 3 / 8, "seen": 3 / 8}
+    assert source.progress(4) == {"epoch": 1.5, "seen": 1.0}
 
 
 def test_a_split_batch_keeps_its_documents(tmp_path):
