@@ -5,8 +5,10 @@ keys, or one document after the other. On a CPU the second takes less time, beca
 the mask hides, unless the documents are only a few tokens long (benchmarks/RESULTS.md).
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,9 +56,20 @@ def documents_of(marks: Tensor, n_head: int) -> Documents | None:
     return Documents(number, at, lengths, int(lengths.max()))
 
 
-# Not compiled, because the number of documents differs from step to step.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def one_by_one(
+def one_by_one(*tensors: Tensor, **options: Any) -> Tensor:
+    """Attention inside each document, as :func:`_one_by_one`. It is never compiled, because the
+    number of documents differs from step to step.
+    """
+    return _uncompiled()(*tensors, **options)
+
+
+@functools.cache
+def _uncompiled() -> Callable[..., Tensor]:
+    uncompiled: Callable[..., Tensor] = torch.compiler.disable(_one_by_one)  # imports the compiler
+    return uncompiled
+
+
+def _one_by_one(
     q: Tensor,
     k: Tensor,
     v: Tensor,

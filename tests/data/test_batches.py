@@ -1,4 +1,3 @@
-import dataclasses
 import mmap
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import torch
 from gpt.config import UsageError
 from gpt.data.batches import IGNORED, Batch, TextWindows
 from gpt.data.order import Order
-from gpt.data.shards import Shards, ShardWriter, read_shard
+from gpt.data.shards import Shard, Shards, ShardWriter, read_shard
 
 
 def windows_of(tmp_path, n_tokens, context_length):
@@ -101,7 +100,7 @@ def test_pages_of_several_shards_are_released_together(tmp_path, monkeypatch):
         def madvise(self, advice):
             released.append(self.name)
 
-    parts = [dataclasses.replace(shard, memory=Memory(name)) for name in "abc"]
+    parts = [Shard(shard.path, shard.ids, shard.corpus, Memory(name)) for name in "abc"]
     monkeypatch.setattr("gpt.data.shards.RELEASED", 4)
     shards = Shards(tmp_path, parts, bytes(32))
     for start in (0, 10, 4500, 20):  # of the first and the third

@@ -128,7 +128,7 @@ def test_the_commands_take_an_adapter(base, tmp_path, capsys):
     run(config)
     over = ("--adapter", config.run_dir)
     out = tmp_path / "peft"
-    assert main(["export", base.run_dir, *over, "--to", "peft", "--out", str(out)]) == 0
+    assert main(["export", base.run_dir, str(out), *over, "--to", "peft"]) == 0
     tokens = torch.arange(16)[None] % 10
     logits = load(base.run_dir, adapter=out).model(tokens)
     assert (logits - load(config.run_dir).model(tokens)).abs().max() < 1e-5
@@ -138,5 +138,5 @@ def test_the_commands_take_an_adapter(base, tmp_path, capsys):
     words = ("--text", text, "--weights", "float32", "--device", "cpu", "--json")
     assert main(["evaluate", base.run_dir, *over, *words]) == 0
     assert main(["evaluate", config.run_dir, *words]) == 0
-    assert main(["export", base.run_dir, "--to", "peft", "--out", str(tmp_path / "x")]) == 2
+    assert main(["export", base.run_dir, str(tmp_path / "x"), "--to", "peft"]) == 2
     assert "to is peft" in capsys.readouterr().err
