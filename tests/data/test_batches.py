@@ -1,3 +1,4 @@
+import dataclasses
 import mmap
 from pathlib import Path
 
