@@ -113,6 +113,6 @@ def test_smollm2s_logits_differ_from_llama_cpps_as_both_do_from_exact_ones(smoll
         assert (rounded - exact).norm() < 0.08 * (exact - exact.mean()).norm()
     best = exact.topk(2).values
     sure = best[:, 0] - best[:, 1] > 2  # far more than rounding
-    assert sure.sum() > 10
+    assert sure.sum() > 5
     assert torch.equal(theirs.argmax(-1)[sure], exact.argmax(-1)[sure])
     assert torch.equal(torch.stack(ours).argmax(-1)[sure], exact.argmax(-1)[sure])
