@@ -112,6 +112,9 @@ class PrepareConfig:
     duplicates: Duplicates = "keep"
     """Documents that came before; exact: drop those with the same words; near: also those with
     almost the same (needs datasketch)."""
+    engine: Literal["local", "ray"] = "local"
+    """local: the cores of this machine; ray: a file of the sources on each worker of a Ray cluster
+    (RAY_ADDRESS), which share the folder."""
     shard_tokens: int = number(100_000_000, at_least=1)
     """Tokens in a file."""
     workers: int = number(0, at_least=0)

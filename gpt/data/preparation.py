@@ -10,9 +10,10 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from gpt.data.encoding import Encoded, encoded
 from gpt.data.journal import Journal
 from gpt.data.pieces import SPLITS, Place, Split, Splitter, at_end, by_content, pieces
 from gpt.data.piped import keep
+from gpt.data.ray_pipeline import PARTS, prepare_on_ray
 from gpt.data.reading import Reading
 from gpt.data.shard_series import ShardSeries
 from gpt.data.tokenizer import Tokenizer
@@ -76,11 +78,13 @@ def prepare_corpus(
             found = _work(config, corpus, sizes)
             if (out / CORPUS_FILE).exists():
                 return _finished(out, found, say)
-            others = [p.name for p in out.iterdir() if p.name not in (".lock", JOURNAL)]
+            others = [p.name for p in out.iterdir() if not p.name.startswith(".")]
             if others and not (out / JOURNAL).exists():
                 raise UsageError(
                     f"{foreign(out)} has other files ({foreign(others[0])}); name a new folder"
                 )
+            if config.engine == "ray":
+                return _on_ray(config, corpus, found, make_tokenizer)
             made = out / "tokenizer.json"  # by the preparation that is continued
             tokenizer = tokenizers.load(made) if made.exists() else make_tokenizer(corpus)
             preparation = _Preparation(config, corpus, found, tokenizer, say)
@@ -89,6 +93,69 @@ def prepare_corpus(
         raise UsageError(f"{foreign(out)} is being prepared by another process") from None
     except OSError as error:
         raise unwritable(out, error) from None
+
+
+def _on_ray(
+    config: PrepareConfig,
+    corpus: Corpus,
+    work: dict[str, Any],
+    make_tokenizer: Callable[[Corpus], Tokenizer],
+) -> dict[str, Any]:
+    if config.duplicates != "keep":
+        raise UsageError(
+            f"duplicates is {config.duplicates}, and the workers of engine ray do not know each "
+            "other's documents; use engine local, or keep"
+        )
+    if config.validation == "end":
+        raise UsageError(
+            "validation is end, and the workers of engine ray do not know where the text ends; "
+            "use engine local, or documents"
+        )
+    tokenizer = make_tokenizer(corpus)
+    work = work | {"tokenizer": tokenizers.fingerprint(tokenizer).hex()}
+    counts, shards = prepare_on_ray(
+        corpus,
+        tokenizer,
+        config.out,
+        fraction=config.data.validation_fraction,
+        shard_tokens=config.shard_tokens,
+        made=_fingerprint(work),
+    )
+    summary = _summary(config, tokenizer, work, counts, shards)
+    write_summary(config.out, summary)
+    shutil.rmtree(config.out / PARTS)
+    return summary
+
+
+def _fingerprint(work: dict[str, Any]) -> bytes:
+    return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).digest()
+
+
+def _summary(
+    config: PrepareConfig,
+    tokenizer: Tokenizer,
+    work: dict[str, Any],
+    counts: Mapping[str, int],
+    shards: Mapping[str, list[dict[str, Any]]],
+) -> dict[str, Any]:
+    """The content of ``corpus.json``."""
+    sources = config.sources or (config.data.source,)
+    if not counts.get("tokens"):
+        raise UsageError(f"{quoted(sources[0])} has no text")
+    return {
+        "version": 1,
+        "kind": tokenizer.kind,
+        "vocab_size": tokenizer.vocab_size,
+        "sources": list(sources),
+        "counts": dict(counts),
+        "shards": dict(shards),
+        "work": work,
+    }
+
+
+def write_summary(out: Path, summary: dict[str, Any]) -> None:
+    """Write ``corpus.json``, which makes the folder complete."""
+    write_atomically(out / CORPUS_FILE, json.dumps(summary, indent=1, sort_keys=True) + "\n")
 
 
 def _opened(config: PrepareConfig, say: Say) -> tuple[Corpus, list[int]]:
@@ -149,7 +216,7 @@ class _Preparation:
         self.counts: Counter[str] = Counter(last.get("counts", {}))
         self.drops = False  # whether the pieces of the current document are left out
         write_atomically(self.out / "tokenizer.json", tokenizers.to_json(tokenizer))
-        made = hashlib.sha256(json.dumps(self.work, sort_keys=True).encode()).digest()
+        made = _fingerprint(self.work)
         self.series = {
             split: ShardSeries(
                 self.out, split, tokenizer, made, config.shard_tokens, last.get(split, {})
@@ -207,21 +274,14 @@ class _Preparation:
         return self._finish(shards)
 
     def _write(self, each: Encoded) -> None:
-        piece = each.piece
-        if piece.begins:
-            self.counts["documents"] += 1
-            self.counts["long" if not piece.ends else "whole"] += 1
+        if each.piece.begins:
             again = self.seen.add(each.keys, self.steps + 1) if self.seen else ""
             self.drops = bool(again)
-            self.counts[again or "kept"] += 1
-        self.counts["characters"] += len(piece.text)
-        if self.drops:
-            return
-        self.counts["bytes"] += len(piece.text.encode(errors="surrogatepass"))
-        self.counts["tokens"] += len(each.ids)
-        self.series[piece.split].write(each.ids)
-        if piece.ends:
-            self.counts[f"{piece.split} documents"] += 1
+            if again:
+                self.counts.update({"documents": 1, again: 1})
+        if not self.drops:
+            self.counts.update(each.counts())
+            self.series[each.piece.split].write(each.ids)
 
     def _step(self) -> None:
         """Make sure that everything so far is on the disk, and write it into the journal."""
@@ -234,21 +294,9 @@ class _Preparation:
         )
 
     def _finish(self, shards: dict[Split, list[dict[str, Any]]]) -> dict[str, Any]:
-        if not self.counts["tokens"]:
-            names = self.config.sources or (self.config.data.source,)
-            raise UsageError(f"{quoted(names[0])} has no text")
-        summary = {
-            "version": 1,
-            "kind": self.tokenizer.kind,
-            "vocab_size": self.tokenizer.vocab_size,
-            "sources": [str(s) for s in self.config.sources or (self.config.data.source,)],
-            "counts": dict(sorted(self.counts.items())),
-            "shards": shards,
-            "work": self.work,
-        }
-        write_atomically(
-            self.out / CORPUS_FILE, json.dumps(summary, indent=1, sort_keys=True) + "\n"
-        )
+        named = {str(split): files for split, files in shards.items()}
+        summary = _summary(self.config, self.tokenizer, self.work, self.counts, named)
+        write_summary(self.out, summary)
         for path in (JOURNAL, SEEN, f"{SEEN}-wal", f"{SEEN}-shm"):
             (self.out / path).unlink(missing_ok=True)
         return summary

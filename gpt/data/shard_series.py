@@ -4,32 +4,31 @@ from pathlib import Path
 from typing import Any
 
 from gpt.data import tokenizer as tokenizers
-from gpt.data.pieces import Split
 from gpt.data.shards import ShardWriter
 from gpt.data.tokenizer import Ids, Tokenizer
 
 
 class ShardSeries:
-    """The shards of one split: each is closed at ``shard_tokens`` ids, and the next one begun."""
+    """Shards one after the other: each is closed at ``shard_tokens`` ids, and another begun."""
 
     def __init__(
         self,
         folder: Path,
-        split: Split,
+        name: str,
         tokenizer: Tokenizer,
         corpus: bytes,
         shard_tokens: int,
         state: dict[str, Any],
     ) -> None:
-        """The files are named for the ``split``; ``state`` comes from :meth:`flush`."""
-        self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
+        """The files are called ``name`` and a number; ``state`` comes from :meth:`flush`."""
+        self.folder, self.name, self.shard_tokens = folder, name, shard_tokens
         self.vocab_size, self.corpus = tokenizer.vocab_size, corpus
         self.tokenizer = tokenizers.fingerprint(tokenizer)
         self.closed: list[dict[str, Any]] = state.get("closed", [])
         self.open = self._new(tuple(state.get("open", (0, 0))))
 
     def _new(self, state: tuple[int, int] = (0, 0)) -> ShardWriter:
-        name = f"{self.split}-{len(self.closed):05}.bin"
+        name = f"{self.name}-{len(self.closed):05}.bin"
         return ShardWriter(
             self.folder / name,
             vocab_size=self.vocab_size,
@@ -55,7 +54,7 @@ class ShardSeries:
     def _close(self) -> None:
         tokens, checksum = self.open.flush()
         self.open.__exit__(None)
-        name = f"{self.split}-{len(self.closed):05}.bin"
+        name = f"{self.name}-{len(self.closed):05}.bin"
         self.closed.append({"name": name, "tokens": tokens, "crc32": checksum})
 
     def close(self) -> list[dict[str, Any]]:

@@ -301,6 +301,46 @@ def test_several_sources_become_one_corpus(source, tmp_path):
         prepared(config_of(source, tmp_path / "other", sources=("nowhere",)))
 
 
+def test_a_pipe_can_be_prepared(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("abcdefghij " * 100)
+    with (tmp_path / "text.txt").open() as file:
+        source = f"/dev/fd/{file.fileno()}"
+        summary = prepared(config_of(source, tmp_path / "out"))
+    assert summary["counts"]["characters"] == 1100
+    assert len(read_corpus(tmp_path / "out").train) == 880
+
+
+@pytest.mark.slow  # starts a cluster
+@pytest.mark.filterwarnings("ignore")  # ray's own
+def test_ray_writes_the_ids_that_one_machine_writes(source, tmp_path, monkeypatch):
+    monkeypatch.undo()  # the workers have pieces of the usual length
+    pytest.importorskip("ray", reason="ray is not installed: pip install 'ray[data]'")
+    kinds = {"validation": "documents", "shard_tokens": 1500}
+    local = prepared(config_of(source, tmp_path / "local", **kinds))
+    on_ray = prepared(config_of(source, tmp_path / "ray", engine="ray", **kinds))
+    assert on_ray["counts"] == local["counts"]
+    one, other = (read_corpus(tmp_path / name) for name in ("local", "ray"))
+    for split in ("train", "validation"):
+        ids = [getattr(data, split).read(0, 10**6).tolist() for data in (one, other)]
+        assert ids[0] == ids[1]
+    assert not (tmp_path / "ray" / ".parts").exists()
+    (source / "b.jsonl").write_text('{"text": 4}\n')
+    with pytest.raises(UsageError, match=r"b\.jsonl line 1 has 4 as its 'text', not a string"):
+        prepared(config_of(source, tmp_path / "broken", engine="ray", **kinds))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"duplicates": "exact"}, "duplicates is exact, and the workers of engine ray"),
+        ({"validation": "end"}, "validation is end, and the workers of engine ray"),
+    ],
+)
+def test_what_workers_cannot_know_is_refused(fields, message, source, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        prepared(config_of(source, tmp_path / "out", engine="ray", **fields))
+
+
 def test_a_source_without_text_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("")
     with pytest.raises(UsageError, match=r"a\.txt' has no text"):
