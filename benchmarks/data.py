@@ -1,11 +1,19 @@
-"""Figures of the data path: ``python benchmarks/data.py [batches]``.
+"""Figures of the data path: ``python benchmarks/data.py [PART ...]``.
 
 ``batches``: how many tokens a second a run can get as batches of windows of 1,024 tokens, in a
 random order, from token shards that are in the system's cache; and the memory that stays mapped.
+``preparing``: ``gpt prepare`` end to end, beside tiktoken in one thread and ``datasets.map``.
+``memory``: the resident memory of ``gpt prepare`` for 5 GB.
 ``documents``: what attention inside documents costs a training step, and saves.
 """
 
 import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,17 +22,20 @@ from unittest import mock
 
 import numpy as np
 import torch
-from machine import seconds, show
+from machine import medians, seconds, show
 from rich.table import Table
 
 from gpt import GPT, ModelConfig
 from gpt.data.batches import Boundary, TextWindows, Windows
+from gpt.data.corpus import open_corpus
 from gpt.data.document_windows import DocumentWindows
 from gpt.data.mixture import MixedOrder, MixedWindows
 from gpt.data.order import Order
 from gpt.data.shards import Shard, ShardWriter, read_shard
+from gpt.data.tokenizer import GPT2Tokenizer
 
 T, ROWS, STEPS, END = 1024, 32, 3000, 50_256
+SIZE = 100_000_000
 
 
 def random_shard(path: Path, n_tokens: int) -> Shard:
@@ -104,7 +115,100 @@ def documents() -> None:
     show(table)
 
 
-PARTS: dict[str, Callable[[], None]] = {"batches": batches, "documents": documents}
+def plays(path: Path, size: int, *, seed: int = 0) -> None:
+    """Write ``size`` bytes of records: speeches of the embedded plays, in a random order."""
+    texts = ["".join(document) for document in open_corpus("shakespeare").documents()]
+    speeches = [speech for text in texts for speech in text.split("\n\n") if speech]
+    generator = random.Random(seed)
+    with path.open("w", encoding="utf-8") as out:
+        while out.tell() < size:
+            chosen = generator.choices(speeches, k=generator.randint(2, 40))
+            out.write(json.dumps({"text": "\n\n".join(chosen)}) + "\n")
+
+
+def preparing() -> None:
+    """The table of ``preparing``."""
+    table = Table(title=f"{SIZE // 10**6} MB of records to GPT-2's tokens, {os.cpu_count()} cores")
+    for heading in ("how", "MB/s", "of tiktoken alone"):
+        table.add_column(heading, justify="left" if heading == "how" else "right")
+    with tempfile.TemporaryDirectory() as name:
+        folder, source = Path(name), Path(name) / "texts.jsonl"
+        plays(source, SIZE)
+        texts = [json.loads(line)["text"] for line in source.open(encoding="utf-8")]
+        size, encoding = (
+            sum(len(text.encode()) for text in texts),
+            GPT2Tokenizer.released()._encoding,
+        )  # of tiktoken
+
+        def alone() -> None:
+            for text in texts:
+                encoding.encode_ordinary(text)
+
+        def ours() -> None:
+            out = folder / f"out {time.time_ns()}"
+            words = ["prepare", str(source), "--out", str(out), "--data.tokenizer", "gpt2"]
+            subprocess.run([sys.executable, "-m", "gpt", *words], check=True, capture_output=True)
+
+        def by_datasets() -> None:
+            import datasets
+
+            datasets.disable_progress_bars()
+            rows = datasets.load_dataset(
+                "json", data_files=str(source), split="train", cache_dir=folder / "cache"
+            )
+            done = rows.map(
+                lambda some: {"ids": encoding.encode_ordinary_batch(some["text"], num_threads=1)},
+                batched=True,
+                num_proc=os.cpu_count(),
+                remove_columns=["text"],
+                load_from_cache_file=False,
+            )
+            assert len(done) == len(texts)
+
+        took = medians(
+            {"tiktoken alone, one thread": alone, "gpt prepare": ours, "datasets.map": by_datasets},
+            runs=3,
+        )
+        for how, each in took.items():
+            ratio = took["tiktoken alone, one thread"] / each
+            table.add_row(how, f"{size / each / 1e6:.1f}", f"{ratio:.2f}")
+    show(table)
+
+
+def memory() -> None:
+    """The table of ``memory``."""
+    table = Table(title="gpt prepare, in little memory")
+    for heading in ("input, GB", "--duplicates", "seconds", "resident at most, MB"):
+        table.add_column(heading, justify="right")
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as name:
+        folder = Path(name)
+        plays(folder / "part.jsonl", 10**9)
+        sources = []
+        for number in range(5):  # 5 GB from 1 GB, under other names
+            sources.append(str(folder / f"{number}.jsonl"))
+            os.link(folder / "part.jsonl", sources[-1])
+        for kind in ("keep", "exact"):
+            out = folder / kind
+            words = [*sources, "--out", str(out), "--data.tokenizer", "byte", "--duplicates", kind]
+            begun = time.monotonic()
+            process = subprocess.Popen(
+                [sys.executable, "-m", "gpt", "prepare", *words], stderr=subprocess.DEVNULL
+            )
+            _, _, usage = os.wait4(process.pid, 0)
+            process.returncode = 0
+            shutil.rmtree(out)
+            table.add_row(
+                "5", kind, f"{time.monotonic() - begun:.0f}", f"{usage.ru_maxrss / 1000:.0f}"
+            )
+    show(table)
+
+
+PARTS: dict[str, Callable[[], None]] = {
+    "batches": batches,
+    "documents": documents,
+    "preparing": preparing,
+    "memory": memory,
+}
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from gpt.config import Duplicates
 from gpt.data import duplicates as same
 from gpt.data.formats import PIECE_CHARACTERS
 from gpt.data.pieces import Piece
-from gpt.data.tokenizer import Ids, Tokenizer, encoder
+from gpt.data.tokenizer import Ids, Tokenizer, encode_documents, encoder
 
 
 class Encoded(NamedTuple):
@@ -75,11 +75,13 @@ def _blocks(read: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 def _encode(block: list[Piece], tokenizer: Tokenizer, duplicates: Duplicates) -> list[Encoded]:
     first, later = (encoder(tokenizer, begins=begins) for begins in (True, False))
+    whole = iter(encode_documents(tokenizer, [p.text for p in block if p.begins and p.ends]))
     end = np.array([tokenizer.end_of_text], np.uint32)
     done = []
     for piece in block:
+        if piece.begins and piece.ends:
+            done.append(Encoded(piece, next(whole), same.keys(piece.text, duplicates)))
+            continue
         ids = (first if piece.begins else later)(piece.text)
-        whole = piece.begins and piece.ends
-        keys = same.keys(piece.text, duplicates) if whole else []
-        done.append(Encoded(piece, np.concatenate([ids, end]) if piece.ends else ids, keys))
+        done.append(Encoded(piece, np.concatenate([ids, end]) if piece.ends else ids, []))
     return done

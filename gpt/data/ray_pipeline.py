@@ -43,9 +43,12 @@ class Job:
         """Prepare the file with this ``number``; the row that Ray collects has its summary."""
         number = int(row["number"])
         summary = self.out / PARTS / f"{number:05}.json"
-        if not summary.exists():
-            write_atomically(summary, json.dumps(self._prepare(number)))
-        return {"number": number, "summary": summary.read_text(encoding="utf-8")}
+        try:
+            if not summary.exists():
+                write_atomically(summary, json.dumps(self._prepare(number)))
+        except UsageError as error:  # Ray would wrap it
+            return {"number": number, "summary": "", "error": str(error)}
+        return {"number": number, "summary": summary.read_text(encoding="utf-8"), "error": ""}
 
     def _prepare(self, number: int) -> dict[str, Any]:
         tokenizer = tokenizers.load(self.out / "tokenizer.json")
@@ -92,17 +95,14 @@ def prepare_on_ray(
         job = Job(corpus, out.resolve(), fraction, shard_tokens, made)
         items = [{"number": number} for number in range(len(corpus.files))]
         rows = data.from_items(items, override_num_blocks=len(items)).map(job).take_all()
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, UsageError):
-            raise cause from None
-        raise
     finally:
         if started:
             ray.shutdown()
     counts: Counter[str] = Counter()
     shards: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     for row in sorted(rows, key=lambda row: row["number"]):
+        if row["error"]:
+            raise UsageError(row["error"])
         part = json.loads(row["summary"])
         counts.update(part["counts"])
         for split, files in part["shards"].items():

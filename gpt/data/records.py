@@ -51,7 +51,7 @@ def _tidied(value: Any) -> Any:
 
 def json_lines(reading: Reading, path: Path, tap: Tap) -> Iterator[tuple[str, Any]]:
     """The values of a file's lines that are not empty."""
-    held, number, start = b"", 0, 0
+    held, number, start, shown = b"", 0, 0, foreign(path)
     strict = "strict" if reading.bad_bytes == "refuse" else "replace"
     for block in _with_end(blocks(path, tap)):
         *whole, held = (held + block).split(b"\n")
@@ -64,7 +64,7 @@ def json_lines(reading: Reading, path: Path, tap: Tap) -> Iterator[tuple[str, An
                 raise not_utf8(path, error, before, "byte") from None
             start += len(line) + 1
             if text.strip():
-                where = f"{foreign(path)} line {number:,}"
+                where = f"{shown} line {number:,}"
                 yield where, parse_json(text, where)
         check_length(held, path, "a line")
 
@@ -82,7 +82,7 @@ def parquet_rows(
     """
     parquet = extra("pyarrow.parquet", "a .parquet file", "parquet")
     arrow = extra("pyarrow", "a .parquet file", "parquet")
-    number = 0
+    number, shown = 0, foreign(path)
     inner = blocks(path, tap)
     with contextlib.ExitStack() as stack:
         if path.suffix.lower() in COMPRESSIONS:
@@ -110,7 +110,7 @@ def parquet_rows(
             for batch in table.iter_batches(batch_size=1000, columns=columns):
                 for row in batch.cast(as_bytes).to_pylist():
                     number += 1
-                    yield f"{foreign(path)} row {number:,}", _as_text(row, reading)
+                    yield f"{shown} row {number:,}", _as_text(row, reading)
         except UnicodeDecodeError as error:
             raise not_utf8(path, error, 0, f"row {number:,}, byte") from None
         except (arrow.ArrowException, OSError, MemoryError, ValueError) as error:

@@ -8,7 +8,7 @@ tokens.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -250,6 +250,14 @@ def encoder(tokenizer: Tokenizer, *, begins: bool) -> Callable[[str], Ids]:
         return tokenizer.encode
     first = np.array(tokenizer.first, np.uint32)
     return lambda text: np.concatenate([first, tokenizer.encode(text)])
+
+
+def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Ids]:
+    """The ids of each text as a whole document: ``first``, the text's, and end-of-text."""
+    if isinstance(tokenizer, GPT2Tokenizer):
+        return tokenizer.encode_documents(texts)
+    end = np.array([tokenizer.end_of_text], np.uint32)
+    return [np.concatenate([encoder(tokenizer, begins=True)(text), end]) for text in texts]
 
 
 def opening_space(tokenizer: Tokenizer) -> bytes:

@@ -6,6 +6,8 @@ import random
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gpt.config import DataConfig, PrepareConfig, UsageError
 from gpt.data import encoding, formats, preparation
@@ -16,7 +18,7 @@ from gpt.data.preparation import prepare_corpus
 from gpt.data.prepare import prepare
 from gpt.data.prepared import read_corpus
 from gpt.data.shards import ShardWriter
-from gpt.data.tokenizer import ByteTokenizer, decode
+from gpt.data.tokenizer import ByteTokenizer, GPT2Tokenizer, decode, encode_documents
 
 END = 256
 
@@ -345,3 +347,14 @@ def test_a_source_without_text_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("")
     with pytest.raises(UsageError, match=r"a\.txt' has no text"):
         prepared(config_of(tmp_path / "a.txt", tmp_path / "out"))
+
+
+RELEASED = GPT2Tokenizer.released()
+PARTS = ["a", " ", "\n", "é", "中", "'s", "1", "<|endoftext|>"]
+
+
+@given(st.lists(st.lists(st.sampled_from(PARTS), min_size=1).map("".join)))
+def test_documents_that_are_encoded_together_have_the_ids_of_each(texts):
+    tokenizer = RELEASED
+    together = [ids.tolist() for ids in encode_documents(tokenizer, texts)]
+    assert together == [[*tokenizer.encode(t).tolist(), tokenizer.end_of_text] for t in texts]
