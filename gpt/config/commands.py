@@ -79,7 +79,7 @@ class SampleConfig(GenerationConfig):
             raise UsageError("explain takes one prompt, and prompt_file is a .jsonl file")
         if self.system and not self.chat:
             raise UsageError(
-                f"system is {quoted(self.system)}, and is for conversations: give chat"
+                f"system is {quoted(self.system)}, and is for conversations: add --chat"
             )
         if self.chat and self.takes_many:
             raise UsageError("chat is a conversation, and prompt_file is a .jsonl file of prompts")

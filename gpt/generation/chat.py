@@ -273,4 +273,11 @@ def checked_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
                 f"a message has the role {quoted(role)}, and must have one such as system, user or "
                 "assistant"
             )
+        content = message.get("content")
+        if content is None and not set(message) - {"role", "content"}:
+            raise UsageError(f"a message of the {role} has no content, and must have a text")
+        if not isinstance(content, str | list | None):
+            raise UsageError(
+                f"a message of the {role} has the content {quoted(content)}, and must have a text"
+            )
     return [{k: v for k, v in message.items() if v is not None} for message in messages]

@@ -47,7 +47,7 @@ def load(
     """Load the model ``name``, in evaluation mode, and its tokenizer.
 
     ``name`` is a run's folder (uses its best checkpoint), a checkpoint's folder, a folder in the
-    Hugging Face layout, a packed folder, a GGUF file, a named model (``smollm2``), or a GPT-2 on
+    Hugging Face layout, a packed folder, a GGUF file, a named model (``smollm2``), or a model on
     the hub (``gpt2``, ``owner/model``, ``model@revision``). A ``dtype`` of ``None`` keeps the
     stored one. With ``weights`` (``"auto"``, ``"int8"``) the model is converted for inference by
     :func:`gpt.generation.inference.prepare_for_inference`. A packed folder always gives such a
@@ -58,6 +58,11 @@ def load(
     ``UsageError`` if the model does not exist. If a checkpoint is damaged, an older one is used,
     and ``say`` is told.
     """
+    if weights is not None and trainable:
+        raise UsageError(
+            f"weights is {weights!r}, which makes a model for inference, and trainable is set; "
+            "leave one of them out"
+        )
     if adapter is not None:
         return _adapted(name, adapter, device=device, dtype=dtype, weights=weights, say=say)
     device, path = parse_device(device), _path(name, say)
@@ -173,7 +178,8 @@ def _path(name: str | Path, say: Callable[[str], None]) -> Path:
         if path.is_dir() or is_gguf(path):
             return path
         in_a_folder = len(path.parts) > 1 and path.parent.is_dir()
-        is_path = isinstance(name, Path) or path.exists() or in_a_folder
+        is_file = path.suffix.lower() == ".gguf"
+        is_path = isinstance(name, Path) or path.exists() or in_a_folder or is_file
     except (OSError, ValueError):  # a name that no file can have
         is_path = True
     if is_path:

@@ -295,7 +295,7 @@ def test_models_with_rings_and_sinks_hold_conversations(window):
         (HELLO, {"temprature": 2}, "did you mean temperature"),
         (HELLO, {"templat": 2}, "did you mean template"),
         (HELLO, {"template": "x"}, "the chat template 'x' does not exist"),
-        ([{"role": "user"}], {}, "the chat template cannot be rendered"),
+        ([{"role": "user"}], {}, "a message of the user has no content"),
     ],
 )
 def test_what_is_not_a_conversation_is_refused(messages, settings, said, model):
@@ -360,3 +360,23 @@ def test_the_first_token_of_a_conversation_is_the_templates_alone():
     conversation.messages = list(HELLO)
     assert conversation._rendered()[1][:3] == [START, START, ord("u")]
     assert torch.is_tensor(conversation.model[0].embed.weight)
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ({"role": "user"}, "a message of the user has no content, and must have a text"),
+        ({"role": "user", "content": 5}, "a message of the user has the content 5, and must have"),
+    ],
+)
+def test_a_message_without_a_text_is_refused(message, told, model):
+    with pytest.raises(UsageError, match=told):
+        gpt.chat(model, [message])
+
+
+def test_a_full_context_leaves_a_quarter_for_the_answer(model):
+    conversation = Conversation(model_of(context=64), greedy(max_new_tokens=64))
+    conversation.messages = [*HELLO, {"role": "assistant", "content": "Yes"}, *HELLO]
+    _, ids = conversation._fitting([], reserve=64)
+    assert len(conversation.messages) == 1
+    assert len(ids) + 16 <= 64

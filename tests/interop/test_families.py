@@ -542,3 +542,28 @@ def test_the_names_of_activations_are_known_both_ways():
 
     assert set(ACTIVATION_NAMES) == set(typing.get_args(Activation)) == set(ACTIVATIONS.values())
     assert all(ACTIVATIONS[theirs] == ours for ours, theirs in ACTIVATION_NAMES.items())
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"use_sliding_window": True},
+        {"use_sliding_window": True, "sliding_window": None},
+        {"sliding_window": None},
+        {"sliding_window": 77},
+    ],
+)
+def test_windows_that_a_file_leaves_open_are_those_of_transformers(family, changes):
+    given = {"num_hidden_layers": 40, "vocab_size": 99} | changes
+    theirs = transformers.AutoConfig.for_model(family, **given)
+    config = FAMILIES[family].config({"model_type": family, **given}, say=str)
+    window = theirs.sliding_window or 0
+    kinds = getattr(theirs, "layer_types", None)
+    usual = ["sliding_attention" if window else "full_attention"] * 40
+    letters = {"sliding_attention": "L", "full_attention": "G"}
+    expected = "".join(letters[kind] for kind in kinds or usual)
+    assert config.layer_pattern() == expected
+    if "L" in expected:
+        assert config.window == window

@@ -555,3 +555,18 @@ def test_the_licence_of_a_named_model_is_told(smollm2):
     said = []
     assert named_file("smollm2", say=said.append).suffix == ".gguf"
     assert said == ["smollm2: SmolLM2-135M-Instruct by Hugging Face, licence Apache-2.0"]
+
+
+def test_an_unknown_architecture_is_refused(files, tokenizer, tmp_path):
+    with pytest.raises(UsageError, match="the architecture 'foo' is not one of gpt2, bloom"):
+        export_gguf(files["llama"][0], tokenizer, tmp_path / "a.gguf", name="foo")
+
+
+def test_a_file_that_is_missing_is_not_looked_for_on_the_hub():
+    with pytest.raises(UsageError, match=r"nope\.gguf', which is not a folder of a run"):
+        load("nope.gguf")
+
+
+def test_weights_for_inference_and_for_training_exclude_each_other(files):
+    with pytest.raises(UsageError, match="weights is 'int8'.* and trainable is set"):
+        load(files["llama"][1], weights="int8", trainable=True)

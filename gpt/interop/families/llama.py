@@ -176,7 +176,7 @@ class Qwen3MoE(Qwen3):
     def others(self, theirs: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
         """The rotation, and the attention window of all layers."""
         found = rotary(theirs, fields)
-        if not field(theirs, "use_sliding_window", False, bool):
+        if not has_windows(theirs):
             return found
         return found | {"window": field(theirs, "sliding_window", 4096)}
 
@@ -186,12 +186,18 @@ class Qwen3MoE(Qwen3):
         return rotary_of(config) | window
 
 
+def has_windows(theirs: dict[str, Any]) -> bool:
+    """Whether attention windows are used, and are not null."""
+    used: bool = field(theirs, "use_sliding_window", False, bool)
+    return used and theirs.get("sliding_window", 0) is not None
+
+
 def windows(theirs: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
     """Attention windows by ``layer_types``; in older files they are in all layers from
     ``max_window_layers`` on, if ``use_sliding_window`` is true.
     """
     n = fields["n_layer"]
-    if not field(theirs, "use_sliding_window", False, bool):
+    if not has_windows(theirs):
         return {}
     window = field(theirs, "sliding_window", 4096)
     first = field(theirs, "max_window_layers", 28)

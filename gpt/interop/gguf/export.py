@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpt.config import UsageError, Weights
+from gpt.config import UsageError, Weights, quoted
 from gpt.data.tokenizer import Tokenizer
 from gpt.interop.gguf.architectures import ARCHITECTURES, ROPE_FACTORS, Rows, parts
 from gpt.interop.gguf.blocks import quantised
@@ -44,6 +44,9 @@ def export_gguf(
     if kind not in KINDS:
         raise UsageError(f"weights is {kind!r}, and must be one of {', '.join(KINDS)}")
     name = name or architecture_for(model.config)
+    if name not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise UsageError(f"the architecture {quoted(name)} is not one of {known}")
     form, config = KINDS[kind], expected(model.config, ARCHITECTURES[name])
     metadata: dict[str, Any] = {
         "general.architecture": name,
