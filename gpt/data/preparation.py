@@ -35,7 +35,7 @@ from gpt.data.tokenizer import Tokenizer
 from gpt.data.tokenizer_training import recipe
 from gpt.files import unwritable, write_atomically
 
-JOURNAL, SEEN = "journal.jsonl", "duplicates.sqlite"
+JOURNAL, SEEN, PIPED = "journal.jsonl", "duplicates.sqlite", ".piped"
 FEWEST_DOCUMENTS = 100
 """A corpus of fewer documents is held out at its end."""
 BLOCKS_A_STEP = 32
@@ -128,7 +128,9 @@ def _on_ray(
 
 
 def _fingerprint(work: dict[str, Any]) -> bytes:
-    return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).digest()
+    """Of what decides the shards: not of when the files were written."""
+    lasting = {name: value for name, value in work.items() if name != "contents"}
+    return hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).digest()
 
 
 def _summary(
@@ -156,6 +158,7 @@ def _summary(
 def write_summary(out: Path, summary: dict[str, Any]) -> None:
     """Write ``corpus.json``, which makes the folder complete."""
     write_atomically(out / CORPUS_FILE, json.dumps(summary, indent=1, sort_keys=True) + "\n")
+    shutil.rmtree(out / PIPED, ignore_errors=True)
 
 
 def _opened(config: PrepareConfig, say: Say) -> tuple[Corpus, list[int]]:
@@ -163,20 +166,31 @@ def _opened(config: PrepareConfig, say: Say) -> tuple[Corpus, list[int]]:
     corpora = []
     for source in config.sources or (config.data.source,):
         one = dataclasses.replace(config.data, source=source)
-        one = keep(one, config.out / ".piped") if one.descriptor is not None else one
+        one = keep(one, config.out / PIPED) if one.descriptor is not None else one
         corpora.append(open_corpus(one.source, Reading.of(one), field="a source", say=say))
     corpus = joined(corpora)
+    for folder in filter(None, (each.folder for each in corpora)):
+        if config.out.resolve().is_relative_to(folder.resolve()):
+            raise UsageError(
+                f"out is {foreign(config.out)}, which is inside the source {foreign(folder)}; name "
+                "a folder elsewhere"
+            )
     sizes = [path.stat().st_size if path.is_file() else 0 for path in corpus.files]
     return corpus, sizes
 
 
 def _work(config: PrepareConfig, corpus: Corpus, sizes: list[int]) -> dict[str, Any]:
     """What decides the shards, apart from the tokenizer, as the journal's first line."""
-    digest = hashlib.sha256()
+    digest, times = hashlib.sha256(), hashlib.sha256()
     for path, size in zip(corpus.files, sizes, strict=True):
         digest.update(f"{path} {size}\n".encode(errors="surrogatepass"))
+        times.update(f"{path.stat().st_mtime_ns if size else 0}\n".encode())
+    named = Path(config.data.tokenizer).expanduser()
+    if named.is_file():
+        times.update(named.read_bytes())
     return {
         "files": digest.hexdigest(),
+        "contents": times.hexdigest(),
         "reading": corpus.name,
         "tokenizer setting": recipe(config.data),
         "duplicates": config.duplicates,

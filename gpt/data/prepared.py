@@ -15,6 +15,9 @@ from gpt.data.shards import Shard, Shards, read_shard
 from gpt.data.tokenizer import Tokenizer
 from gpt.files import read_json
 
+MOST_CHECKED = 1 << 30
+"""Tokens of a shard whose checksum is checked when a run starts: some seconds of reading."""
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -49,10 +52,12 @@ def read_prepared(folder: Path) -> Prepared:
 
 
 def read_corpus(folder: Path, tokenizer: Tokenizer | None = None) -> Prepared:
-    """What ``gpt prepare`` wrote into ``folder``. The shards' headers and sizes are checked.
+    """What ``gpt prepare`` wrote into ``folder``. The shards' headers and sizes are checked, and
+    of shards up to :data:`MOST_CHECKED` tokens also their checksums.
 
     ``UsageError`` if it is incomplete, or was made with another tokenizer than ``tokenizer``.
     """
+    folder = folder.expanduser()
     path = folder / CORPUS_FILE
     summary, shown = read_json(path, "the corpus"), foreign(path)
     own = tokenizers.load(folder / "tokenizer.json")
@@ -75,7 +80,7 @@ def read_corpus(folder: Path, tokenizer: Tokenizer | None = None) -> Prepared:
                 folder / name,
                 tokenizer=tokenizers.fingerprint(own),
                 vocab_size=own.vocab_size,
-                check=False,
+                check=type(n) is int and n <= MOST_CHECKED,
             )
             if len(part) != n:
                 raise UsageError(f"{foreign(part.path)} has {len(part):,} tokens, not {quoted(n)}")
@@ -88,6 +93,6 @@ def read_corpus(folder: Path, tokenizer: Tokenizer | None = None) -> Prepared:
 def is_corpus(source: str) -> bool:
     """Whether ``source`` is a folder that ``gpt prepare`` wrote."""
     try:
-        return (Path(source) / CORPUS_FILE).is_file()
-    except (OSError, ValueError):
+        return (Path(source).expanduser() / CORPUS_FILE).is_file()
+    except (OSError, RuntimeError, ValueError):
         return False

@@ -232,9 +232,11 @@ def train_on(
 
 def check_source(data: DataConfig, run: Path) -> None:
     """``UsageError`` if the text does not exist, or the run's folder is the folder of the text."""
-    if is_piped(data) or is_corpus(data.source) or is_token_files(data.source):
+    if is_piped(data):
         return
     for source in [part.data.source for part in data.parts()] or [data.source]:
+        if is_corpus(source) or is_token_files(source):
+            continue
         folder = open_corpus(source).folder
         if folder is not None and run.exists() and folder.samefile(run):
             raise UsageError(

@@ -43,10 +43,13 @@ class Gemma3(Llama):
         "n_inner": Setting("intermediate_size", 9216),
         "activation": Setting("hidden_activation", "gelu_pytorch_tanh"),
         "tie_embeddings": Setting("tie_word_embeddings", True),
-        "attention_softcap": Setting("attn_logit_softcapping", 0.0),
         "logit_softcap": Setting("final_logit_softcapping", 0.0),
     }
-    needs = {"attention_bias": False, "use_bidirectional_attention": False}
+    needs = {
+        "attention_bias": False,
+        "use_bidirectional_attention": False,
+        "attn_logit_softcapping": None,  # transformers does not apply it
+    }
     modules = {
         **Llama.modules,
         "attn_out_norm": "post_attention_layernorm",
@@ -90,7 +93,6 @@ class Gemma3(Llama):
             "rope_local_base_freq": config.rotary_base_local,
             "sliding_window": config.window or 4096,
             "layer_types": [types.get(letter, "full_attention") for letter in pattern],
-            "attn_logit_softcapping": config.attention_softcap or None,
             "final_logit_softcapping": config.logit_softcap or None,
         }
 
