@@ -49,7 +49,7 @@ def read_prepared(folder: Path) -> Prepared:
 
 
 def read_corpus(folder: Path, tokenizer: Tokenizer | None = None) -> Prepared:
-    """What ``gpt prepare`` wrote into ``folder``. The shards' headers and sizes are checked.
+    """What ``gpt prepare`` wrote into ``folder``. The shards are read once and checked.
 
     ``UsageError`` if it is incomplete, or was made with another tokenizer than ``tokenizer``.
     """
@@ -75,7 +75,6 @@ def read_corpus(folder: Path, tokenizer: Tokenizer | None = None) -> Prepared:
                 folder / name,
                 tokenizer=tokenizers.fingerprint(own),
                 vocab_size=own.vocab_size,
-                check=False,
             )
             if len(part) != n:
                 raise UsageError(f"{foreign(part.path)} has {len(part):,} tokens, not {quoted(n)}")

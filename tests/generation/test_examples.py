@@ -129,7 +129,10 @@ def test_a_model_without_special_tokens_can_learn_conversations():
         ({"prompt": 1, "completion": "a"}, "prompt is 1, and must be a text"),
         ({"messages": "Hello"}, "messages is 'Hello', and must be a list"),
         ({"messages": TALK[:2]}, "messages has no message of the assistant"),
-        ({"messages": [TALK[1], {"role": "assistant"}]}, "a message of the assistant has no content"),
+        (
+            {"messages": [TALK[1], {"role": "assistant"}]},
+            "a message of the assistant has no content",
+        ),
     ],
 )
 def test_a_record_without_an_answer_is_refused_with_its_place(record, message):
