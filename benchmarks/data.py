@@ -157,7 +157,7 @@ def preparing() -> None:
                 "json", data_files=str(source), split="train", cache_dir=folder / "cache"
             )
             done = rows.map(
-                lambda some: {"ids": encoding.encode_ordinary_batch(some["text"], num_threads=1)},
+                lambda some: {"ids": [encoding.encode_ordinary(text) for text in some["text"]]},
                 batched=True,
                 num_proc=os.cpu_count(),
                 remove_columns=["text"],

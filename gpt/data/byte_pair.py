@@ -1,6 +1,7 @@
 """GPT-2's byte-level byte-pair encoding and its relatives, computed by tiktoken."""
 
 import base64
+import copy
 import importlib.metadata
 import re
 import unicodedata
@@ -137,6 +138,15 @@ class GPT2Tokenizer:
         joined = "".join(text + end for text in texts)
         ids = self._encoding.encode_to_numpy(joined, allowed_special={end}, disallowed_special=())
         return np.split(ids, np.flatnonzero(ids == self.end_of_text) + 1)[:-1]
+
+    def for_thread(self) -> Self:
+        """An equal tokenizer for one thread. The expression that splits the text has working memory
+        for the thread that uses it first; other threads share some more behind a lock, and take a
+        quarter longer.
+        """
+        other = copy.copy(self)
+        other._encoding = copy.copy(self._encoding)
+        return other
 
     def _plain(self, text: str) -> Ids:
         if self.normalisation:

@@ -1,6 +1,7 @@
 """The pieces of a corpus to ids, on all cores and in order: tiktoken releases Python's lock."""
 
 import os
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,6 +11,7 @@ import numpy as np
 
 from gpt.config import Duplicates
 from gpt.data import duplicates as same
+from gpt.data.byte_pair import GPT2Tokenizer
 from gpt.data.formats import PIECE_CHARACTERS
 from gpt.data.pieces import Piece
 from gpt.data.tokenizer import Ids, Tokenizer, encode_documents, encoder
@@ -47,10 +49,20 @@ def encoded(
     """
     workers = workers or os.cpu_count() or 1
     waiting: deque[Future[list[Encoded]]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
+    own = threading.local()
+
+    def start() -> None:
+        own.tokenizer = (
+            tokenizer.for_thread() if isinstance(tokenizer, GPT2Tokenizer) else tokenizer
+        )
+
+    def encode(block: list[Piece]) -> list[Encoded]:
+        return _encode(block, own.tokenizer, duplicates)
+
+    with ThreadPoolExecutor(workers, initializer=start) as pool:
         try:
             for block in _blocks(read):
-                waiting.append(pool.submit(_encode, block, tokenizer, duplicates))
+                waiting.append(pool.submit(encode, block))
                 if len(waiting) > 2 * workers:
                     yield waiting.popleft().result()
             while waiting:

@@ -33,7 +33,7 @@ from gpt.data.reading import Reading
 from gpt.data.shard_series import ShardSeries
 from gpt.data.tokenizer import Tokenizer
 from gpt.data.tokenizer_training import recipe
-from gpt.files import unwritable, write_atomically
+from gpt.files import read_json, unwritable, write_atomically
 
 JOURNAL, SEEN, PIPED = "journal.jsonl", "duplicates.sqlite", ".piped"
 FEWEST_DOCUMENTS = 100
@@ -201,11 +201,36 @@ def _work(config: PrepareConfig, corpus: Corpus, sizes: list[int]) -> dict[str, 
 
 
 def _finished(out: Path, work: dict[str, Any], say: Say) -> dict[str, Any]:
-    summary: dict[str, Any] = json.loads((out / CORPUS_FILE).read_text(encoding="utf-8"))
+    summary = read_json(out / CORPUS_FILE, "the corpus")
+    if not _is_summary(summary):
+        raise UsageError(
+            f"{foreign(out / CORPUS_FILE)} is not what gpt prepare wrote; delete the folder, or "
+            "name a new one"
+        )
     if {k: summary["work"].get(k) for k in work} != work:
         raise UsageError(f"{foreign(out)} has other prepared data; name a new folder")
     say(f"{foreign(out)} is prepared already")
-    return summary
+    checked: dict[str, Any] = summary
+    return checked
+
+
+def _is_summary(found: Any) -> bool:
+    """Whether ``found`` has what :func:`_summary` makes, as far as it is printed."""
+    if not isinstance(found, dict) or not isinstance(found.get("work"), dict):
+        return False
+    counts, shards = found.get("counts"), found.get("shards")
+    return (
+        isinstance(counts, dict)
+        and {"documents", "bytes", "tokens"} <= counts.keys()
+        and all(isinstance(n, int) for n in counts.values())
+        and isinstance(shards, dict)
+        and all(isinstance(shards.get(split), list) for split in SPLITS)
+        and all(
+            isinstance(part, dict) and isinstance(part.get("tokens"), int)
+            for split in SPLITS
+            for part in shards[split]
+        )
+    )
 
 
 class _Preparation:
@@ -231,15 +256,20 @@ class _Preparation:
         self.drops = False  # whether the pieces of the current document are left out
         write_atomically(self.out / "tokenizer.json", tokenizers.to_json(tokenizer))
         made = _fingerprint(self.work)
-        self.series = {
-            split: ShardSeries(
-                self.out, split, tokenizer, made, config.shard_tokens, last.get(split, {})
-            )
-            for split in SPLITS
-        }
-        self.seen = None if config.duplicates == "keep" else Seen(self.out / SEEN)
-        if self.seen is not None:
-            self.seen.back_to(self.steps)
+        self.series: dict[Split, ShardSeries] = {}
+        self.seen: Seen | None = None
+        try:
+            for split in SPLITS:
+                self.series[split] = ShardSeries(
+                    self.out, split, tokenizer, made, config.shard_tokens, last.get(split, {})
+                )
+            if config.duplicates != "keep":
+                self.seen = Seen(self.out / SEEN)
+                self.seen.back_to(self.steps)
+        except BaseException:
+            with self.journal:
+                self._close()
+            raise
         if last:
             say(f"going on after {self.counts['tokens']:,} tokens")
 
@@ -263,10 +293,7 @@ class _Preparation:
             progress.bytes += len(block)
 
         with self.journal, contextlib.ExitStack() as stack:
-            for series in self.series.values():
-                stack.callback(series.abandon)
-            if self.seen is not None:
-                stack.callback(self.seen.close)
+            stack.callback(self._close)
             read = pieces(self.corpus, self.splitter, start=self.place, tap=tap)
             blocks = encoded(
                 read,
@@ -286,6 +313,12 @@ class _Preparation:
                 show(progress)
             shards = {split: series.close() for split, series in self.series.items()}
         return self._finish(shards)
+
+    def _close(self) -> None:
+        for series in self.series.values():
+            series.abandon()
+        if self.seen is not None:
+            self.seen.close()
 
     def _write(self, each: Encoded) -> None:
         if each.piece.begins:

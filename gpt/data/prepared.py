@@ -15,9 +15,6 @@ from gpt.data.shards import Shard, Shards, read_shard
 from gpt.data.tokenizer import Tokenizer
 from gpt.files import read_json
 
-MOST_CHECKED = 1 << 30
-"""Tokens of a shard whose checksum is checked when a run starts: some seconds of reading."""
-
 
 @dataclass(frozen=True)
 class Prepared:
@@ -52,8 +49,7 @@ def read_prepared(folder: Path) -> Prepared:
 
 
 def read_corpus(folder: Path, tokenizer: Tokenizer | None = None) -> Prepared:
-    """What ``gpt prepare`` wrote into ``folder``. The shards' headers and sizes are checked, and
-    of shards up to :data:`MOST_CHECKED` tokens also their checksums.
+    """What ``gpt prepare`` wrote into ``folder``. The shards are read once and checked.
 
     ``UsageError`` if it is incomplete, or was made with another tokenizer than ``tokenizer``.
     """
@@ -80,7 +76,6 @@ def read_corpus(folder: Path, tokenizer: Tokenizer | None = None) -> Prepared:
                 folder / name,
                 tokenizer=tokenizers.fingerprint(own),
                 vocab_size=own.vocab_size,
-                check=type(n) is int and n <= MOST_CHECKED,
             )
             if len(part) != n:
                 raise UsageError(f"{foreign(part.path)} has {len(part):,} tokens, not {quoted(n)}")

@@ -131,13 +131,23 @@ class ShardWriter:
         self._fields = vocab_size, tokenizer, corpus
         self._count, self._checksum = state
         self._file = path.open("r+b" if self._count else "wb")
+        if self._count and self._file.seek(0, 2) < self._size():
+            self._file.close()
+            raise UsageError(
+                f"{foreign(path)} has fewer ids than it had when its preparation was stopped; "
+                "delete the folder, and prepare the text again"
+            )
+        self._file.seek(0)
         self._file.write(bytes(HEADER_BYTES))
         if self._count:
-            self._file.truncate(HEADER_BYTES + self._count * self._item_bytes)
+            self._file.truncate(self._size())
             self._file.seek(0, 2)
 
     def __len__(self) -> int:
         return self._count
+
+    def _size(self) -> int:
+        return HEADER_BYTES + self._count * self._item_bytes
 
     def write(self, ids: NDArray[np.integer]) -> None:
         """Append ``ids`` ``[n]``."""

@@ -213,6 +213,25 @@ def test_another_work_is_not_continued(source, tmp_path, monkeypatch):
         prepared(config_of(source, out, shard_tokens=2999))
 
 
+def test_a_shard_that_became_shorter_is_not_continued(source, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation.ShardSeries, "close", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepared(config_of(source, out, shard_tokens=10**6))
+    (out / "train-00000.bin").write_bytes(bytes(1000))
+    with pytest.raises(UsageError, match=r"train-00000\.bin has fewer ids than it had"):
+        prepared(config_of(source, out, shard_tokens=10**6))
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"work": {}, "counts": {}, "shards": {}}'])
+def test_a_damaged_list_of_shards_is_not_taken_for_a_finished_folder(content, source, tmp_path):
+    prepared(config_of(source, tmp_path / "out"))
+    (tmp_path / "out" / "corpus.json").write_text(content)
+    with pytest.raises(UsageError, match=r"corpus\.json is not what gpt prepare wrote"):
+        prepared(config_of(source, tmp_path / "out"))
+
+
 def test_a_finished_folder_is_kept_and_never_mixed(source, tmp_path):
     out, said = tmp_path / "out", []
     prepared(config_of(source, out))
@@ -349,6 +368,16 @@ def test_a_source_without_text_is_refused(tmp_path):
         prepared(config_of(tmp_path / "a.txt", tmp_path / "out"))
 
 
+def test_a_damaged_id_of_a_prepared_folder_is_noticed(source, tmp_path):
+    prepared(config_of(source, tmp_path / "out"))
+    path = tmp_path / "out" / "train-00001.bin"
+    raw = bytearray(path.read_bytes())
+    raw[400] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(UsageError, match=r"train-00001\.bin is damaged"):
+        read_corpus(tmp_path / "out")
+
+
 RELEASED = GPT2Tokenizer.released()
 PARTS = ["a", " ", "\n", "é", "中", "'s", "1", "<|endoftext|>"]
 
@@ -358,3 +387,11 @@ def test_documents_that_are_encoded_together_have_the_ids_of_each(texts):
     tokenizer = RELEASED
     together = [ids.tolist() for ids in encode_documents(tokenizer, texts)]
     assert together == [[*tokenizer.encode(t).tolist(), tokenizer.end_of_text] for t in texts]
+
+
+def test_a_tokenizer_of_a_thread_has_the_same_ids():
+    own = RELEASED.for_thread()
+    assert own._encoding is not RELEASED._encoding
+    assert own._encoding._core_bpe is not RELEASED._encoding._core_bpe
+    for text in ("Speak, speak.\n\n You  are", "中文 é 1234 <|endoftext|>", ""):
+        assert own.encode(text).tolist() == RELEASED.encode(text).tolist()

@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -52,6 +53,11 @@ def make(folder: Path) -> None:
         config = train_config(name, tokenizer)
         (folder / "start.toml").write_text(to_toml(config), encoding="utf-8")
         gpt("train", folder / "start.toml")
+    words = ("--data.tokenizer", "byte", "--shard_tokens", 300)
+    gpt("prepare", folder / "book.txt", "--out", folder / "corpus", *words)
+    (folder / "ids").mkdir()
+    for name in ("train.bin", "val.bin"):
+        np.arange(400, dtype="<u2").tofile(folder / "ids" / name)
     for kind in PACKED:
         gpt(
             "export", folder / "run", folder / f"packed-{kind}", "--to", "packed", "--weights", kind

@@ -22,6 +22,8 @@ def case(chance: random.Random, place: Place) -> Attempt:
         tokenizer = ("--data.tokenizer", chance.choice(("char", "byte")))
         words = ("prepare", "--data.source", given, "--out", place.inside / "new", *tokenizer)
         return Attempt(f"{done}; prepare", command(*words), keeps=[source])
+    if chance.random() < 0.3:
+        return corpus(chance, source, place)
     run = place.copy("run")
     [data], steps = (run / "data").iterdir(), list((run / "checkpoints").iterdir())
     path = data / chance.choice(("train.bin", "train.bin", "validation.bin", "tokenizer.json"))
@@ -51,6 +53,17 @@ def case(chance: random.Random, place: Place) -> Attempt:
     words += ("--data.cache_dir", run / "data", "--evaluation.sample_tokens", 0)
     words += ("--checkpoint.keep", 9, "--training.max_steps", 6)
     return Attempt(done, command(*words), keeps=steps, check=check)
+
+
+def corpus(chance: random.Random, source: Path, place: Place) -> Attempt:
+    """What gpt prepare wrote, or bare ids of 16 bits, damaged."""
+    folder = place.copy(chance.choice(("corpus", "corpus", "ids")))
+    path = chance.choice(files_of(folder))
+    done = damage(chance, path, place, files_of(folder))
+    again = ("prepare", source, "--out", folder, "--data.tokenizer", "byte", "--shard_tokens", 300)
+    train = ("train", place.copy("start.toml"), "--run_dir", "new", "--data.source", folder)
+    train += ("--evaluation.sample_tokens", 0, "--training.max_steps", 1)
+    return Attempt(done, command(*chance.choice((again, train, ("inspect", folder)))), keeps=[])
 
 
 def sources(chance: random.Random, source: Path, place: Place) -> str:
