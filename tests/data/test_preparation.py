@@ -13,12 +13,14 @@ from gpt.config import DataConfig, PrepareConfig, UsageError
 from gpt.data import encoding, formats, preparation
 from gpt.data.corpus import open_corpus
 from gpt.data.journal import Journal
+from gpt.data.mixture import prepare_mixture
 from gpt.data.pieces import Place, at_end, by_content, pieces
 from gpt.data.preparation import prepare_corpus
 from gpt.data.prepare import prepare
 from gpt.data.prepared import read_corpus
 from gpt.data.shards import ShardWriter
 from gpt.data.tokenizer import ByteTokenizer, GPT2Tokenizer, decode, encode_documents
+from gpt.training.run import check_source
 
 END = 256
 
@@ -395,3 +397,25 @@ def test_a_tokenizer_of_a_thread_has_the_same_ids():
     assert own._encoding._core_bpe is not RELEASED._encoding._core_bpe
     for text in ("Speak, speak.\n\n You  are", "中文 é 1234 <|endoftext|>", ""):
         assert own.encode(text).tolist() == RELEASED.encode(text).tolist()
+
+
+def test_other_contents_of_the_same_size_are_noticed(source, tmp_path):
+    prepared(config_of(source, tmp_path / "out"))
+    path = source / "a.jsonl"
+    path.write_text(path.read_text().replace("w1", "v1"))
+    with pytest.raises(UsageError, match="has other prepared data"):
+        prepared(config_of(source, tmp_path / "out"))
+
+
+def test_a_folder_inside_the_source_is_refused(source):
+    with pytest.raises(UsageError, match=r"out is .*, which is inside the source .*; name a fol"):
+        prepared(config_of(source, source / "out"))
+
+
+def test_prepared_folders_can_be_parts_of_a_mixture(source, tmp_path):
+    prepared(config_of(source, tmp_path / "out"))
+    mixture = tuple(json.dumps({"source": str(tmp_path / name)}) for name in ("out", "b.txt"))
+    (tmp_path / "b.txt").write_text("another text " * 30)
+    check_source(DataConfig(mixture=mixture), tmp_path / "run")
+    data = prepare_mixture(DataConfig(mixture=mixture), tmp_path / "cache")
+    assert data.tokenizer.kind == "byte"
