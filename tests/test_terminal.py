@@ -405,7 +405,7 @@ def test_a_model_without_a_template_is_told_before_the_conversation(capsys):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"system": "x"}, "system is 'x', and is for conversations: give chat"),
+        ({"system": "x"}, "system is 'x', and is for conversations: add --chat"),
         ({"chat": True, "num_samples": 2}, "num_samples is 2, and must be 1 with chat"),
         (
             {"chat": True, "prompt_file": Path("a.jsonl"), "out": Path("b")},

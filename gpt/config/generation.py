@@ -30,8 +30,11 @@ def token_ids(what: str, ids: Iterable[Any]) -> list[int]:
 
 
 def unescaped(text: str) -> str:
-    r"""Replace the escapes in a typed text: ``\n`` newline, ``\t`` tab, ``\\`` backslash."""
-    return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t"}.get(found[1], "\\"), text)
+    r"""Replace the escapes in a typed text: ``\n`` newline, ``\r`` return, ``\t`` tab, ``\\``
+    backslash.
+    """
+    escapes = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
+    return re.sub(r"\\([nrt\\])", lambda found: escapes[found[1]], text)
 
 
 CacheFormat = Literal["float", "int8"]

@@ -30,6 +30,10 @@ def opened(source: str, reading: Reading) -> Callable[[Path, Tap], Iterator[Docu
             f"the dataset {quoted(source)} has the option {unknown[0]!r}, and takes "
             f"{', '.join(OPTIONS)}"
         )
+    if not name:
+        raise UsageError(
+            f"the dataset {quoted(source)} has no name, and must be like {PREFIX}OWNER/NAME"
+        )
     datasets = extra("datasets", f"the dataset {quoted(source)}", "datasets")
     split = options.pop("split", "train")
 

@@ -31,12 +31,20 @@ class Journal:
                 f"{foreign(path.parent)} has an unfinished preparation of other data or settings "
                 f"({foreign(', '.join(changed))}); delete the folder, or name a new one"
             )
+        new = path.with_suffix(".new")  # so that a failure here loses nothing
         try:
-            self._file = path.open("w", encoding="utf-8", newline="")
+            self._file = new.open("w", encoding="utf-8", newline="")
         except OSError as error:
             raise unwritable(path, error) from None
-        for line in [work, *([self.last] if self.last else [])]:
-            self.write(line)
+        try:
+            for line in [work, *([self.last] if self.last else [])]:
+                self.write(line)
+            new.replace(path)
+        except BaseException as error:
+            self._file.close()
+            if isinstance(error, OSError):
+                raise unwritable(path, error) from None
+            raise
 
     def _read(self) -> list[dict[str, Any]]:
         lines = []

@@ -144,6 +144,12 @@ def _summary(
     sources = config.sources or (config.data.source,)
     if not counts.get("tokens"):
         raise UsageError(f"{quoted(sources[0])} has no text")
+    if empty := [split for split in SPLITS if not sum(each["tokens"] for each in shards[split])]:
+        raise UsageError(
+            f"no document is for {empty[0]}, with validation {config.validation} and "
+            f"data.validation_fraction {config.data.validation_fraction}; use more documents, "
+            "another fraction, or --validation end"
+        )
     return {
         "version": 1,
         "kind": tokenizer.kind,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from gpt.config import BadBytes, DataConfig, TextFormat, UsageError, foreign, unescaped
 from gpt.data.compression import COMPRESSIONS
+from gpt.files import as_training_text
 
 LONGEST_RECORD = 1 << 28
 """Maximum length of a line of JSONL and of a separated document, to limit memory."""
@@ -27,7 +28,7 @@ class Reading:
         return cls(
             format=config.format,
             text_field=config.text_field,
-            separator=unescaped(config.separator),
+            separator=as_training_text(unescaped(config.separator)),
             bad_bytes=config.bad_bytes,
         )
 

@@ -21,11 +21,16 @@ _BLOCK = 1 << 24
 
 
 def token_files(source: str) -> list[Path]:
-    """The ``.bin`` files that ``source`` is, contains, or matches, sorted; none if it is a text."""
+    """The ``.bin`` files that ``source`` is, contains, or matches, sorted; none if it is a text, or
+    a folder that has other files too.
+    """
     try:
         path = Path(source).expanduser()
         if path.is_dir():
-            found = sorted(path.glob("*.bin"))
+            found = sorted(p for p in path.iterdir() if not p.name.startswith("."))
+            if any(p.suffix != ".bin" and p.name != "meta.pkl" for p in found):
+                return []
+            found = [p for p in found if p.suffix == ".bin"]
         elif path.suffix == ".bin":
             found = [path] if path.is_file() else sorted(path.parent.glob(path.name))
         else:

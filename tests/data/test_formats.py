@@ -184,3 +184,10 @@ def test_a_text_without_the_end_of_a_word_is_cut_before_a_line_feed(monkeypatch)
     assert [len(piece) for piece in pieces[:2]] == [35, 36]
     assert all(piece.startswith("\n") for piece in pieces[1:])
     assert next(iter(formats.cut("x" * 95))) == "x" * 40
+
+
+def test_a_separator_may_have_the_line_ends_of_the_file(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\r\nthree")
+    config = DataConfig(source=str(tmp_path / "a.txt"), separator=r"\r\n")
+    corpus = open_corpus(config.source, Reading.of(config))
+    assert ["".join(document) for document in corpus.documents()] == ["one", "two", "three"]

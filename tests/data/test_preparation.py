@@ -419,3 +419,25 @@ def test_prepared_folders_can_be_parts_of_a_mixture(source, tmp_path):
     check_source(DataConfig(mixture=mixture), tmp_path / "run")
     data = prepare_mixture(DataConfig(mixture=mixture), tmp_path / "cache")
     assert data.tokenizer.kind == "byte"
+
+
+def test_a_journal_that_cannot_be_reopened_is_kept(tmp_path, monkeypatch):
+    path = tmp_path / "journal.jsonl"
+    with Journal(path, {"a": 1}) as journal:
+        journal.write({"step": 1})
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(UsageError, match="No space left"):
+            Journal(path, {"a": 1})
+    with Journal(path, {"a": 1}) as journal:
+        assert journal.last == {"step": 1}
+
+
+def test_a_corpus_without_documents_for_validation_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("abc")
+    with pytest.raises(UsageError, match="no document is for (train|validation), with validation"):
+        prepared(config_of(tmp_path / "a.txt", tmp_path / "out", validation="documents"))

@@ -5,6 +5,7 @@ import pytest
 
 from gpt.config import DataConfig, UsageError
 from gpt.data.prepare import prepare
+from gpt.data.token_files import is_token_files
 from gpt.data.tokenizer import GPT2Tokenizer
 
 
@@ -80,3 +81,9 @@ def test_a_model_with_another_tokenizer_is_refused(tmp_path):
         bare(tmp_path / name, [1, 2, 3])
     with pytest.raises(UsageError, match="GPT-2's token ids, and the model has another"):
         prepare(DataConfig(source=str(tmp_path)), tmp_path / "cache", tokenizer=ByteTokenizer())
+
+
+def test_a_folder_of_texts_with_a_bin_file_is_a_folder_of_texts(tmp_path):
+    bare(tmp_path / "model.bin", [1, 2, 3])
+    (tmp_path / "a.txt").write_text("text")
+    assert not is_token_files(str(tmp_path))
