@@ -54,7 +54,8 @@ def prepare(config: PrepareConfig) -> int:
     try:
         summary = preparation.prepare_corpus(config, tokenizer, show=show, say=tell)
     finally:
-        bar.stop()
+        if console.is_terminal:
+            bar.stop()
     print_summary(config, summary)
     return 0
 

@@ -220,15 +220,9 @@ def ends_of(tokenizer: Tokenizer) -> frozenset[int]:
     return ends | {tokenizer.end_of_text}
 
 
-def special_texts(tokenizer: Tokenizer) -> Mapping[str, int]:
-    """The special tokens by their texts."""
-    special: Mapping[str, int] = getattr(tokenizer, "special", {END_OF_TEXT: tokenizer.end_of_text})
-    return special
-
-
 def end_text(tokenizer: Tokenizer) -> str:
     """The text of the end-of-text token."""
-    return next(t for t, i in special_texts(tokenizer).items() if i == tokenizer.end_of_text)
+    return next(t for t, i in special_tokens(tokenizer).items() if i == tokenizer.end_of_text)
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:

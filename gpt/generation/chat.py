@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 from gpt.config import GenerationConfig, UsageError, quoted
-from gpt.data.tokenizer import Tokenizer, decode, special_texts
+from gpt.data.tokenizer import Tokenizer, decode, special_tokens
 from gpt.generation.chat_template import Message, render
 from gpt.generation.decode import Decoder
 from gpt.generation.marks import MARKS, Marker, encode_rendered, unused_marks
@@ -103,7 +103,7 @@ class Conversation:
         self._guessing: dict[str, Any] = {"draft": draft, "num_draft_tokens": num_draft_tokens}
         self._prefix = Prefix(network, cache=config.cache)
         self._known: tuple[str, list[int]] = ("", [])  # a rendered text, and the ids it has had
-        self._marker, self._mark = Marker(special_texts(tokenizer)), MARKS[0]
+        self._marker, self._mark = Marker(special_tokens(tokenizer)), MARKS[0]
         self._ends: frozenset[int] | None = None
         self.messages: list[dict[str, Any]] = []
         self.prompt: list[int] = []
@@ -248,7 +248,7 @@ class Conversation:
             except UsageError:  # a template for other conversations than this one
                 return self._ends
             after = text.rpartition(inside)[2].lstrip()
-            special = special_texts(self.model[1])
+            special = special_tokens(self.model[1])
             found = [token for token in special if after.startswith(token)]
             if found:
                 self._ends = frozenset([special[max(found, key=len)]])

@@ -14,7 +14,7 @@ import numpy as np
 
 from gpt.config import UsageError, quoted
 from gpt.data.examples import Example
-from gpt.data.tokenizer import Tokenizer, encoder, prompt_ids, special_texts
+from gpt.data.tokenizer import Tokenizer, encoder, prompt_ids, special_tokens
 from gpt.generation.chat import checked_messages
 from gpt.generation.chat_template import Message, render
 from gpt.generation.marks import Marker, encode_rendered, unused_marks
@@ -28,7 +28,7 @@ class ExampleEncoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self._marker = Marker(special_texts(tokenizer))
+        self._marker = Marker(special_tokens(tokenizer))
 
     def __call__(self, record: Mapping[str, Any], where: str) -> Example:
         """The example of a record. ``UsageError`` names the record by ``where`` if it has no such
@@ -103,7 +103,7 @@ class ExampleEncoder:
                 break
         else:
             raise UsageError("the chat template changes the text of answers, so none can be found")
-        special = re.compile("|".join(map(re.escape, special_texts(self.tokenizer))) or r"(?!)")
+        special = re.compile("|".join(map(re.escape, special_tokens(self.tokenizer))) or r"(?!)")
         spans = []
         for number, i in enumerate(answers):
             start, end = found.find(opening), found.find(closing) - len(opening)
@@ -139,7 +139,7 @@ class ExampleEncoder:
 
     def _ends_turn(self, ids: Sequence[int]) -> bool:
         """Whether the last answer ends with a special token."""
-        return bool(ids) and ids[-1] in special_texts(self.tokenizer).values()
+        return bool(ids) and ids[-1] in special_tokens(self.tokenizer).values()
 
 
 def example(parts: Sequence[tuple[Sequence[int], bool]]) -> Example:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from gpt.config import UsageError
-from gpt.data.tokenizer import Tokenizer, encoder, special_texts
+from gpt.data.tokenizer import Tokenizer, encoder, special_tokens
 
 MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 """Unicode's noncharacters, which no text needs."""
@@ -23,7 +23,7 @@ def encode_rendered(
     """The ids of a rendered ``text``, in which whole special tokens count and those with a ``mark``
     are text. ``begins`` is whether it is the beginning of the conversation.
     """
-    special = special_texts(tokenizer)
+    special = special_tokens(tokenizer)
     parts = re.split(f"({_any_of(special)})", text) if special else [text]
     everywhere = getattr(tokenizer, "spaces_after_special", False)
     ids: list[int] = []

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from gpt.data.tokenizer import Tokenizer, special_texts
+from gpt.data.tokenizer import Tokenizer, special_tokens
 from gpt.generation.context import Reason
 from gpt.generation.logprobs import TokenDetails
 from gpt.generation.text import Completion
@@ -31,7 +31,7 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._special = {i: text for text, i in special_texts(tokenizer).items()}
+        self._special = {i: text for text, i in special_tokens(tokenizer).items()}
 
     def content(self, token: int) -> bytes:
         """The token's bytes; of a special token those of its name."""
