@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from gpt.config import Duplicates
-from gpt.data import duplicates as same
 from gpt.data.byte_pair import GPT2Tokenizer
+from gpt.data.duplicates import keys
 from gpt.data.formats import PIECE_CHARACTERS
 from gpt.data.pieces import Piece
 from gpt.data.tokenizer import Ids, Tokenizer, encode_documents, encoder
@@ -92,7 +92,7 @@ def _encode(block: list[Piece], tokenizer: Tokenizer, duplicates: Duplicates) ->
     done = []
     for piece in block:
         if piece.begins and piece.ends:
-            done.append(Encoded(piece, next(whole), same.keys(piece.text, duplicates)))
+            done.append(Encoded(piece, next(whole), keys(piece.text, duplicates)))
             continue
         ids = (first if piece.begins else later)(piece.text)
         done.append(Encoded(piece, np.concatenate([ids, end]) if piece.ends else ids, []))

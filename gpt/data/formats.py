@@ -115,7 +115,9 @@ def _jsonl(reading: Reading, path: Path, tap: Tap) -> Iterator[Document]:
     field = reading.text_field
     for where, record in json_lines(reading, path, tap):
         if not isinstance(record, dict) or field not in record:
-            raise UsageError(f"{where} has no {quoted(field)}; data.text_field names the text's")
+            raise UsageError(
+                f"{where} has no {quoted(field)}; set data.text_field to the field with the text"
+            )
         if not isinstance(record[field], str):
             raise UsageError(
                 f"{where} has {quoted(record[field])} as its {quoted(field)}, not a string"

@@ -48,7 +48,7 @@ def opened(source: str, reading: Reading) -> Callable[[Path, Tap], Iterator[Docu
                     raise UsageError(
                         f"row {number:,} of the dataset {quoted(source)} has no text "
                         f"{quoted(field)}; its fields are {foreign(', '.join(row))}: "
-                        "data.text_field names the text's"
+                        "set data.text_field to one of them"
                     )
                 if text:
                     tap(text.encode(errors="surrogatepass"))

@@ -24,11 +24,12 @@ class Inspection:
     bytes: int
     """Of the text of all tokens."""
     lengths: list[tuple[int, int]]
-    """How many documents have up to so many tokens, by powers of two."""
+    """The number of documents by length: each entry has the most tokens, a power of two, and a
+    count."""
     longest: int
     """Tokens of the longest document."""
     frequent: list[tuple[int, int]]
-    """The most frequent ids, with their numbers."""
+    """The most frequent ids, with their counts."""
     unused: int
     """Ids of the vocabulary that do not occur."""
     first: list[str]

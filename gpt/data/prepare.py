@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from gpt.config import DataConfig, UsageError, quoted
+from gpt.config import DataConfig, UsageError, foreign, quoted
 from gpt.data import tokenizer as tokenizers
 from gpt.data.corpus import PREPARED_FILES, Corpus, Say, Survey, open_corpus
 from gpt.data.encoding import encoded
@@ -44,6 +44,11 @@ def prepare(
     ``UsageError`` for a text that cannot be read, a folder that cannot be written, and damaged
     shards.
     """
+    if is_corpus(config.source) or is_token_files(config.source):
+        say(
+            f"{foreign(config.source)} is prepared: it has its own tokenizer and validation, and "
+            "data.tokenizer, data.validation_fraction and the settings of reading are not used"
+        )
     if is_corpus(config.source):
         return dataclasses.replace(read_corpus(Path(config.source), tokenizer), kind=config.windows)
     if is_token_files(config.source):

@@ -99,7 +99,7 @@ def parquet_rows(
             if missing:
                 raise UsageError(
                     f"{foreign(path)} has no column {quoted(missing[0])}; its columns are "
-                    f"{foreign(', '.join(schema.names))}: data.text_field names the text's"
+                    f"{foreign(', '.join(schema.names))}: set data.text_field to one of them"
                 )
             as_bytes = arrow.schema(
                 [

@@ -269,8 +269,11 @@ def test_reading_goes_on_from_any_place(splitter, source):
 
 def test_a_run_trains_on_a_prepared_folder_in_place(source, tmp_path):
     prepared(config_of(source, tmp_path / "out"))
-    data = prepare(DataConfig(source=str(tmp_path / "out")), tmp_path / "cache")
+    said = []
+    config = DataConfig(source=str(tmp_path / "out"), validation_fraction=0.5)
+    data = prepare(config, tmp_path / "cache", say=said.append)
     assert data.tokenizer.kind == "byte"
+    assert "is prepared: it has its own tokenizer and validation" in said[0]
     assert not (tmp_path / "cache").exists()
     windows = data.windows("train", 64)
     ids = data.train.read(0, len(data.train))
