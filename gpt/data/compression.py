@@ -5,6 +5,7 @@ import io
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,15 +17,32 @@ BLOCK = 1 << 20
 _ZSTD_BLOCK = 1 << 12
 """Compressed bytes that are given to zstd at once: each 4 bytes may become 128 KiB."""
 
-Tap = Callable[[bytes], None]
-"""Receives each block of bytes that is read from a file."""
+
+@dataclass(frozen=True)
+class Tap:
+    """Who is told what is read from the disk."""
+
+    content: Callable[[bytes], object] | None = None
+    """Receives all bytes of each file, in order."""
+    count: Callable[[int], object] | None = None
+    """Receives how many bytes were read."""
+
+    def __call__(self, block: bytes) -> None:
+        """Tell that ``block`` was read."""
+        if self.content is not None:
+            self.content(block)
+        if self.count is not None:
+            self.count(len(block))
 
 
-def blocks(path: Path, tap: Tap) -> Iterator[bytes]:
-    """The file's bytes, decompressed if its name ends so. ``tap`` receives those on the disk."""
+NO_TAP = Tap()
+
+
+def blocks(path: Path, tap: Tap = NO_TAP) -> Iterator[bytes]:
+    """The file's bytes, decompressed if its name ends so."""
     try:
         with path.open("rb", buffering=0) as raw:
-            file = _Tapped(raw, tap)
+            file = Tapped(raw, tap)
             yield from COMPRESSIONS.get(path.suffix.lower(), _plain)(file)
     except EOFError:
         raise _damaged(path, "it ends too early") from None
@@ -39,7 +57,9 @@ def _damaged(path: Path, why: object) -> UsageError:
     return UsageError(f"{foreign(path)} is not a whole {kind} file: {foreign(why)}")
 
 
-class _Tapped(io.BufferedReader):
+class Tapped(io.BufferedReader):
+    """A file that tells ``tap`` what is read."""
+
     def __init__(self, file: io.FileIO, tap: Tap) -> None:
         super().__init__(file, BLOCK)
         self._tap = tap

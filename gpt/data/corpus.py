@@ -20,7 +20,7 @@ import numpy as np
 
 from gpt.config import UsageError, foreign, quoted
 from gpt.data import hub_datasets, shakespeare
-from gpt.data.compression import Tap
+from gpt.data.compression import NO_TAP, Tap
 from gpt.data.formats import Document, documents
 from gpt.data.piped import is_copy
 from gpt.data.reading import Reading
@@ -49,8 +49,8 @@ class Survey:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in a fixed order. ``read`` yields the documents of a file, and passes the file's
-    bytes to its tap.
+    """Documents in a fixed order. ``read`` yields the documents of a file, and tells its tap what
+    it reads.
     """
 
     files: tuple[Path, ...]
@@ -65,7 +65,7 @@ class Corpus:
         read.
         """
         for path in self.files:
-            yield from self.read(path, lambda block: None)
+            yield from self.read(path, NO_TAP)
 
     def survey(self, *, characters: bool = False) -> Survey:
         """Read each document once. ``UsageError`` names a file that cannot be read."""
@@ -74,7 +74,7 @@ class Corpus:
         for path in self.files:
             digest = hashlib.sha256()
             for piece in (
-                piece for document in self.read(path, digest.update) for piece in document
+                piece for document in self.read(path, Tap(digest.update)) for piece in document
             ):
                 length += len(piece)
                 if characters:
