@@ -7,7 +7,7 @@ from datetime import timedelta
 import rich.progress as bars
 
 from gpt.config import TOKENIZERS, PrepareConfig
-from gpt.console import open_console, tell
+from gpt.console import files_of, open_console, tell
 from gpt.data.corpus import Corpus
 from gpt.data.preparation import prepare_corpus
 from gpt.data.progress import Progress
@@ -76,7 +76,7 @@ def print_summary(config: PrepareConfig, summary: dict[str, object]) -> None:
     parts = []
     for split, word in (("train", "training"), ("validation", "validation")):
         tokens = sum(shard["tokens"] for shard in shards[split])
-        parts.append(f"{tokens:,} {word} tokens in {len(shards[split])} files")
+        parts.append(f"{tokens:,} {word} tokens in {files_of(len(shards[split]))}")
     dropped = "".join(
         f", {counts[kind]:,} {kind} duplicates dropped"
         for kind in ("exact", "near")
