@@ -1,5 +1,8 @@
-"""From one file to its bytes, decompressed: ``.gz``, ``.xz`` and ``.zst`` by the name's ending."""
+"""From one file to its bytes, decompressed: ``.gz``, ``.bz2``, ``.xz`` and ``.zst`` by the name's
+ending.
+"""
 
+import bz2
 import gzip
 import io
 import lzma
@@ -80,6 +83,16 @@ def _gzip(file: IO[bytes]) -> Iterator[bytes]:
         yield from _plain(inner)
 
 
+def _bz2(file: IO[bytes]) -> Iterator[bytes]:
+    try:
+        with bz2.BZ2File(file) as inner:
+            yield from _plain(inner)
+    except OSError as error:
+        if error.errno is not None:  # of the disk
+            raise
+        raise zlib.error(str(error)) from None
+
+
 def _xz(file: IO[bytes]) -> Iterator[bytes]:
     with lzma.LZMAFile(file) as inner:
         yield from _plain(inner)
@@ -104,6 +117,7 @@ def _zstd(file: IO[bytes]) -> Iterator[bytes]:
 
 COMPRESSIONS: dict[str, Callable[[IO[bytes]], Iterator[bytes]]] = {
     ".gz": _gzip,
+    ".bz2": _bz2,
     ".xz": _xz,
     ".zst": _zstd,
 }

@@ -1,3 +1,4 @@
+import bz2
 import gzip
 import io
 import json
@@ -33,7 +34,13 @@ RAW = {
     "jsonl": lambda texts: b"".join(json.dumps({"text": t}).encode() + b"\n" for t in texts),
     "parquet": parquet,
 }
-COMPRESSED = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstd}
+COMPRESSED = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstd,
+}
 
 
 def write(folder, kind, compression="", texts=TEXTS):
