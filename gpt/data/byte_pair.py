@@ -137,12 +137,8 @@ class GPT2Tokenizer:
         """
         end = next((t for t, i in self.special.items() if i == self.end_of_text), "")
         alone = self._added or self.normalisation or self.absent or self.first
-        if (
-            alone
-            or end.split() != [end]
-            or end not in self._encoding.special_tokens_set
-            or any(end in t for t in texts)
-        ):
+        known = end in self._encoding.special_tokens_set and end.split() == [end]
+        if alone or not known or any(end in text for text in texts):
             between = np.array([self.end_of_text], np.uint32), np.array(self.first, np.uint32)
             return [np.concatenate([between[1], self.encode(t), between[0]]) for t in texts]
         joined = "".join(text + end for text in texts)
