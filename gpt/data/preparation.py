@@ -30,7 +30,7 @@ from gpt.data.pieces import SPLITS, Place, Split, Splitter, at_end, by_content, 
 from gpt.data.piped import keep
 from gpt.data.ray_pipeline import PARTS, prepare_on_ray
 from gpt.data.reading import Reading
-from gpt.data.shard_series import ShardSeries
+from gpt.data.shard_series import ShardSeries, write_block
 from gpt.data.tokenizer import Tokenizer
 from gpt.data.tokenizer_training import recipe
 from gpt.files import read_json, unwritable, write_atomically
@@ -252,7 +252,8 @@ class _Preparation:
     ) -> None:
         self.config, self.corpus, self.out = config, corpus, config.out
         self.tokenizer = tokenizer
-        self.work = work | {"tokenizer": tokenizers.fingerprint(tokenizer).hex()}
+        fingerprint = tokenizers.fingerprint(tokenizer)
+        self.work = work | {"tokenizer": fingerprint.hex()}
         self.splitter = self._splitter()
         self.journal = Journal(self.out / JOURNAL, self.work)
         last = self.journal.last or {}
@@ -267,7 +268,13 @@ class _Preparation:
         try:
             for split in SPLITS:
                 self.series[split] = ShardSeries(
-                    self.out, split, tokenizer, made, config.shard_tokens, last.get(split, {})
+                    self.out,
+                    split,
+                    vocab_size=tokenizer.vocab_size,
+                    tokenizer=fingerprint,
+                    corpus=made,
+                    shard_tokens=config.shard_tokens,
+                    state=last.get(split, {}),
                 )
             if config.duplicates != "keep":
                 self.seen = Seen(self.out / SEEN)
@@ -308,8 +315,7 @@ class _Preparation:
                 workers=self.config.workers,
             )
             for number, block in enumerate(blocks, 1):
-                for each in block:
-                    self._write(each)
+                write_block([each for each in block if self._keeps(each)], self.series, self.counts)
                 place = block[-1].piece.after
                 assert place is not None
                 self.place = place
@@ -326,15 +332,16 @@ class _Preparation:
         if self.seen is not None:
             self.seen.close()
 
-    def _write(self, each: Encoded) -> None:
+    def _keeps(self, each: Encoded) -> bool:
+        """Whether the document of this piece is none that is left out as a duplicate."""
+        if self.seen is None:
+            return True
         if each.piece.begins:
-            again = self.seen.add(each.keys, self.steps + 1) if self.seen else ""
+            again = self.seen.add(each.keys, self.steps + 1)
             self.drops = bool(again)
             if again:
                 self.counts.update({"documents": 1, again: 1})
-        if not self.drops:
-            self.counts.update(each.counts())
-            self.series[each.piece.split].write(each.ids)
+        return not self.drops
 
     def _step(self) -> None:
         """Make sure that everything so far is on the disk, and write it into the journal."""

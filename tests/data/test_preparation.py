@@ -130,7 +130,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("duplicates", ["keep", "exact"])
 @pytest.mark.parametrize("validation", ["documents", "end"])
-@pytest.mark.parametrize("after", [1, 40, 75])
+@pytest.mark.parametrize("after", [1, 20, 35])
 def test_a_killed_preparation_goes_on_to_the_same_bytes(
     after, validation, duplicates, source, tmp_path, monkeypatch
 ):
@@ -153,7 +153,7 @@ def test_a_killed_preparation_goes_on_to_the_same_bytes(
             writes[0] = 0
             with pytest.raises(Killed):
                 prepared(config, say=said.append)
-    if after > 20:
+    if after > 1:
         assert said
         assert said[-1].startswith("going on after ")
     prepared(config)

