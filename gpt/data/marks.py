@@ -11,14 +11,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from gpt.data.patterns import LINE_ENDS_ARE_CUT, MARK, MARKED_PATTERNS
 
-_WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
+_ABOVE_ASCII = "\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
     map(chr, range(0x2000, 0x200B))
 )
-# A table of all characters up to the last white space, and one more for those above.
-_IS_SPACE = np.zeros(0x3002, bool)
-_IS_SPACE[[ord(character) for character in _WHITE_SPACE]] = True
-_IS_LINE_END = np.zeros_like(_IS_SPACE)
-_IS_LINE_END[[ord("\r"), ord("\n")]] = True
+Codes = NDArray[np.uint8] | NDArray[np.uint32]
 
 
 def can_mark(pattern: str, text: str) -> bool:
@@ -31,18 +27,25 @@ def marked(pattern: str, text: str, uncut: ArrayLike = ()) -> str:
     None is put directly before the character before each offset of ``uncut``: there a document
     ends.
     """
-    encoding = "ascii" if text.isascii() else "utf-32-le"
-    codes: NDArray[np.uint8] | NDArray[np.uint32] = np.frombuffer(
-        text.encode(encoding), np.uint8 if encoding == "ascii" else "<u4"
-    )
-    kinds = codes if text.isascii() else np.minimum(codes, len(_IS_SPACE) - 1)
-    space = _IS_SPACE[kinds]
+    encoding, kind = ("ascii", "u1") if text.isascii() else ("utf-32-le", "<u4")
+    codes: Codes = np.frombuffer(text.encode(encoding), kind)
+    space = is_space(codes)
     last = np.zeros(len(codes), bool)
     last[1:-1] = space[:-2] & space[1:-1] & ~space[2:]
-    if pattern not in LINE_ENDS_ARE_CUT:
-        last &= ~_IS_LINE_END[kinds]
     last[np.asarray(uncut, np.int64) - 1] = False
     places = np.flatnonzero(last)
+    if pattern not in LINE_ENDS_ARE_CUT:
+        places = places[~np.isin(codes[places], (ord("\r"), ord("\n")))]
     if not len(places):
         return text
     return np.insert(codes, places, ord(MARK)).tobytes().decode(encoding)
+
+
+def is_space(codes: Codes) -> NDArray[np.bool_]:
+    """Which characters are white space in Unicode, ``[n]``."""
+    first = codes.dtype.type(ord("\t"))
+    space: NDArray[np.bool_] = (codes == ord(" ")) | (codes - first < 5)  # below 0 wraps around
+    if codes.dtype != np.uint8:
+        above = np.flatnonzero(codes > 0x7F)
+        space[above] = np.isin(codes[above], [ord(character) for character in _ABOVE_ASCII])
+    return space

@@ -1,11 +1,12 @@
 import sys
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt.data import byte_pair
-from gpt.data.marks import _IS_SPACE, marked
+from gpt.data.marks import is_space, marked
 from gpt.data.patterns import MARKED_PATTERNS
 from gpt.data.tokenizer import GPT2Tokenizer, encode_documents
 
@@ -64,8 +65,10 @@ def test_long_texts_of_the_marked_patterns_are_read_without_look_ahead(monkeypat
 def test_white_space_is_unicodes():
     import regex
 
-    spaces = regex.findall(r"\s", "".join(map(chr, range(sys.maxunicode + 1))))
-    assert [i for i, is_space in enumerate(_IS_SPACE) if is_space] == [ord(s) for s in spaces]
+    spaces = [ord(s) for s in regex.findall(r"\s", "".join(map(chr, range(sys.maxunicode + 1))))]
+    codes = np.arange(sys.maxunicode + 1, dtype=np.uint32)
+    assert np.flatnonzero(is_space(codes)).tolist() == spaces
+    assert np.flatnonzero(is_space(codes[:128].astype(np.uint8))).tolist() == spaces[:6]
 
 
 def test_marks_stand_where_white_space_is_cut():
