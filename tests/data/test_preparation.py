@@ -386,8 +386,8 @@ RELEASED = GPT2Tokenizer.released()
 
 def test_a_tokenizer_of_a_thread_has_the_same_ids():
     own = RELEASED.for_thread()
-    assert own._encoding is not RELEASED._encoding
-    assert own._encoding._core_bpe is not RELEASED._encoding._core_bpe
+    assert own._encoding() is not RELEASED._encoding()
+    assert own._encoding()._core_bpe is not RELEASED._encoding()._core_bpe
     for text in ("Speak, speak.\n\n You  are", "中文 é 1234 <|endoftext|>", ""):
         assert own.encode(text).tolist() == RELEASED.encode(text).tolist()
 
