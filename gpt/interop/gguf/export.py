@@ -9,14 +9,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpt.config import UsageError, Weights, quoted
+from gpt.config import UsageError, Weights, nearest, quoted
 from gpt.data.tokenizer import Tokenizer
 from gpt.interop.gguf.architectures import ARCHITECTURES, ROPE_FACTORS, Rows, parts
 from gpt.interop.gguf.blocks import quantised
 from gpt.interop.gguf.format import FORMATS
 from gpt.interop.gguf.settings import architecture_for, expected, metadata_of, rope_factors
 from gpt.interop.gguf.writing import Planned, write
-from gpt.interop.gguf_tokenizer import tokenizer_metadata
+from gpt.interop.gguf_tokenizer_export import tokenizer_metadata
 from gpt.model.gpt import GPT
 
 KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_1"}
@@ -42,11 +42,15 @@ def export_gguf(
     """
     kind = str(model.dtype).removeprefix("torch.") if weights == "auto" else weights
     if kind not in KINDS:
-        raise UsageError(f"weights is {kind!r}, and must be one of {', '.join(KINDS)}")
+        raise UsageError(
+            f"weights is {kind!r}, and must be one of {', '.join(KINDS)}{nearest(kind, KINDS)}"
+        )
     name = name or architecture_for(model.config)
     if name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise UsageError(f"the architecture {quoted(name)} is not one of {known}")
+        raise UsageError(
+            f"the architecture {quoted(name)} is not one of {known}{nearest(name, ARCHITECTURES)}"
+        )
     form, config = KINDS[kind], expected(model.config, ARCHITECTURES[name])
     metadata: dict[str, Any] = {
         "general.architecture": name,
