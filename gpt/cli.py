@@ -29,6 +29,7 @@ from gpt.config import (
     TrainConfig,
     UsageError,
     foreign,
+    nearest,
     parse,
     parse_training,
     unescaped,
@@ -90,7 +91,10 @@ def _run(command: str, words: Sequence[str], prog: str) -> int:
         return 0
     if command not in COMMANDS:
         known = ", ".join(COMMANDS)
-        raise UsageError(f"unknown command {foreign(repr(command))}; choose from {known}")
+        raise UsageError(
+            f"unknown command {foreign(repr(command))}; choose from {known}"
+            f"{nearest(command, COMMANDS)}"
+        )
     return COMMANDS[command](words, f"{prog} {command}" if prog == "gpt" else prog)
 
 

@@ -208,9 +208,6 @@ class ModelConfig:
             "number": self.position == "sinusoidal" and bool(self.n_embd % 2),
             f"model.n_expert_active is {self.n_expert_active}, and model.n_expert is "
             f"{self.n_expert}": self.n_expert_active > max(1, self.n_expert),
-            "model.moe_renormalise makes the weight of a single expert 1, and its router would not "
-            "learn: set model.n_expert_active above 1": self.moe_renormalise
-            and self.n_expert_active == 1,
             f"model.rotary_base_local is {self.rotary_base_local}, and must be 0 or above 1": 0
             < self.rotary_base_local
             <= 1,
@@ -257,6 +254,14 @@ class ModelConfig:
             for name, (has_effect, what) in needs.items()
             if not has_effect and getattr(self, name) != defaults[name]
         ]
+
+    def check_learns(self) -> None:
+        """``UsageError`` for a model that runs, and of which a part would learn nothing."""
+        if self.n_expert and self.moe_renormalise and self.n_expert_active == 1:
+            raise UsageError(
+                "model.moe_renormalise makes the weight of a single expert 1, and its router would "
+                "not learn: set model.n_expert_active above 1"
+            )
 
     def layer_pattern(self) -> str:
         """The letter of each layer: G global, L local, S sparse."""
