@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, TextIO, cast
 
 from gpt.commands.serve import serve
 from gpt.config import (
+    DoctorConfig,
     EvaluateConfig,
     ExportConfig,
     InspectConfig,
@@ -29,6 +30,7 @@ from gpt.config import (
     TrainConfig,
     UsageError,
     foreign,
+    nearest,
     parse,
     parse_training,
     unescaped,
@@ -90,7 +92,10 @@ def _run(command: str, words: Sequence[str], prog: str) -> int:
         return 0
     if command not in COMMANDS:
         known = ", ".join(COMMANDS)
-        raise UsageError(f"unknown command {foreign(repr(command))}; choose from {known}")
+        raise UsageError(
+            f"unknown command {foreign(repr(command))}; choose from {known}"
+            f"{nearest(command, COMMANDS)}"
+        )
     return COMMANDS[command](words, f"{prog} {command}" if prog == "gpt" else prog)
 
 
@@ -333,23 +338,34 @@ def inspect(words: Sequence[str], prog: str) -> int:
     return run(config)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str], str], int]] = {
-    "train": train,
-    "sample": sample,
-    "prepare": prepare,
-    "inspect": inspect,
-    "export": export,
-    "evaluate": evaluate,
-    "tokenizer": tokenizer,
-    "serve": serve,
+def doctor(words: Sequence[str], prog: str) -> int:
+    """Look at this machine: what it has, what to change, whether its results are right."""
+    with _starting():
+        config = parse(DoctorConfig, words, prog=prog)
+        from gpt.commands.doctor import doctor as run
+
+    return run(config)
+
+
+Command = Callable[[Sequence[str], str], int]
+GROUPS: dict[str, dict[str, Command]] = {
+    "what most people need": {"train": train, "sample": sample, "serve": serve},
+    "texts": {"prepare": prepare, "inspect": inspect, "tokenizer": tokenizer},
+    "models": {"evaluate": evaluate, "export": export},
+    "runs and machines": {"doctor": doctor},
+}
+"""The commands by what they are for, the most used first."""
+COMMANDS: dict[str, Command] = {
+    name: command for group in GROUPS.values() for name, command in group.items()
 }
 
 
 def _usage() -> str:
-    lines = [f"  {name:<10}{command.__doc__}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        ["usage: gpt COMMAND [OPTIONS]", "", *lines, "", "gpt COMMAND --help lists the options", ""]
-    )
+    lines = ["usage: gpt COMMAND [OPTIONS]"]
+    for title, group in GROUPS.items():
+        lines += ["", f"{title}:"]
+        lines += [f"  {name:<10}{command.__doc__}" for name, command in group.items()]
+    return "\n".join([*lines, "", "gpt COMMAND --help lists the options", ""])
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ and the same suggestions. Nothing here imports torch, so ``--help`` answers at o
 """
 
 from gpt.config.adapter import AdapterConfig, AdapterKind
-from gpt.config.checks import FOREIGN, MESSAGE, Bounds, UsageError, foreign, quoted
+from gpt.config.checks import FOREIGN, MESSAGE, Bounds, UsageError, foreign, nearest, quoted
 from gpt.config.commands import (
     Duplicates,
     EvaluateConfig,
@@ -50,6 +50,7 @@ from gpt.config.model import (
 from gpt.config.objective import Baseline, ObjectiveConfig, ObjectiveKind
 from gpt.config.serving import ServeConfig
 from gpt.config.toml import parse, parse_training, to_toml, toml_tokens
+from gpt.config.tools import DoctorConfig
 from gpt.config.training import (
     CheckpointConfig,
     Device,
@@ -79,6 +80,7 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "Device",
+    "DoctorConfig",
     "Duplicates",
     "EvaluateConfig",
     "EvaluationConfig",
@@ -113,6 +115,7 @@ __all__ = [
     "WindowKind",
     "WindowOrder",
     "foreign",
+    "nearest",
     "parse",
     "parse_training",
     "quoted",

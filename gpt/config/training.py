@@ -233,6 +233,8 @@ class TrainConfig:
                 "model.context_length is 0, and must be at least 1 (0 is allowed with init, and "
                 "keeps that model's context)"
             )
+        if not self.init:
+            self.model.check_learns()
         kind = self.objective.kind
         if kind != "next_token" and not self.init:
             raise UsageError(f"objective.kind is {kind}, and needs init: the model to start from")

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from gpt.config import PrepareConfig
+from gpt.data import tokenizer as tokenizers
 from gpt.data.corpus import Corpus
 from gpt.data.duplicates import Seen
 from gpt.data.encoding import Encoded, encoded
 from gpt.data.journal import Journal
-from gpt.data.pieces import SPLITS, Place, Splitter, at_end, by_content, pieces
+from gpt.data.pieces import SPLITS, Place, Split, Splitter, at_end, by_content, pieces
 from gpt.data.progress import Progress
-from gpt.data.shard_series import ShardSeries
+from gpt.data.shard_series import ShardSeries, write_block
 from gpt.data.tokenizer import Tokenizer
 
 SEEN = "duplicates.sqlite"
@@ -48,12 +49,19 @@ class LocalPipeline:
         self.counts: Counter[str] = Counter(last.get("counts", {}))
         self.splitter = self._splitter()
         self.drops = False  # whether the pieces of the current document are left out
-        self.series: dict[str, ShardSeries] = {}
+        fingerprint = tokenizers.fingerprint(tokenizer)
+        self.series: dict[Split, ShardSeries] = {}
         self.seen: Seen | None = None
         try:
             for split in SPLITS:
                 self.series[split] = ShardSeries(
-                    config.out, split, tokenizer, made, config.shard_tokens, last.get(split, {})
+                    config.out,
+                    split,
+                    vocab_size=tokenizer.vocab_size,
+                    tokenizer=fingerprint,
+                    corpus=made,
+                    shard_tokens=config.shard_tokens,
+                    state=last.get(split, {}),
                 )
             if config.duplicates != "keep":
                 self.seen = Seen(config.out / SEEN)
@@ -86,8 +94,7 @@ class LocalPipeline:
                 workers=self.config.workers,
             )
             for number, block in enumerate(blocks, 1):
-                for each in block:
-                    self._write(each)
+                write_block([each for each in block if self._keeps(each)], self.series, self.counts)
                 place = block[-1].piece.after
                 assert place is not None
                 self.place = place
@@ -104,20 +111,21 @@ class LocalPipeline:
         if self.seen is not None:
             self.seen.close()
 
-    def _write(self, each: Encoded) -> None:
+    def _keeps(self, each: Encoded) -> bool:
+        """Whether the document of this piece is none that is left out as a duplicate."""
+        if self.seen is None:
+            return True
         if each.piece.begins:
-            again = self.seen.add(each.keys, self.steps + 1) if self.seen else ""
+            again = self.seen.add(each.keys, self.steps + 1)
             self.drops = bool(again)
             if again:
                 self.counts.update({"documents": 1, again: 1})
-        if not self.drops:
-            self.counts.update(each.counts())
-            self.series[each.piece.split].write(each.ids)
+        return not self.drops
 
     def _step(self) -> None:
         """Make sure that everything so far is on the disk, and write it into the journal."""
         self.steps += 1
-        states = {split: series.flush() for split, series in self.series.items()}
+        states = {str(split): series.flush() for split, series in self.series.items()}
         if self.seen is not None:
             self.seen.flush()
         self.journal.write(

@@ -21,7 +21,7 @@ from gpt.data.corpus import Corpus
 from gpt.data.encoding import encoded
 from gpt.data.pieces import SPLITS, by_content, pieces
 from gpt.data.progress import Progress
-from gpt.data.shard_series import ShardSeries
+from gpt.data.shard_series import ShardSeries, write_block
 from gpt.files import write_atomically
 
 PARTS = ".parts"
@@ -52,18 +52,23 @@ class Job:
 
     def _prepare(self, number: int) -> dict[str, Any]:
         tokenizer = tokenizers.load(self.out / "tokenizer.json")
+        fingerprint = tokenizers.fingerprint(tokenizer)
         one = dataclasses.replace(self.corpus, files=self.corpus.files[number : number + 1])
         series = {
             split: ShardSeries(
-                self.out, f"{split}-{number:05}", tokenizer, self.made, self.shard_tokens, {}
+                self.out,
+                f"{split}-{number:05}",
+                vocab_size=tokenizer.vocab_size,
+                tokenizer=fingerprint,
+                corpus=self.made,
+                shard_tokens=self.shard_tokens,
+                state={},
             )
             for split in SPLITS
         }
         counts: Counter[str] = Counter()
         for block in encoded(pieces(one, by_content(self.fraction)), tokenizer, workers=1):
-            for each in block:
-                series[each.piece.split].write(each.ids)
-                counts.update(each.counts())
+            write_block(block, series, counts)
         shards = {split: each.close() for split, each in series.items()}
         return {"counts": dict(counts), "shards": shards}
 

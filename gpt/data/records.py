@@ -1,5 +1,6 @@
 """Records of JSONL and Parquet files: objects with several fields, each with its place."""
 
+import codecs
 import contextlib
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -58,7 +59,7 @@ def json_lines(reading: Reading, path: Path, tap: Tap) -> Iterator[tuple[str, An
         for line in whole:
             number += 1
             try:
-                text = line.decode("utf-8-sig", strict)
+                text = line.removeprefix(codecs.BOM_UTF8).decode("utf-8", strict)
             except UnicodeDecodeError as error:
                 before = start + len(line) - len(error.object)
                 raise not_utf8(path, error, before, "byte") from None

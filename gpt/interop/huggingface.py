@@ -84,7 +84,8 @@ def _check_sizes(
     layers = {match[1] for name in shapes if (match := family.layer.match(name))}
     if config.n_layer > len(layers):
         raise UsageError(
-            f"{where}: n_layer is {config.n_layer:,}, and the weights have {len(layers):,} layers"
+            f"{where}: {family.settings['n_layer'].theirs} is {config.n_layer:,}, and the weights "
+            f"have {len(layers):,} layers"
         )
     for name, fields, wanted in family.sizes(config):
         if name not in shapes:

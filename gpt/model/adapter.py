@@ -10,9 +10,10 @@ The layer stays the module that it was, with parameters ``adapter_a`` and ``adap
 own, and a forward hook that adds the adapter's output.
 """
 
+import contextlib
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,10 +31,14 @@ BOTTLENECKS = ("attn.out", "mlp.down")
 class LowRank:
     """The hook of LoRA: ``[..., N]`` plus the scaled product of ``[..., K]``."""
 
+    is_on = True
+
     def __init__(self, config: AdapterConfig) -> None:
         self.scale, self.dropout = config.scale, config.dropout
 
     def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        if not self.is_on:
+            return out
         x = F.dropout(inputs[0], self.dropout, layer.training)
         a, b = layer.get_parameter(A), layer.get_parameter(B)
         return out + self.scale * F.linear(F.linear(x, a), b)
@@ -42,10 +47,14 @@ class LowRank:
 class Bottleneck:
     """The hook of a bottleneck: ``[..., N]`` plus a narrow layer's output for it."""
 
+    is_on = True
+
     def __init__(self, config: AdapterConfig) -> None:
         self.dropout = config.dropout
 
     def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        if not self.is_on:
+            return out
         y = F.dropout(out, self.dropout, layer.training)
         a, b = layer.get_parameter(A), layer.get_parameter(B)
         return out + F.linear(F.gelu(F.linear(y, a)), b)
@@ -118,6 +127,19 @@ def hook_of(layer: nn.Module) -> Any:
     """The adapter's hook of a layer, or ``None``."""
     hooks = layer._forward_hooks.values()
     return next((hook for hook in hooks if isinstance(hook, LowRank | Bottleneck)), None)
+
+
+@contextlib.contextmanager
+def without_adapter(model: nn.Module) -> Iterator[None]:
+    """Let the model compute what the model under its adapter does."""
+    hooks = [hook for layer in model.modules() if (hook := hook_of(layer)) is not None]
+    for hook in hooks:
+        hook.is_on = False
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.is_on = True
 
 
 @torch.no_grad()

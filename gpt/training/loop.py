@@ -461,7 +461,12 @@ class Trainer:
         if self.strategy != "fsdp":
             return self.model
         whole = build.whole_model(
-            self.model, self.world, device=self.device, dtype=torch.float32, everywhere=True
+            self.model,
+            self.world,
+            device=self.device,
+            dtype=torch.float32,
+            adapter=self.config.adapter,
+            everywhere=True,
         )
         assert whole is not None
         return whole

@@ -15,6 +15,7 @@ from gpt.data.batches import IGNORED
 from gpt.data.completions import Completed, padded
 from gpt.data.order import Order
 from gpt.data.tokenizer import Tokenizer
+from gpt.model.adapter import without_adapter
 from gpt.model.gpt import GPT
 from gpt.training.loop import Trainer
 from gpt.training.parallel import World
@@ -23,6 +24,30 @@ from gpt.training.task import token_logprobs
 
 StartModel = Callable[[], GPT]
 """Loads the model that the run started from."""
+
+
+class StartLogits:
+    """The logits of the model that the run started from, in the run's precision.
+
+    Under an adapter, that model is in the trained one: it computes without its adapter. Else the
+    start model is loaded at the first use.
+    """
+
+    def __init__(self, trainer: Trainer, load: StartModel) -> None:
+        self._trainer, self._load = trainer, load
+        self.loaded: GPT | None = None
+
+    def __call__(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+        """As in :class:`gpt.training.source.Forward`."""
+        trainer = self._trainer
+        if trainer.config.adapter.kind != "none":
+            with without_adapter(trainer.model):
+                return trainer.logits(tokens, documents)
+        if self.loaded is None:
+            self.loaded = self._load().to(trainer.device).requires_grad_(False).eval()
+        with trainer.autocast:
+            logits: Tensor = self.loaded(tokens, documents=documents)
+        return logits
 
 
 class Write(Protocol):

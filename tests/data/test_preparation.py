@@ -6,8 +6,6 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from gpt.config import DataConfig, PrepareConfig, UsageError
 from gpt.data import encoding, formats, local_pipeline
@@ -19,7 +17,7 @@ from gpt.data.preparation import prepare_corpus
 from gpt.data.prepare import prepare
 from gpt.data.prepared import read_corpus
 from gpt.data.shards import ShardWriter
-from gpt.data.tokenizer import ByteTokenizer, GPT2Tokenizer, decode, encode_documents
+from gpt.data.tokenizer import ByteTokenizer, GPT2Tokenizer, decode
 from gpt.training.run import check_source
 
 END = 256
@@ -132,7 +130,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("duplicates", ["keep", "exact"])
 @pytest.mark.parametrize("validation", ["documents", "end"])
-@pytest.mark.parametrize("after", [1, 40, 75])
+@pytest.mark.parametrize("after", [1, 20, 35])
 def test_a_killed_preparation_goes_on_to_the_same_bytes(
     after, validation, duplicates, source, tmp_path, monkeypatch
 ):
@@ -155,7 +153,7 @@ def test_a_killed_preparation_goes_on_to_the_same_bytes(
             writes[0] = 0
             with pytest.raises(Killed):
                 prepared(config, say=said.append)
-    if after > 20:
+    if after > 1:
         assert said
         assert said[-1].startswith("going on after ")
     prepared(config)
@@ -453,20 +451,12 @@ def test_a_damaged_id_of_a_prepared_folder_is_noticed(source, tmp_path):
 
 
 RELEASED = GPT2Tokenizer.released()
-PARTS = ["a", " ", "\n", "é", "中", "'s", "1", "<|endoftext|>"]
-
-
-@given(st.lists(st.lists(st.sampled_from(PARTS), min_size=1).map("".join)))
-def test_documents_that_are_encoded_together_have_the_ids_of_each(texts):
-    tokenizer = RELEASED
-    together = [ids.tolist() for ids in encode_documents(tokenizer, texts)]
-    assert together == [[*tokenizer.encode(t).tolist(), tokenizer.end_of_text] for t in texts]
 
 
 def test_a_tokenizer_of_a_thread_has_the_same_ids():
     own = RELEASED.for_thread()
-    assert own._encoding is not RELEASED._encoding
-    assert own._encoding._core_bpe is not RELEASED._encoding._core_bpe
+    assert own._encoding() is not RELEASED._encoding()
+    assert own._encoding()._core_bpe is not RELEASED._encoding()._core_bpe
     for text in ("Speak, speak.\n\n You  are", "中文 é 1234 <|endoftext|>", ""):
         assert own.encode(text).tolist() == RELEASED.encode(text).tolist()
 

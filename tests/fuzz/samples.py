@@ -23,7 +23,8 @@ from gpt.config import (
     TrainConfig,
     to_toml,
 )
-from gpt.data.tokenizer import GPT2Tokenizer
+from gpt.data.chat_templates import ChatTemplates
+from gpt.data.tokenizer import CharTokenizer, GPT2Tokenizer
 from gpt.interop.export import export_huggingface
 from gpt.interop.families import FAMILIES
 from gpt.interop.gguf.export import export_gguf
@@ -34,12 +35,19 @@ from tests.tiny import tiny_run
 TEXT = "Speak, speak. You are all resolved rather to die than to famish?\n" * 16
 PACKED = ("int8", "int4", "float32", "bfloat16")
 GGUFS = ("gpt2", "llama", "gemma3")
+<<<<<<< HEAD
 COMPRESSED = {
     ".gz": gzip.compress,
     ".bz2": bz2.compress,
     ".xz": lzma.compress,
     ".zst": zstandard.ZstdCompressor().compress,
 }
+=======
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ':' + message['content'] + '<|turn|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+>>>>>>> main
 PROMPTS = ("the", "Speak, ", "", "You are all ", "a" * 40)
 
 
@@ -141,10 +149,17 @@ def make_foreign(folder: Path) -> None:
 
 
 def make_gguf(folder: Path) -> None:
-    """A random model in a file for llama.cpp, of three architectures and formats."""
+    """A random model in a file for llama.cpp, of three architectures, formats and vocabularies."""
     torch.manual_seed(0)
     ranks = [bytes([i]) for i in range(256)] + [b"th", b"the", b" t", b" the"]
-    size = {"vocab_size": 261, "context_length": 16, "n_layer": 1, "n_head": 2, "n_embd": 32}
+    special = {"<|endoftext|>": 260, "<|turn|>": 261}
+    chat = ChatTemplates({"default": TEMPLATE}, {"eos_token": "<|turn|>"})
+    vocabularies = {
+        "gpt2": GPT2Tokenizer(ranks),
+        "llama": GPT2Tokenizer(ranks, special=special, chat=chat),
+        "gemma3": CharTokenizer(sorted({*TEXT, *"".join(PROMPTS)})),
+    }
+    size = {"vocab_size": 262, "context_length": 64, "n_layer": 1, "n_head": 2, "n_embd": 32}
     llama = {"position": "rotary", "norm": "rmsnorm", "mlp": "gated", "activation": "silu"}
     llama |= {"bias": False, "n_inner": 64}
     gemma = {"activation": "gelu_tanh", "norm_placement": "sandwich", "qk_norm": True}
@@ -155,7 +170,7 @@ def make_gguf(folder: Path) -> None:
         pattern = {"window_pattern": "LLLLLG", "n_layer": 6} if name == "gemma3" else {}
         model = GPT(ModelConfig(**(size | shapes[name] | pattern)))
         out = folder / f"{name}.gguf"
-        export_gguf(model, GPT2Tokenizer(ranks), out, weights=weights[name])
+        export_gguf(model, vocabularies[name], out, weights=weights[name])
 
 
 def make_lines(folder: Path) -> None:

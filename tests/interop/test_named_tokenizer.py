@@ -13,7 +13,8 @@ from gpt.data.prepare import prepare
 from gpt.data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, decode
 from gpt.data.tokenizer_training import train_byte_pairs
 from gpt.data.words import train_words
-from gpt.interop.gguf_tokenizer import tokenizer_metadata, tokenizer_of
+from gpt.interop.gguf_tokenizer import tokenizer_of
+from gpt.interop.gguf_tokenizer_export import tokenizer_metadata
 from gpt.interop.named_tokenizer import named_tokenizer
 from gpt.interop.vocabulary_export import hugging_face_files
 from tests.data.test_tokenizer import HARD_TEXT

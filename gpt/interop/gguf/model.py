@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gpt.config import ModelConfig, UsageError, Weights, foreign, quoted
+from gpt.config import ModelConfig, UsageError, Weights, foreign, nearest, quoted
 from gpt.device import check_memory
 from gpt.generation.inference import InferenceGPT, choose_weights
 from gpt.generation.quantisation import GGUF_BLOCKS, Matrix
@@ -58,7 +58,10 @@ def _described(file: GGUF) -> Source:
         raise UsageError("it is one of several parts; merge them with llama.cpp's llama-gguf-split")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise UsageError(f"general.architecture is {quoted(name)}, and must be one of {known}")
+        raise UsageError(
+            f"general.architecture is {quoted(name)}, and must be one of {known}"
+            f"{nearest(name, ARCHITECTURES)}"
+        )
     shapes = {tensor: entry.shape for tensor, entry in file.tensors.items()}
     config = config_of(name, file.metadata, shapes)
     if config.n_layer != n_layers(shapes):
