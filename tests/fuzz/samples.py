@@ -35,19 +35,16 @@ from tests.tiny import tiny_run
 TEXT = "Speak, speak. You are all resolved rather to die than to famish?\n" * 16
 PACKED = ("int8", "int4", "float32", "bfloat16")
 GGUFS = ("gpt2", "llama", "gemma3")
-<<<<<<< HEAD
 COMPRESSED = {
     ".gz": gzip.compress,
     ".bz2": bz2.compress,
     ".xz": lzma.compress,
     ".zst": zstandard.ZstdCompressor().compress,
 }
-=======
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ':' + message['content'] + '<|turn|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
->>>>>>> main
 PROMPTS = ("the", "Speak, ", "", "You are all ", "a" * 40)
 
 
