@@ -6,7 +6,7 @@ passes no cache and pays nothing for its existence.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,7 @@ class GPT(nn.Module):
         valid: Sequence[int] | None = None,
         last_only: bool = False,
         documents: Tensor | None = None,
+        read: "Read | None" = None,
     ) -> Tensor:
         """The logits of the token after each of ``tokens``: ``[B, T]`` of int64 to ``[B, T, V]``.
 
@@ -80,10 +81,15 @@ class GPT(nn.Module):
         of the same one. Each document gets the logits that it has alone: its positions start at 0,
         and attention stays inside it.
 
+        With ``read``, the result is what it makes of the model and its features, in place of the
+        logits.
+
         Raises ``ValueError`` past ``context_length`` where positions are learned, past the cache's
         capacity, and for ``documents`` with a cache.
         """
         x = self.features(tokens, cache=cache, valid=valid, documents=documents)
+        if read is not None:
+            return read(self, x)
         return self.logits(x[:, -1:] if last_only else x)
 
     def features(
@@ -260,6 +266,10 @@ class GPT(nn.Module):
         spending = [self.embed_norm, *self.blocks, self.norm, self.head]
         spending += [] if self.pointer is None else [self.pointer]
         return sum(flops_per_token(part, self.config.context_length) for part in spending)
+
+
+Read = Callable[[GPT, Tensor], Tensor]
+"""What a caller of :meth:`GPT.forward` computes from the model and its features ``[B, T, C]``."""
 
 
 def parameter_count(config: ModelConfig) -> int:
