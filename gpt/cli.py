@@ -202,9 +202,12 @@ def train(words: Sequence[str], prog: str) -> int:
         tell(f"settings {settings}, then the command line")
 
     def initial(name: "str | Path") -> "tuple[GPT, Tokenizer]":
-        from gpt.interop.load import load
+        from gpt.interop.load import load, load_for_adapter
 
-        return load(name, trainable=True, say=tell if tells else lambda text: None)
+        say = tell if tells else lambda text: None
+        if config.adapter.kind != "none" and config.adapter.base == "gguf":
+            return load_for_adapter(name, say=say)
+        return load(name, trainable=True, say=say)
 
     def named(name: str) -> "Tokenizer":
         from gpt.interop.named_tokenizer import named_tokenizer

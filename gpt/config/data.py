@@ -97,8 +97,6 @@ class DataConfig:
                 f"data.source is {quoted(self.source)}, and data.mixture has its own sources: "
                 "leave one of them out"
             )
-        if self.mixture and self.records == "instructions":
-            raise UsageError("data.records is 'instructions', and data.mixture mixes texts alone")
         self.parts()
 
     def parts(self) -> "list[Part]":

@@ -183,8 +183,14 @@ def freeze(model: GPT, patterns: tuple[str, ...]) -> None:
 def fingerprint(model: GPT) -> str:
     """A hash of the blocks' weights, as float32, without an adapter's."""
     digest = hashlib.sha256()
-    for name, p in model.blocks.named_parameters():
-        if name.rpartition(".")[2] not in (A, B):
-            digest.update(name.encode())
-            digest.update(p.detach().float().cpu().contiguous().numpy().data)
+    with torch.device("meta"):
+        plain = GPT(model.config)
+    for name, _ in plain.blocks.named_parameters():
+        layer: Any = model.blocks.get_submodule(name.rpartition(".")[0])
+        if name.endswith(".weight") and getattr(layer, "is_frozen_linear", False):
+            numbers = layer.matrix.dense(torch.float32)
+        else:
+            numbers = layer.get_parameter(name.rpartition(".")[2]).detach().float()
+        digest.update(name.encode())
+        digest.update(numbers.cpu().contiguous().numpy().data)
     return digest.hexdigest()

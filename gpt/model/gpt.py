@@ -6,7 +6,8 @@ passes no cache and pays nothing for its existence.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +70,7 @@ class GPT(nn.Module):
         valid: Sequence[int] | None = None,
         last_only: bool = False,
         documents: Tensor | None = None,
+        read: "Read | None" = None,
     ) -> Tensor:
         """The logits of the token after each of ``tokens``: ``[B, T]`` of int64 to ``[B, T, V]``.
 
@@ -80,10 +82,15 @@ class GPT(nn.Module):
         of the same one. Each document gets the logits that it has alone: its positions start at 0,
         and attention stays inside it.
 
+        With ``read``, the result is what it makes of the model and its features, in place of the
+        logits.
+
         Raises ``ValueError`` past ``context_length`` where positions are learned, past the cache's
         capacity, and for ``documents`` with a cache.
         """
         x = self.features(tokens, cache=cache, valid=valid, documents=documents)
+        if read is not None:
+            return read(self, x)
         return self.logits(x[:, -1:] if last_only else x)
 
     def features(
@@ -249,8 +256,7 @@ class GPT(nn.Module):
         """
         tables = {id(m.weight) for m in (self.embed, self.head)}
         tables |= {id(p) for p in self.position.parameters()}
-        values = (block.attn.values for block in self.blocks)
-        tables |= {id(embedding.weight) for embedding in values if embedding is not None}
+        tables |= {id(m.weight) for m in self.blocks.modules() if isinstance(m, nn.Embedding)}
         return sum(p.numel() for p in self.parameters() if embeddings or id(p) not in tables)
 
     def flops_per_token(self) -> int:
@@ -262,11 +268,15 @@ class GPT(nn.Module):
         return sum(flops_per_token(part, self.config.context_length) for part in spending)
 
 
+Read = Callable[[GPT, Tensor], Tensor]
+"""What a caller of :meth:`GPT.forward` computes from the model and its features ``[B, T, C]``."""
+
+
 def parameter_count(config: ModelConfig) -> int:
     """How many parameters a :class:`GPT` of this shape has, a tied head counted once, without
     building it: an absurd ``n_layer`` costs nothing. At least 2**63 if torch cannot count them.
     """
-    plain = {"value_embeddings": 0, "skip_embedding": False, "skip_layers": False}
+    plain: dict[str, Any] = {"value_embeddings": 0, "skip_embedding": False, "skip_layers": False}
     try:
         with torch.device("meta"):
             one, two = (

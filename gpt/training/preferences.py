@@ -34,7 +34,7 @@ from gpt.training.loop import Data, Shown, Trainer
 from gpt.training.parallel import World
 from gpt.training.records import RecordOrder, StartLogits, StartModel, Write, summed_logprobs
 from gpt.training.source import Forward
-from gpt.training.task import Evaluation, Figures, token_logprobs
+from gpt.training.task import Evaluation, Figures, text_logprobs
 
 FIELDS = ("chosen", "rejected")
 """Of a record, besides its prompt."""
@@ -188,7 +188,7 @@ class Preferences:
     def objective(self, forward: Forward, batch: Pairs) -> Tensor:
         """The loss of the pairs, summed."""
         texts = batch.texts
-        policy = token_logprobs(forward(texts.tokens), texts.targets).sum(1).view(-1, 2)
+        policy = text_logprobs(forward, texts).sum(1).view(-1, 2)
         lengths = (texts.targets != IGNORED).sum(1).view(-1, 2)
         losses, rewards = self._loss(policy, batch.reference, lengths)
         self.figures.add(**_figures(rewards))

@@ -25,7 +25,7 @@ from gpt.training.policy import advantages, kl_estimate, policy_loss
 from gpt.training.records import RecordOrder, StartLogits, StartModel, Write, logprobs_of_rows
 from gpt.training.rewards import reward_of
 from gpt.training.source import Forward
-from gpt.training.task import Evaluation, Figures, token_logprobs
+from gpt.training.task import Evaluation, Figures, text_logprobs
 
 HELD_OUT_SEED = 0
 """Of the texts in evaluations: they differ only by what the model has learned."""
@@ -222,9 +222,9 @@ class Rewarded:
         """The loss of the texts, summed."""
         objective, targets = self.settings, batch.texts.targets
         counted = targets != IGNORED
-        logprobs = token_logprobs(
-            forward(batch.texts.tokens),
-            targets,
+        logprobs = text_logprobs(
+            forward,
+            batch.texts,
             temperature=objective.temperature,
             vocab_size=self.data.tokenizer.vocab_size,
         )
