@@ -257,7 +257,10 @@ def test_the_other_names_that_gpt2config_takes_mean_the_same(tmp_path):
         ({"layer_norm_epsilon": "1e-5"}, "layer_norm_epsilon is '1e-5'"),
         ({"scale_attn_weights": "false"}, "scale_attn_weights is 'false'"),
         ({"activation_function": ["gelu"]}, "activation_function is .'gelu'."),
-        ({"num_attention_heads": 8}, "num_attention_heads is 8, and must be the same as n_head, which"),
+        (
+            {"num_attention_heads": 8},
+            "num_attention_heads is 8, and must be the same as n_head, which",
+        ),
         ({"quantization_config": {"a": 1}}, "quantization_config is given"),
     ],
     ids=str,

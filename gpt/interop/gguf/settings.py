@@ -88,7 +88,7 @@ def config_of(
 
 def _with_their_names(message: str, name: str) -> str:
     """A message about fields of :class:`ModelConfig` with the names of the metadata."""
-    names = _NAMES | ARCHITECTURES[name].keys
+    names = {**_NAMES, **ARCHITECTURES[name].keys}
     return re.sub(
         r"model\.(\w+)",
         lambda match: f"{name}.{names[match[1]]}" if match[1] in names else match[0],
