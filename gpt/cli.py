@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, TextIO, cast
 
 from gpt.commands.serve import serve
 from gpt.config import (
+    DoctorConfig,
     EvaluateConfig,
     ExportConfig,
     InspectConfig,
@@ -201,9 +202,12 @@ def train(words: Sequence[str], prog: str) -> int:
         tell(f"settings {settings}, then the command line")
 
     def initial(name: "str | Path") -> "tuple[GPT, Tokenizer]":
-        from gpt.interop.load import load
+        from gpt.interop.load import load, load_for_adapter
 
-        return load(name, trainable=True, say=tell if tells else lambda text: None)
+        say = tell if tells else lambda text: None
+        if config.adapter.kind != "none" and config.adapter.base == "gguf":
+            return load_for_adapter(name, say=say)
+        return load(name, trainable=True, say=say)
 
     def named(name: str) -> "Tokenizer":
         from gpt.interop.named_tokenizer import named_tokenizer
@@ -337,23 +341,34 @@ def inspect(words: Sequence[str], prog: str) -> int:
     return run(config)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str], str], int]] = {
-    "train": train,
-    "sample": sample,
-    "prepare": prepare,
-    "inspect": inspect,
-    "export": export,
-    "evaluate": evaluate,
-    "tokenizer": tokenizer,
-    "serve": serve,
+def doctor(words: Sequence[str], prog: str) -> int:
+    """Look at this machine: what it has, what to change, whether its results are right."""
+    with _starting():
+        config = parse(DoctorConfig, words, prog=prog)
+        from gpt.commands.doctor import doctor as run
+
+    return run(config)
+
+
+Command = Callable[[Sequence[str], str], int]
+GROUPS: dict[str, dict[str, Command]] = {
+    "what most people need": {"train": train, "sample": sample, "serve": serve},
+    "texts": {"prepare": prepare, "inspect": inspect, "tokenizer": tokenizer},
+    "models": {"evaluate": evaluate, "export": export},
+    "runs and machines": {"doctor": doctor},
+}
+"""The commands by what they are for, the most used first."""
+COMMANDS: dict[str, Command] = {
+    name: command for group in GROUPS.values() for name, command in group.items()
 }
 
 
 def _usage() -> str:
-    lines = [f"  {name:<10}{command.__doc__}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        ["usage: gpt COMMAND [OPTIONS]", "", *lines, "", "gpt COMMAND --help lists the options", ""]
-    )
+    lines = ["usage: gpt COMMAND [OPTIONS]"]
+    for title, group in GROUPS.items():
+        lines += ["", f"{title}:"]
+        lines += [f"  {name:<10}{command.__doc__}" for name, command in group.items()]
+    return "\n".join([*lines, "", "gpt COMMAND --help lists the options", ""])
 
 
 @contextlib.contextmanager

@@ -165,6 +165,28 @@ def memory(device: torch.device) -> int:
     return min(limits)
 
 
+def free_memory() -> int:
+    """Bytes of the host's memory that are free, or that programs would give back for it."""
+    free = memory(torch.device("cpu"))
+    with contextlib.suppress(OSError, AttributeError):
+        said = Path("/proc/meminfo").read_text(encoding="ascii")
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", said, re.MULTILINE)
+        free = min(free, 1024 * int(found[1]) if found else free)
+    return free
+
+
+def available_cores() -> float:
+    """Cores that this process may use: those of its affinity, or the share that its container
+    has.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores: float = len(affinity(0)) if affinity else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        cores = min(cores, int(quota) / int(period))  # "max" is no number
+    return cores
+
+
 def check_memory(what: str, needed: float, device: torch.device, *, advice: str) -> None:
     """``UsageError`` with both numbers if ``what`` (a plural) need more bytes than ``device`` has.
     ``advice`` says what needs less.

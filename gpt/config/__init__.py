@@ -50,6 +50,7 @@ from gpt.config.model import (
 from gpt.config.objective import Baseline, ObjectiveConfig, ObjectiveKind
 from gpt.config.serving import ServeConfig
 from gpt.config.toml import parse, parse_training, to_toml, toml_tokens
+from gpt.config.tools import DoctorConfig
 from gpt.config.training import (
     CheckpointConfig,
     Device,
@@ -79,6 +80,7 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "Device",
+    "DoctorConfig",
     "Duplicates",
     "EvaluateConfig",
     "EvaluationConfig",

@@ -6,6 +6,7 @@ from typing import Literal
 from gpt.config.checks import UsageError, check, number
 
 AdapterKind = Literal["none", "lora", "bottleneck"]
+AdapterBase = Literal["float32", "int8", "int4", "gguf"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +27,9 @@ class AdapterConfig:
     the model (blocks.0.mlp.up). A bottleneck is always behind attn.out and mlp.down."""
     rank_stabilised: bool = False
     """Scale lora's products by alpha / sqrt(rank) (Kalajdzievski, 2023)."""
-    base: Literal["float32", "int8", "int4"] = "float32"
-    """Format of the adapted layers' own weights while the adapter is trained. int8 and int4 round
-    them, and need less memory."""
+    base: AdapterBase = "float32"
+    """Format of the blocks' own weights while the adapter is trained. int8 and int4 round them, and
+    need less memory; gguf: the blocks of a GGUF file as they are, which loses nothing."""
 
     def __post_init__(self) -> None:
         check(self, "adapter.")

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt.config import UsageError, quoted
+from gpt.data.byte_characters import byte_characters
 from gpt.data.chat_templates import ChatTemplates
 
 Ids = NDArray[np.uint32]
@@ -269,14 +270,6 @@ def _byte_fallback(token: str) -> str | bytes:
         except ValueError:
             return token
     return token
-
-
-@cache
-def byte_characters() -> dict[int, str]:
-    """The printable character for each byte in the files of byte-level vocabularies."""
-    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-    others = [b for b in range(256) if b not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
 @cache

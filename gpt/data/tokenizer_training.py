@@ -16,11 +16,11 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 
 from gpt.config import MADE_FROM_TEXT, DataConfig, UsageError, quoted
+from gpt.data.byte_characters import byte_characters
 from gpt.data.byte_pair import END_OF_TEXT, GPT2Tokenizer
 from gpt.data.compression import extra
 from gpt.data.corpus import Corpus, Say, Survey
 from gpt.data.formats import Document
-from gpt.data.library_tokenizer import byte_characters
 from gpt.data.patterns import steps_of
 from gpt.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 from gpt.data.words import train_characters, train_words

@@ -54,7 +54,7 @@ class InferenceGPT(GPT):
             None,
         )
         self.cache_dtype = torch.float32 if weights == "float32" else packing.wide
-        self.pointer = None
+        self.pointer = self.skips = None
         for name, child in model.named_children():
             setattr(self, name, packing.of(child, name))
         self.few = packing.few if kernels.knows(model.config) else 0

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from gpt.config import UsageError, foreign, quoted
+from gpt.data.byte_characters import byte_characters
 from gpt.data.byte_pair import END_OF_TEXT, GPT2Tokenizer
-from gpt.data.library_tokenizer import LibraryTokenizer, byte_characters, check_definition
+from gpt.data.library_tokenizer import LibraryTokenizer, check_definition
 from gpt.interop.tokenizer_settings import Settings, added_tokens
 
 

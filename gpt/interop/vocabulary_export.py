@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gpt.config import UsageError
+from gpt.data.byte_characters import byte_characters
 from gpt.data.byte_pair import END_OF_TEXT, GPT2Tokenizer
 from gpt.data.chat_templates import DEFAULT
-from gpt.data.library_tokenizer import LibraryTokenizer, byte_characters
+from gpt.data.library_tokenizer import LibraryTokenizer
 from gpt.data.patterns import byte_level, steps_of
 from gpt.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, special_tokens
 from gpt.data.words import UNKNOWN

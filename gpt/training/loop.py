@@ -25,7 +25,7 @@ from gpt.data.mixture import Mixture
 from gpt.data.prepared import Prepared
 from gpt.data.prompts import Records
 from gpt.device import choose_device, choose_precision, peak_flops
-from gpt.model.gpt import GPT, parameter_count
+from gpt.model.gpt import GPT, Read, parameter_count
 from gpt.model.moe import auxiliary_loss
 from gpt.training import build, experts, nonfinite, setup, state
 from gpt.training.interrupt import Interrupt
@@ -347,10 +347,12 @@ class Trainer:
                     self.scaler.scale(loss * self.world.size).backward()
         return self.world.sum(total)
 
-    def logits(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
-        """The model's logits in the run's precision."""
+    def logits(
+        self, tokens: Tensor, documents: Tensor | None = None, read: Read | None = None
+    ) -> Tensor:
+        """The model's logits in the run's precision, or what ``read`` makes of its features."""
         with self.autocast:
-            out: Tensor = self.forward(tokens, documents=documents)
+            out: Tensor = self.forward(tokens, documents=documents, read=read)
         return out
 
     def was_scaled_too_far(self) -> bool:
@@ -461,7 +463,12 @@ class Trainer:
         if self.strategy != "fsdp":
             return self.model
         whole = build.whole_model(
-            self.model, self.world, device=self.device, dtype=torch.float32, everywhere=True
+            self.model,
+            self.world,
+            device=self.device,
+            dtype=torch.float32,
+            adapter=self.config.adapter,
+            everywhere=True,
         )
         assert whole is not None
         return whole

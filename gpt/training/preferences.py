@@ -32,9 +32,9 @@ from gpt.data.records import Record
 from gpt.model.gpt import GPT
 from gpt.training.loop import Data, Shown, Trainer
 from gpt.training.parallel import World
-from gpt.training.records import RecordOrder, StartModel, Write, summed_logprobs
+from gpt.training.records import RecordOrder, StartLogits, StartModel, Write, summed_logprobs
 from gpt.training.source import Forward
-from gpt.training.task import Evaluation, Figures, token_logprobs
+from gpt.training.task import Evaluation, Figures, text_logprobs
 
 FIELDS = ("chosen", "rejected")
 """Of a record, besides its prompt."""
@@ -136,7 +136,7 @@ class Preferences:
         """The start model's log-probabilities of the training and the held-out pairs, ``[N, 2]``.
 
         Before the first step, the model computes them. A resumed run reads them from its folder;
-        without the file, the start model is loaded again.
+        without the file, the start model computes them again (:class:`StartLogits`).
         """
         if self._reference is None:
             trainer, path = self.trainer, self._path()
@@ -166,15 +166,7 @@ class Preferences:
         return found["train"], found["held_out"]
 
     def _compute(self, trainer: Trainer) -> tuple[Tensor, Tensor]:
-        forward: Forward = trainer.logits
-        if trainer.step > 0:
-            start = self._start().to(trainer.device).eval()
-
-            def forward(tokens: Tensor, documents: Tensor | None = None) -> Tensor:
-                with trainer.autocast:
-                    logits: Tensor = start(tokens, documents=documents)
-                return logits
-
+        forward = trainer.logits if trainer.step == 0 else StartLogits(trainer, self._start)
         every = [text for pair in (*self.train, *self.validation) for text in pair]
         found = summed_logprobs(trainer, every, forward).view(-1, 2)
         return found[: len(self.train)], found[len(self.train) :]
@@ -196,7 +188,7 @@ class Preferences:
     def objective(self, forward: Forward, batch: Pairs) -> Tensor:
         """The loss of the pairs, summed."""
         texts = batch.texts
-        policy = token_logprobs(forward(texts.tokens), texts.targets).sum(1).view(-1, 2)
+        policy = text_logprobs(forward, texts).sum(1).view(-1, 2)
         lengths = (texts.targets != IGNORED).sum(1).view(-1, 2)
         losses, rewards = self._loss(policy, batch.reference, lengths)
         self.figures.add(**_figures(rewards))

@@ -18,15 +18,14 @@ from gpt.config import GenerationConfig, TrainConfig, unescaped
 from gpt.data.batches import IGNORED, Batch, spread
 from gpt.data.completions import Completed, encode_prompt_of, padded
 from gpt.data.prompts import Records, RecordSet
-from gpt.model.gpt import GPT
 from gpt.training.loop import Trainer
 from gpt.training.metrics import drop_later_records
 from gpt.training.parallel import World
 from gpt.training.policy import advantages, kl_estimate, policy_loss
-from gpt.training.records import RecordOrder, StartModel, Write, logprobs_of_rows
+from gpt.training.records import RecordOrder, StartLogits, StartModel, Write, logprobs_of_rows
 from gpt.training.rewards import reward_of
 from gpt.training.source import Forward
-from gpt.training.task import Evaluation, Figures, token_logprobs
+from gpt.training.task import Evaluation, Figures, text_logprobs
 
 HELD_OUT_SEED = 0
 """Of the texts in evaluations: they differ only by what the model has learned."""
@@ -94,7 +93,6 @@ class Rewarded:
         self.figures = Figures()
         self._round: Round | None = None
         self._batch: Scored | None = None  # of this process, from the round
-        self._reference: GPT | None = None
         self._opened = False
 
     def _encoded(self, records: RecordSet) -> list[list[int]]:
@@ -113,6 +111,7 @@ class Rewarded:
         """As in :class:`gpt.training.task.Task`."""
         self.order.check(trainer.world)
         self.trainer = trainer
+        self.start_logits = StartLogits(trainer, self._start)
 
     def batch(self, step: int, world: World) -> Scored:
         """As in :class:`gpt.training.source.Source`. Every ``updates`` steps, the model writes new
@@ -194,7 +193,7 @@ class Rewarded:
         old = _spread_out([made.old[p] for p in places], counted) if made.old else None
         reference = None
         if objective.kl:
-            reference = _spread_out(self._rows_of(rows, self._reference_logits), counted)
+            reference = _spread_out(self._rows_of(rows, self.start_logits), counted)
             if objective.kl_in == "reward":
                 assert old is not None
                 rewards = rewards - objective.kl * (old - reference).sum(1).double()
@@ -219,21 +218,13 @@ class Rewarded:
             vocab_size=self.data.tokenizer.vocab_size,
         )
 
-    def _reference_logits(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
-        """The start model's logits. It is loaded at the first use."""
-        if self._reference is None:
-            self._reference = self._start().to(self.trainer.device).requires_grad_(False).eval()
-        with self.trainer.autocast:
-            logits: Tensor = self._reference(tokens, documents=documents)
-        return logits
-
     def objective(self, forward: Forward, batch: Scored) -> Tensor:
         """The loss of the texts, summed."""
         objective, targets = self.settings, batch.texts.targets
         counted = targets != IGNORED
-        logprobs = token_logprobs(
-            forward(batch.texts.tokens),
-            targets,
+        logprobs = text_logprobs(
+            forward,
+            batch.texts,
             temperature=objective.temperature,
             vocab_size=self.data.tokenizer.vocab_size,
         )

@@ -137,7 +137,7 @@ def train_on(
             base = setup.describe_base(config, model)
             if checkpoint is not None:
                 setup.check_base(checkpoint, config.init, base)
-            if config.adapter.base != "float32":
+            if config.adapter.base in ("int8", "int4"):
                 if freeze_rounded is None:
                     raise UsageError(
                         f"adapter.base is {config.adapter.base}, and the caller of train() gave no "
@@ -150,6 +150,9 @@ def train_on(
         kept = dataclasses.replace(config.data, source=source)  # a pipe's copy, for resuming
         config = dataclasses.replace(config, run_dir=str(config.run), data=kept)
 
+        def show(fraction: float) -> None:
+            status.update(Text(f"preparing {config.data.described}: {fraction:.0%}"))
+
         def prepared() -> Data:
             if config.objective.kind != "next_token":
                 assert tokenizer is not None, "the configuration has an initial model"
@@ -159,15 +162,17 @@ def train_on(
                 return prepare_instructions(
                     config.data, config.cache_dir, encoder, tokenizer=tokenizer
                 )
-            make = prepare_mixture if config.data.mixture else prepare
-            return make(
-                config.data,
-                config.cache_dir,
-                tokenizer=tokenizer,
-                progress=lambda fraction: status.update(
-                    Text(f"preparing {config.data.described}: {fraction:.0%}")
-                ),
-                say=say,
+            if config.data.mixture:
+                return prepare_mixture(
+                    config.data,
+                    config.cache_dir,
+                    tokenizer=tokenizer,
+                    encoder=encoder,
+                    progress=show,
+                    say=say,
+                )
+            return prepare(
+                config.data, config.cache_dir, tokenizer=tokenizer, progress=show, say=say
             )
 
         data = world.main_first(prepared)

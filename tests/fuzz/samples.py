@@ -1,13 +1,20 @@
 """The valid things that cases begin with, each a folder or a file: made once, and copied."""
 
+import bz2
 import dataclasses
+import gzip
+import io
 import json
+import lzma
 import os
 import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import torch
+import zstandard
 from safetensors.torch import save_file
 
 from gpt import cli
@@ -28,6 +35,12 @@ from tests.tiny import tiny_run
 TEXT = "Speak, speak. You are all resolved rather to die than to famish?\n" * 16
 PACKED = ("int8", "int4", "float32", "bfloat16")
 GGUFS = ("gpt2", "llama", "gemma3")
+COMPRESSED = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard.ZstdCompressor().compress,
+}
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ':' + message['content'] + '<|turn|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
@@ -71,6 +84,24 @@ def make(folder: Path) -> None:
     make_foreign(folder)
     make_gguf(folder)
     make_lines(folder)
+    make_texts(folder)
+
+
+def parquet(columns: dict[str, list[object]]) -> bytes:
+    """The columns as a file."""
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), out)
+    return out.getvalue()
+
+
+def make_texts(folder: Path) -> None:
+    """Records with texts, in files of several kinds."""
+    texts = [f"{i} {line}" for i, line in enumerate(TEXT.splitlines() * 8)]
+    (folder / "text.parquet").write_bytes(parquet({"text": texts, "id": list(range(len(texts)))}))
+    lines = "".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts))
+    (folder / "text.jsonl").write_text(lines)
+    for ending, compress in COMPRESSED.items():
+        (folder / f"text.jsonl{ending}").write_bytes(compress(lines.encode()))
 
 
 def gpt(*words: object) -> None:

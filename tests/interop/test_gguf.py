@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import gpt
-from gpt import cli
-from gpt.config import ModelConfig, UsageError
+from gpt import cli, tensors
+from gpt.config import AdapterConfig, ModelConfig, UsageError
 from gpt.data.tokenizer import GPT2Tokenizer
 from gpt.interop.gguf import settings
 from gpt.interop.gguf.architectures import ARCHITECTURES, TENSORS
@@ -19,8 +19,9 @@ from gpt.interop.gguf.export import export_gguf
 from gpt.interop.gguf.format import FORMATS, GGUF
 from gpt.interop.gguf.model import described, load_dense
 from gpt.interop.gguf.writing import Planned, write
-from gpt.interop.load import load
+from gpt.interop.load import load, load_for_adapter
 from gpt.interop.named import NAMED
+from gpt.model.adapter import adapt, adapter_weights, fingerprint
 from gpt.model.gpt import GPT
 
 RANKS = [bytes([i]) for i in range(256)] + [b"th", b"the", b" t", b" the"]
@@ -519,3 +520,52 @@ def test_a_file_that_is_missing_is_not_looked_for_on_the_hub():
 def test_weights_for_inference_and_for_training_exclude_each_other(files):
     with pytest.raises(UsageError, match="weights is 'int8'.* and trainable is set"):
         load(files["llama"][1], weights="int8", trainable=True)
+
+
+@pytest.mark.parametrize("weights", ["int4", "int8", "float32"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gptneox", "llama with experts"])
+def test_an_adapter_over_the_blocks_of_a_file_has_the_gradient_over_its_numbers(
+    files, tokenizer, tmp_path, name, weights
+):
+    path = tmp_path / "model.gguf"
+    export_gguf(files[name][0], tokenizer, path, weights=weights)
+    blocks, dense = load_for_adapter(path).model, load(path, trainable=True).model
+    assert fingerprint(blocks) == fingerprint(dense)
+    layers = [m for m in blocks.modules() if getattr(m, "is_frozen_linear", False)]
+    packed = {"int4": "int4_gguf", "int8": "int8_gguf", "float32": "float32"}[weights]
+    assert {layer.matrix.kind for layer in layers} == {packed}
+    gradients = []
+    for model in (blocks, dense):
+        torch.manual_seed(0)
+        adapt(model, AdapterConfig(kind="lora", rank=3, targets=("attn.*", "mlp.*")))
+        with torch.no_grad():
+            for parameter in adapter_weights(model).values():
+                parameter.add_(0.1)
+        model.train()(torch.arange(40).view(2, 20)).square().mean().backward()
+        gradients.append({name: p.grad for name, p in adapter_weights(model).items()})
+    assert gradients[0].keys() == gradients[1].keys()
+    for key, gradient in gradients[1].items():
+        assert (gradients[0][key] - gradient).norm() <= 1e-5 * gradient.norm(), key
+
+
+def test_a_run_trains_an_adapter_over_the_blocks_of_a_file(files, tokenizer, tmp_path, capsys):
+    path, run = tmp_path / "model.gguf", tmp_path / "run"
+    export_gguf(files["llama"][0], tokenizer, path, weights="int4")
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat, and the dog ran in the fog.\n" * 60)
+    words = ["train", f"--init={path}", f"--run_dir={run}", f"--data.source={text}",
+             "--training.batch_tokens=128", "--training.micro_batch_size=1",
+             "--training.device=cpu", "--optimizer.learning_rate=1e-2", "--adapter.kind=lora",
+             "--adapter.base=gguf", "--evaluation.windows=2"]  # fmt: skip
+    assert cli.main([*words, "--training.max_steps=2"]) == 0
+    assert cli.main([*words, "--training.max_steps=4", "--resume"]) == 0
+    ids = list(range(20))
+    tuned, plain = load(run).model, load(path, trainable=True).model
+    assert (logits_of(tuned, ids) - logits_of(plain, ids)).abs().max() > 1e-3
+    over = load_for_adapter(path).model
+    adapt(over, AdapterConfig(kind="lora"), tensors.load(next(run.glob("*/*4/model.safetensors"))))
+    torch.testing.assert_close(logits_of(over, ids), logits_of(tuned, ids), rtol=1e-4, atol=1e-4)
+    capsys.readouterr()
+    words[1] = f"--init={run}"
+    assert cli.main([*words[:2], f"--run_dir={tmp_path / 'other'}", *words[3:]]) == 2
+    assert "adapter.base is gguf, and" in capsys.readouterr().err

@@ -10,8 +10,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from gpt.config import UsageError
 from gpt.data import tokenizer as tokenizers
+from gpt.data.byte_characters import byte_characters
 from gpt.data.byte_pair import PATTERNS, GPT2Tokenizer
-from gpt.data.library_tokenizer import LibraryTokenizer, byte_characters
+from gpt.data.library_tokenizer import LibraryTokenizer
 from gpt.data.patterns import steps_of
 from gpt.data.tokenizer import decode
 from gpt.interop.gguf_tokenizer import tokenizer_of

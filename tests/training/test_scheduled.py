@@ -1,6 +1,7 @@
 """Scheduled sampling."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,11 +92,22 @@ def test_the_draws_have_the_models_probabilities():
     torch.testing.assert_close(found, probabilities, atol=0.015, rtol=0)
 
 
+def forward_of(model):
+    """A forward of a model whose features are its logits."""
+    head = SimpleNamespace(weight=torch.empty(0, requires_grad=True))
+    whole = SimpleNamespace(pointer=None, head=head, logits=lambda features: features * 1.0)
+
+    def forward(ids, documents, read=None):
+        return model(ids) * 1.0 if read is None else read(whole, model(ids))
+
+    return forward
+
+
 def test_the_loss_is_that_of_the_texts_next_tokens_after_the_mixture():
     torch.manual_seed(0)
     table = torch.randn(5, 5, requires_grad=True)
     tokens, targets, numbers = torch.randint(5, (3, 8)), torch.randint(5, (3, 8)), torch.rand(3, 8)
-    forward = lambda ids, documents: table[ids] * 1.0  # noqa: E731
+    forward = forward_of(lambda ids: table[ids])
     loss = scheduled(forward, Mixed(Batch(tokens, targets), numbers, 0.6))
     [slope] = torch.autograd.grad(loss, table)
     with torch.no_grad():
@@ -113,11 +125,11 @@ def test_tokens_of_prompts_are_never_replaced():
     targets = torch.tensor([[IGNORED, IGNORED, 0, 0, IGNORED, 0]])  # tokens 3, 4 and 6 are learned
     read = []
 
-    def forward(ids, documents):
+    def model(ids):
         read.append(ids)
-        return torch.tensor([0.0, 9.0]).repeat(1, 6, 1).requires_grad_() * 1.0  # a 1
+        return torch.tensor([0.0, 9.0]).repeat(1, 6, 1).requires_grad_()  # a 1
 
-    scheduled(forward, Mixed(Batch(tokens, targets), torch.full((1, 6), 0.5), 0.9))
+    scheduled(forward_of(model), Mixed(Batch(tokens, targets), torch.full((1, 6), 0.5), 0.9))
     assert read[0].tolist() == [[0, 0, 0, 0, 0, 0]]
     assert read[1].tolist() == [[0, 0, 0, 1, 1, 0]]
 

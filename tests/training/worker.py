@@ -44,7 +44,10 @@ COMPOSITES = {
     },
 }  # fmt: skip
 """Models of many techniques at once."""
-KINDS = ("dpo", "reward", "reward, several updates", "reward, divergence in it")
+KINDS = (
+    "dpo", "reward", "reward, several updates", "reward, divergence in it", "dpo of an adapter",
+    "reward of an adapter",
+)  # fmt: skip
 """Objectives of tests/training/tasks.py."""
 FORMATS = {"fsdp": ("full", "sharded"), "hybrid": ("full", "sharded")}
 
