@@ -192,7 +192,7 @@ def load_frozen(source: Source) -> GPT:
     linear = {f"{name}.weight" for name in adaptable(model)}
     matrices: dict[str, Matrix] = {}
     tensors: dict[str, Tensor] = {}
-    with _named(source.file.path), source.file.open() as data, _one_thread():
+    with about(source.file.path), source.file.open() as data, _one_thread():
         for name, held in source.rows.items():
             shape = model.get_parameter(name).shape
             blocks = _blocks(data, held) if name in linear else None
