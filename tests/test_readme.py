@@ -39,6 +39,7 @@ NAMES = [
     "performance",
     "architecture",
     "serving",
+    "recipes",
 ]  # fmt: skip
 PAGES = {"README": README} | {
     name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in NAMES
