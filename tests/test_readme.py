@@ -14,7 +14,17 @@ import torch
 
 import gpt
 from gpt import GPT, ModelConfig
-from gpt.config import EvaluateConfig, ExportConfig, SampleConfig, ServeConfig, TrainConfig, parse
+from gpt.config import (
+    DoctorConfig,
+    EvaluateConfig,
+    ExportConfig,
+    PlanConfig,
+    ReportConfig,
+    SampleConfig,
+    ServeConfig,
+    TrainConfig,
+    parse,
+)
 from gpt.config.tokenizer import TokenizerShowConfig, TokenizerTrainConfig
 from gpt.data.tokenizer import ByteTokenizer
 from gpt.interop.export import export_huggingface
@@ -26,6 +36,7 @@ NAMES = [
     "performance",
     "architecture",
     "serving",
+    "tools",
 ]  # fmt: skip
 PAGES = {"README": README} | {
     name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in NAMES
@@ -42,6 +53,9 @@ SCHEMAS = {
     "gpt tokenizer train": TokenizerTrainConfig,
     "gpt tokenizer show": TokenizerShowConfig,
     "gpt serve": ServeConfig,
+    "gpt doctor": DoctorConfig,
+    "gpt plan": PlanConfig,
+    "gpt report": ReportConfig,
 }
 
 

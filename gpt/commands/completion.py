@@ -57,6 +57,10 @@ _gpt() {{
         COMPREPLY=($(compgen -W {commands} -- "$word"))
         return
     fi
+    if [[ $before == --print-completion ]]; then
+        COMPREPLY=($(compgen -W "bash zsh" -- "$word"))
+        return
+    fi
     command=${{COMP_WORDS[1]}}
     if [[ $command == tokenizer ]]; then
         if (( COMP_CWORD == 2 )); then
@@ -111,7 +115,6 @@ def _values() -> Iterator[str]:
             if choices:
                 known = " ".join(choices)
                 yield f'        "{command} --{name}") choices="{known}";;'
-    yield '        "--print-completion --print-completion") choices="bash zsh";;'
 
 
 def _options() -> Iterator[str]:

@@ -106,8 +106,8 @@ def make_plan(config: PlanConfig, settings: Path, words: Sequence[str]) -> Plan:
         memories[mode] = _by_kind(found, fixed, place)
         n = planner.largest(place.memory, accumulates=True, fixed=fixed)
         largest[mode] = min(n, sequences)
-    fitting = [n for n in range(1, largest[config.training.activation_checkpointing] + 1)]
-    micro = max((n for n in fitting if sequences % n == 0), default=0)
+    most = largest[config.training.activation_checkpointing]
+    micro = max((n for n in range(1, most + 1) if sequences % n == 0), default=0)
     with torch.device("meta"):
         network = GPT(model)
         if config.adapter.kind != "none":

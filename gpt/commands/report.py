@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt.commands.run_data import RunData, read_runs
-from gpt.config import ReportConfig, UsageError, foreign
+from gpt.config import ReportConfig, UsageError
 from gpt.console import tell
 from gpt.files import as_training_text, check_output, read_text, write_atomically
 
@@ -50,10 +50,9 @@ def report(config: ReportConfig) -> int:
     runs = read_runs(config.runs)
     try:
         from gpt.commands import curves
-    except ImportError as error:
+    except ImportError:
         raise UsageError(
-            f"gpt report needs {foreign(error.name)}, which is not installed: "
-            "pip install 'gpt[report]'"
+            "gpt report needs matplotlib, which is not installed: pip install 'gpt[report]'"
         ) from None
     write_atomically(config.out, as_page(runs, list(curves.charts(runs)), config.x))
     tell(f"{config.out}: {', '.join(run.name for run in runs)}")

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gpt.config import CacheFormat
 from gpt.generation.logprobs import Describer, TokenDetails
 from gpt.generation.prefill import evaluation_mode, read
 from gpt.generation.prefix import WORTH_SHARING, common

@@ -8,9 +8,8 @@ All layers of one kind take the same, so a deep model is counted with few layers
 
 import contextlib
 import dataclasses
-import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -64,6 +63,7 @@ class Planner:
     ) -> None:
         self.config, self.dtype, self.fast, self.for_gpu = config, dtype, fast, for_gpu
         self.period = period_of(config.model)
+        self._counted: dict[tuple[int, int, bool], Footprint] = {}
 
     def footprint(self, rows: int, *, accumulates: bool) -> Footprint:
         """Of a step with micro batches of ``rows`` sequences. With ``accumulates``, a step has
@@ -98,8 +98,13 @@ class Planner:
         one, two = (self._count(start + n * p, rows, accumulates) for n in (0, 1))
         return _line(one, two, (n_layer - start) // p)
 
-    @functools.cache  # noqa: B019: one planner a command
     def _count(self, n_layer: int, rows: int, accumulates: bool) -> Footprint:
+        about = n_layer, rows, accumulates
+        if about not in self._counted:
+            self._counted[about] = self._count_now(*about)
+        return self._counted[about]
+
+    def _count_now(self, n_layer: int, rows: int, accumulates: bool) -> Footprint:
         fake = contextlib.nullcontext() if self.config.model.n_expert else FakeTensorMode()
         gpu = _kernels_of_a_gpu() if self.for_gpu else contextlib.nullcontext()
         state = torch.get_rng_state()
@@ -194,10 +199,9 @@ def _bytes(tensors: Iterator[Tensor | None]) -> int:
 
 @contextlib.contextmanager
 def _kernels_of_a_gpu() -> Iterator[None]:
-    """On the CPU's fake tensors, choose as on a GPU: fused attention, and larger parts of logits."""
-    never: Callable[..., bool] = lambda *about: False  # noqa: E731
+    """On the CPU's fake tensors, choose as on a GPU: fused attention, larger parts of logits."""
     with (
-        mock.patch.object(attend, "_trains_faster_plainly", never),
+        mock.patch.object(attend, "_trains_faster_plainly", return_value=False),
         mock.patch.dict(loss.CHUNK, cpu=loss.CHUNK["gpu"]),
     ):
         yield
