@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -249,7 +250,7 @@ def _trained(words):
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, (done.stderr, time.monotonic() - start)
-    path = words[words.index("--run_dir") + 1] + "/metrics.jsonl"
-    records = [json.loads(line) for line in open(path, encoding="utf-8")]  # noqa: SIM115
+    path = Path(words[words.index("--run_dir") + 1]) / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     steps = [sum(v for k, v in r.items() if k.endswith("_seconds")) for r in records if "loss" in r]
     return int(done.stdout.splitlines()[-1]), sorted(steps)[len(steps) // 2]

@@ -136,7 +136,7 @@ def test_a_text_under_a_model_is_its_heat_map(tmp_path):
     (tmp_path / "text.txt").write_text("ROMEO:\nBut soft")
     text = page_of(tmp_path, RUN, "--text", tmp_path / "text.txt", "--device", "cpu")
     assert "text.txt under" in text
-    assert not Tags(text).open
+    assert text.count("<table>") >= 14  # one for each token
 
 
 @pytest.mark.parametrize(
