@@ -104,7 +104,7 @@ def make_plan(config: PlanConfig, settings: Path, words: Sequence[str]) -> Plan:
     for mode, planner in planners.items():
         found = planner.footprint(rows, accumulates=sequences > rows)
         memories[mode] = _by_kind(found, fixed, place)
-        n = planner.largest(place.memory, accumulates=True, fixed=fixed)
+        n = planner.largest(place.memory, rows=rows, state=fixed)
         largest[mode] = min(n, sequences)
     most = largest[config.training.activation_checkpointing]
     micro = max((n for n in range(1, most + 1) if sequences % n == 0), default=0)

@@ -74,14 +74,15 @@ class Planner:
             return _line(one, two, rows - 1)
         return self._deep(rows, accumulates)
 
-    def largest(self, limit: float, *, accumulates: bool, fixed: float = 0.0) -> int:
-        """The most sequences of a micro batch whose step takes at most ``limit`` bytes, of which
-        ``fixed`` replace those of weights, gradients and optimizer, if given; 0: none.
+    def largest(self, limit: float, *, rows: int, state: float = 0.0) -> int:
+        """The most sequences of a micro batch whose step takes at most ``limit`` bytes; 0: none.
+        ``rows`` is a number that is counted anyway. ``state`` replaces the bytes of weights,
+        gradients and optimizer, if given.
         """
-        one, two = (self.footprint(n, accumulates=accumulates) for n in (1, 2))
-        state = one.weights + one.gradients + one.optimizer
-        more = fixed - state if fixed else 0.0
-        each = two.passes - one.passes
+        one, many = (self.footprint(n, accumulates=True) for n in (1, max(2, rows)))
+        usual = one.weights + one.gradients + one.optimizer
+        more = state - usual if state else 0.0
+        each = (many.passes - one.passes) / (max(2, rows) - 1)
         if max(one.passes, one.update) + more > limit:
             return 0
         return 1 + int((limit - one.passes - more) / each)
@@ -114,14 +115,12 @@ class Planner:
                 self.config, n_layer=n_layer, device=CPU, dtype=self.dtype, fast=self.fast
             )
             weights = live.now
-            step.forward(1).backward()
-            gradients = _bytes(p.grad for p in step.model.parameters())
+            gradients = _give_gradients(step.model)
             step.update()
             optimizer = live.now - weights
-            live.restart()
             if accumulates:
-                step.forward(rows).backward()
-                live.restart()
+                _give_gradients(step.model)
+            live.restart()
             before = live.now
             total = step.forward(rows)
             activations = live.now - before
@@ -193,8 +192,14 @@ def _line(first: Footprint, second: Footprint, steps: int) -> Footprint:
     return Footprint(*(a + steps * (b - a) for a, b in zip(first, second, strict=True)))
 
 
-def _bytes(tensors: Iterator[Tensor | None]) -> int:
-    return sum(each.nbytes for each in tensors if each is not None)
+def _give_gradients(model: GPT) -> int:
+    """Give each parameter that learns a gradient, as a backward pass does. Returns their bytes."""
+    total = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+            total += parameter.grad.nbytes
+    return total
 
 
 @contextlib.contextmanager
