@@ -3,11 +3,11 @@
 
 Each run is the program's own trainer with the settings of CONFIG, in a process of its own. With
 ``--seconds``, the number of its steps is planned from a measurement, so that all rows take the same
-time; else it is that of CONFIG. The clock stops during evaluations, which are of the whole held-out
-part. Options of train.py after ``--`` are for all runs. ``--row 'NAME: OPTIONS'``, once or more,
-adds a recipe with other options: an ablation. The runs of all rows take turns, first all with the
-first seed. ``--json FILE`` keeps what was measured; what is there already is not run again.
-``--png FILE`` draws the curves.
+time; without it, CONFIG says how many steps or minutes. The clock stops during evaluations, which
+are of the whole held-out part. Options of train.py after ``--`` are for all runs.
+``--row 'NAME: OPTIONS'``, once or more, adds a recipe with other options: an ablation. The runs of
+all rows take turns, first all with the first seed. ``--json FILE`` keeps what was measured; what is
+there already is not run again. ``--png FILE`` draws the curves.
 """
 
 import argparse
@@ -42,6 +42,7 @@ def run(words: list[str], seed: int, *, seconds: float, evaluations: int) -> Fig
         config = parse(TrainConfig, [*words, "--run_dir", folder], prog="speedrun.py")
         data = prepare(config.data, config.cache_dir)
         config = setup.resolve(config, data, None)
+        seconds = seconds or 60 * config.training.max_minutes
         if seconds:
             step, _ = budget.measure(Trainer(config, data), None, seconds=min(20, 0.05 * seconds))
             steps = max(1, round(seconds / step))

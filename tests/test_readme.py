@@ -15,10 +15,13 @@ import torch
 import gpt
 from gpt import GPT, ModelConfig
 from gpt.config import (
+    DoctorConfig,
     EvaluateConfig,
     ExportConfig,
     InspectConfig,
+    PlanConfig,
     PrepareConfig,
+    ReportConfig,
     SampleConfig,
     ServeConfig,
     TrainConfig,
@@ -39,6 +42,8 @@ NAMES = [
     "performance",
     "architecture",
     "serving",
+    "recipes",
+    "tools",
 ]  # fmt: skip
 PAGES = {"README": README} | {
     name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in NAMES
@@ -58,6 +63,9 @@ SCHEMAS = {
     "gpt prepare": PrepareConfig,
     "gpt inspect": InspectConfig,
     "gpt serve": ServeConfig,
+    "gpt doctor": DoctorConfig,
+    "gpt plan": PlanConfig,
+    "gpt report": ReportConfig,
 }
 
 

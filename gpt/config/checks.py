@@ -50,8 +50,11 @@ def quoted(value: object) -> str:
 
 def nearest(name: object, known: Iterable[str]) -> str:
     """The suggestion of the ``known`` name that a misspelt one is nearest to; empty if none is."""
-    near = difflib.get_close_matches(name, known, n=1) if isinstance(name, str) else []
-    return f"; did you mean {near[0]}?" if near else ""
+    if not isinstance(name, str):
+        return ""
+    spelled = {each.lower(): each for each in known}
+    near = difflib.get_close_matches(name[:99].lower(), spelled, n=1)
+    return f"; did you mean {spelled[near[0]]}?" if near else ""
 
 
 def _escaped(character: str) -> str:

@@ -14,6 +14,7 @@ from gpt.data.byte_pair import END_OF_TEXT
 from gpt.data.chat_templates import DEFAULT, ChatTemplates
 from gpt.data.patterns import steps_of
 from gpt.data.tokenizer import Tokenizer
+from gpt.files import about
 from gpt.interop.engines import OtherEngineError, byte_pair, library_tokenizer, pairs_of
 from gpt.interop.patterns import KNOWN, pattern_of_pre
 from gpt.interop.tokenizer_settings import Settings, chat_of
@@ -135,10 +136,8 @@ def tokenizer_of(path: Path, metadata: Mapping[str, Any], *, rows: int) -> Token
 
 
 def _byte_level(path: Path, theirs: _Vocabulary, rows: int) -> Tokenizer:
-    try:
+    with about(path):
         pattern = pattern_of_pre(theirs.values.get("pre"))
-    except UsageError as error:
-        raise UsageError(f"{foreign(path)}: {error}") from None
     known, pairs = KNOWN[pattern], pairs_of(path, theirs.values.get("merges"))
     first = theirs.first(known.adds_first)
     special = theirs.special | {theirs.tokens[i]: i for i in first}

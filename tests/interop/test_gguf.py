@@ -492,6 +492,21 @@ def test_a_named_model_that_is_not_installed_says_the_line_to_type(name, monkeyp
         load(name)
 
 
+@pytest.mark.parametrize("name", ["smolm2", "smollm-2", "SmolLM2"])
+def test_a_misspelt_named_model_has_a_suggestion(name):
+    with pytest.raises(UsageError, match=f"model is '{name}', and .*; did you mean smollm2.$"):
+        load(name)
+
+
+def test_an_empty_chat_template_counts_as_none(files, tmp_path):
+    metadata = {"tokenizer.chat_template": "\n"}
+    path = changed(files["llama"][1], tmp_path / "model.gguf", metadata)
+    assert load(path).tokenizer.chat is None
+    metadata = {"tokenizer.chat_template": "{{ messages[0].content }}"}
+    path = changed(files["llama"][1], tmp_path / "other.gguf", metadata)
+    assert load(path).tokenizer.chat.templates == {"default": "{{ messages[0].content }}"}
+
+
 def test_an_unknown_architecture_is_refused(files, tokenizer, tmp_path):
     with pytest.raises(UsageError, match="the architecture 'foo' is not one of gpt2, bloom"):
         export_gguf(files["llama"][0], tokenizer, tmp_path / "a.gguf", name="foo")

@@ -102,8 +102,8 @@ def test_a_run_writes_the_documented_files(config):
     result, output = run(config)
     assert (result.step, result.signal) == (12, None)
     assert {p.name for p in config.run.iterdir()} == {
-        "config.toml", "tokenizer.json", "metrics.jsonl", "checkpoints", "best", "last", "data",
-        ".lock",
+        "config.toml", "tokenizer.json", "machine.json", "metrics.jsonl", "checkpoints", "best",
+        "last", "data", ".lock",
     }  # fmt: skip
     assert (config.run / "last").read_text() == "step-00000012\n"
     assert [r["step"] for r in records(config) if "loss" in r] == [2, 4, 6, 8, 10, 12]
