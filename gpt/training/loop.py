@@ -28,6 +28,7 @@ from gpt.device import choose_device, choose_precision, peak_flops
 from gpt.model.gpt import GPT, Read, parameter_count
 from gpt.model.moe import auxiliary_loss
 from gpt.training import build, experts, nonfinite, setup, state
+from gpt.training.compilation import uncompiled
 from gpt.training.interrupt import Interrupt
 from gpt.training.metrics import Reporter, Silent
 from gpt.training.optimizer import (
@@ -488,7 +489,7 @@ class Trainer:
             )
         if model is None or not self.world.is_main:
             return Shown("")
-        with torch.compiler.set_stance("force_eager"):  # else each length would be compiled
+        with uncompiled():  # else each length would be compiled
             return make(model, self.data)
 
     def save(self, saver: Saver, loss: float | None = None) -> None:
