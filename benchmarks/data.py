@@ -137,7 +137,7 @@ def preparing() -> None:
         texts = [json.loads(line)["text"] for line in source.open(encoding="utf-8")]
         size, encoding = (
             sum(len(text.encode()) for text in texts),
-            GPT2Tokenizer.released()._encoding,
+            GPT2Tokenizer.released()._encoding(),
         )  # of tiktoken
 
         def alone() -> None:

@@ -21,14 +21,18 @@ from typing import TYPE_CHECKING, TextIO, cast
 
 from gpt.commands.serve import serve
 from gpt.config import (
+    DoctorConfig,
     EvaluateConfig,
     ExportConfig,
     InspectConfig,
+    PlanConfig,
     PrepareConfig,
+    ReportConfig,
     SampleConfig,
     TrainConfig,
     UsageError,
     foreign,
+    nearest,
     parse,
     parse_training,
     unescaped,
@@ -88,9 +92,18 @@ def _run(command: str, words: Sequence[str], prog: str) -> int:
     if command in ("-h", "--help"):
         sys.stdout.write(_usage())
         return 0
+    if command == "--print-completion" or command.startswith("--print-completion="):
+        from gpt.commands.completion import script
+
+        given = command.partition("=")[2] or (words[0] if words else "")
+        sys.stdout.write(script(given))
+        return 0
     if command not in COMMANDS:
         known = ", ".join(COMMANDS)
-        raise UsageError(f"unknown command {foreign(repr(command))}; choose from {known}")
+        raise UsageError(
+            f"unknown command {foreign(repr(command))}; choose from {known}"
+            f"{nearest(command, COMMANDS)}"
+        )
     return COMMANDS[command](words, f"{prog} {command}" if prog == "gpt" else prog)
 
 
@@ -172,6 +185,7 @@ def train(words: Sequence[str], prog: str) -> int:
                     prog=prog,
                     default=CONFIGS / "shakespeare.toml",
                     init=CONFIGS / "finetune.toml",
+                    schema=TrainConfig,
                 )
         except UsageError:
             if tells:
@@ -337,23 +351,60 @@ def inspect(words: Sequence[str], prog: str) -> int:
     return run(config)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str], str], int]] = {
-    "train": train,
-    "sample": sample,
-    "prepare": prepare,
-    "inspect": inspect,
-    "export": export,
-    "evaluate": evaluate,
-    "tokenizer": tokenizer,
-    "serve": serve,
+def doctor(words: Sequence[str], prog: str) -> int:
+    """Look at this machine: what it has, what to change, whether its results are right."""
+    with _starting():
+        config = parse(DoctorConfig, words, prog=prog)
+        from gpt.commands.doctor import doctor as run
+
+    return run(config)
+
+
+def plan(words: Sequence[str], prog: str) -> int:
+    """Say what a training run needs before it starts: memory, time, GPUs, the line to type."""
+    with _starting():
+        config, settings = parse_training(
+            words,
+            prog=prog,
+            default=CONFIGS / "shakespeare.toml",
+            init=CONFIGS / "finetune.toml",
+            schema=PlanConfig,
+        )
+        from gpt.commands.plan import plan as run
+
+    return run(config, settings, words)
+
+
+def report(words: Sequence[str], prog: str) -> int:
+    """Write a page about runs: curves over each other, settings, samples."""
+    with _starting():
+        config = parse(ReportConfig, words, prog=prog)
+        from gpt.commands.report import report as run
+
+    return run(config)
+
+
+Command = Callable[[Sequence[str], str], int]
+GROUPS: dict[str, dict[str, Command]] = {
+    "what most people need": {"train": train, "sample": sample, "serve": serve},
+    "texts": {"prepare": prepare, "inspect": inspect, "tokenizer": tokenizer},
+    "models": {"evaluate": evaluate, "export": export},
+    "runs and machines": {"plan": plan, "report": report, "doctor": doctor},
+}
+"""The commands by what they are for, the most used first."""
+COMMANDS: dict[str, Command] = {
+    name: command for group in GROUPS.values() for name, command in group.items()
 }
 
 
 def _usage() -> str:
-    lines = [f"  {name:<10}{command.__doc__}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        ["usage: gpt COMMAND [OPTIONS]", "", *lines, "", "gpt COMMAND --help lists the options", ""]
-    )
+    lines = ["usage: gpt COMMAND [OPTIONS]"]
+    for title, group in GROUPS.items():
+        lines += ["", f"{title}:"]
+        lines += [f"  {name:<10}{command.__doc__}" for name, command in group.items()]
+    lines += ["", "gpt COMMAND --help lists the options"]
+    lines += ["gpt --print-completion bash (or zsh) writes the shell's completion", ""]
+    return "\n".join(lines)
 
 
 @contextlib.contextmanager

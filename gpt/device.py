@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gpt.config import Device, Precision, UsageError, quoted
+from gpt.config import Device, Precision, UsageError, foreign, quoted
 
 DTYPES: dict[Precision, torch.dtype] = {
     "float32": torch.float32,
@@ -124,6 +124,28 @@ def cpu_class() -> str:
     return f"{name} with {', '.join(has)}" if has else name
 
 
+def processor_name() -> str:
+    """The processor's name as its maker gives it, or the kind of machine."""
+    with contextlib.suppress(OSError):
+        said = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        found = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", said, re.MULTILINE)
+        if found:
+            return foreign(found[1].strip())
+    return platform.processor() or platform.machine()
+
+
+def describe_machine() -> dict[str, str]:
+    """What a run records of the machine that it runs on."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "processor": f"{processor_name()}, {available_cores():g} cores, {cpu_class()}",
+        "memory": f"{memory(torch.device('cpu')) / 1e9:.0f} GB",
+        "GPUs": ", ".join(f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next allocation.
 
@@ -175,6 +197,28 @@ def memory(device: torch.device) -> int:
         soft, _ = resource.getrlimit(resource.RLIMIT_AS)
         limits += [] if soft == resource.RLIM_INFINITY else [soft]
     return min(limits)
+
+
+def free_memory() -> int:
+    """Bytes of the host's memory that are free, or that programs would give back for it."""
+    free = memory(torch.device("cpu"))
+    with contextlib.suppress(OSError, AttributeError):
+        said = Path("/proc/meminfo").read_text(encoding="ascii")
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", said, re.MULTILINE)
+        free = min(free, 1024 * int(found[1]) if found else free)
+    return free
+
+
+def available_cores() -> float:
+    """Cores that this process may use: those of its affinity, or the share that its container
+    has.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores: float = len(affinity(0)) if affinity else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        cores = min(cores, int(quota) / int(period))  # "max" is no number
+    return cores
 
 
 def check_memory(what: str, needed: float, device: torch.device, *, advice: str) -> None:

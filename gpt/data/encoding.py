@@ -25,17 +25,6 @@ class Encoded(NamedTuple):
     """The end-of-text behind the document included."""
     keys: list[bytes]
 
-    def counts(self) -> dict[str, int]:
-        """What it adds to the counts of a corpus, if it is kept."""
-        text, split = self.piece.text, self.piece.split
-        found = {"characters": len(text), "tokens": len(self.ids)}
-        found["bytes"] = len(text.encode(errors="surrogatepass"))
-        if self.piece.begins:
-            found |= {"documents": 1, "kept": 1}
-        if self.piece.ends:
-            found[f"{split} documents"] = 1
-        return found
-
 
 def encoded(
     read: Iterable[Piece],

@@ -64,6 +64,23 @@ Mistral Nemo's (``tekken``), BLOOM's. Two are for texts that these split badly:
   token at every depth.
 """
 
+MARK = "\0"
+_MARKED_WORDS = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}\x00]?\p{L}+|%s| ?[^\s\p{L}\p{N}\x00]+[\r\n]*"
+    r"|\s*[\r\n]|\s+|\x00"
+)
+MARKED_PATTERNS = {
+    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}\x00]+|\s+|\x00",
+    "llama3": _MARKED_WORDS % r"\p{N}{1,3}",
+    "cl100k": _MARKED_WORDS % r"\p{N}{1,3}",
+    "qwen2": _MARKED_WORDS % r"\p{N}",
+}
+"""The same pieces without look-ahead, for a text that has a ``MARK`` before the last white-space
+character of each run before a word (``gpt.data.marks``). Each mark is a piece of its own.
+"""
+LINE_ENDS_ARE_CUT = frozenset({"gpt2"})
+"""Patterns in which a line's end before a word is cut from the white space before it."""
+
 Step = tuple[str, str | bool]
 _BYTES: Step = ("ByteLevel", False)
 """The bytes of each piece, which is not split again."""

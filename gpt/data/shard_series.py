@@ -1,11 +1,16 @@
 """Several shards that are written one after the other, and can be continued where they were."""
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpt.data import tokenizer as tokenizers
+import numpy as np
+
+from gpt.data.encoding import Encoded
+from gpt.data.pieces import SPLITS, Split
 from gpt.data.shards import ShardWriter
-from gpt.data.tokenizer import Ids, Tokenizer
+from gpt.data.tokenizer import Ids
 
 
 class ShardSeries:
@@ -15,15 +20,18 @@ class ShardSeries:
         self,
         folder: Path,
         name: str,
-        tokenizer: Tokenizer,
+        *,
+        vocab_size: int,
+        tokenizer: bytes,
         corpus: bytes,
         shard_tokens: int,
         state: dict[str, Any],
     ) -> None:
-        """The files are called ``name`` and a number; ``state`` comes from :meth:`flush`."""
+        """The files are called ``name`` and a number. ``tokenizer`` and ``corpus`` are the
+        fingerprints for their headers; ``state`` comes from :meth:`flush`.
+        """
         self.folder, self.name, self.shard_tokens = folder, name, shard_tokens
-        self.vocab_size, self.corpus = tokenizer.vocab_size, corpus
-        self.tokenizer = tokenizers.fingerprint(tokenizer)
+        self.vocab_size, self.tokenizer, self.corpus = vocab_size, tokenizer, corpus
         self.closed: list[dict[str, Any]] = state.get("closed", [])
         self.open = self._new(tuple(state.get("open", (0, 0))))
 
@@ -65,3 +73,30 @@ class ShardSeries:
     def abandon(self) -> None:
         """Close the file without a header, if it is still open."""
         self.open.close()
+
+
+def write_block(
+    block: Sequence[Encoded], series: Mapping[Split, ShardSeries], counts: Counter[str]
+) -> None:
+    """Append the pieces to the shards of their splits, and add them to the ``counts``."""
+    begun = sum(each.piece.begins for each in block)
+    texts = [each.piece.text for each in block]
+    added = {
+        "characters": sum(map(len, texts)),
+        "tokens": sum(len(each.ids) for each in block),
+        "bytes": sum(
+            len(t) if t.isascii() else len(t.encode(errors="surrogatepass")) for t in texts
+        ),
+        "documents": begun,
+        "kept": begun,
+    }
+    for split in SPLITS:
+        own = [each for each in block if each.piece.split == split]
+        if own:
+            series[split].write(np.concatenate([each.ids for each in own]))
+            added[f"{split} documents"] = sum(each.piece.ends for each in own)
+    counts.update(added)
+
+
+def _n_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))

@@ -45,6 +45,7 @@ def build_model(
     """
     if isinstance(start, GPT):
         model = start
+        model.config.check_learns()
     else:
         with torch.device("meta" if strategy == "fsdp" else "cpu"):
             model = GPT(start)

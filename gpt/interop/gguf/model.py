@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gpt.config import ModelConfig, UsageError, Weights, foreign, quoted
+from gpt.config import ModelConfig, UsageError, Weights, foreign, nearest, quoted
 from gpt.device import check_memory
+from gpt.files import about
 from gpt.generation.frozen import freeze_matrices
 from gpt.generation.inference import InferenceGPT, choose_weights
 from gpt.generation.quantisation import GGUF_BLOCKS, Matrix
@@ -38,17 +39,8 @@ def described(path: Path) -> Source:
     incomplete or not supported.
     """
     file = GGUF(path)
-    with _named(path):
+    with about(path):
         return _described(file)
-
-
-@contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Let a ``UsageError`` about the content of the file begin with its ``path``."""
-    try:
-        yield
-    except UsageError as error:
-        raise UsageError(f"{foreign(path)}: {error}") from None
 
 
 def _described(file: GGUF) -> Source:
@@ -60,7 +52,10 @@ def _described(file: GGUF) -> Source:
         raise UsageError("it is one of several parts; merge them with llama.cpp's llama-gguf-split")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise UsageError(f"general.architecture is {quoted(name)}, and must be one of {known}")
+        raise UsageError(
+            f"general.architecture is {quoted(name)}, and must be one of {known}"
+            f"{nearest(name, ARCHITECTURES)}"
+        )
     shapes = {tensor: entry.shape for tensor, entry in file.tensors.items()}
     config = config_of(name, file.metadata, shapes)
     if config.n_layer != n_layers(shapes):
@@ -137,7 +132,7 @@ def load_dense(
         advice="use a smaller model, or its weights as they are in the file",
     )
     weights: dict[str, Tensor] = {}
-    with _named(source.file.path), source.file.open() as data:
+    with about(source.file.path), source.file.open() as data:
         for name, held in source.rows.items():
             shape = model.get_parameter(name).shape
             weights[name] = dense(data, held, shape, dtype=dtype, device=device)
@@ -197,7 +192,7 @@ def load_frozen(source: Source) -> GPT:
     linear = {f"{name}.weight" for name in adaptable(model)}
     matrices: dict[str, Matrix] = {}
     tensors: dict[str, Tensor] = {}
-    with _named(source.file.path), source.file.open() as data, _one_thread():
+    with about(source.file.path), source.file.open() as data, _one_thread():
         for name, held in source.rows.items():
             shape = model.get_parameter(name).shape
             blocks = _blocks(data, held) if name in linear else None
@@ -226,7 +221,7 @@ def load_as_stored(source: Source, *, device: torch.device | str) -> InferenceGP
     device, config = torch.device(device), source.model.config
     matrices: dict[str, Matrix] = {}
     tensors: dict[str, Tensor] = {}
-    with _named(source.file.path), source.file.open() as data, _one_thread():
+    with about(source.file.path), source.file.open() as data, _one_thread():
         for name, held in source.rows.items():
             shape = source.model.get_parameter(name).shape
             if len(shape) == 1 or name == "position.weight":
