@@ -11,37 +11,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from gpt.cli import COMMANDS
+from gpt.commands.completion import SCHEMAS
 from gpt.commands.tokenizer import COMMANDS as TOKENIZER_COMMANDS
-from gpt.config import (
-    EvaluateConfig,
-    ExportConfig,
-    InspectConfig,
-    PrepareConfig,
-    SampleConfig,
-    ServeConfig,
-    TrainConfig,
-)
-from gpt.config.tokenizer import (
-    TokenizerCompareConfig,
-    TokenizerExportConfig,
-    TokenizerShowConfig,
-    TokenizerTrainConfig,
-)
 
 PAGE = Path(__file__).with_suffix(".md")
-SCHEMAS = {
-    "train": TrainConfig,
-    "sample": SampleConfig,
-    "prepare": PrepareConfig,
-    "inspect": InspectConfig,
-    "export": ExportConfig,
-    "evaluate": EvaluateConfig,
-    "tokenizer train": TokenizerTrainConfig,
-    "tokenizer compare": TokenizerCompareConfig,
-    "tokenizer show": TokenizerShowConfig,
-    "tokenizer export": TokenizerExportConfig,
-    "serve": ServeConfig,
-}
 DESCRIPTIONS = {name: command.__doc__ for name, command in COMMANDS.items()}
 DESCRIPTIONS |= {
     f"tokenizer {name}": command.__doc__ for name, command in TOKENIZER_COMMANDS.items()

@@ -25,7 +25,9 @@ from gpt.config import (
     EvaluateConfig,
     ExportConfig,
     InspectConfig,
+    PlanConfig,
     PrepareConfig,
+    ReportConfig,
     SampleConfig,
     TrainConfig,
     UsageError,
@@ -89,6 +91,12 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "gpt") -> int:
 def _run(command: str, words: Sequence[str], prog: str) -> int:
     if command in ("-h", "--help"):
         sys.stdout.write(_usage())
+        return 0
+    if command == "--print-completion" or command.startswith("--print-completion="):
+        from gpt.commands.completion import script
+
+        given = command.partition("=")[2] or (words[0] if words else "")
+        sys.stdout.write(script(given))
         return 0
     if command not in COMMANDS:
         known = ", ".join(COMMANDS)
@@ -177,6 +185,7 @@ def train(words: Sequence[str], prog: str) -> int:
                     prog=prog,
                     default=CONFIGS / "shakespeare.toml",
                     init=CONFIGS / "finetune.toml",
+                    schema=TrainConfig,
                 )
         except UsageError:
             if tells:
@@ -350,12 +359,36 @@ def doctor(words: Sequence[str], prog: str) -> int:
     return run(config)
 
 
+def plan(words: Sequence[str], prog: str) -> int:
+    """Say what a training run needs before it starts: memory, time, GPUs, the line to type."""
+    with _starting():
+        config, settings = parse_training(
+            words,
+            prog=prog,
+            default=CONFIGS / "shakespeare.toml",
+            init=CONFIGS / "finetune.toml",
+            schema=PlanConfig,
+        )
+        from gpt.commands.plan import plan as run
+
+    return run(config, settings, words)
+
+
+def report(words: Sequence[str], prog: str) -> int:
+    """Write a page about runs: curves over each other, settings, samples."""
+    with _starting():
+        config = parse(ReportConfig, words, prog=prog)
+        from gpt.commands.report import report as run
+
+    return run(config)
+
+
 Command = Callable[[Sequence[str], str], int]
 GROUPS: dict[str, dict[str, Command]] = {
     "what most people need": {"train": train, "sample": sample, "serve": serve},
     "texts": {"prepare": prepare, "inspect": inspect, "tokenizer": tokenizer},
     "models": {"evaluate": evaluate, "export": export},
-    "runs and machines": {"doctor": doctor},
+    "runs and machines": {"plan": plan, "report": report, "doctor": doctor},
 }
 """The commands by what they are for, the most used first."""
 COMMANDS: dict[str, Command] = {
@@ -368,7 +401,9 @@ def _usage() -> str:
     for title, group in GROUPS.items():
         lines += ["", f"{title}:"]
         lines += [f"  {name:<10}{command.__doc__}" for name, command in group.items()]
-    return "\n".join([*lines, "", "gpt COMMAND --help lists the options", ""])
+    lines += ["", "gpt COMMAND --help lists the options"]
+    lines += ["gpt --print-completion bash (or zsh) writes the shell's completion", ""]
+    return "\n".join(lines)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gpt.config import Device, Precision, UsageError, quoted
+from gpt.config import Device, Precision, UsageError, foreign, quoted
 
 DTYPES: dict[Precision, torch.dtype] = {
     "float32": torch.float32,
@@ -122,6 +122,28 @@ def cpu_class() -> str:
     }
     has = [extra for extra, there in extras.items() if there]
     return f"{name} with {', '.join(has)}" if has else name
+
+
+def processor_name() -> str:
+    """The processor's name as its maker gives it, or the kind of machine."""
+    with contextlib.suppress(OSError):
+        said = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        found = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", said, re.MULTILINE)
+        if found:
+            return foreign(found[1].strip())
+    return platform.processor() or platform.machine()
+
+
+def describe_machine() -> dict[str, str]:
+    """What a run records of the machine that it runs on."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "processor": f"{processor_name()}, {available_cores():g} cores, {cpu_class()}",
+        "memory": f"{memory(torch.device('cpu')) / 1e9:.0f} GB",
+        "GPUs": ", ".join(f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def keep_freed_memory() -> None:

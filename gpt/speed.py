@@ -26,7 +26,7 @@ def product_flops(dtype: torch.dtype, device: torch.device | str = "cpu") -> flo
 
 
 def best_seconds(function: Callable[[], object]) -> float:
-    """Seconds of the fastest of the calls that fit into :data:`SECONDS`, after one that warms up."""
+    """Seconds of the fastest call in :data:`SECONDS`, after one that warms up."""
     function()
     best, end = float("inf"), time.perf_counter() + SECONDS
     while True:

@@ -1,10 +1,8 @@
 """The machine, for ``gpt doctor``: processor, compiler, threads, memory, GPUs, disk."""
 
-import contextlib
 import functools
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +24,7 @@ from gpt.device import (
     free_memory,
     memory,
     peak_flops,
+    processor_name,
 )
 from gpt.speed import product_flops, read_bandwidth
 
@@ -40,16 +39,6 @@ def checks(folder: Path) -> Sequence[Callable[[], Finding | list[Finding]]]:
     """The checks, in the order of the output."""
     disk = functools.partial(_disk, folder)
     return _python, _processor, _compiler, _kernels, _torch, _threads, _memory, _speed, _gpus, disk
-
-
-def processor_name() -> str:
-    """The processor's name as its maker gives it, or the kind of machine."""
-    with contextlib.suppress(OSError):
-        said = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-        found = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", said, re.MULTILINE)
-        if found:
-            return foreign(found[1].strip())
-    return platform.processor() or platform.machine()
 
 
 def _python() -> Finding:

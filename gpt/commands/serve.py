@@ -5,9 +5,13 @@ import os
 import shlex
 import socket
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from gpt.config import ServeConfig, UsageError, foreign, parse
+from gpt.config import CacheFormat, ServeConfig, UsageError, foreign, parse
 from gpt.console import tell
+
+if TYPE_CHECKING:
+    from gpt.model.gpt import GPT
 
 
 def serve(words: Sequence[str], prog: str) -> int:
@@ -36,13 +40,17 @@ def serve(words: Sequence[str], prog: str) -> int:
         model = load(config.model, device=device, weights=config.weights, say=tell)
         context = model.model.config.context_length
         length = min(config.max_length or context, context)
-        rows = rows_that_fit(model.model, config.batch_size, length)
+        if config.cache == "bfloat16":
+            store_in_bfloat16(model.model)
+        stored_as: CacheFormat = "int8" if config.cache == "int8" else "float"
+        rows = rows_that_fit(model.model, config.batch_size, length, stored_as)
         generate(model, max_new_tokens=2, past_context="stop")  # kernels are compiled here
         engine = Engine(
             model,
             batch_size=rows,
             queue=config.queue,
             prefix_bytes=config.prefix_cache << 20,
+            cache=stored_as,
             say=tell,
         )
         app = Server(engine, model, config, length).app()
@@ -64,6 +72,19 @@ def serve(words: Sequence[str], prog: str) -> int:
         finally:
             engine.stop()
     return 0
+
+
+def store_in_bfloat16(model: "GPT") -> None:
+    """Let the model's caches store bfloat16; ``UsageError`` where the device only emulates it."""
+    import torch
+
+    from gpt.device import choose_precision
+
+    if choose_precision("auto", model.device) != torch.bfloat16:
+        raise UsageError(
+            f"cache is bfloat16, for which {model.device} has no instructions; choose float or int8"
+        )
+    model.cache_dtype = torch.bfloat16
 
 
 def _key_from_environment() -> list[str]:

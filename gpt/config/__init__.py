@@ -50,7 +50,7 @@ from gpt.config.model import (
 from gpt.config.objective import Baseline, ObjectiveConfig, ObjectiveKind
 from gpt.config.serving import ServeConfig
 from gpt.config.toml import parse, parse_training, to_toml, toml_tokens
-from gpt.config.tools import DoctorConfig
+from gpt.config.tools import DoctorConfig, Gpu, PlanConfig, ReportConfig
 from gpt.config.training import (
     CheckpointConfig,
     Device,
@@ -86,6 +86,7 @@ __all__ = [
     "EvaluationConfig",
     "ExportConfig",
     "GenerationConfig",
+    "Gpu",
     "Initial",
     "InspectConfig",
     "LogConfig",
@@ -98,9 +99,11 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "Pattern",
+    "PlanConfig",
     "PositionScheme",
     "Precision",
     "PrepareConfig",
+    "ReportConfig",
     "RotaryScaling",
     "RouterScore",
     "SampleConfig",

@@ -3,6 +3,7 @@
 import ipaddress
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from gpt.config.checks import UsageError, check, number, quoted
 from gpt.config.commands import Weights
@@ -39,6 +40,9 @@ class ServeConfig:
     prefix_cache: int = number(256, at_least=0)
     """Memory for what earlier requests began with, in MiB. A conversation's next turn reads only
     what is new."""
+    cache: Literal["float", "bfloat16", "int8"] = "float"
+    """Format of keys and values. float: the weights' own; bfloat16: half of float32, on processors
+    with instructions for it; int8: 8 bits, which rounds them."""
     allow_origin: tuple[str, ...] = ()
     """Web pages that may use the server, such as https://example.com. Others may not."""
     device: Device = "auto"

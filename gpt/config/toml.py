@@ -25,6 +25,7 @@ from gpt.config.model import with_present_names
 from gpt.config.training import TrainConfig, run_of
 
 T = TypeVar("T")
+C = TypeVar("C", bound=TrainConfig)
 
 
 def parse(schema: type[T], arguments: Sequence[str], *, prog: str, toml: Path | None = None) -> T:
@@ -111,9 +112,10 @@ def _names(schema: type[Any], group: str = "") -> Iterator[str]:
 
 
 def parse_training(
-    arguments: Sequence[str], *, prog: str, default: Path, init: Path
-) -> tuple[TrainConfig, Path]:
-    """The configuration of ``train.py``, and the TOML file that it comes from.
+    arguments: Sequence[str], *, prog: str, default: Path, init: Path, schema: type[C]
+) -> tuple[C, Path]:
+    """The configuration of ``train.py`` (``schema`` is it, or has more options), and the TOML file
+    that it comes from.
 
     This is the file that the user names. Otherwise it is the run's own file if the run is resumed,
     the preset ``init`` with ``--init``, and else ``default``. A ``config.toml`` in a run's folder
@@ -124,7 +126,7 @@ def parse_training(
         path = Path(words[0])
         if path.name == "config.toml" and (path.parent / "tokenizer.json").is_file():
             words[1:1] = ["--run_dir", str(path.parent)]
-        return parse(TrainConfig, words, prog=prog), path
+        return parse(schema, words, prog=prog), path
     given = _peek(words)
     run = run_of(given.run_dir, given.source)
     if given.resume and (run / "config.toml").is_file():
@@ -132,7 +134,7 @@ def parse_training(
         words = ["--run_dir", str(run), *words]
     else:
         path = init if given.init else default
-    return parse(TrainConfig, words, prog=prog, toml=path), path
+    return parse(schema, words, prog=prog, toml=path), path
 
 
 def _peek(words: Sequence[str]) -> argparse.Namespace:

@@ -113,6 +113,8 @@ def open_corpus(
         say(f"{field} {source} is the file in this folder, not the named corpus")
     if not mode and (found := _matched(path)):
         return _files(found, reading, field)
+    if not mode and glob.has_magic(source):
+        raise UsageError(f"{field} is {quoted(source)}, which no file matches")
     if not mode:
         raise UsageError(
             f"{field} is {quoted(source)}, which is not a file, a folder or a named corpus "

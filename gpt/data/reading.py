@@ -1,6 +1,7 @@
 """How files become documents and records, and what is said of those that cannot be read."""
 
 import codecs
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,17 +61,32 @@ _OTHERS = {
     **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar"), _PACKED),
 }
 """What files are that people take for texts, by their names' endings."""
+_PACKED_AS = "is compressed; decompress it, or let its name end in"
+_BEGINNINGS = {
+    b"%PDF": _OTHERS[".pdf"],
+    b"PK\x03\x04": _PACKED,
+    b"PAR1": "is a Parquet file; set data.format to parquet",
+    b"\x1f\x8b": f"{_PACKED_AS} .gz",
+    b"BZh": f"{_PACKED_AS} .bz2",
+    b"\xfd7zXZ": f"{_PACKED_AS} .xz",
+    b"\x28\xb5\x2f\xfd": f"{_PACKED_AS} .zst",
+}
+"""The same by what they begin with."""
 
 
 def _other(path: Path) -> UsageError | None:
-    """The error for a file that is no text by its name."""
-    kind = next((_OTHERS[each] for each in map(str.lower, path.suffixes) if each in _OTHERS), None)
-    return UsageError(f"{foreign(path)} {kind}, or leave it out") if kind else None
+    """The error for a file that is no text, by its name or its beginning."""
+    kinds = [_OTHERS[each] for each in map(str.lower, path.suffixes) if each in _OTHERS]
+    if not kinds and path.suffix.lower() not in COMPRESSIONS:
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            begins = file.read(8)
+            kinds = [what for mark, what in _BEGINNINGS.items() if begins.startswith(mark)]
+    return UsageError(f"{foreign(path)} {kinds[0]}, or leave it out") if kinds else None
 
 
 def not_utf8(path: Path, error: UnicodeDecodeError, start: int, where: str) -> UsageError:
     """The error for bytes that are not UTF-8; ``error.object`` begins at byte ``start``."""
-    if other := _other(path):
+    if where == "byte" and (other := _other(path)):
         return other
     marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     at_start = start + error.start == 0 and error.object.startswith(marks)

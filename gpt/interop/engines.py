@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from gpt.config import UsageError, foreign, quoted
-from gpt.data.byte_characters import byte_characters
+from gpt.data.byte_characters import bytes_of_characters
 from gpt.data.byte_pair import END_OF_TEXT, GPT2Tokenizer
-from gpt.data.library_tokenizer import LibraryTokenizer, check_definition
+from gpt.data.library_definition import check_definition
+from gpt.data.library_tokenizer import LibraryTokenizer
 from gpt.interop.tokenizer_settings import Settings, added_tokens
 
 
@@ -36,12 +37,12 @@ def byte_pair(
 ) -> GPT2Tokenizer:
     """The tokenizer of a byte-level vocabulary, which tiktoken computes.
 
-    The file at ``path`` has the tokens ``vocab``, spelled with :func:`byte_characters`. Raises
-    ``OtherEngineError`` if tiktoken would not give the same ids, and ``UsageError`` if the
+    The file at ``path`` has the tokens ``vocab``, in the spelling of byte-level vocabularies.
+    Raises ``OtherEngineError`` if tiktoken would not give the same ids, and ``UsageError`` if the
     vocabulary is broken.
     """
     where = foreign(path)
-    bytes_of = {character: byte for byte, character in byte_characters().items()}
+    bytes_of = bytes_of_characters()
     named = special | added
     if END_OF_TEXT in vocab and END_OF_TEXT not in named:
         special = special | {END_OF_TEXT: vocab[END_OF_TEXT]}

@@ -7,6 +7,7 @@ passes no cache and pays nothing for its existence.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -255,8 +256,7 @@ class GPT(nn.Module):
         """
         tables = {id(m.weight) for m in (self.embed, self.head)}
         tables |= {id(p) for p in self.position.parameters()}
-        values = (block.attn.values for block in self.blocks)
-        tables |= {id(embedding.weight) for embedding in values if embedding is not None}
+        tables |= {id(m.weight) for m in self.blocks.modules() if isinstance(m, nn.Embedding)}
         return sum(p.numel() for p in self.parameters() if embeddings or id(p) not in tables)
 
     def flops_per_token(self) -> int:
@@ -276,7 +276,7 @@ def parameter_count(config: ModelConfig) -> int:
     """How many parameters a :class:`GPT` of this shape has, a tied head counted once, without
     building it: an absurd ``n_layer`` costs nothing. At least 2**63 if torch cannot count them.
     """
-    plain = {"value_embeddings": 0, "skip_embedding": False, "skip_layers": False}
+    plain: dict[str, Any] = {"value_embeddings": 0, "skip_embedding": False, "skip_layers": False}
     try:
         with torch.device("meta"):
             one, two = (

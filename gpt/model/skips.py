@@ -1,5 +1,6 @@
-"""Skip connections around blocks: from the first block's input, and from the first half of the blocks
-to the second (U-net, arXiv:1505.04597; in language models, https://github.com/KellerJordan/modded-nanogpt).
+"""Skip connections around blocks: from the first block's input to each, and from the first half of
+the blocks to the second (U-net, arXiv:1505.04597). https://github.com/KellerJordan/modded-nanogpt
+has both in a language model.
 
 Their weights begin so that the model is the one without them.
 """
@@ -14,9 +15,9 @@ from gpt.model.shared import Shared
 
 
 class Skips(nn.Module):
-    """Runs the blocks. Before block ``l``, the stream ``x`` becomes ``stream[l] x + start[l] x0``
-    with ``skip_embedding``; with ``skip_layers``, block ``L - 1 - i`` also reads ``across[i]`` times
-    the output of block ``i``.
+    """Runs the blocks. With ``skip_embedding``, the stream ``x`` becomes
+    ``stream[l] x + start[l] x0`` before block ``l``. With ``skip_layers``, block ``L - 1 - i`` also
+    reads ``across[i]`` times the output of block ``i``.
     """
 
     def __init__(self, config: ModelConfig) -> None:

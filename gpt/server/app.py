@@ -5,7 +5,7 @@ import contextlib
 import functools
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio.to_thread
 from starlette.applications import Starlette
@@ -18,11 +18,13 @@ from starlette.types import ASGIApp
 from gpt.config import ServeConfig, UsageError, quoted
 from gpt.data.tokenizer import Tokenizer
 from gpt.files import parse_json
+from gpt.generation.attention_weights import attention_of_last
 from gpt.model.gpt import GPT
 from gpt.server import requests
 from gpt.server.engine import Engine, Event, Failure, FullError, Job
 from gpt.server.guard import Guard
 from gpt.server.openapi import description
+from gpt.server.page import PAGES, page_routes
 from gpt.server.responses import Answer, error_object, event
 from gpt.server.schema import RequestError
 
@@ -30,7 +32,8 @@ BODY_SECONDS = 30.0
 """How long a client may take to send its request."""
 STATUS = {"invalid": 400, "timeout": 504, "failed": 503}
 KIND = {"invalid": "invalid_request_error", "timeout": "timeout", "failed": "server_error"}
-Parse = Callable[[tuple[GPT, Tokenizer], Any, requests.Limits], requests.Request]
+T = TypeVar("T")
+Parse = Callable[[tuple[GPT, Tokenizer], Any, requests.Limits], T]
 
 
 class Server:
@@ -48,6 +51,8 @@ class Server:
     def app(self) -> ASGIApp:
         """The application."""
         routes = [
+            *page_routes(),
+            Route("/v1/attention", self.attention, methods=["POST"]),
             Route("/v1/completions", self.completions, methods=["POST"]),
             Route("/v1/chat/completions", self.chat_completions, methods=["POST"]),
             Route("/v1/models", self.models),
@@ -64,6 +69,7 @@ class Server:
             host=self.config.host if self.config.is_local else None,
             origins=self.config.allow_origin,
             paths=[route.path for route in routes],
+            open_paths=PAGES,
         )
 
     async def completions(self, request: Request) -> Response:
@@ -73,6 +79,21 @@ class Server:
     async def chat_completions(self, request: Request) -> Response:
         """Answer a conversation."""
         return await self._answer(request, requests.chat)
+
+    async def attention(self, request: Request) -> Response:
+        """Where the last token of a text looks, by layer and head."""
+        try:
+            body = await _body(request, self.config.max_body)
+            call = functools.partial(self._parsed, requests.attention, body)
+            ids = await anyio.to_thread.run_sync(call, limiter=self._parsers)
+            found = self.engine.call(functools.partial(attention_of_last, self.model[0], ids))
+            weights = await asyncio.wrap_future(found)
+        except UsageError as error:
+            return _refused(error)
+        except FullError as error:
+            return _busy(error)
+        rounded = [[[round(w, 4) for w in head] for head in layer] for layer in weights.tolist()]
+        return JSONResponse({"object": "attention", "weights": rounded})
 
     async def models(self, request: Request) -> Response:
         """The one model."""
@@ -91,7 +112,10 @@ class Server:
 
     def _model(self) -> dict[str, Any]:
         about = {"id": self.limits.name, "object": "model", "created": self.created}
-        return {**about, "owned_by": "gpt", "max_model_len": self.limits.length}
+        has_chat = self.model[1].chat is not None
+        return {
+            **about, "owned_by": "gpt", "max_model_len": self.limits.length, "has_chat": has_chat,
+        }  # fmt: skip
 
     async def health(self, request: Request) -> Response:
         """Whether the model's thread runs."""
@@ -114,7 +138,7 @@ class Server:
         """The description of this interface."""
         return JSONResponse(description())
 
-    async def _answer(self, request: Request, parse: Parse) -> Response:
+    async def _answer(self, request: Request, parse: Parse[requests.Request]) -> Response:
         try:
             self.engine.check_room()
             body = await _body(request, self.config.max_body)
@@ -124,24 +148,16 @@ class Server:
             job = self._job(asked, events)
             answer = Answer(asked, job, self.model[1], self.limits.name)
             self.engine.submit(job)
-        except RequestError as error:
-            content = error_object(
-                str(error), "invalid_request_error", param=error.param, code=error.code
-            )
-            headers = {"Connection": "close"} if error.status in (408, 413) else {}
-            return JSONResponse(content, error.status, headers)
         except UsageError as error:
-            content = error_object(str(error), "invalid_request_error")
-            return JSONResponse(content, 400)
+            return _refused(error)
         except FullError as error:
-            content = error_object(str(error), "rate_limit_error", code="rate_limit_exceeded")
-            return JSONResponse(content, 429, {"Retry-After": str(error.seconds)})
+            return _busy(error)
         if asked.stream:
             pieces = self._stream(answer, job, events)
             return StreamingResponse(pieces, media_type="text/event-stream")
         return await self._whole(request, answer, job, events)
 
-    def _parsed(self, parse: Parse, body: bytes) -> requests.Request:
+    def _parsed(self, parse: Parse[T], body: bytes) -> T:
         try:
             text = body.decode()
         except UnicodeDecodeError as error:
@@ -242,6 +258,20 @@ async def _body(request: Request, most: int) -> bytes:
     if size > most:
         raise RequestError(f"the request has more than {most:,} bytes", status=413)
     return b"".join(parts)
+
+
+def _refused(error: UsageError) -> Response:
+    """The answer to a request that is wrong."""
+    if not isinstance(error, RequestError):
+        return JSONResponse(error_object(str(error), "invalid_request_error"), 400)
+    content = error_object(str(error), "invalid_request_error", param=error.param, code=error.code)
+    headers = {"Connection": "close"} if error.status in (408, 413) else {}
+    return JSONResponse(content, error.status, headers)
+
+
+def _busy(error: FullError) -> Response:
+    content = error_object(str(error), "rate_limit_error", code="rate_limit_exceeded")
+    return JSONResponse(content, 429, {"Retry-After": str(error.seconds)})
 
 
 def _failure(failure: Failure) -> dict[str, Any]:

@@ -11,9 +11,11 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Collection
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
-from gpt.config import GenerationConfig, UsageError
+from gpt.config import CacheFormat, GenerationConfig, UsageError
 from gpt.data.tokenizer import Tokenizer, ends_of
 from gpt.generation.checks import check_cache, check_prompt
 from gpt.generation.decode import Decoder, Token
@@ -23,6 +25,7 @@ from gpt.model.gpt import GPT
 from gpt.server.metrics import Metrics
 from gpt.server.prefix_cache import PrefixCache
 
+T = TypeVar("T")
 PART = 256
 """Tokens of a prompt that are read between two steps of other sequences."""
 PART_ALONE = 1024
@@ -114,28 +117,31 @@ class Engine:
         batch_size: int = MOST_ROWS,
         queue: int = 64,
         prefix_bytes: int = 256 << 20,
+        cache: CacheFormat = "float",
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         """``queue`` jobs may wait while ``batch_size`` sequences run. ``prefix_bytes`` is the bound
-        of the prefix cache. ``say`` is told about steps that failed.
+        of the prefix cache. ``cache`` is the format of keys and values. ``say`` is told about
+        steps that failed.
         """
         self.model, self.tokenizer = model
-        self.batch_size, self.queue = batch_size, queue
+        self.batch_size, self.queue, self._cache = batch_size, queue, cache
         self.metrics, self.say = Metrics(), say
-        self.prefixes = PrefixCache(self.model, prefix_bytes)
+        self.prefixes = PrefixCache(self.model, prefix_bytes, stored_as=cache)
         self._ends = ends_of(self.tokenizer)
         self._decoder = self._new_decoder()
         self._waiting: deque[_Sequence] = deque()
         self._running: dict[int, _Sequence] = {}  # by the decoder's number
         self._changed = threading.Condition()
         self._coming: deque[list[_Sequence]] = deque()  # each a job that the thread has not seen
+        self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
 
     def _new_decoder(self) -> Decoder:
         return Decoder(
             self.model,
-            GenerationConfig(past_context="stop"),
+            GenerationConfig(past_context="stop", cache=self._cache),
             batch_size=self.batch_size,
             vocab_size=self.tokenizer.vocab_size,
             end_of_text=self._ends,
@@ -185,6 +191,18 @@ class Engine:
             job.is_over = True
             self._changed.notify()
 
+    def call(self, function: Callable[[], T]) -> "Future[T]":
+        """Run a function in the model's thread, between two steps. :class:`FullError` if too many
+        wait.
+        """
+        future: Future[T] = Future()
+        with self._changed:
+            if self._stopping or len(self._calls) >= max(1, self.queue):
+                raise FullError(1)
+            self._calls.append((future, function))
+            self._changed.notify()
+        return future
+
     @property
     def running(self) -> int:
         """Sequences in the batch."""
@@ -207,18 +225,27 @@ class Engine:
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not (self._stopping or self._coming or self._waiting or self._running):
+                while not (
+                    self._stopping or self._coming or self._waiting or self._running or self._calls
+                ):
                     self._changed.wait()
                 while self._coming:
                     self._waiting.extend(self._coming.popleft())
                 if self._stopping:
                     break
+                called = self._calls.popleft() if self._calls else None
+            if called is not None:
+                _settle(*called)
+            if not (self._waiting or self._running):
+                continue
             try:
                 self._step()
             except Exception as error:  # the thread must outlive every request
                 self._fail_all(error)
         for sequence in [*self._waiting, *self._running.values()]:
             self._fail(sequence.job, Failure("the server is shutting down", "failed"))
+        for future, _ in self._calls:
+            future.cancel()
 
     def _sequences_of(self, job: Job) -> list[_Sequence]:
         made = []
@@ -329,19 +356,29 @@ class Engine:
         self._decoder = self._new_decoder()
 
 
-def rows_that_fit(model: GPT, wanted: int, length: int) -> int:
+def _settle(future: "Future[T]", function: Callable[[], T]) -> None:
+    """Give the future the function's result, or its error."""
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(function())
+    except Exception as error:  # the thread must outlive it
+        future.set_exception(error)
+
+
+def rows_that_fit(model: GPT, wanted: int, length: int, cache: CacheFormat = "float") -> int:
     """The number of sequences of ``length`` tokens to continue at once: ``wanted``, or if that is
     0, :data:`MOST_ROWS` or as many as half of the memory has room for. ``UsageError`` if there is
     no memory for that many.
     """
     if wanted:
-        check_cache(model, wanted, length)
+        check_cache(model, wanted, length, cache)
         return wanted
     for rows in range(MOST_ROWS, 1, -1):
         try:
-            check_cache(model, 2 * rows, length)
+            check_cache(model, 2 * rows, length, cache)
         except UsageError:
             continue
         return rows
-    check_cache(model, 1, length)
+    check_cache(model, 1, length, cache)
     return 1

@@ -42,14 +42,16 @@ class Guard:
         host: str | None = None,
         origins: Collection[str] = (),
         paths: Collection[str] = (),
+        open_paths: Collection[str] = (),
     ) -> None:
         """``host`` is the address of a server that only this machine reaches. The pages of
-        ``origins`` may use it. ``paths`` are those that are counted by name.
+        ``origins`` may use it. ``paths`` are those that are counted by name, and ``open_paths``
+        need no key.
         """
         self.app, self.metrics, self.paths = app, metrics, paths
         self._key = f"Bearer {api_key}".encode() if api_key else b""
         self._names = None if host is None else {*LOCAL_NAMES, host}
-        self._origins = origins
+        self._origins, self._open = origins, {*OPEN_PATHS, *open_paths}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or refuse it."""
@@ -96,7 +98,7 @@ class Guard:
             }
             return Response(status_code=204, headers=allowed)
         given = headers.get("authorization", "").encode()
-        if self._key and scope["path"] not in OPEN_PATHS:
+        if self._key and scope["path"] not in self._open:
             if not given:
                 return _refused("the API key is missing: send Authorization: Bearer KEY", 401)
             if not hmac.compare_digest(given, self._key):

@@ -3,11 +3,12 @@
 from typing import Any
 
 import gpt
-from gpt.server.requests import CHAT, COMPLETION
+from gpt.server.requests import ATTENTION, CHAT, COMPLETION
 
 _POSTS = {
     "/v1/completions": ("Continue one or several prompts", "Completion", COMPLETION),
     "/v1/chat/completions": ("Answer a conversation", "Chat", CHAT),
+    "/v1/attention": ("Where the last token of a text looks", "Attention", ATTENTION),
 }
 _GETS = {
     "/v1/models": "The model",

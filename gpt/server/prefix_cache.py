@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gpt.config import CacheFormat
 from gpt.generation.logprobs import Describer, TokenDetails
 from gpt.generation.prefill import evaluation_mode, read
 from gpt.generation.prefix import WORTH_SHARING, common
@@ -40,8 +41,8 @@ class PrefixCache:
 
     describer: Describer | None = None
 
-    def __init__(self, model: GPT, most_bytes: int) -> None:
-        self.model, self.most_bytes = model, most_bytes
+    def __init__(self, model: GPT, most_bytes: int, *, stored_as: CacheFormat = "float") -> None:
+        self.model, self.most_bytes, self.stored_as = model, most_bytes, stored_as
         self.details: list[TokenDetails] = []
         self.tokens_read = 0
         """Tokens that were read into entries alone, for the count of what the model reads."""
@@ -81,7 +82,7 @@ class PrefixCache:
             0 if entry is None else min(entry.known(np.array(p[:-1], np.int64)) for p in prompts)
         )
         if entry is None or known < WORTH_SHARING:
-            return self.model.new_cache(len(prompts), capacity=capacity)
+            return self.model.new_cache(len(prompts), capacity=capacity, stored_as=self.stored_as)
         self._entries[entry.number] = self._entries.pop(entry.number)
         capacity = max(capacity, entry.cache.length)
         cache = entry.cache.expand(len(prompts), capacity=capacity)

@@ -58,8 +58,9 @@ SHARED: dict[str, Schema] = {
     "min_p": one_of("number", minimum=0, maximum=1),
     "repetition_penalty": one_of("number", minimum=0.1, maximum=10),
     "min_tokens": one_of("integer", minimum=0),
+    "return_token_ids": one_of("boolean"),
 }
-"""The fields that both kinds of requests have; the last four are not OpenAI's."""
+"""The fields that both kinds of requests have; the last five are not OpenAI's."""
 IGNORED: dict[str, Schema] = {
     name: {}
     for name in (
@@ -115,13 +116,16 @@ CHAT = record(
         ),
         "modalities": one_of("array", items={"enum": ["text"]}),
         "chat_template_kwargs": one_of("object"),
+        "answer_token_ids": one_of("array", items={"type": "integer", "minimum": 0}),
         "tool_choice": one_of("string", enum=["none"]),
         "tools": one_of("array", maxItems=0),
         **IGNORED,
     },
     ("messages",),
 )
-
+ATTENTION = record({"token_ids": _IDS}, ("token_ids",))
+MOST_ATTENTION = 2048
+"""Tokens of a text whose attention is shown."""
 
 RESERVED = {"chat", "messages", "name", "add_generation_prompt"}
 """Names that a chat template gets from the server."""
@@ -142,6 +146,8 @@ class Request:
     echo: bool = False
     only_prompt: bool = False
     """Whether ``max_tokens`` is 0: the model's one token is left out."""
+    gives_ids: bool = False
+    """Whether the answer has the ids of all tokens."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +184,10 @@ def completion(model: tuple[GPT, Tokenizer], body: Any, limits: Limits) -> Reque
         one if isinstance(one, str) else model[1].decode_bytes(ids).decode(errors="replace")
         for one, ids in zip(listed, prompts, strict=True)
     ]
-    return Request(prompts, config, frozenset(), texts, False, *_streaming(given), echo, asked == 0)
+    gives_ids = bool(given.get("return_token_ids"))
+    return Request(
+        prompts, config, frozenset(), texts, False, *_streaming(given), echo, asked == 0, gives_ids
+    )
 
 
 def chat(model: tuple[GPT, Tokenizer], body: Any, limits: Limits) -> Request:
@@ -202,10 +211,24 @@ def chat(model: tuple[GPT, Tokenizer], body: Any, limits: Limits) -> Request:
         ids, ends = chat_prompt(model, messages, variables=variables)
     except UsageError as error:
         raise RequestError(str(error), param="messages") from None
-    prompts = [ids]
+    prompts = [[*ids, *_encoded(model[1], given.get("answer_token_ids", []))]]
     asked = given.get("max_completion_tokens", given.get("max_tokens", limits.length))
     config = _config(model, given, prompts, limits, asked, logprobs)
-    return Request(prompts, config, ends, [], True, *_streaming(given))
+    gives_ids = bool(given.get("return_token_ids"))
+    return Request(prompts, config, ends, [], True, *_streaming(given), gives_ids=gives_ids)
+
+
+def attention(model: tuple[GPT, Tokenizer], body: Any, limits: Limits) -> list[int]:
+    """The text in the ``body`` of ``/v1/attention``; :class:`RequestError` if it is wrong."""
+    check(body, ATTENTION)
+    ids = _encoded(model[1], body["token_ids"])
+    most = min(MOST_ATTENTION, limits.length)
+    if len(ids) > most:
+        raise RequestError(
+            f"token_ids has {len(ids):,} tokens, and attention is shown for up to {most:,}",
+            param="token_ids",
+        )
+    return ids
 
 
 def _given(body: Mapping[str, Any], limits: Limits) -> dict[str, Any]:

@@ -101,7 +101,7 @@ class Answer:
                 choice["message"] = {"role": "assistant", "content": text, "refusal": None}
             else:
                 choice["text"] = self._echoed(each) + text
-            choices.append(choice)
+            choices.append(choice | self._ids(each))
         kind = "chat.completion" if request.is_chat else "text_completion"
         return {**self._head, "object": kind, "choices": choices, "usage": self.usage()}
 
@@ -130,6 +130,7 @@ class Answer:
             choice["delta"] = {"content": text} if text else {}
         else:
             choice["text"] = (self._echoed(each) if self._told[number] == 0 else "") + text
+        choice |= self._ids(each, piece.tokens)
         self._told[number] = piece.tokens
         return self._chunk(choice)
 
@@ -165,6 +166,31 @@ class Answer:
         if request.is_chat:
             return {"content": [self._described(*one) for one in told], "refusal": None}
         return self._listed(told, self._offsets[number], has_first=bool(prompt))
+
+    def _ids(self, each: Completion, end: int | None = None) -> dict[str, Any]:
+        """The ids of a completion's tokens that were not told before, up to token ``end``, with
+        bytes and, if asked for, the likeliest others; at the beginning also those of its prompt.
+        """
+        if not self.request.gives_ids:
+            return {}
+        start, has_logprobs = self._told[self.index(each)], self.request.config.logprobs is not None
+        prompt: dict[str, Any] = {}
+        if start == 0:
+            prompt = {"prompt_tokens": [self._token(i) for i in self.job.prompts[each.prompt]]}
+        tokens = []
+        for number, token in enumerate(each.tokens[start:end], start):
+            one = self._token(token)
+            if has_logprobs:
+                one["logprob"] = max(each.logprobs[number], LEAST)
+                one["top"] = [
+                    self._token(i) | {"logprob": max(logprob, LEAST)}
+                    for i, logprob in each.top[number]
+                ]
+            tokens.append(one)
+        return {**prompt, "tokens": [] if self.request.only_prompt else tokens}
+
+    def _token(self, token: int) -> dict[str, Any]:
+        return {"id": token, "bytes": list(self._names.content(token))}
 
     def _described(
         self, token: int, logprob: float, top: Sequence[tuple[int, float]]

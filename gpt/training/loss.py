@@ -29,7 +29,7 @@ class _SummedLoss(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         ctx.save_for_backward(logits, targets)
         total = torch.zeros((), device=logits.device)
-        for rows, some in _chunks(logits, targets):
+        for rows, some in chunks(logits, targets):
             total += F.cross_entropy(rows.float(), some, reduction="sum", ignore_index=IGNORED)
         return total
 
@@ -37,7 +37,7 @@ class _SummedLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         logits, targets = ctx.saved_tensors
-        for rows, some in _chunks(logits, targets):
+        for rows, some in chunks(logits, targets):
             counted = some != IGNORED
             index = torch.where(counted, some, 0)[:, None]
             # d loss / d logits = softmax(logits) - one_hot(targets)
@@ -47,10 +47,11 @@ class _SummedLoss(torch.autograd.Function):
         return logits, None
 
 
-def _chunks(logits: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
+def chunks(logits: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
+    """A few rows of each tensor at a time."""
     kind = "cpu" if logits.device.type == "cpu" else "gpu"
     rows = max(1, CHUNK[kind] // logits.shape[-1])
-    return list(zip(logits.split(rows), targets.split(rows), strict=True))
+    return list(zip(*(tensor.split(rows) for tensor in (logits, *others)), strict=True))
 
 
 def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -26,9 +26,10 @@ from gpt.data.word_vectors import fill_embedding
 from gpt.device import choose_device
 from gpt.model.gpt import GPT
 from gpt.model.surgery import resize_vocabulary
-from gpt.training import setup
+from gpt.training import budget, setup
 from gpt.training.build import check_sizes
 from gpt.training.curve import draw_curve
+from gpt.training.distillation import load_teachers
 from gpt.training.loop import Data, Result, Sample, Trainer
 from gpt.training.metrics import Reporter, Silent, as_settings
 from gpt.training.optimizer import describe_groups
@@ -177,6 +178,8 @@ def train_on(
 
         data = world.main_first(prepared)
     config = setup.resolve(config, data, checkpoint)
+    if checkpoint is not None and config.training.max_minutes:
+        config = setup.as_it_was_planned(config, checkpoint, say)
     device = choose_device(config.training.device)
     check_sizes(config.model, config.training, config.parallel, world, device, config.adapter)
     changes: list[str] = []
@@ -197,10 +200,24 @@ def train_on(
         resize_vocabulary(loaded, config.model.vocab_size)
         return loaded
 
+    teachers: list[GPT] = []
+    if config.objective.distill:
+        if initial is None:
+            raise UsageError(
+                f"objective.distill is {config.objective.distill!r}, and the caller of train() "
+                "gave no function to load it"
+            )
+        teachers = world.main_first(lambda: load_teachers(config, data.tokenizer, initial))
+    if config.training.max_minutes:  # not of a run that is resumed
+        config = budget.plan(
+            config, data, world=world, model=model, teachers=teachers, sample=sample, say=say
+        )
     task = None
     if isinstance(data, Records):
         task = task_of(config, data, start=start, write=write)
-    trainer = Trainer(config, data, world=world, model=model, task=task, base=base)
+    trainer = Trainer(
+        config, data, world=world, model=model, task=task, base=base, teachers=teachers
+    )
     if checkpoint is not None:
         changes += trainer.resume(checkpoint)
     if world.is_main:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from gpt.data.prepared import Prepared
 from gpt.data.prompts import Records, RecordSet
 from gpt.data.shards import Shard, Shards
 from gpt.data.tokenizer import Tokenizer
+from gpt.device import describe_machine
 from gpt.files import unwritable, write_atomically
 from gpt.model.adapter import fingerprint
 from gpt.model.gpt import GPT
@@ -199,6 +201,19 @@ def as_it_began(data: DataConfig, checkpoint: Checkpoint) -> DataConfig:
     return dataclasses.replace(data, **began)
 
 
+def as_it_was_planned(config: TrainConfig, checkpoint: Checkpoint, say: Say) -> TrainConfig:
+    """The configuration with the number of steps that the checkpoint's run was planned with."""
+    recorded = checkpoint.progress.get("settings")
+    recorded = recorded if isinstance(recorded, dict) else {}
+    steps = recorded.get("training.max_steps", config.training.max_steps)
+    say(
+        f"training.max_minutes was planned when the run began: it has {steps:,} steps, and "
+        "training.max_steps without training.max_minutes changes that"
+    )
+    training = dataclasses.replace(config.training, max_steps=steps, max_minutes=0.0)
+    return dataclasses.replace(config, training=training)
+
+
 def check_changes(
     run: Path, model: ModelConfig, now: Mapping[str, Any], checkpoint: Checkpoint
 ) -> list[str]:
@@ -271,7 +286,11 @@ def sequences_a_step(batch_tokens: int, context_length: int, world: World) -> in
 
 
 def write_run_files(config: TrainConfig, tokenizer: Tokenizer) -> None:
-    """Write the resolved configuration and the tokenizer into the run's folder."""
+    """Write the resolved configuration, the tokenizer and what the machine is into the run's
+    folder.
+    """
     config.run.mkdir(parents=True, exist_ok=True)
     write_atomically(config.run / "tokenizer.json", tokenizers.to_json(tokenizer))
     write_atomically(config.run / "config.toml", to_toml(config))
+    machine = json.dumps(describe_machine(), indent=1)
+    write_atomically(config.run / "machine.json", machine + "\n")

@@ -1,5 +1,7 @@
+import bz2
 import gzip
 import hashlib
+import lzma
 import os
 import random
 import re
@@ -285,6 +287,23 @@ def test_a_file_that_people_take_for_a_text_is_told_by_its_name(name, message, c
     packed = gzip.compress(content) if name.endswith("gz") else content
     (tmp_path / name).write_bytes(packed)
     with pytest.raises(UsageError, match=message):
+        whole_text(open_corpus(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(b"text"), r"compressed; decompress it, or let its name end in \.gz"),
+        (bz2.compress(b"text"), r"end in \.bz2"),
+        (lzma.compress(b"text"), r"end in \.xz"),
+        (b"\x28\xb5\x2f\xfd\0", r"end in \.zst"),
+        (b"PK\x03\x04\xff", "an archive; unpack it"),
+        (b"PAR1\0", "a Parquet file; set data.format to parquet"),
+    ],
+)
+def test_a_file_whose_content_is_no_text_is_told_by_its_beginning(content, message, tmp_path):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(UsageError, match=rf"a\.txt is .*{message}"):
         whole_text(open_corpus(str(tmp_path)))
 
 

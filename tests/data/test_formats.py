@@ -149,7 +149,7 @@ def test_a_pattern_names_files_in_the_order_of_their_paths(tmp_path):
         (tmp_path / name).write_text(name)
     assert read(tmp_path / "*.txt") == ["a.txt", "b.txt"]
     assert read(tmp_path / "**/*.txt") == ["a.txt", "b.txt", "d/e.txt"]
-    with pytest.raises(UsageError, match="which is not a file"):
+    with pytest.raises(UsageError, match="which no file matches"):
         read(tmp_path / "*.json")
 
 

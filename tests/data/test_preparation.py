@@ -191,6 +191,26 @@ def test_a_preparation_that_is_killed_50_times_has_the_same_bytes(source, tmp_pa
         assert files(out) == files(whole)
 
 
+@pytest.mark.parametrize("step", [1, 3])
+def test_what_was_flushed_before_a_line_of_the_journal_that_is_missing_is_done_again(
+    step, source, tmp_path, monkeypatch
+):
+    prepared(config_of(source, tmp_path / "whole", duplicates="exact"))
+    config, write = config_of(source, tmp_path / "killed", duplicates="exact"), Journal.write
+
+    def killed(self, line):
+        if line.get("step") == step:
+            raise Killed
+        write(self, line)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "write", killed)
+        with pytest.raises(Killed):
+            prepared(config)
+    prepared(config)
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
 def test_a_line_of_the_journal_that_is_not_whole_does_not_count(damage, tmp_path):
     path = tmp_path / "journal.jsonl"

@@ -104,6 +104,7 @@ def test_a_resumed_run_takes_its_own_settings_as_defaults(place, capsys):
 def test_settings_come_from_the_preset_that_fits(words, path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     presets = {"default": ROOT / "configs/shakespeare.toml", "init": ROOT / "configs/finetune.toml"}
+    presets["schema"] = TrainConfig
     if words == ["--run_dir"]:
         with pytest.raises(SystemExit):
             parse_training(words, prog="train.py", **presets)

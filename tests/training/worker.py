@@ -82,12 +82,23 @@ def config_of(
     return dataclasses.replace(config, run_dir=str(folder / run), **more)
 
 
-def trainer_of(config: TrainConfig, world: World) -> Trainer:
+def run_of(folder: Path, run: str, **options) -> TrainConfig:
+    """A run of six steps, of which the last four are averaged."""
+    optimizer = OptimizerConfig(learning_rate=3e-3, warmup_steps=2, cautious_decay=True)
+    training = {"average_fraction": 0.7, "average_decay": 0.6}
+    return config_of(folder, run, training=training, optimizer=optimizer, **options)
+
+
+def trainer_of(config: TrainConfig, world: World, teachers=()) -> Trainer:
     data = world.main_first(lambda: prepare(config.data, config.cache_dir))
     model = dataclasses.replace(config.model, vocab_size=data.tokenizer.vocab_size)
     config = dataclasses.replace(config, model=model)
     if config.adapter.kind == "none":
-        return Trainer(config, data, world=world)
+        models = []
+        for seed in teachers:
+            torch.manual_seed(seed)
+            models.append(GPT(model))
+        return Trainer(config, data, world=world, teachers=models)
     torch.manual_seed(3)
     trainer = Trainer(config, data, world=world, model=GPT(model))
     with torch.no_grad():
@@ -104,8 +115,8 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: whole(p) for name, p in trainer.model.named_parameters()}
 
 
-def gradients(config: TrainConfig, world: World) -> dict[str, torch.Tensor]:
-    trainer = trainer_of(config, world)
+def gradients(config: TrainConfig, world: World, teachers=()) -> dict[str, torch.Tensor]:
+    trainer = trainer_of(config, world, teachers)
     loss, norm, _ = trainer.gradients()
     named = trainer.model.named_parameters()
     found = {name: whole(p.grad) for name, p in named if p.requires_grad}
@@ -191,6 +202,8 @@ def main(folder: Path) -> None:
                 results[name, kind] = gradients(config, world)
             if n < 4:
                 results[name, "scheduled"] = scheduled_gradients(folder, world, options)
+                config = config_of(folder, "none", **options)
+                results[name, "distilled"] = gradients(config, world, teachers=(5, 6))
                 for kind in KINDS:
                     results[name, kind] = objective_gradients(folder, kind, world, options)
             config = config_of(folder, "none", **options)
@@ -223,9 +236,7 @@ def main(folder: Path) -> None:
                     texts.append(type(model).__name__)
                     return Shown("a sample")
 
-                results[name, kind, "said"] = train(
-                    config_of(folder, run, **options), world, sample
-                )
+                results[name, kind, "said"] = train(run_of(folder, run, **options), world, sample)
                 results[name, kind, "samples"] = len(texts)
             # resume runs of other numbers of processes
             for made in ("single-1-full", "fsdp-2-full", "fsdp-2-sharded", "hybrid-4-sharded"):
@@ -233,7 +244,7 @@ def main(folder: Path) -> None:
                     run = f"{made}-on-{name}-{n}"
                     if world.is_main:
                         copy_at_step_3(folder / made, folder / run)
-                    config = config_of(folder, run, **options, resume=True)
+                    config = run_of(folder, run, **options, resume=True)
                     results[name, "resumed", made] = train(config, world)
         results["largest"] = world.largest(world.rank)
         world.wait_for_all()

@@ -1,0 +1,260 @@
+"""gpt plan: its memory is that of a step, its answers follow from the configuration."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt.cli import main
+from gpt.commands.gpus import GPUS
+from gpt.config import PlanConfig, TrainConfig, parse
+from gpt.device import PEAK_FLOPS
+from gpt.model.gpt import GPT
+from gpt.training.footprint import Live, Planner, cache_bytes
+from gpt.training.rehearsal import Rehearsal
+from tests.test_cli import ROOT
+
+SMALL = [
+    "--model.vocab_size=61", "--model.n_layer=2", "--model.n_head=2", "--model.n_embd=32",
+    "--model.context_length=16", "--training.batch_tokens=512", "--training.micro_batch_size=8",
+    "--training.device=cpu", "--training.max_steps=100", "--training.precision=float32",
+]  # fmt: skip
+SHAKESPEARE = str(ROOT / "configs" / "shakespeare.toml")
+
+
+def config_of(*words, path=SHAKESPEARE):
+    return parse(TrainConfig, [path, *SMALL, *words], prog="train.py")
+
+
+def planner_of(*words, **options):
+    settings = {"dtype": torch.float32, "fast": torch.float32, "for_gpu": False} | options
+    return Planner(config_of(*words), **settings)
+
+
+def answer(capsys, *words):
+    assert main(["plan", SHAKESPEARE, *SMALL, "--json", "--no_measure", *words]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+VARIANTS = {
+    "adamw": ["--optimizer.name=adamw"],
+    "muon": [],
+    "modern": [
+        "--model.position=rotary", "--model.norm=rmsnorm", "--model.mlp=gated",
+        "--model.activation=silu", "--model.n_kv_head=1", "--optimizer.name=adamw",
+    ],
+    "full": ["--training.activation_checkpointing=full", "--optimizer.name=adamw"],
+    "selective": ["--training.activation_checkpointing=selective", "--optimizer.name=adamw"],
+    "frozen": ["--training.freeze", "embed.*", "--optimizer.name=adamw"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fake_tensors_take_the_bytes_of_real_ones(variant):
+    planner = planner_of(*VARIANTS[variant])
+    counted = planner.footprint(8, accumulates=False)
+    cpu = torch.device("cpu")
+    with Live() as live:
+        step = Rehearsal(
+            planner.config, n_layer=2, device=cpu, dtype=torch.float32, fast=torch.float32
+        )
+        weights = live.now
+        assert weights == sum(p.nbytes for p in step.model.parameters())
+        step.forward(1).backward()
+        step.update()
+        optimizer = live.now - weights
+        live.restart()
+        step.forward(8).backward()
+        passes = live.peak
+        live.restart()
+        step.update()
+    assert (counted.weights, counted.optimizer) == (weights, optimizer)
+    assert counted.passes == passes
+    assert counted.update == live.peak
+
+
+def test_adamw_takes_16_bytes_for_each_parameter():
+    found = planner_of("--optimizer.name=adamw").footprint(1, accumulates=False)
+    parameters = found.weights / 4
+    assert found.gradients == 4 * parameters
+    assert found.optimizer == pytest.approx(8 * parameters, rel=0.01)
+
+
+@pytest.mark.parametrize("pattern", ["GL", pytest.param("GGL", marks=pytest.mark.slow)])
+def test_a_deep_model_is_extrapolated_exactly(pattern):
+    words = [f"--model.window_pattern={pattern}", "--model.window=4"]
+    planner = planner_of("--model.n_layer=11", "--optimizer.name=adamw", *words)
+    extrapolated = planner.footprint(4, accumulates=True)
+    assert planner._counted.keys() != {(11, 4, True)}
+    whole = planner._count(11, 4, True)
+    assert extrapolated.weights == whole.weights
+    assert extrapolated.passes == pytest.approx(whole.passes, rel=1e-3)
+    assert extrapolated.update == pytest.approx(whole.update, rel=1e-3)
+
+
+def test_checkpointing_takes_less_memory_and_a_gpu_no_scores():
+    kept = {
+        mode: planner_of(f"--training.activation_checkpointing={mode}")
+        .footprint(8, accumulates=True)
+        .activations
+        for mode in ("none", "selective", "full")
+    }
+    assert kept["full"] < kept["selective"] < kept["none"]
+    half = {"dtype": torch.bfloat16, "fast": torch.bfloat16}
+    long = ["--model.context_length=128", "--training.batch_tokens=1024"]
+    cpu, gpu = (
+        planner_of(*long, **half, for_gpu=on).footprint(2, accumulates=True) for on in (0, 1)
+    )
+    assert gpu.activations < cpu.activations  # on a CPU, bfloat16 trains with the plain formula
+
+
+def test_the_largest_micro_batch_fits_and_one_more_does_not():
+    planner = planner_of()
+    limit = planner.footprint(37, accumulates=True).peak + 100
+    assert planner.largest(limit, rows=8) == 37
+    assert planner.largest(1000, rows=8) == 0
+
+
+def test_experts_are_counted_too():
+    words = ["--model.n_expert=4", "--model.n_expert_active=2", "--optimizer.name=adamw"]
+    found = planner_of(*words).footprint(8, accumulates=True)
+    assert found.weights == 4 * sum(p.numel() for p in GPT(config_of(*words).model).parameters())
+    assert found.passes > found.weights + found.gradients + found.optimizer
+
+
+def test_the_cache_is_that_of_generation():
+    model = config_of("--model.window_pattern=GL", "--model.window=4", "--model.n_layer=4").model
+    real = GPT(model).new_cache().nbytes
+    assert cache_bytes(model, torch.float32) == real
+    assert cache_bytes(model, torch.float32, "int8") < real / 2
+
+
+def test_the_answer_has_counts_of_the_configuration(capsys):
+    found = answer(capsys)
+    model = GPT(config_of().model)
+    assert found["parameters"] == model.parameter_count()
+    assert found["tokens"] == 512 * 100
+    assert found["flops"] == model.flops_per_token() * 512 * 100
+    assert found["chinchilla"] == 20 * model.parameter_count()
+    assert found["seconds"] is None
+    assert found["line"].startswith("python train.py ")
+    assert "--json" not in found["line"]
+    assert "--no_measure" not in found["line"]
+    words = found["line"].split()[2:]
+    assert parse(TrainConfig, words, prog="train.py") == config_of()
+
+
+def test_a_plan_for_gpus_follows_from_their_peak(capsys):
+    words = ("--training.precision=auto", "--gpu", "h100", "--mfu", "0.5")
+    one, two = (answer(capsys, *words, "--gpus", str(n)) for n in (1, 2))
+    assert one["seconds"] == pytest.approx(one["flops"] / (0.5 * 989e12))
+    assert two["seconds"] == pytest.approx(one["seconds"] / 2)
+    assert two["sequences"] == 16
+    assert two["line"].startswith("torchrun --nproc-per-node 2 train.py ")
+    assert "--training.micro_batch_size=16" in two["line"]
+
+
+@pytest.mark.slow
+def test_a_model_that_does_not_fit_one_gpu_is_sharded(capsys):
+    words = ["plan", str(ROOT / "configs" / "gpt3_13b.toml"), "--gpu", "h100", "--json"]
+    assert main([*words, "--gpus", "1"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert (alone["micro_batch"], alone["place"]["strategy"]) == (0, "single")
+    assert main([*words, "--gpus", "16"]) == 0
+    shared = json.loads(capsys.readouterr().out)
+    assert shared["place"]["strategy"] == "fsdp"
+    assert shared["micro_batch"] >= 1
+    assert shared["memory"]["none"]["weights"] < alone["memory"]["none"]["weights"] / 8
+    assert "--nnodes 2 --nproc-per-node 8 --rdzv-backend c10d" in shared["line"]
+
+
+def test_the_table_of_gpus_has_known_peaks():
+    for gpu in GPUS.values():
+        assert gpu.known_as in PEAK_FLOPS
+        assert "NVIDIA" in gpu.source
+
+
+def test_measured_time_is_told(capsys):
+    words = ["plan", SHAKESPEARE, *SMALL, "--seconds", "0.2"]
+    assert main(words) == 0
+    output = capsys.readouterr()
+    assert "measured here: the whole model" in output.out
+    assert "largest micro batch" in output.out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--gpus", "2"], "gpus is 2, and needs their kind: --gpu h100"),
+        (["--gpu", "h100", "--gpus", "3", "--training.precision=auto"], "3 GPUs cannot share them"),
+        (["--gpu", "h100"], "training.precision is float32, and the table of GPUs"),
+        (["--model.vocab_size=0", "--data.source=nothing.txt"], "nothing.txt"),
+        (["--model.vocab_size=0", "--data.tokenizer=bpe"], "--model.vocab_size"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_sentence(words, said, capsys):
+    assert main(["plan", SHAKESPEARE, *SMALL, *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+RUN = """
+import json, re, sys, time
+from gpt.cli import main
+def peak():
+    status = open("/proc/self/status").read()
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", status)[1])
+"""
+REAL = {
+    "shakespeare": [SHAKESPEARE, "--training.max_steps=60"],
+    "gpt2_124m": [
+        str(ROOT / "configs" / "gpt2_124m.toml"), "--training.batch_tokens=2048",
+        "--training.micro_batch_size=1", "--training.max_steps=4",
+    ],
+    "modern_124m": [
+        str(ROOT / "configs" / "modern_124m.toml"), "--training.batch_tokens=2048",
+        "--training.micro_batch_size=1", "--training.max_steps=4",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("name", REAL)
+def test_the_plan_is_right_to_15_percent(name, tmp_path, capsys):
+    """Against the peak of a real run above the memory of a run of one tiny step, and its time."""
+    words = [*REAL[name], "--training.device=cpu", "--evaluation.windows=1"]
+    words += ["--evaluation.sample_tokens=0", "--evaluation.every=1000", "--log.every=1"]
+    tiny = ["--model.n_layer=1", "--model.n_head=1", "--model.n_kv_head=0", "--model.n_inner=0",
+            "--model.n_embd=16", "--model.context_length=16", "--training.batch_tokens=16",
+            "--training.micro_batch_size=1", "--training.max_steps=1"]  # fmt: skip
+    run = ["--run_dir", str(tmp_path / "run")]
+    prepared = ["--data.cache_dir", str(tmp_path / "data")]
+    _trained([*words, *tiny, *prepared, "--run_dir", str(tmp_path / "tiny")])  # prepares the text
+    bare, _ = _trained([*words, *tiny, *prepared, "--run_dir", str(tmp_path / "bare")])
+    peak, seconds = _trained([*words, *prepared, *run])
+    assert main(["plan", *words, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    counted = plan["memory"]["none"]["peak"]
+    assert counted == pytest.approx(peak - bare, rel=0.15), (counted, peak, bare)
+    steps = parse(PlanConfig, words, prog="plan").training.max_steps
+    assert plan["seconds"] / steps == pytest.approx(seconds, rel=0.15)
+
+
+def _trained(words):
+    """The peak memory of a run, and its median seconds of a step, in a process of its own."""
+    code = f"{RUN}\nassert main(['train', *{words!r}]) == 0\nprint(peak())"
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, (done.stderr, time.monotonic() - start)
+    path = Path(words[words.index("--run_dir") + 1]) / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    steps = [sum(v for k, v in r.items() if k.endswith("_seconds")) for r in records if "loss" in r]
+    return int(done.stdout.splitlines()[-1]), sorted(steps)[len(steps) // 2]
