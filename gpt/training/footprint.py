@@ -153,7 +153,7 @@ class Live(TorchDispatchMode):
     """Counts the bytes of all storages that are made inside and still alive."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._known: weakref.WeakValueDictionary[int, torch.UntypedStorage]
         self._known = weakref.WeakValueDictionary()
