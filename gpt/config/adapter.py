@@ -1,11 +1,13 @@
 """Options of adapters: a few new weights over a model whose own ones stay as they are."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from gpt.config.checks import UsageError, check, number
 
 AdapterKind = Literal["none", "lora", "bottleneck"]
+LORA_ONLY = ("alpha", "targets", "rank_stabilised")
+"""Settings that a bottleneck has no use for."""
 AdapterBase = Literal["float32", "int8", "int4", "gguf"]
 
 
@@ -35,6 +37,17 @@ class AdapterConfig:
         check(self, "adapter.")
         if not self.targets:
             raise UsageError("adapter.targets is empty, and needs a pattern such as attn.*")
+        unused = {"lora": (), "bottleneck": LORA_ONLY, "none": None}[self.kind]
+        for item in fields(self):
+            value = getattr(self, item.name)
+            is_unused = item.name != "kind" if unused is None else item.name in unused
+            if is_unused and value != item.default:
+                needs = "lora" if item.name in LORA_ONLY else "lora or bottleneck"
+                shown = " ".join(value) if isinstance(value, tuple) else value
+                raise UsageError(
+                    f"adapter.{item.name} is {shown}, and adapter.kind is {self.kind}; it needs "
+                    f"{needs}"
+                )
 
     @property
     def scale(self) -> float:

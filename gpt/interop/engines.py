@@ -81,7 +81,8 @@ def byte_pair(
     end = next(iter(ends), special.get(END_OF_TEXT))
     if end is None:
         raise UsageError(_no_end(path, rows if beyond else None))
-    ranks = [bytes(bytes_of[character] for character in token) for token in tokens]
+    spelling = {ord(character): chr(byte) for character, byte in bytes_of.items()}
+    ranks = [token.translate(spelling).encode("latin-1") for token in tokens]
     return GPT2Tokenizer(
         ranks,
         first_id=first_id,

@@ -228,6 +228,10 @@ def attention(model: tuple[GPT, Tokenizer], body: Any, limits: Limits) -> list[i
             f"token_ids has {len(ids):,} tokens, and attention is shown for up to {most:,}",
             param="token_ids",
         )
+    try:
+        check_prompt(model[0], ids, GenerationConfig(past_context="stop"), model[1].vocab_size)
+    except UsageError as error:
+        raise RequestError(str(error), param="token_ids") from None
     return ids
 
 

@@ -18,6 +18,7 @@ from gpt.config import GenerationConfig, TrainConfig, unescaped
 from gpt.data.batches import IGNORED, Batch, spread
 from gpt.data.completions import Completed, encode_prompt_of, padded
 from gpt.data.prompts import Records, RecordSet
+from gpt.training.compilation import uncompiled
 from gpt.training.loop import Trainer
 from gpt.training.metrics import drop_later_records
 from gpt.training.parallel import World
@@ -173,7 +174,7 @@ class Rewarded:
             past_context="stop",
         )
         model = self.trainer.whole_model()
-        with torch.compiler.set_stance("force_eager"):  # else each length would be compiled
+        with uncompiled():  # else each length would be compiled
             return self._write(model, self.data.tokenizer, rows, samples, generation)
 
     @property

@@ -199,6 +199,30 @@ def test_the_end_of_a_turn_may_have_space_before_it(before, monkeypatch):
     assert answered(conversation, "Hello") == "Yes"
 
 
+def test_the_end_of_a_turn_is_the_whole_token_and_not_one_that_begins_like_it(monkeypatch):
+    special = {**SPECIAL, "<|im_e": 259}
+    tokenizer = GPT2Tokenizer(
+        BYTES, special=special, end_of_text=TEXT_END, chat=ChatTemplates({"default": CHATML})
+    )
+    network = make_model(
+        ModelConfig(vocab_size=260, context_length=256, n_layer=1, n_head=2, n_embd=16)
+    )
+    monkeypatch.setattr(network, "logits", said_next(network, [*b"Yes", END, *b"more and more"]))
+    assert answered(Conversation((network, tokenizer), greedy()), "Hello") == "Yes"
+
+
+def test_a_turn_reads_what_was_written_and_not_what_a_stop_text_cut_off(monkeypatch):
+    network, tokenizer = model_of()
+    said = [*b"Yes! And", *b"No", END]
+    monkeypatch.setattr(network, "logits", said_next(network, said))
+    conversation = Conversation((network, tokenizer), greedy(stop=("! And",)))
+    assert answered(conversation, "Hello") == "Yes"
+    assert answered(conversation, "Why?") == "No"
+    again = Conversation((network, tokenizer), greedy())
+    again.messages = conversation.messages[:-1]
+    assert conversation.prompt == again.encoded()[0]
+
+
 def test_a_template_that_is_empty_or_makes_no_text_is_told():
     with pytest.raises(UsageError, match="the chat template makes an empty text of the messages"):
         gpt.chat((model_of()[0], tokenizer_of("{% if false %}x{% endif %}")), HELLO)

@@ -265,7 +265,8 @@ def _blocks(data: Data, held: list[Rows]) -> Matrix | None:
     form = forms.pop()
     if forms or form not in GGUF_BLOCKS:
         return None
-    blocks = torch.cat([_ordered(data, part) for part in held])
+    parts = [_ordered(data, part) for part in held]
+    blocks = torch.cat(parts) if len(parts) > 1 else parts[0]  # without a copy
     return Matrix.of_blocks(form, blocks.view(len(blocks), -1, GGUF_BLOCKS[form].bytes))
 
 
