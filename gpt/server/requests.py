@@ -211,7 +211,8 @@ def chat(model: tuple[GPT, Tokenizer], body: Any, limits: Limits) -> Request:
         ids, ends = chat_prompt(model, messages, variables=variables)
     except UsageError as error:
         raise RequestError(str(error), param="messages") from None
-    prompts = [[*ids, *_encoded(model[1], given.get("answer_token_ids", []))]]
+    begun = given.get("answer_token_ids")
+    prompts = [[*ids, *_encoded(model[1], begun)] if begun else ids]
     asked = given.get("max_completion_tokens", given.get("max_tokens", limits.length))
     config = _config(model, given, prompts, limits, asked, logprobs)
     gives_ids = bool(given.get("return_token_ids"))
