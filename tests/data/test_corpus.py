@@ -293,7 +293,10 @@ def test_a_file_that_people_take_for_a_text_is_told_by_its_name(name, message, c
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (gzip.compress(b"text", mtime=0), r"compressed; decompress it, or let its name end in \.gz"),
+        (
+            gzip.compress(b"text", mtime=0),
+            r"compressed; decompress it, or let its name end in \.gz",
+        ),
         (bz2.compress(b"text"), r"end in \.bz2"),
         (lzma.compress(b"text"), r"end in \.xz"),
         (b"\x28\xb5\x2f\xfd\0", r"end in \.zst"),
