@@ -310,7 +310,7 @@ def beginning(trainer: Trainer) -> list[str]:
         steps = (
             f"training {config.training.max_steps:,} steps of {tokens:,} tokens "
             f"({f'{n} x {split}' if n > 1 else split}), "
-            f"{tokens * config.training.max_steps / len(trainer.data.train):.2f} epochs"
+            f"{trainer.source.progress(config.training.max_steps)['epoch']:.2f} epochs"
         )
         more = trainer.source.describe()
     return [
