@@ -137,7 +137,7 @@ def preparing() -> None:
         texts = [json.loads(line)["text"] for line in source.open(encoding="utf-8")]
         size, encoding = (
             sum(len(text.encode()) for text in texts),
-            GPT2Tokenizer.released()._encoding,
+            GPT2Tokenizer.released()._encoding(),
         )  # of tiktoken
 
         def alone() -> None:
@@ -184,9 +184,9 @@ def memory() -> None:
         folder = Path(name)
         plays(folder / "part.jsonl", 10**9)
         sources = []
-        for number in range(5):  # 5 GB from 1 GB, under other names
+        for number in range(5):
             sources.append(str(folder / f"{number}.jsonl"))
-            os.link(folder / "part.jsonl", sources[-1])
+            shutil.copyfile(folder / "part.jsonl", sources[-1])
         for kind in ("keep", "exact"):
             out = folder / kind
             words = [*sources, "--out", str(out), "--data.tokenizer", "byte", "--duplicates", kind]

@@ -32,6 +32,7 @@ from gpt.config import (
     TrainConfig,
     UsageError,
     foreign,
+    nearest,
     parse,
     parse_training,
     unescaped,
@@ -99,7 +100,10 @@ def _run(command: str, words: Sequence[str], prog: str) -> int:
         return 0
     if command not in COMMANDS:
         known = ", ".join(COMMANDS)
-        raise UsageError(f"unknown command {foreign(repr(command))}; choose from {known}")
+        raise UsageError(
+            f"unknown command {foreign(repr(command))}; choose from {known}"
+            f"{nearest(command, COMMANDS)}"
+        )
     return COMMANDS[command](words, f"{prog} {command}" if prog == "gpt" else prog)
 
 
@@ -187,13 +191,14 @@ def train(words: Sequence[str], prog: str) -> int:
             if tells:
                 raise
             return 2
-        from gpt.device import keep_freed_memory
+        from gpt.device import keep_freed_memory, return_freed_memory
         from gpt.generation.examples import ExampleEncoder
         from gpt.generation.frozen import freeze_rounded
         from gpt.training.interrupt import Output
         from gpt.training.run import train as run
 
-    keep_freed_memory()
+    saves_memory = config.adapter.kind != "none" and config.adapter.base != "float32"
+    (return_freed_memory if saves_memory else keep_freed_memory)()
     write: Write | None = None
     if config.objective.kind != "next_token":
         from gpt.generation.rollout import write_texts
@@ -207,9 +212,12 @@ def train(words: Sequence[str], prog: str) -> int:
         tell(f"settings {settings}, then the command line")
 
     def initial(name: "str | Path") -> "tuple[GPT, Tokenizer]":
-        from gpt.interop.load import load
+        from gpt.interop.load import load, load_for_adapter
 
-        return load(name, trainable=True, say=tell if tells else lambda text: None)
+        say = tell if tells else lambda text: None
+        if config.adapter.kind != "none" and config.adapter.base == "gguf":
+            return load_for_adapter(name, say=say)
+        return load(name, trainable=True, say=say)
 
     def named(name: str) -> "Tokenizer":
         from gpt.interop.named_tokenizer import named_tokenizer

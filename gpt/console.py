@@ -22,3 +22,8 @@ def tell(text: str) -> None:
     """Write a line to standard error. A closed stream is no error."""
     with contextlib.suppress(OSError):  # nothing reads standard error any more
         sys.stderr.write(text + "\n")
+
+
+def files_of(n: int) -> str:
+    """``n`` files, in words."""
+    return "1 file" if n == 1 else f"{n:,} files"

@@ -56,6 +56,15 @@ def unreadable(path: Path, what: str, error: Exception) -> UsageError:
     return UsageError(f"{what} {foreign(path)} cannot be read: {foreign(reason or error)}")
 
 
+@contextlib.contextmanager
+def about(path: Path) -> Iterator[None]:
+    """Let a ``UsageError`` about the content of a file begin with its ``path``."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{foreign(path)}: {error}") from None
+
+
 def read_text(path: Path, what: str) -> str:
     """The text of a UTF-8 file without its byte-order mark; line ends are kept. Raises
     ``UsageError``, which calls the file ``what``, for anything else.

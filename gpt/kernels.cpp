@@ -354,7 +354,12 @@ inline Bytes load_some(const uint8_t* from, long groups) {
 template <class Scale>
 inline Floats spread_some(const Scale* from, long groups) {
   Scale all[WIDTH / HALF] = {};
+#if defined(GPT_AVX512)  // a copy of one number after the other would make the next load wait for it
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(all),
+                   _mm_maskz_loadu_epi16(__mmask8((1 << groups) - 1), from));
+#else
   std::copy_n(from, std::min(groups, WIDTH / HALF), all);
+#endif
   return spread(all);
 }
 

@@ -11,6 +11,7 @@ import ctypes
 import dataclasses
 import functools
 import hashlib
+import operator
 import os
 import platform
 import shlex
@@ -101,7 +102,7 @@ KNOWN: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("n_expert", "n_expert_active", "moe_shared", "moe_renormalise"), _any),
     # used only outside the blocks, in training, or in sparse layers
     **dict.fromkeys(("tie_embeddings", "scale_embeddings", "embedding_norm"), _any),
-    **dict.fromkeys(("logit_softcap", "dropout", "initial"), _any),
+    **dict.fromkeys(("logit_softcap", "logit_softcap_form", "dropout", "initial"), _any),
     **dict.fromkeys(("moe_capacity", "moe_balance", "moe_balance_weight", "moe_z_weight"), _any),
     **dict.fromkeys(("sparse_block", "sparse_local", "sparse_global", "sparse_random"), _any),
     "activation": ACTIVATIONS.__contains__,
@@ -113,6 +114,9 @@ KNOWN: dict[str, Callable[[Any], bool]] = {
     "moe_score": ("softmax", "sigmoid").__contains__,
     "window_pattern": lambda pattern: not set(pattern) - {"G", "L", "S"},
     "copy": ("none", "pointer").__contains__,
+    # these run matrix by matrix
+    "value_embeddings": lambda every: every == 0,
+    **dict.fromkeys(("skip_embedding", "skip_layers"), operator.not_),
 }
 """Each field of a model's configuration that the kernels of whole blocks handle, and which values
 of it. A model with a field that is not here runs matrix by matrix.

@@ -33,4 +33,4 @@ def progress_of_format_1(saved: Mapping[str, Any]) -> dict[str, Any]:
 def complete_progress(progress: Mapping[str, Any]) -> dict[str, Any]:
     """Format 2's progress with the fields that its first versions did not have."""
     best: Any = progress.get("best_loss")
-    return {"settings": {}, "place": {}, "least_loss": best} | dict(progress)
+    return {"settings": {}, "place": {}, "least_loss": best, "stale": 0} | dict(progress)

@@ -227,7 +227,7 @@ def test_prepare_has_one_option_for_its_folder(capsys):
 def test_prepared_tokens_are_found_by_a_run(text_file, tmp_path, capsys):
     words = ["prepare", "--data.source", str(text_file), "--out", str(tmp_path / "cache")]
     assert main(words) == 0
-    assert "training tokens in 1 files" in capsys.readouterr().out
+    assert "training tokens in 1 file," in capsys.readouterr().out
     words = train_words(tmp_path / "cache", tmp_path, "--training.max_steps", "1")
     assert main(words) == 0
     assert not (tmp_path / "run" / "data").exists()

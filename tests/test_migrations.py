@@ -7,6 +7,7 @@ import torch
 from gpt import checkpoint as checkpoints
 from gpt import migrations
 from gpt.config import OptimizerConfig
+from gpt.training.averaging import Average
 from gpt.training.optimizer import make_optimizers
 from gpt.training.state import restore
 
@@ -22,7 +23,7 @@ def test_a_checkpoint_of_every_version_restores_its_optimizers_and_its_progress(
     model.initialise()
     optimizers = make_optimizers(model, OptimizerConfig(name="muon"))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    progress = restore(model, optimizers, scaler, checkpoint)
+    progress = restore(model, optimizers, scaler, Average({}), checkpoint)
     assert all(torch.equal(p, trained[name]) for name, p in model.named_parameters())
     state = {p: kept for optimizer in optimizers for p, kept in optimizer.state.items()}
     assert state.keys() == set(model.parameters())
@@ -46,7 +47,7 @@ def test_format_1_numbers_the_parameters_of_each_optimizer():
 def test_progress_that_is_there_stays_and_what_is_missing_is_added():
     old = {"best_loss": 2.0, "skipped": 3}
     assert migrations.complete_progress(old) == old | {
-        "settings": {}, "place": {}, "least_loss": 2.0,
+        "settings": {}, "place": {}, "least_loss": 2.0, "stale": 0,
     }  # fmt: skip
     assert migrations.complete_progress(old | {"least_loss": 1.0})["least_loss"] == 1.0
     assert old == {"best_loss": 2.0, "skipped": 3}

@@ -73,7 +73,7 @@ def test_names_are_shown_as_they_are_and_lines_of_a_log_are_not_wrapped(book, tm
     run = shell('"$@"', sys.executable, "-m", "gpt", *words)
     [line] = run.stdout.decode().splitlines()
     assert "[/b] " + "x" * 90 in line
-    assert "training tokens in 1 files" in line
+    assert "training tokens in 1 file," in line
     model = tmp_path / "[draft]"
     model.symlink_to(RUN)
     text = tmp_path / ("[/b] " + "long " * 15 + ".txt")

@@ -18,14 +18,20 @@ from gpt.config import (
     DoctorConfig,
     EvaluateConfig,
     ExportConfig,
+    InspectConfig,
     PlanConfig,
+    PrepareConfig,
     ReportConfig,
     SampleConfig,
     ServeConfig,
     TrainConfig,
     parse,
 )
-from gpt.config.tokenizer import TokenizerShowConfig, TokenizerTrainConfig
+from gpt.config.tokenizer import (
+    TokenizerCompareConfig,
+    TokenizerShowConfig,
+    TokenizerTrainConfig,
+)
 from gpt.data.tokenizer import ByteTokenizer
 from gpt.interop.export import export_huggingface
 
@@ -36,6 +42,7 @@ NAMES = [
     "performance",
     "architecture",
     "serving",
+    "recipes",
     "tools",
 ]  # fmt: skip
 PAGES = {"README": README} | {
@@ -51,7 +58,10 @@ SCHEMAS = {
     "gpt export": ExportConfig,
     "gpt evaluate": EvaluateConfig,
     "gpt tokenizer train": TokenizerTrainConfig,
+    "gpt tokenizer compare": TokenizerCompareConfig,
     "gpt tokenizer show": TokenizerShowConfig,
+    "gpt prepare": PrepareConfig,
+    "gpt inspect": InspectConfig,
     "gpt serve": ServeConfig,
     "gpt doctor": DoctorConfig,
     "gpt plan": PlanConfig,
@@ -158,6 +168,8 @@ def test_the_commands_that_do_not_run_here_are_understood():
     said = re.findall(r"`((?:gpt|python|torchrun) [^`]*)`", " ".join(PAGES.values()))
     said = [" ".join(line.split()) for line in said]
     lines += [line for line in said if line.startswith(starts) and " --" in line]
+    shown = [line.removeprefix("$ ") for line in lines_of("text") if line.startswith("$ ")]
+    lines += [line for line in shown if line.startswith(starts)]
     assert len(lines) >= 25
     for line in lines:
         if "--help" not in line and "COMMAND" not in line:

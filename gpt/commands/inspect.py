@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gpt.config import DataConfig, InspectConfig, UsageError, quoted
-from gpt.console import open_console
+from gpt.console import files_of, open_console
 from gpt.data.corpus import PREPARED_FILES
 from gpt.data.inspection import Inspection
 from gpt.data.inspection import inspect as inspect_shards
@@ -65,8 +65,8 @@ def _print(found: Mapping[Split, Inspection], tokenizer: Tokenizer) -> None:
     console = open_console()
     for split, each in found.items():
         console.print(
-            f"{split}: {each.tokens:,} tokens in {each.files} files, {each.documents:,} documents, "
-            f"{each.bytes / max(1, each.tokens):.2f} bytes a token, longest document "
+            f"{split}: {each.tokens:,} tokens in {files_of(each.files)}, {each.documents:,} "
+            f"documents, {each.bytes / max(1, each.tokens):.2f} bytes a token, longest document "
             f"{each.longest:,} tokens, {each.unused:,} of {tokenizer.vocab_size:,} ids unused"
         )
     train = found["train"]

@@ -2,13 +2,15 @@
 
 import sys
 import time
+from datetime import timedelta
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+import rich.progress as bars
 
 from gpt.config import TOKENIZERS, PrepareConfig
-from gpt.console import open_console, tell
-from gpt.data import preparation
+from gpt.console import files_of, open_console, tell
 from gpt.data.corpus import Corpus
+from gpt.data.preparation import prepare_corpus
+from gpt.data.progress import Progress
 from gpt.data.tokenizer import Tokenizer
 from gpt.data.tokenizer_training import tokenizer_of_corpus
 from gpt.interop.named_tokenizer import named_tokenizer
@@ -27,37 +29,43 @@ def prepare(config: PrepareConfig) -> int:
         return tokenizer_of_corpus(config.data, corpus, say=tell)
 
     console = open_console(sys.stderr)
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(bar_width=20), TimeRemainingColumn(),
-        console=console, transient=True,
-    )  # fmt: skip
+    columns = bars.TextColumn("{task.description}"), bars.BarColumn(bar_width=20)
+    bar = bars.Progress(*columns, console=console, transient=True)
     task = bar.add_task("reading", total=None)
     told = time.monotonic()
 
-    def show(progress: preparation.Progress) -> None:
+    def show(progress: Progress) -> None:
         nonlocal told
-        seconds = max(time.monotonic() - progress.started, 1e-3)
-        text = (
-            f"{progress.tokens:,} tokens, {progress.bytes / seconds / 1e6:.1f} MB/s, "
-            f"{(progress.tokens - progress.resumed) / seconds:,.0f} tokens/s"
-        )
         if console.is_terminal:
             total = progress.total_bytes or None
-            bar.update(task, description=text, total=total, completed=progress.bytes)
+            bar.update(task, description=line(progress), total=total, completed=progress.bytes)
         elif time.monotonic() - told > SECONDS:
             told = time.monotonic()
-            share = f"{progress.bytes / progress.total_bytes:.0%}: " if progress.total_bytes else ""
-            tell(share + text)
+            tell(line(progress))
 
     if console.is_terminal:
         bar.start()
     try:
-        summary = preparation.prepare_corpus(config, tokenizer, show=show, say=tell)
+        summary = prepare_corpus(config, tokenizer, show=show, say=tell)
     finally:
         if console.is_terminal:
             bar.stop()
     print_summary(config, summary)
     return 0
+
+
+def line(progress: Progress) -> str:
+    """How far it is, how fast, and how long it still takes as far as that is known."""
+    parts = [
+        f"{progress.tokens:,} tokens",
+        f"{progress.bytes_per_second / 1e6:.1f} MB/s",
+        f"{progress.tokens_per_second:,.0f} tokens/s",
+    ]
+    if progress.total_bytes:
+        parts.insert(0, f"{progress.share:.0%}")
+    if (left := progress.seconds_left) is not None:
+        parts.append(f"{timedelta(seconds=left)} left")
+    return ", ".join(parts)
 
 
 def print_summary(config: PrepareConfig, summary: dict[str, object]) -> None:
@@ -68,7 +76,7 @@ def print_summary(config: PrepareConfig, summary: dict[str, object]) -> None:
     parts = []
     for split, word in (("train", "training"), ("validation", "validation")):
         tokens = sum(shard["tokens"] for shard in shards[split])
-        parts.append(f"{tokens:,} {word} tokens in {len(shards[split])} files")
+        parts.append(f"{tokens:,} {word} tokens in {files_of(len(shards[split]))}")
     dropped = "".join(
         f", {counts[kind]:,} {kind} duplicates dropped"
         for kind in ("exact", "near")

@@ -6,7 +6,7 @@ and the same suggestions. Nothing here imports torch, so ``--help`` answers at o
 """
 
 from gpt.config.adapter import AdapterConfig, AdapterKind
-from gpt.config.checks import FOREIGN, MESSAGE, Bounds, UsageError, foreign, quoted
+from gpt.config.checks import FOREIGN, MESSAGE, Bounds, UsageError, foreign, nearest, quoted
 from gpt.config.commands import (
     Duplicates,
     EvaluateConfig,
@@ -118,6 +118,7 @@ __all__ = [
     "WindowKind",
     "WindowOrder",
     "foreign",
+    "nearest",
     "parse",
     "parse_training",
     "quoted",

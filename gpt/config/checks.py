@@ -1,7 +1,9 @@
 """User errors, and the checks of the fields of every configuration."""
 
 import dataclasses
+import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -46,6 +48,15 @@ def quoted(value: object) -> str:
         return f"a value of type {type(value).__name__}, too long to show"
 
 
+def nearest(name: object, known: Iterable[str]) -> str:
+    """The suggestion of the ``known`` name that a misspelt one is nearest to; empty if none is."""
+    if not isinstance(name, str):
+        return ""
+    spelled = {each.lower(): each for each in known}
+    near = difflib.get_close_matches(name[:99].lower(), spelled, n=1)
+    return f"; did you mean {spelled[near[0]]}?" if near else ""
+
+
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
@@ -84,8 +95,11 @@ def check(config: Any, group: str = "") -> None:
         wanted = _KINDS.get(item.type)
         if get_origin(item.type) is Literal:
             if not (isinstance(value, str) and value in get_args(item.type)):
-                choices = ", ".join(get_args(item.type))
-                raise UsageError(f"{name} is {quoted(value)}, and must be one of {choices}")
+                choices = get_args(item.type)
+                raise UsageError(
+                    f"{name} is {quoted(value)}, and must be one of {', '.join(choices)}"
+                    f"{nearest(value, choices)}"
+                )
         elif isinstance(item.type, type) and dataclasses.is_dataclass(item.type):
             if not isinstance(value, item.type):
                 kind = item.type.__name__

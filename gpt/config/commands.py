@@ -194,6 +194,9 @@ class EvaluateConfig:
     text: str = ""
     """Measure perplexity and bits per byte of this text: a named corpus, a UTF-8 file, a folder, or
     - for a pipe."""
+    held_out: bool = False
+    """Measure them on the part of the text that the runs have held out, in windows of the whole
+    context without overlap, as in training; also the default with ensemble."""
     lambada: Path | None = None
     """LAMBADA's JSONL file, as released by OpenAI or detokenised."""
     hellaswag: Path | None = None
@@ -210,12 +213,15 @@ class EvaluateConfig:
     """As model.rotary_scaling_factor; 0: context_length over the trained length."""
     stride: int = number(0, at_least=0)
     """Distance between windows of the text, in tokens; 0: half the context, or context_length
-    if that is given."""
+    if that is given; with held_out the context."""
     cache: CacheFormat = "float"
     """int8: the model reads the text's keys and values after their rounding to 8 bits, as with
     sample.py --cache int8. float: as they are."""
     paired: bool = False
     """Test whether the difference of two models on one text is more than noise."""
+    ensemble: bool = False
+    """Also score the models together on the text: their probabilities of each token are
+    averaged."""
     json: bool = False
     """Print JSON instead of a table."""
     batch_size: int = number(0, at_least=0)
@@ -227,13 +233,22 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        if not (self.text or self.lambada or self.hellaswag or self.choices):
-            raise UsageError("nothing to evaluate on: give text, lambada, hellaswag or choices")
+        if self.ensemble and not self.text:
+            object.__setattr__(self, "held_out", True)
+        some = self.scores_text or self.lambada or self.hellaswag or self.choices
+        if not some:
+            raise UsageError(
+                "nothing to evaluate on: give text, held_out, lambada, hellaswag or choices"
+            )
+        if self.text and self.held_out:
+            raise UsageError("text and held_out are both given; give only one of them")
+        if self.ensemble and len(self.models) < 2:
+            raise UsageError("ensemble scores several models together: give two or more models")
         if not self.models:
             raise UsageError("models is empty: name one or more models before the options")
         if len(set(self.models)) < len(self.models):
             raise UsageError(f"models are {', '.join(self.models)}, and must all be different")
-        if self.context_length and not self.text:
+        if self.context_length and not self.scores_text:
             raise UsageError("context_length is for windows of a text: give text as well")
         if self.rotary_scaling != "model" and not self.context_length:
             raise UsageError("rotary_scaling is for longer windows: give context_length as well")
@@ -242,11 +257,16 @@ class EvaluateConfig:
                 f"rotary_scaling_factor is {self.rotary_scaling_factor:g}, and needs a "
                 "rotary_scaling"
             )
-        if self.cache != "float" and not self.text:
+        if self.cache != "float" and not self.scores_text:
             raise UsageError(
                 f"cache is {self.cache!r}, and is measured on a text: give text as well"
             )
-        if self.paired and not (len(self.models) == 2 and self.text):
+        if self.paired and not (len(self.models) == 2 and self.scores_text):
             raise UsageError(
                 "paired compares two models on one text: give exactly two models, and text"
             )
+
+    @property
+    def scores_text(self) -> bool:
+        """Whether there is a text to score."""
+        return bool(self.text) or self.held_out

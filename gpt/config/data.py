@@ -40,8 +40,8 @@ class DataConfig:
     """Where the text comes from and how it becomes tokens."""
 
     source: str = "shakespeare"
-    """A named corpus (shakespeare), a file (UTF-8 text, .jsonl or .parquet; also .gz, .xz or .zst),
-    a folder, a pattern such as 'books/*.txt', - for a pipe, or hf://OWNER/NAME."""
+    """A named corpus (shakespeare), a file (UTF-8 text, .jsonl or .parquet; also .gz, .bz2, .xz or
+    .zst), a folder, a pattern such as 'books/*.txt', - for a pipe, or hf://OWNER/NAME."""
     format: TextFormat = "auto"
     """What the files are; auto: by their names; jsonl, parquet: a document in each record."""
     text_field: str = "text"
@@ -97,8 +97,6 @@ class DataConfig:
                 f"data.source is {quoted(self.source)}, and data.mixture has its own sources: "
                 "leave one of them out"
             )
-        if self.mixture and self.records == "instructions":
-            raise UsageError("data.records is 'instructions', and data.mixture mixes texts alone")
         self.parts()
 
     def parts(self) -> "list[Part]":

@@ -19,6 +19,7 @@ Initial = Literal["auto", "gpt2", "depth", "zero", "deepnorm"]
 Balance = Literal["none", "switch", "mixtral", "bias"]
 RouterScore = Literal["softmax", "sigmoid"]
 Copy = Literal["none", "pointer"]
+SoftcapForm = Literal["tanh", "root"]
 Choice = Literal["auto", "yes", "no"]
 LAYER_KINDS = "GLS"
 """The letters of ``window_pattern``: global, local (an attention window), sparse (blocks)."""
@@ -140,6 +141,18 @@ class ModelConfig:
     """Attend only to the k best keys; 0: all. 1 is hard attention, with the softmax's gradient."""
     logit_softcap: float = number(0.0, at_least=0)
     """The same as attention_softcap, for the logits; 0: off (Gemma 2: 30)."""
+    logit_softcap_form: SoftcapForm = "tanh"
+    """The function of the logits z and the cap c. tanh: c tanh(z / c). root: c z / sqrt(z^2 + c^2),
+    whose slope falls more slowly."""
+    value_embeddings: int = number(0, at_least=0)
+    """Each so many layers, counted back from the last one, a layer has an embedding of the tokens
+    that is added to its values; 1: every layer, 2: every other one, 0: none."""
+    skip_embedding: bool = False
+    """Before each block, the stream becomes a learned mixture of itself and the first block's
+    input."""
+    skip_layers: bool = False
+    """The blocks of the second half also read the outputs of the first half, the last block that of
+    the first one, with learned weights (U-net)."""
     n_expert: int = number(0, at_least=0)
     """Experts in each feed-forward layer (mixture of experts); 0: one dense layer."""
     n_expert_active: int = number(1, at_least=1)
@@ -208,9 +221,6 @@ class ModelConfig:
             "number": self.position == "sinusoidal" and bool(self.n_embd % 2),
             f"model.n_expert_active is {self.n_expert_active}, and model.n_expert is "
             f"{self.n_expert}": self.n_expert_active > max(1, self.n_expert),
-            "model.moe_renormalise makes the weight of a single expert 1, and its router would not "
-            "learn: set model.n_expert_active above 1": self.moe_renormalise
-            and self.n_expert_active == 1,
             f"model.rotary_base_local is {self.rotary_base_local}, and must be 0 or above 1": 0
             < self.rotary_base_local
             <= 1,
@@ -241,6 +251,7 @@ class ModelConfig:
                 "model.rotary_scaling and local layers (model.window)",
             ),
             "scale_attention_width": (self.scale_attention, "model.scale_attention"),
+            "logit_softcap_form": (self.logit_softcap > 0, "model.logit_softcap"),
             "rotary_base_local": (
                 (rotary and local) or self.rotary_base_local == self.rotary_base,
                 "rotary positions and local layers (model.window)",
@@ -258,6 +269,14 @@ class ModelConfig:
             if not has_effect and getattr(self, name) != defaults[name]
         ]
 
+    def check_learns(self) -> None:
+        """``UsageError`` for a model that runs, and of which a part would learn nothing."""
+        if self.n_expert and self.moe_renormalise and self.n_expert_active == 1:
+            raise UsageError(
+                "model.moe_renormalise makes the weight of a single expert 1, and its router would "
+                "not learn: set model.n_expert_active above 1"
+            )
+
     def layer_pattern(self) -> str:
         """The letter of each layer: G global, L local, S sparse."""
         pattern = self._pattern()
@@ -265,6 +284,11 @@ class ModelConfig:
 
     def _pattern(self) -> str:
         return self.window_pattern or ("L" if self.window else "G")
+
+    def has_value_embedding(self, layer: int) -> bool:
+        """Whether layer number ``layer``, from 0, has value embeddings."""
+        every = self.value_embeddings
+        return every > 0 and (self.n_layer - 1 - layer) % every == 0
 
     def most_positions(self) -> int | None:
         """The number of positions; ``None`` if it is unlimited. The decay of xPos leaves the range

@@ -21,6 +21,15 @@ class ObjectiveConfig:
     """next_token: the next tokens of a text; dpo: to prefer "chosen" to "rejected" after "prompt"
     (arXiv:2305.18290); reward: to write texts after "prompt" that get high rewards
     (policy gradients)."""
+    distill: str = ""
+    """next_token: models to learn from, named as for sample.py, with commas between them. The run
+    learns their averaged probabilities of the next token as well (arXiv:1503.02531)."""
+    distill_weight: float = number(0.5, above=0, at_most=1)
+    """distill: weight of the divergence from these probabilities; the text's own next token has the
+    rest."""
+    distill_temperature: float = number(1.0, above=0)
+    """distill: divides the logits of all models in the divergence, which is multiplied by its
+    square."""
     records: int = number(16, at_least=1)
     """dpo, reward: pairs of texts, or prompts, in a step, over all processes."""
     beta: float = number(0.1, above=0)
@@ -71,6 +80,16 @@ class ObjectiveConfig:
         object.__setattr__(self, "stop", tuple(self.stop))
         if "" in self.stop:
             raise UsageError("objective.stop has an empty text; each must have a character or more")
+        if self.distill and self.kind != "next_token":
+            raise UsageError(
+                f"objective.distill is {quoted(self.distill)}, and needs objective.kind next_token "
+                f"(it is {self.kind})"
+            )
+        if self.distill and not all(self.teachers):
+            raise UsageError(
+                f"objective.distill is {quoted(self.distill)}, and must be one or more models with "
+                "commas between them"
+            )
         if self.kind != "reward":
             return
         name, _, function = self.reward.rpartition(":")
@@ -89,6 +108,11 @@ class ObjectiveConfig:
                 f"objective.samples is {self.samples}, and objective.baseline "
                 f"{self.baseline} needs at least 2 texts for each prompt"
             )
+
+    @property
+    def teachers(self) -> list[str]:
+        """The models of ``distill``."""
+        return [name.strip() for name in self.distill.split(",")] if self.distill else []
 
     def _check_pattern(self) -> None:
         try:

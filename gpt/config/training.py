@@ -1,6 +1,7 @@
 """Options of ``train.py``."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -23,6 +24,9 @@ class TrainingConfig:
 
     max_steps: int = number(10_000, at_least=1)
     """Total number of optimizer updates."""
+    max_minutes: float = number(0.0, at_least=0)
+    """Plan max_steps so that the run takes about this many minutes, from a measurement of a few
+    steps and an evaluation before it begins. config.toml has the plan. 0: as max_steps says."""
     batch_tokens: int = number(16_384, at_least=1)
     """Tokens per step over all processes. Gradients are accumulated over as many micro batches as
     this needs."""
@@ -56,6 +60,17 @@ class TrainingConfig:
     slowly, quickly, slowly (arXiv:1506.03099); constant: at once."""
     scheduled_sampling_start: float = number(0.0, at_least=0, below=1)
     """The fraction of max_steps after which the share begins to rise."""
+    window_start: int = number(0, at_least=0)
+    """In training, attention windows begin with this many tokens, and grow in steps of as many
+    until they are the model's own; 0: they are the model's own from the start."""
+    window_fraction: float = number(0.5, above=0, at_most=1)
+    """The fraction of max_steps in which attention windows grow."""
+    average_fraction: float = number(0.0, at_least=0, at_most=1)
+    """The last fraction of max_steps, over which the weights are averaged. Evaluations and
+    checkpoints then have the averages, and resuming has both; 0: none."""
+    average_decay: float = number(1.0, above=0, at_most=1)
+    """How much older weights count in the average after each step. 1: all the same; 0.99: those of
+    about the last 100 steps count (an exponential moving average)."""
 
     freeze: tuple[str, ...] = ()
     """Patterns of the names of parameters that stay as they are: embed.weight, 'blocks.0.*', or in
@@ -75,12 +90,16 @@ class OptimizerConfig:
     """AdamW's peak learning rate."""
     muon_learning_rate: float = number(0.02, above=0)
     """Muon's peak learning rate; it is scaled by the shape of each matrix."""
+    muon_momentum: float = number(0.95, at_least=0, below=1)
+    """Muon's decay rate of the gradients' running mean."""
     beta1: float = number(0.9, at_least=0, below=1)
     """AdamW's decay rate of the gradients' running mean."""
     beta2: float = number(0.95, at_least=0, below=1)
     """AdamW's decay rate of the squared gradients' running mean."""
     weight_decay: float = number(0.1, at_least=0)
     """Weight decay of matrices; biases and norms have none."""
+    cautious_decay: bool = False
+    """Only those weights decay that the step makes smaller anyway (arXiv:2510.12402)."""
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
     """The learning rate after the warmup. wsd (warmup-stable-decay): constant, then linear
     decay."""
@@ -94,27 +113,63 @@ class OptimizerConfig:
     rates: tuple[str, ...] = ()
     """Factors of the learning rate by patterns of parameters' names, as in 'embed.*=0.1'; the first
     pattern that matches counts."""
+    decays: tuple[str, ...] = ()
+    """Factors of the weight decay by patterns, as for rates: 'embed.*=0' for none."""
+    betas: tuple[str, ...] = ()
+    """AdamW's beta1 and beta2 by patterns, as in 'embed.*=0.8,0.95'; other parameters have beta1
+    and beta2."""
 
     def __post_init__(self) -> None:
         check(self, "optimizer.")
         self.rate_factors()
+        self.decay_factors()
+        self.pairs_of_betas()
 
     def rate_factors(self) -> dict[str, float]:
         """``rates`` as pattern to factor."""
-        factors = {}
-        for text in self.rates:
-            pattern, _, factor = text.rpartition("=")
-            try:
-                factors[pattern] = float(factor)
-                known = bool(pattern) and 0 < factors[pattern] < math.inf
-            except ValueError:
-                known = False
-            if not known:
-                raise UsageError(
-                    f"optimizer.rates has {quoted(text)}, and needs a pattern and a factor above "
-                    "0, such as embed.*=0.1"
-                )
-        return factors
+        wanted = "a factor above 0, such as embed.*=0.1"
+        found = _by_pattern(
+            self.rates, "rates", wanted, lambda each: len(each) == 1 and each[0] > 0
+        )
+        return {pattern: factor for pattern, (factor,) in found.items()}
+
+    def decay_factors(self) -> dict[str, float]:
+        """``decays`` as pattern to factor."""
+        wanted = "a factor of at least 0, such as embed.*=0"
+        found = _by_pattern(
+            self.decays, "decays", wanted, lambda each: len(each) == 1 and each[0] >= 0
+        )
+        return {pattern: factor for pattern, (factor,) in found.items()}
+
+    def pairs_of_betas(self) -> dict[str, tuple[float, ...]]:
+        """``betas`` as pattern to both."""
+        wanted = "two numbers from 0 to below 1, such as embed.*=0.8,0.95"
+        return _by_pattern(
+            self.betas,
+            "betas",
+            wanted,
+            lambda each: len(each) == 2 and all(0 <= b < 1 for b in each),
+        )
+
+
+def _by_pattern(
+    texts: tuple[str, ...], field: str, wanted: str, fits: Callable[[tuple[float, ...]], bool]
+) -> dict[str, tuple[float, ...]]:
+    """Texts such as ``pattern=1,2`` as pattern to numbers; ``UsageError`` if these do not fit."""
+    found = {}
+    for text in texts:
+        pattern, _, numbers = text.rpartition("=")
+        try:
+            found[pattern] = tuple(map(float, numbers.split(",")))
+            known = bool(pattern) and all(map(math.isfinite, found[pattern]))
+            known = known and fits(found[pattern])
+        except ValueError:
+            known = False
+        if not known:
+            raise UsageError(
+                f"optimizer.{field} has {quoted(text)}, and needs a pattern and {wanted}"
+            )
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +181,9 @@ class EvaluationConfig:
     windows: int = number(200, at_least=0)
     """How many windows of context_length tokens to evaluate, spread evenly over the held-out text;
     0: all."""
+    patience: int = number(0, at_least=0)
+    """End the run after this many evaluations in a row without a new lowest validation loss (early
+    stopping); 0: never before max_steps."""
     sample_tokens: int = number(200, at_least=0)
     """Length of the sample that each evaluation generates, in tokens; 0: no sample."""
     answers: int = number(16, at_least=0)
@@ -233,12 +291,24 @@ class TrainConfig:
                 "model.context_length is 0, and must be at least 1 (0 is allowed with init, and "
                 "keeps that model's context)"
             )
+        if not self.init:
+            self.model.check_learns()
         kind = self.objective.kind
         if kind != "next_token" and not self.init:
             raise UsageError(f"objective.kind is {kind}, and needs init: the model to start from")
         if kind != "next_token" and self.data.mixture:
             raise UsageError(
                 f"objective.kind is {kind}, which reads data.source and takes no data.mixture"
+            )
+        if self.objective.distill and self.training.scheduled_sampling:
+            raise UsageError(
+                f"training.scheduled_sampling is {self.training.scheduled_sampling}, and must be 0 "
+                "with objective.distill"
+            )
+        if kind != "next_token" and self.training.max_minutes:
+            raise UsageError(
+                f"training.max_minutes is {self.training.max_minutes:g}, and plans runs of "
+                f"objective.kind next_token alone (it is {kind}): give training.max_steps"
             )
         if kind != "next_token" and self.training.scheduled_sampling:
             raise UsageError(

@@ -12,6 +12,12 @@ def byte_characters() -> dict[int, str]:
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
+@cache
+def bytes_of_characters() -> dict[str, int]:
+    """The byte for each of these characters."""
+    return {character: byte for byte, character in byte_characters().items()}
+
+
 def ranks_of(encoder: bytes) -> list[bytes]:
     """The byte strings of a GPT-2 ``encoder.json`` in the order of their ids, without special
     tokens. The spelling is that of https://github.com/openai/gpt-2 (``bytes_to_unicode``).
@@ -19,6 +25,6 @@ def ranks_of(encoder: bytes) -> list[bytes]:
     ids: dict[str, int] = json.loads(encoder)
     ids.pop("<|endoftext|>", None)
     between = "\uffff"  # no byte's character: all tokens are translated in one call
-    codes = {ord(character): byte for byte, character in byte_characters().items()}
+    codes = {ord(character): byte for character, byte in bytes_of_characters().items()}
     spelled = between.join(sorted(ids, key=ids.__getitem__)).translate(codes)
     return [token.encode("latin-1") for token in spelled.split(between)]

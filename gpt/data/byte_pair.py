@@ -87,13 +87,9 @@ class GPT2Tokenizer:
         longest_first = sorted([*self.added, *self.missing], key=len, reverse=True)
         self._added = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
         self.absent = bytes(sorted(set(range(256)) - {t[0] for t in ranks if len(t) == 1}))
-        self._encoding = tiktoken.Encoding(
-            "gpt2",
-            pat_str=PATTERNS[pattern],
-            mergeable_ranks={token: i for i, token in enumerate(ranks, first_id)},
-            special_tokens={k: i for k, i in self._ids.items() if not first_id <= i < n},
-        )
-        self._marked: tiktoken.Encoding | None = None
+        self._id_of = {token: i for i, token in enumerate(ranks, first_id)}
+        self._apart = {k: i for k, i in self._ids.items() if not first_id <= i < n}
+        self._encodings: dict[str, tiktoken.Encoding] = {}
 
     @classmethod
     def released(cls) -> Self:
@@ -135,7 +131,7 @@ class GPT2Tokenizer:
         """
         end = next((t for t, i in self.special.items() if i == self.end_of_text), "")
         alone = self._added or self.normalisation or self.absent or self.first
-        known = end in self._encoding.special_tokens_set and end.split() == [end]
+        known = end in self._apart and end.split() == [end]
         if alone or not known or any(end in text for text in texts):
             between = np.array([self.end_of_text], np.uint32), np.array(self.first, np.uint32)
             return [np.concatenate([between[1], self.encode(t), between[0]]) for t in texts]
@@ -151,7 +147,7 @@ class GPT2Tokenizer:
         quarter longer.
         """
         other = copy.copy(self)
-        other._encoding, other._marked = copy.copy(self._encoding), None
+        other._encodings = {}
         return other
 
     def _plain(self, text: str) -> Ids:
@@ -169,24 +165,25 @@ class GPT2Tokenizer:
         """The ids of ``text``, by the faster way for a long one. ``ends`` are the offsets of the
         special tokens.
         """
-        encoding = self._encoding
         marks = len(text) >= _LONG and not self.absent and can_mark(self.pattern, text)
         if marks:
-            text, encoding = marked(self.pattern, text, ends), self._marked_encoding()
-        ids: Ids = encoding.encode_to_numpy(
+            text = marked(self.pattern, text, ends)
+        ids: Ids = self._encoding(marks=marks).encode_to_numpy(
             text, allowed_special=set(allowed_special), disallowed_special=()
         )
-        return ids[ids != encoding.encode_single_token(MARK)] if marks else ids
+        return ids[ids != self._id_of[MARK.encode()]] if marks else ids
 
-    def _marked_encoding(self) -> tiktoken.Encoding:
-        if self._marked is None:
-            self._marked = tiktoken.Encoding(
-                "marked",
-                pat_str=MARKED_PATTERNS[self.pattern],
-                mergeable_ranks=self._encoding._mergeable_ranks,
-                special_tokens=self._encoding._special_tokens,
+    def _encoding(self, *, marks: bool = False) -> tiktoken.Encoding:
+        """Encoding by tiktoken for a text with ``marks`` or without; built when it is needed."""
+        expression = (MARKED_PATTERNS if marks else PATTERNS)[self.pattern]
+        if expression not in self._encodings:
+            self._encodings[expression] = tiktoken.Encoding(
+                "gpt2",
+                pat_str=expression,
+                mergeable_ranks=self._id_of,
+                special_tokens=self._apart,
             )
-        return self._marked
+        return self._encodings[expression]
 
     def _without_absent(self, text: str) -> Ids:
         """Split the text first, and then leave out its absent bytes: tiktoken does not do that."""
@@ -196,11 +193,11 @@ class GPT2Tokenizer:
         version = regex.V1 if "&&" in pattern else regex.V0
         pieces = (m[0].encode() for m in regex.finditer(pattern, text, version))
         left = (piece.translate(None, self.absent) for piece in pieces)
-        encode = self._encoding._encode_single_piece
+        encode = self._encoding()._encode_single_piece
         return np.array([i for piece in left if piece for i in encode(piece)], np.uint32)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return self._encoding.decode_bytes([i for i in ids if i not in self._special_ids])
+        return self._encoding().decode_bytes([i for i in ids if i not in self._special_ids])
 
     def state(self) -> dict[str, Any]:
         state: dict[str, Any] = {

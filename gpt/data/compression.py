@@ -1,10 +1,14 @@
-"""From one file to its bytes, decompressed: ``.gz``, ``.xz`` and ``.zst`` by the name's ending."""
+"""From one file to its bytes, decompressed: ``.gz``, ``.bz2``, ``.xz`` and ``.zst`` by the name's
+ending.
+"""
 
+import bz2
 import gzip
 import io
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,15 +20,32 @@ BLOCK = 1 << 20
 _ZSTD_BLOCK = 1 << 12
 """Compressed bytes that are given to zstd at once: each 4 bytes may become 128 KiB."""
 
-Tap = Callable[[bytes], None]
-"""Receives each block of bytes that is read from a file."""
+
+@dataclass(frozen=True)
+class Tap:
+    """Who is told what is read from the disk."""
+
+    content: Callable[[bytes], object] | None = None
+    """Receives all bytes of each file, in order."""
+    count: Callable[[int], object] | None = None
+    """Receives how many bytes were read."""
+
+    def __call__(self, block: bytes) -> None:
+        """Tell that ``block`` was read."""
+        if self.content is not None:
+            self.content(block)
+        if self.count is not None:
+            self.count(len(block))
 
 
-def blocks(path: Path, tap: Tap) -> Iterator[bytes]:
-    """The file's bytes, decompressed if its name ends so. ``tap`` receives those on the disk."""
+NO_TAP = Tap()
+
+
+def blocks(path: Path, tap: Tap = NO_TAP) -> Iterator[bytes]:
+    """The file's bytes, decompressed if its name ends so."""
     try:
         with path.open("rb", buffering=0) as raw:
-            file = _Tapped(raw, tap)
+            file = Tapped(raw, tap)
             yield from COMPRESSIONS.get(path.suffix.lower(), _plain)(file)
     except EOFError:
         raise _damaged(path, "it ends too early") from None
@@ -39,7 +60,9 @@ def _damaged(path: Path, why: object) -> UsageError:
     return UsageError(f"{foreign(path)} is not a whole {kind} file: {foreign(why)}")
 
 
-class _Tapped(io.BufferedReader):
+class Tapped(io.BufferedReader):
+    """A file that tells ``tap`` what is read."""
+
     def __init__(self, file: io.FileIO, tap: Tap) -> None:
         super().__init__(file, BLOCK)
         self._tap = tap
@@ -58,6 +81,16 @@ def _plain(file: io.BufferedIOBase | IO[bytes]) -> Iterator[bytes]:
 def _gzip(file: IO[bytes]) -> Iterator[bytes]:
     with gzip.GzipFile(fileobj=file) as inner:
         yield from _plain(inner)
+
+
+def _bz2(file: IO[bytes]) -> Iterator[bytes]:
+    try:
+        with bz2.BZ2File(file) as inner:
+            yield from _plain(inner)
+    except OSError as error:
+        if error.errno is not None:  # of the disk
+            raise
+        raise zlib.error(str(error)) from None
 
 
 def _xz(file: IO[bytes]) -> Iterator[bytes]:
@@ -84,6 +117,7 @@ def _zstd(file: IO[bytes]) -> Iterator[bytes]:
 
 COMPRESSIONS: dict[str, Callable[[IO[bytes]], Iterator[bytes]]] = {
     ".gz": _gzip,
+    ".bz2": _bz2,
     ".xz": _xz,
     ".zst": _zstd,
 }

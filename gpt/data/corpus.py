@@ -12,7 +12,7 @@ import glob
 import hashlib
 import stat
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +20,10 @@ import numpy as np
 
 from gpt.config import UsageError, foreign, quoted
 from gpt.data import hub_datasets, shakespeare
-from gpt.data.compression import Tap
+from gpt.data.compression import NO_TAP, Tap
 from gpt.data.formats import Document, documents
 from gpt.data.piped import is_copy
-from gpt.data.reading import Reading
+from gpt.data.reading import Reading, is_json
 from gpt.files import check_regular, unreadable
 
 PREPARED_FILES = ("tokenizer.json", "train.bin", "validation.bin")
@@ -49,8 +49,8 @@ class Survey:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in a fixed order. ``read`` yields the documents of a file, and passes the file's
-    bytes to its tap.
+    """Documents in a fixed order. ``read`` yields the documents of a file, and tells its tap what
+    it reads.
     """
 
     files: tuple[Path, ...]
@@ -65,7 +65,7 @@ class Corpus:
         read.
         """
         for path in self.files:
-            yield from self.read(path, lambda block: None)
+            yield from self.read(path, NO_TAP)
 
     def survey(self, *, characters: bool = False) -> Survey:
         """Read each document once. ``UsageError`` names a file that cannot be read."""
@@ -74,7 +74,7 @@ class Corpus:
         for path in self.files:
             digest = hashlib.sha256()
             for piece in (
-                piece for document in self.read(path, digest.update) for piece in document
+                piece for document in self.read(path, Tap(digest.update)) for piece in document
             ):
                 length += len(piece)
                 if characters:
@@ -112,7 +112,9 @@ def open_corpus(
     if source in NAMED:
         say(f"{field} {source} is the file in this folder, not the named corpus")
     if not mode and (found := _matched(path)):
-        return _files(found, reading)
+        return _files(found, reading, field)
+    if not mode and glob.has_magic(source):
+        raise UsageError(f"{field} is {quoted(source)}, which no file matches")
     if not mode:
         raise UsageError(
             f"{field} is {quoted(source)}, which is not a file, a folder or a named corpus "
@@ -121,7 +123,20 @@ def open_corpus(
     if stat.S_ISDIR(mode):
         return _folder(path, reading, field)
     check_regular(path, field)
-    return _files([path], reading)
+    return _files([path], reading, field)
+
+
+def distinct(paths: Iterable[Path]) -> list[Path]:
+    """Each file once, under its first name: links and other spellings name the same file."""
+    found: dict[object, Path] = {}
+    for path in paths:
+        try:
+            info = path.stat()
+        except OSError:
+            info = None
+        same = (info.st_dev, info.st_ino) if info and info.st_ino else path  # 0: no inode numbers
+        found.setdefault(same, path)
+    return list(found.values())
 
 
 def joined(corpora: Sequence[Corpus]) -> Corpus:
@@ -129,12 +144,18 @@ def joined(corpora: Sequence[Corpus]) -> Corpus:
     if len(corpora) == 1:
         return corpora[0]
     reads = {path: corpus.read for corpus in reversed(corpora) for path in corpus.files}
-    files = tuple(dict.fromkeys(path for corpus in corpora for path in corpus.files))
+    files = tuple(distinct(path for corpus in corpora for path in corpus.files))
     name = "; ".join(dict.fromkeys(corpus.name for corpus in corpora))
     return Corpus(files, lambda path, tap: reads[path](path, tap), name)
 
 
-def _files(files: list[Path], reading: Reading, folder: Path | None = None) -> Corpus:
+def _files(files: list[Path], reading: Reading, field: str, folder: Path | None = None) -> Corpus:
+    if reading.format == "auto" and all(is_json(path) for path in files):
+        raise UsageError(
+            f"{field} has {foreign(files[0])}, and a .json file may be many things; set "
+            "data.format to jsonl if each line is a record, or to text to learn the file itself "
+            "(jq -c '.[]' makes lines of a list)"
+        )
     records = any(reading.format_of(path) != "text" for path in files)
     name = "documents" if records else "text_pieces"
     usual = Reading(format=reading.format)
@@ -153,7 +174,7 @@ def _matched(pattern: Path) -> list[Path]:
         found = sorted(start.glob(str(pattern.relative_to(pattern.anchor))))
     except (OSError, ValueError):  # such as ** within a name
         return []
-    return [path for path in found if path.is_file() and not is_copy(path)]
+    return distinct(path for path in found if path.is_file() and not is_copy(path))
 
 
 def _mode(path: Path, field: str) -> int:
@@ -191,7 +212,7 @@ def _folder(folder: Path, reading: Reading, field: str) -> Corpus:
             waiting += [path / name for name in sorted(names, reverse=True)]
     if not files:
         raise UsageError(f"{field} is the folder {foreign(folder)}, which has no files")
-    return _files(files, reading, folder)
+    return _files(files, reading, field, folder)
 
 
 def _listed(folder: Path) -> set[str]:

@@ -1,7 +1,8 @@
 """From one file to its documents: compression, then format.
 
-``.gz``, ``.xz`` and ``.zst`` files are decompressed. A text file is one document, or several with a
-separator between them. A line of a JSONL file is a document, and so is a row of a Parquet file.
+``.gz``, ``.bz2``, ``.xz`` and ``.zst`` files are decompressed. A text file is one document, or
+several with a separator between them. A line of a JSONL file is a document, and so is a row of a
+Parquet file.
 
 A document comes as pieces. The pieces of a long text have about a million characters, so a file of
 any size needs little memory. They end where a space follows a word or a mark, or a line feed

@@ -19,7 +19,7 @@ OPTIONS = ("name", "split", "revision")
 
 
 def opened(source: str, reading: Reading) -> Callable[[Path, Tap], Iterator[Document]]:
-    """The function that reads the dataset's documents. Its tap receives the text of each.
+    """The function that reads the dataset's documents. Its tap is told of the text of each.
 
     ``UsageError`` if the package datasets is missing or the source names an unknown option.
     """

@@ -17,6 +17,7 @@ from gpt.config import DataConfig, TooLong, UsageError, quoted
 from gpt.data import tokenizer as tokenizers
 from gpt.data.batches import Windows
 from gpt.data.chat_templates import DEFAULT, PLAIN, PLAIN_LETTERS, ChatTemplates
+from gpt.data.compression import Tap
 from gpt.data.corpus import open_corpus
 from gpt.data.example_windows import ExampleWindows
 from gpt.data.examples import Example, Examples, load_examples, save_examples
@@ -83,7 +84,7 @@ def prepare_instructions(
     reading = Reading.of(config)
     digest = hashlib.sha256()
     files = open_corpus(config.source, reading).files
-    records = list(read_records(files, reading, digest.update))
+    records = list(read_records(files, reading, Tap(digest.update)))
     if len(records) < 2:
         raise UsageError(
             f"data.source is {quoted(config.source)}, which has {len(records)} records, and needs "

@@ -31,7 +31,7 @@ class Journal:
                 f"{foreign(path.parent)} has an unfinished preparation of other data or settings "
                 f"({foreign(', '.join(changed))}); delete the folder, or name a new one"
             )
-        new = path.with_suffix(".new")  # so that a failure here loses nothing
+        new = path.with_name(f".{path.name}.new")  # so that a failure here loses nothing
         try:
             self._file = new.open("w", encoding="utf-8", newline="")
         except OSError as error:

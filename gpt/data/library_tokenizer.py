@@ -8,16 +8,16 @@ because the same code computes them.
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Mapping
-from functools import cache, cached_property
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpt.config import UsageError, quoted
-from gpt.data.byte_characters import byte_characters
 from gpt.data.chat_templates import ChatTemplates
+from gpt.data.library_definition import all_ids, check_definition, parts, prepends, spelling
 
 Ids = NDArray[np.uint32]
 
@@ -50,7 +50,7 @@ class LibraryTokenizer:
         self.special = {entry["content"]: entry["id"] for entry in entries if entry["special"]}
         self.added = {entry["content"]: entry["id"] for entry in entries if not entry["special"]}
         self._ids: dict[str, int] = definition["model"]["vocab"]
-        self._spell = _spelling(definition.get("decoder"))
+        self._spell = spelling(definition.get("decoder"))
         last = max([*self._ids.values(), *self.special.values(), *self.added.values()])
         self.vocab_size = last + 1 if vocab_size is None else vocab_size
         if not {end_of_text, *self.ends, *self.first} <= set(range(self.vocab_size)):
@@ -82,8 +82,8 @@ class LibraryTokenizer:
     def opens_with_space(self) -> bool:
         """Whether the bytes of a whole text begin with a space that is not part of it."""
         return any(
-            _prepends(part) != "never" or (part.get("type") == "Strip" and part.get("start"))
-            for part in _parts(self.definition.get("decoder"), "decoders")
+            prepends(part) != "never" or (part.get("type") == "Strip" and part.get("start"))
+            for part in parts(self.definition.get("decoder"), "decoders")
         )
 
     @property
@@ -92,9 +92,9 @@ class LibraryTokenizer:
         before the first one.
         """
         return any(
-            part.get("type") == "Prepend" or _prepends(part) == "always"
+            part.get("type") == "Prepend" or prepends(part) == "always"
             for name, several in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers"))
-            for part in _parts(self.definition.get(name), several)
+            for part in parts(self.definition.get(name), several)
         )
 
     @cached_property
@@ -109,11 +109,11 @@ class LibraryTokenizer:
     @cached_property
     def _continuing(self) -> Any:
         changed = copy.deepcopy({k: v for k, v in self.definition.items() if k != "model"})
-        for part in _parts(changed.get("normalizer"), "normalizers"):
+        for part in parts(changed.get("normalizer"), "normalizers"):
             if part.get("type") == "Prepend":  # replaced by a no-op
                 part.clear()
                 part.update(type="Replace", pattern={"String": "\ufdd0"}, content="")
-        for part in _parts(changed.get("pre_tokenizer"), "pretokenizers"):
+        for part in parts(changed.get("pre_tokenizer"), "pretokenizers"):
             if part.get("type") == "Metaspace":
                 part.pop("add_prefix_space", None)
                 part["prepend_scheme"] = "never"
@@ -141,7 +141,7 @@ def library_tokenizer_from_state(state: dict[str, Any]) -> LibraryTokenizer:
     check_definition(definition)
     if type(end) is not int or type(size) is not int:
         raise ValueError("end_of_text and vocab_size must be whole numbers")
-    if not 0 < size <= 1 + max(_all_ids(definition)):
+    if not 0 < size <= 1 + max(all_ids(definition)):
         raise ValueError(f"vocab_size is {size:,}, and the vocabulary has fewer tokens")
     lists = {name: state.get(name, []) for name in ("ends", "first")}
     for name, ids in lists.items():
@@ -153,36 +153,6 @@ def library_tokenizer_from_state(state: dict[str, Any]) -> LibraryTokenizer:
         vocab_size=size,
         **lists,
     )
-
-
-MOST_TOKENS = 10_000_000
-"""More than any vocabulary has: a larger id is a damaged file's."""
-
-
-def check_definition(definition: Any) -> None:
-    """``ValueError`` unless ``definition`` has the parts of a ``tokenizer.json`` that are read here
-    and not by the library.
-    """
-    model = definition.get("model") if isinstance(definition, dict) else None
-    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
-        raise ValueError("its model must be of the type BPE")
-    vocab = model.get("vocab")
-    entries = definition.get("added_tokens") or []
-    right = isinstance(vocab, dict) and isinstance(entries, list)
-    if not right or not all(
-        isinstance(entry, dict)
-        and isinstance(entry.get("content"), str)
-        and isinstance(entry.get("special"), bool)
-        for entry in entries
-    ):
-        raise ValueError("its added_tokens must have content, id and special")
-    if not vocab or not all(type(i) is int and 0 <= i < MOST_TOKENS for i in _all_ids(definition)):
-        raise ValueError(f"its tokens must have ids from 0 to {MOST_TOKENS:,}")
-
-
-def _all_ids(definition: Any) -> list[Any]:
-    entries = definition.get("added_tokens") or []
-    return [*definition["model"]["vocab"].values(), *(entry.get("id") for entry in entries)]
 
 
 def _engine(definition: Mapping[str, Any]) -> Any:
@@ -201,77 +171,3 @@ def _engine(definition: Mapping[str, Any]) -> Any:
     engine.no_padding()
     engine.encode_special_tokens = True
     return engine
-
-
-def _parts(component: Any, several: str) -> list[dict[str, Any]]:
-    """The steps of a component of ``tokenizer.json``, which is one step or a sequence of steps."""
-    if not isinstance(component, dict):
-        return []
-    if component.get("type") == "Sequence":
-        return [step for part in component.get(several, []) for step in _parts(part, several)]
-    return [component]
-
-
-def _prepends(part: dict[str, Any]) -> Any:
-    """Where a Metaspace puts a space before a text: ``always``, ``first`` or ``never``."""
-    if part.get("type") != "Metaspace" or not part.get("add_prefix_space", True):
-        return "never"
-    return part.get("prepend_scheme", "always")
-
-
-def _spelling(decoder: Any) -> Callable[[str], bytes]:
-    """What makes the bytes of one token from its spelling in the vocabulary. ``ValueError`` for a
-    decoder whose tokens do not simply follow one another.
-    """
-    steps: list[Callable[[str], str | bytes]] = []
-    for part in _parts(decoder, "decoders"):
-        match part:
-            case {"type": "ByteLevel"}:
-                steps.append(_byte_level)
-            case {"type": "ByteFallback"}:
-                steps.append(_byte_fallback)
-            case {"type": "Replace", "pattern": {"String": str() as old}, "content": str() as new}:
-                steps.append(_replacing(old, new))
-            case {"type": "Metaspace", "replacement": str() as old} | {
-                "type": "BPEDecoder",
-                "suffix": str() as old,
-            }:
-                steps.append(_replacing(old, " "))
-            case {"type": "Fuse"} | {"type": "Strip", "content": " ", "start": 0 | 1, "stop": 0}:
-                pass
-            case _:
-                raise ValueError(f"its decoder has {quoted(part)}, which is not supported")
-    if not steps and decoder != {"type": "Fuse"}:
-        raise ValueError(f"its decoder is {quoted(decoder)}, which is not supported")
-
-    def spell(token: str) -> bytes:
-        spelled: str | bytes = token
-        for step in steps:
-            if isinstance(spelled, str):
-                spelled = step(spelled)
-        return spelled.encode() if isinstance(spelled, str) else spelled
-
-    return spell
-
-
-def _replacing(old: str, new: str) -> Callable[[str], str]:
-    return lambda token: token.replace(old, new)
-
-
-def _byte_level(token: str) -> bytes:
-    values = [_bytes_of_characters().get(character) for character in token]
-    return token.encode() if None in values else bytes(v for v in values if v is not None)
-
-
-def _byte_fallback(token: str) -> str | bytes:
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        try:
-            return bytes([int(token[3:5], 16)])
-        except ValueError:
-            return token
-    return token
-
-
-@cache
-def _bytes_of_characters() -> dict[str, int]:
-    return {character: byte for byte, character in byte_characters().items()}

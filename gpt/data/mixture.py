@@ -18,6 +18,12 @@ from gpt.config import DataConfig, UsageError, WindowOrder, quoted
 from gpt.data import tokenizer as tokenizers
 from gpt.data.batches import Batch, Windows
 from gpt.data.corpus import Say, joined, open_corpus
+from gpt.data.instructions import (
+    Encoder,
+    Instructions,
+    is_instructions,
+    prepare_instructions,
+)
 from gpt.data.order import Numbers, Order
 from gpt.data.pieces import Split
 from gpt.data.prepare import Progress, prepare
@@ -54,12 +60,12 @@ class Total:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Several texts as tokens of one tokenizer."""
+    """Several texts, or records of instructions, as tokens of one tokenizer."""
 
     tokenizer: Tokenizer
     names: tuple[str, ...]
     weights: tuple[float, ...]
-    texts: tuple[Prepared, ...]
+    texts: tuple[Prepared | Instructions, ...]
 
     @property
     def train(self) -> Total:
@@ -89,22 +95,36 @@ def prepare_mixture(
     cache_dir: Path,
     *,
     tokenizer: Tokenizer | None = None,
+    encoder: Encoder | None = None,
     progress: Progress = lambda fraction: None,
     say: Say = lambda text: None,
 ) -> Mixture:
     """As :func:`gpt.data.prepare.prepare`, for each source of ``config.mixture``. All have one
     tokenizer: one of characters has those of all sources, and a prepared source gives its own.
+    Sources of instructions need an ``encoder``, and a given ``tokenizer``.
     """
     parts = config.parts()
+    instructed = [is_instructions(part.data) for part in parts]
+    if any(instructed) and tokenizer is None:
+        name = parts[instructed.index(True)].name
+        raise UsageError(
+            f"data.mixture has instructions ({quoted(name)}), and needs init: a model whose "
+            "tokenizer encodes them"
+        )
     tokenizer = tokenizer or _tokenizer_of(config, [part.data for part in parts], say)
-    texts = []
+    texts: list[Prepared | Instructions] = []
     for number, part in enumerate(parts):
 
         def partly(fraction: float, done: int = number) -> None:
             progress((done + fraction) / len(parts))
 
-        text = prepare(part.data, cache_dir, tokenizer=tokenizer, progress=partly, say=say)
-        texts.append(text)
+        if instructed[number]:
+            assert encoder is not None, "the caller gave no encoder"
+            records = prepare_instructions(part.data, cache_dir, encoder, tokenizer=tokenizer)
+            texts.append(records)
+        else:
+            text = prepare(part.data, cache_dir, tokenizer=tokenizer, progress=partly, say=say)
+            texts.append(text)
     return Mixture(
         tokenizer, tuple(p.name for p in parts), tuple(p.weight for p in parts), tuple(texts)
     )
@@ -151,8 +171,13 @@ class MixedWindows:
             torch.cat([getattr(batch, name) for batch in batches])[back]
             for name in ("tokens", "targets")
         )
-        marks = [batch.documents for batch in batches if batch.documents is not None]
-        return Batch(tokens, targets, torch.cat(marks)[back] if marks else None)
+        if all(batch.documents is None for batch in batches):
+            return Batch(tokens, targets)
+        marks = [
+            torch.zeros_like(batch.tokens) if batch.documents is None else batch.documents
+            for batch in batches
+        ]
+        return Batch(tokens, targets, torch.cat(marks)[back])
 
     def spread(self, n: int) -> NDArray[np.int64]:
         """``n`` window numbers, evenly spread over each source by its share; all windows if ``n``

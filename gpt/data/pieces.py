@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
-from gpt.data.compression import Tap
+from gpt.data.compression import NO_TAP, Tap
 from gpt.data.corpus import Corpus
 
 Split = Literal["train", "validation"]
@@ -74,10 +74,10 @@ def pieces(
     splitter: Splitter,
     *,
     start: Place = START,
-    tap: Tap = lambda block: None,
+    tap: Tap = NO_TAP,
 ) -> Iterator[Piece]:
-    """The pieces from ``start`` on, in order. ``tap`` receives the files' bytes, also those before
-    ``start`` in its file, which are read again.
+    """The pieces from ``start`` on, in order. ``tap`` is told of the files' bytes,
+    also of those before ``start`` in its file, which are read again.
     """
     position = start.characters
     for file in range(start.file, len(corpus.files)):

@@ -5,15 +5,15 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt.config import UsageError, WindowKind, foreign, quoted
+from gpt.config import UsageError, WindowKind, foreign
 from gpt.data import tokenizer as tokenizers
 from gpt.data.batches import Boundary, TextWindows, Windows
 from gpt.data.corpus import CORPUS_FILE
 from gpt.data.document_windows import DocumentWindows
 from gpt.data.pieces import SPLITS, Split
 from gpt.data.shards import Shard, Shards, read_shard
+from gpt.data.summary import read_summary
 from gpt.data.tokenizer import Tokenizer
-from gpt.files import read_json
 
 
 @dataclass(frozen=True)
@@ -54,31 +54,27 @@ def read_corpus(folder: Path, tokenizer: Tokenizer | None = None) -> Prepared:
     ``UsageError`` if it is incomplete, or was made with another tokenizer than ``tokenizer``.
     """
     folder = folder.expanduser()
-    path = folder / CORPUS_FILE
-    summary, shown = read_json(path, "the corpus"), foreign(path)
+    summary = read_summary(folder)
     own = tokenizers.load(folder / "tokenizer.json")
     if tokenizer is not None and tokenizers.fingerprint(own) != tokenizers.fingerprint(tokenizer):
         raise UsageError(
             f"{foreign(folder)} was prepared with another tokenizer than the model's; prepare the "
             "text again with --data.tokenizer, or without init"
         )
-    if not isinstance(summary, dict) or not isinstance(summary.get("shards"), dict):
-        raise UsageError(f"{shown} is not what gpt prepare wrote; prepare the text again")
     corpus = hashlib.sha256(json.dumps(summary["shards"], sort_keys=True).encode()).digest()
     splits: list[Shards] = []
     for split in SPLITS:
         parts = []
-        for item in summary["shards"].get(split, ()):
-            name, n = (item.get("name"), item.get("tokens")) if isinstance(item, dict) else (0, 0)
-            if not isinstance(name, str) or Path(name).name != name:
-                raise UsageError(f"{shown} names the shard {quoted(name)}; prepare the text again")
+        for listed in summary["shards"][split]:
             part = read_shard(
-                folder / name,
+                folder / listed["name"],
                 tokenizer=tokenizers.fingerprint(own),
                 vocab_size=own.vocab_size,
             )
-            if len(part) != n:
-                raise UsageError(f"{foreign(part.path)} has {len(part):,} tokens, not {quoted(n)}")
+            if len(part) != listed["tokens"]:
+                raise UsageError(
+                    f"{foreign(part.path)} has {len(part):,} tokens, not {listed['tokens']:,}"
+                )
             parts.append(part)
         splits.append(Shards(folder, parts, corpus))
     train, validation = splits

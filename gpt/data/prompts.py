@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gpt.config import DataConfig, UsageError, foreign, quoted
+from gpt.data.compression import Tap
 from gpt.data.corpus import open_corpus
 from gpt.data.reading import Reading
 from gpt.data.records import Record, read_records
@@ -48,7 +49,7 @@ def read_prompts(config: DataConfig, tokenizer: Tokenizer, fields: Sequence[str]
     content = hashlib.sha256()
     items = []
     files = open_corpus(config.source, reading).files
-    for where, item in read_records(files, reading, content.update):
+    for where, item in read_records(files, reading, Tap(content.update)):
         for name in ("prompt", *fields):
             if name not in item:
                 raise UsageError(f"{where} has no {quoted(name)}")

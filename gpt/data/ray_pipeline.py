@@ -10,18 +10,18 @@ import dataclasses
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gpt.config import UsageError
+from gpt.config import PrepareConfig, UsageError
 from gpt.data import tokenizer as tokenizers
 from gpt.data.compression import extra
 from gpt.data.corpus import Corpus
 from gpt.data.encoding import encoded
 from gpt.data.pieces import SPLITS, by_content, pieces
+from gpt.data.progress import Progress
 from gpt.data.shard_series import ShardSeries, write_block
-from gpt.data.tokenizer import Tokenizer
 from gpt.files import write_atomically
 
 PARTS = ".parts"
@@ -73,42 +73,62 @@ class Job:
         return {"counts": dict(counts), "shards": shards}
 
 
+def check(config: PrepareConfig) -> None:
+    """``UsageError`` for settings that need what a worker does not know."""
+    if config.duplicates != "keep":
+        raise UsageError(
+            f"duplicates is {config.duplicates}, and the workers of engine ray do not know each "
+            "other's documents; use engine local, or keep"
+        )
+    if config.validation == "end":
+        raise UsageError(
+            "validation is end, and the workers of engine ray do not know where the text ends; "
+            "use engine local, or documents"
+        )
+
+
 def prepare_on_ray(
+    config: PrepareConfig,
     corpus: Corpus,
-    tokenizer: Tokenizer,
-    out: Path,
     *,
-    fraction: float,
-    shard_tokens: int,
     made: bytes,
+    progress: Progress,
+    show: Callable[[Progress], None],
 ) -> tuple[Counter[str], dict[str, list[dict[str, Any]]]]:
-    """Write the shards of ``corpus`` into ``out``; returns the counts and the shards of each split.
-    It runs on the cluster that ``RAY_ADDRESS`` names, or on a new one on this machine.
+    """Write the shards of ``corpus`` into ``config.out``, in which the tokenizer is already, and
+    return the counts and the shards of each split. It runs on the cluster that ``RAY_ADDRESS``
+    names, or on a new one on this machine.
 
     ``UsageError`` if the package ray is missing, or for what a worker cannot read.
     """
+    out = config.out
     ray = extra("ray", "--engine ray", "ray")
     data = extra("ray.data", "--engine ray", "ray")
     (out / PARTS).mkdir(exist_ok=True)
-    write_atomically(out / "tokenizer.json", tokenizers.to_json(tokenizer))
     started = not ray.is_initialized()
     if started:
         ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
         logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
         data.DataContext.get_current().enable_progress_bars = False
-        job = Job(corpus, out.resolve(), fraction, shard_tokens, made)
+        fraction = config.data.validation_fraction
+        job = Job(corpus, out.resolve(), fraction, config.shard_tokens, made)
         items = [{"number": number} for number in range(len(corpus.files))]
-        rows = data.from_items(items, override_num_blocks=len(items)).map(job).take_all()
+        parts: dict[int, dict[str, Any]] = {}
+        for row in data.from_items(items, override_num_blocks=len(items)).map(job).iter_rows():
+            if row["error"]:
+                raise UsageError(row["error"])
+            number = row["number"]
+            parts[number] = json.loads(row["summary"])
+            progress.bytes += progress.before[number + 1] - progress.before[number]
+            progress.tokens += parts[number]["counts"].get("tokens", 0)
+            show(progress)
     finally:
         if started:
             ray.shutdown()
     counts: Counter[str] = Counter()
     shards: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
-    for row in sorted(rows, key=lambda row: row["number"]):
-        if row["error"]:
-            raise UsageError(row["error"])
-        part = json.loads(row["summary"])
+    for _, part in sorted(parts.items()):
         counts.update(part["counts"])
         for split, files in part["shards"].items():
             shards[split] += files

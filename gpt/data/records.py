@@ -1,5 +1,6 @@
 """Records of JSONL and Parquet files: objects with several fields, each with its place."""
 
+import codecs
 import contextlib
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from gpt.config import UsageError, foreign, quoted
-from gpt.data.compression import COMPRESSIONS, Tap, blocks, extra
+from gpt.data.compression import COMPRESSIONS, NO_TAP, Tap, Tapped, blocks, extra
 from gpt.data.reading import Reading, check_length, not_utf8
 from gpt.files import as_training_text, parse_json
 
@@ -15,10 +16,10 @@ Record = dict[str, Any]
 
 
 def read_records(
-    files: Iterable[Path], reading: Reading, tap: Tap = lambda block: None
+    files: Iterable[Path], reading: Reading, tap: Tap = NO_TAP
 ) -> Iterator[tuple[str, Record]]:
-    """Each record of the files with its place (file and line, or row), in order. ``tap`` receives
-    the files' bytes. ``UsageError`` names what cannot be read.
+    """Each record of the files with its place (file and line, or row), in order.
+    ``UsageError`` names what cannot be read.
     """
     for path in files:
         match reading.format_of(path):
@@ -58,7 +59,7 @@ def json_lines(reading: Reading, path: Path, tap: Tap) -> Iterator[tuple[str, An
         for line in whole:
             number += 1
             try:
-                text = line.decode("utf-8-sig", strict)
+                text = line.removeprefix(codecs.BOM_UTF8).decode("utf-8", strict)
             except UnicodeDecodeError as error:
                 before = start + len(line) - len(error.object)
                 raise not_utf8(path, error, before, "byte") from None
@@ -83,15 +84,16 @@ def parquet_rows(
     parquet = extra("pyarrow.parquet", "a .parquet file", "parquet")
     arrow = extra("pyarrow", "a .parquet file", "parquet")
     number, shown = 0, foreign(path)
-    inner = blocks(path, tap)
     with contextlib.ExitStack() as stack:
         if path.suffix.lower() in COMPRESSIONS:
             file: IO[bytes] = stack.enter_context(tempfile.TemporaryFile())
-            file.writelines(inner)
+            file.writelines(blocks(path, tap))
         else:
-            for _ in inner:  # the tap receives the whole file
-                pass
-            file = stack.enter_context(path.open("rb"))
+            if tap.content is not None:  # the rows are not read in the file's order
+                for _ in blocks(path, Tap(tap.content)):
+                    pass
+            raw = stack.enter_context(path.open("rb", buffering=0))
+            file = Tapped(raw, Tap(count=tap.count))
         try:
             table = parquet.ParquetFile(file)
             schema = table.schema_arrow

@@ -2,10 +2,11 @@
 
 nanoGPT's are bare ids of 16 bits. llm.c's and modded-nanogpt's have a header of 256 numbers of 32
 bits before them: magic, version, and how many ids follow. A file is validation data if its name
-contains ``val``, and training data otherwise.
+has the word ``val`` or ``validation``, and training data otherwise.
 """
 
 import hashlib
+import re
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,9 @@ from gpt.files import check_regular, unreadable
 HEADER = 256 * 4
 MAGICS = {20240520: 1}
 """Of the header's first number, the version that is read: llm.c's files of GPT-2's ids."""
+LLAMA3_MAGIC = 20240801
+"""Of llm.c's files of Llama 3's ids."""
+_VALIDATION = re.compile(r"(?<![a-z])val(idation)?(?![a-z])", re.IGNORECASE)
 _BLOCK = 1 << 24
 
 
@@ -60,12 +64,12 @@ def read_token_files(source: str, *, vocab_size: int) -> tuple[Shards, Shards]:
         )
     parts: dict[bool, list[Shard]] = {False: [], True: []}
     for path in files:
-        parts["val" in path.name].append(_opened(path, vocab_size))
+        parts[bool(_VALIDATION.search(path.name))].append(_opened(path, vocab_size))
     for name, part in (("train", parts[False]), ("val", parts[True])):
         if not part:
             raise UsageError(
                 f"{quoted(source)} has no .bin file for {name}; training needs files of both "
-                "parts, and those for validation have val in their names"
+                "parts, and those for validation have the word val in their names"
             )
     digest = hashlib.sha256(b"".join(part.corpus for part in parts[False])).digest()
     train, validation = (Shards(folder, parts[is_val], digest) for is_val in (False, True))
@@ -87,6 +91,11 @@ def _opened(path: Path, vocab_size: int) -> Shard:
         size = path.stat().st_size
         header = np.fromfile(path, "<i4", 3)
         begin = 0
+        if len(header) == 3 and int(header[0]) == LLAMA3_MAGIC:
+            raise UsageError(
+                f"{shown} is a file of llm.c with Llama 3's ids, and only GPT-2's are read in "
+                "place; prepare the text itself with Llama 3's tokenizer"
+            )
         if len(header) == 3 and int(header[0]) in MAGICS:
             begin, version = HEADER, MAGICS[int(header[0])]
             if header[1] != version:

@@ -16,7 +16,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 
 from gpt.config import MADE_FROM_TEXT, DataConfig, UsageError, quoted
-from gpt.data.byte_characters import byte_characters
+from gpt.data.byte_characters import bytes_of_characters
 from gpt.data.byte_pair import END_OF_TEXT, GPT2Tokenizer
 from gpt.data.compression import extra
 from gpt.data.corpus import Corpus, Say, Survey
@@ -176,7 +176,7 @@ def train_byte_pairs(
     if not seen:
         raise UsageError("the text is empty, and a tokenizer is trained on a text with characters")
     vocab: dict[str, int] = engine.get_vocab(with_added_tokens=False)
-    bytes_of = {character: byte for byte, character in byte_characters().items()}
+    bytes_of = bytes_of_characters()
     spelled = sorted(vocab, key=vocab.__getitem__)
     ranks = [bytes(bytes_of[character] for character in token) for token in spelled]
     learned = set(ranks)

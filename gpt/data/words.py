@@ -63,7 +63,7 @@ class WordTokenizer:
         parts = [" ", word[1:]] if word[0] == " " and len(word) > 1 else [word]
         ids = [self._ids.get(part, self.unknown) for part in parts]
         if None in ids:
-            unknown = parts[ids.index(None)]
+            unknown = parts[-1] if ids[-1] is None else word
             raise UsageError(
                 f"the word {quoted(unknown)} is not in the tokenizer's vocabulary of "
                 f"{len(self.words):,} words; train it with unknown to read it as {UNKNOWN}"

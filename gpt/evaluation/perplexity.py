@@ -9,6 +9,7 @@ more time and gives each token more context.
 import itertools
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -39,6 +40,10 @@ class TextScore:
     by_position: NDArray[np.float64] = field(default_factory=lambda: np.zeros((2, 0)))
     """Sum of the nats, and number of the targets, at each position in a window,
     ``[2, context]``."""
+    nats: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    """Those of each target, ``[targets]``, if they were kept."""
+    at: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """The position in its window of each of these targets."""
 
     @property
     def loss(self) -> float:
@@ -106,9 +111,11 @@ def score_text(
     stride: int = 0,
     batch_size: int = 0,
     cache: CacheFormat = "float",
+    keep: bool = False,
 ) -> TextScore:
     """The model's score on ``ids`` ``[n]``. Every token except the first counts once. With the
-    ``cache`` int8, queries read keys and values as such a cache has them.
+    ``cache`` int8, queries read keys and values as such a cache has them. With ``keep``, the score
+    has the nats of each target (:func:`ensemble`).
 
     The defaults of 0 mean: windows of the model's context length, a ``stride`` of half the
     ``context``, and a ``batch_size`` of 1 window on a CPU (for its caches) and 8 elsewhere.
@@ -131,6 +138,8 @@ def score_text(
     starts = list(range(0, max(1, len(ids) - 1 - context + stride), stride))
     losses, counts = np.zeros(len(starts)), np.zeros(len(starts), np.int64)
     by_position = np.zeros((2, context))
+    n_kept = len(ids) - 1 if keep else 0
+    nats, positions = np.zeros(n_kept), np.zeros(n_kept, np.int64)
     full = [i for i, start in enumerate(starts) if start + context < len(ids)]
     batches = [full[i : i + batch_size] for i in range(0, len(full), batch_size)]
     batches += [[i] for i in range(len(full), len(starts))]  # the last one may be shorter
@@ -146,10 +155,34 @@ def score_text(
             targets = tokens[j, 1 + before :]
             logprobs = logprobs_of(model, features[j, before:], targets)
             losses[i], counts[i] = -logprobs.double().sum().item(), len(targets)
-            by_position[0, before : before + len(targets)] -= logprobs.double().cpu().numpy()
-            by_position[1, before : before + len(targets)] += 1
+            own, end = -logprobs.double().cpu().numpy(), before + len(targets)
+            by_position[0, before:end] += own
+            by_position[1, before:end] += 1
+            if keep:
+                first = starts[i] + before
+                nats[first : first + len(targets)] = own
+                positions[first : first + len(targets)] = range(before, end)
     n_bytes = int(tokenizers.byte_lengths(tokenizer)[ids[1:]].sum())
-    return TextScore(losses, counts, n_bytes, by_position)
+    return TextScore(losses, counts, n_bytes, by_position, nats, positions)
+
+
+def ensemble(scores: Sequence[TextScore]) -> TextScore:
+    """The score of models together, whose probabilities of each token are averaged, from the kept
+    nats of each. ``UsageError`` if they were not scored on the same windows.
+    """
+    one = scores[0]
+    if any(not np.array_equal(one.counts, each.counts) for each in scores):
+        raise UsageError(
+            "the models of an ensemble were not scored on the same windows: they need the same "
+            "tokenizer, context_length and stride"
+        )
+    nats = math.log(len(scores)) - np.logaddexp.reduce([-each.nats for each in scores])
+    windows = np.repeat(np.arange(len(one.counts)), one.counts)
+    losses, sums = np.zeros(len(one.counts)), np.zeros(one.by_position.shape[1])
+    np.add.at(losses, windows, nats)
+    np.add.at(sums, one.at, nats)
+    by_position = np.stack([sums, one.by_position[1]])
+    return TextScore(losses, one.counts, one.n_bytes, by_position, nats, one.at)
 
 
 def paired_bootstrap(

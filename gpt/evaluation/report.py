@@ -3,7 +3,7 @@
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,12 +18,21 @@ from gpt.data.piped import copy
 from gpt.data.tokenizer import Ids
 from gpt.device import choose_device
 from gpt.evaluation import tasks
-from gpt.evaluation.perplexity import TextScore, encode_text, paired_bootstrap, score_text
+from gpt.evaluation.held_out import held_out
+from gpt.evaluation.perplexity import (
+    TextScore,
+    encode_text,
+    ensemble,
+    paired_bootstrap,
+    score_text,
+)
 from gpt.evaluation.tasks import Metric
 from gpt.generation.inference import InferenceGPT, choose_weights
 from gpt.interop.load import Loaded, load
 from gpt.interop.packed import is_packed
 from gpt.model.surgery import extend_context
+
+HELD_OUT = "held-out text"
 
 
 @dataclass
@@ -98,36 +107,36 @@ def _measure(config: EvaluateConfig, corpus: Corpus | None, say: Callable[[str],
         (name, _made_longer(name, _load(name, config.weights, device, say, config.adapter), config))
         for name in config.models
     )
-    context, ids = config.context_length, None
-    if config.paired and corpus:
-        models = pair = list(models)
-        common, ids = _in_common(pair, corpus, say)
-        context = context or common
+    context, text = config.context_length, config.text or HELD_OUT
+    ids = held_out(config.models) if config.held_out else None
+    if (config.paired or config.ensemble) and config.scores_text:
+        models = several = list(models)
+        if ids is None:
+            assert corpus is not None
+            ids = _same_ids(several, corpus)
+        context = context or _shortest_context(several, say)
     for name, (model, tokenizer) in models:
         own = report.scores.setdefault(name, {})
-        if corpus:
+        if config.scores_text:
+            mine = ids
+            if mine is None:
+                assert corpus is not None
+                mine = encode_text(tokenizer, corpus)
+            stride = config.stride or config.context_length
+            if config.held_out:
+                stride = stride or context or model.config.context_length
             score = score_text(
                 model,
                 tokenizer,
-                encode_text(tokenizer, corpus) if ids is None else ids,
+                mine,
                 context=context,
-                stride=config.stride or config.context_length,
+                stride=stride,
                 batch_size=config.batch_size,
                 cache=config.cache,
+                keep=config.ensemble,
             )
             texts.append(score)
-            own[config.text] = {
-                "nats/token": Metric(score.loss, score.standard_error),
-                "perplexity": Metric(score.perplexity, score.perplexity * score.standard_error),
-                "bits/byte": Metric(
-                    score.bits_per_byte, score.bits_per_byte * score.standard_error / score.loss
-                ),
-            }
-            if config.context_length:
-                own[config.text] |= {
-                    f"nats/token at {first} to {last}": Metric(loss, math.nan)
-                    for first, last, loss in score.curve()
-                }
+            own[text] = _metrics(score, config)
         for path, task in (
             (config.lambada, tasks.lambada),
             (config.hellaswag, tasks.hellaswag),
@@ -141,30 +150,51 @@ def _measure(config: EvaluateConfig, corpus: Corpus | None, say: Callable[[str],
             say(f"{name}: weights in {kind}, on {device}")
     if config.paired:
         report.difference = paired_bootstrap(*texts)
+    if config.ensemble:
+        report.scores[f"ensemble of {len(texts)}"] = {text: _metrics(ensemble(texts), config)}
     return report
 
 
-def _in_common(
-    pair: list[tuple[str, Loaded]], corpus: Corpus, say: Callable[[str], None]
-) -> tuple[int, Ids]:
-    """The shorter context of two models, and the text's ids. ``say`` is told if the contexts
-    differ. ``UsageError`` if the tokenizers make different tokens of the text.
-    """
-    (one, first), (two, second) = pair
-    ids, others = (encode_text(loaded.tokenizer, corpus) for loaded in (first, second))
-    if not np.array_equal(ids, others):
-        raise UsageError(
-            f"{foreign(one)} and {foreign(two)} make different tokens of the text; a paired "
-            "comparison needs the same tokenizer (without paired, compare bits/byte)"
-        )
-    contexts = [loaded.model.config.context_length for loaded in (first, second)]
-    context = min(contexts)
-    if max(contexts) > context:
+def _metrics(score: TextScore, config: EvaluateConfig) -> dict[str, Metric]:
+    """The figures of a score on a text; by position, if the length of a window was given."""
+    found = {
+        "nats/token": Metric(score.loss, score.standard_error),
+        "perplexity": Metric(score.perplexity, score.perplexity * score.standard_error),
+        "bits/byte": Metric(
+            score.bits_per_byte, score.bits_per_byte * score.standard_error / score.loss
+        ),
+    }
+    if config.context_length:
+        found |= {
+            f"nats/token at {first} to {last}": Metric(loss, math.nan)
+            for first, last, loss in score.curve()
+        }
+    return found
+
+
+def _same_ids(models: Sequence[tuple[str, Loaded]], corpus: Corpus) -> Ids:
+    """The text's ids. ``UsageError`` if the tokenizers make different tokens of it."""
+    (one, first), *others = models
+    ids = encode_text(first.tokenizer, corpus)
+    for name, loaded in others:
+        if not np.array_equal(ids, encode_text(loaded.tokenizer, corpus)):
+            raise UsageError(
+                f"{foreign(one)} and {foreign(name)} make different tokens of the text; a paired "
+                "comparison and an ensemble need the same tokenizer (without them, compare "
+                "bits/byte)"
+            )
+    return ids
+
+
+def _shortest_context(models: Sequence[tuple[str, Loaded]], say: Callable[[str], None]) -> int:
+    """The shortest context of the models; ``say`` is told if theirs differ."""
+    contexts = [loaded.model.config.context_length for _, loaded in models]
+    if max(contexts) > min(contexts):
         say(
-            f"both models are scored on windows of {context} tokens, because the contexts are "
-            f"{contexts[0]} and {contexts[1]}"
+            f"all models are scored on windows of {min(contexts)} tokens, because the contexts are "
+            + " and ".join(map(str, contexts))
         )
-    return context, ids
+    return min(contexts)
 
 
 def as_json(report: Report) -> str:
@@ -203,8 +233,8 @@ def as_table(report: Report) -> Table:
     first = next(iter(report.scores.values()))
     for task, metrics in first.items():
         for name in metrics:
-            row = [scores[task][name] for scores in report.scores.values()]
-            cells = [_cell(metric) for metric in row]
+            row = [scores.get(task, {}).get(name) for scores in report.scores.values()]
+            cells = ["" if metric is None else _cell(metric) for metric in row]
             table.add_row(Text(f"{foreign(task)}: {name}"), *cells)
     return table
 

@@ -262,11 +262,17 @@ class Decoder:
             if row.tokens not in prompts:
                 prompts.append(row.tokens)
             own.append(prompts.index(row.tokens))
+        takes_all = self._takes_all(len(prompts), len(arriving))
+        capacity = self._capacity if takes_all else max(map(len, prompts))
+        if takes_all:  # the prompts' cache takes its place, so that there are not two
+            self._cache = None
         watched = any(row.wants_details for row in arriving)
         if watched and self._prefix.describer is None:  # nobody kept the details of its tokens
-            cache = self.model.new_cache(len(prompts), capacity=max(map(len, prompts)))
+            cache = self.model.new_cache(
+                len(prompts), capacity=capacity, stored_as=self.config.cache
+            )
         else:
-            cache = self._prefix.new_cache(prompts)
+            cache = self._prefix.new_cache(prompts, capacity=capacity)
         start = cache.length
         ends = [len(prompt) - start for prompt in prompts]
         padded = [
@@ -284,10 +290,18 @@ class Decoder:
                     details = self._prefix.details[:start] + reading.found[number]
                     row.prompt_details = [token.of_top(row.config.logprobs) for token in details]
         cache.truncate([len(prompt) for prompt in prompts])
-        assert self._cache is not None
-        self._cache.add(cache, own)
+        if self._cache is None:
+            self._cache = cache
+        else:
+            self._cache.add(cache, own)
         self._rows += arriving
         return features[own, [ends[i] - 1 for i in own]]
+
+    def _takes_all(self, prompts: int, arriving: int) -> bool:
+        """Whether the ``arriving`` rows, of so many ``prompts``, fill the whole cache."""
+        if self._cache is None or self._loop is not None or self._rows:
+            return False
+        return prompts == arriving == self._cache.max_batch_size
 
     def _watched(self, rows: list[Row], prompts: list[list[int]], start: int) -> Reading | None:
         """Collects the details of the prompts whose rows want them, if any does."""

@@ -5,6 +5,7 @@ The product dequantises one matrix at a time, forward and again backward, so tha
 format stays in memory between the two.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -50,6 +51,16 @@ class FrozenLinear(nn.Module):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         out: Tensor = FrozenProduct.apply(x.to(dtype), self.matrix)  # type: ignore[no-untyped-call]
         return out if self.bias is None else out + self.bias.to(dtype)
+
+
+def freeze_matrices(model: GPT, matrices: Mapping[str, Matrix]) -> None:
+    """Give the linear layers of the blocks ready matrices, in place, by the names of their
+    weights.
+    """
+    for name, layer in adaptable(model).items():
+        if isinstance(layer, nn.Linear):
+            frozen = FrozenLinear(matrices[f"{name}.weight"], layer.bias)
+            model.set_submodule(name, frozen)
 
 
 def freeze_rounded(model: GPT, weights: Weights) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt import kernels
-from gpt.config import ModelConfig, UsageError, Weights, foreign
+from gpt.config import ModelConfig, UsageError, Weights, foreign, nearest
 from gpt.device import choose_precision
 from gpt.generation.fused import Fused
 from gpt.generation.packed_layers import FEW, PackedEmbedding, PackedLinear
@@ -54,7 +54,7 @@ class InferenceGPT(GPT):
             None,
         )
         self.cache_dtype = torch.float32 if weights == "float32" else packing.wide
-        self.pointer = None
+        self.pointer = self.skips = None
         for name, child in model.named_children():
             setattr(self, name, packing.of(child, name))
         self.few = packing.few if kernels.knows(model.config) else 0
@@ -217,6 +217,7 @@ def choose_weights(weights: Weights, device: torch.device) -> Weights:
     if weights not in get_args(Weights):
         raise UsageError(
             f"weights is {weights!r}, and must be one of {', '.join(get_args(Weights))}"
+            f"{nearest(weights, get_args(Weights))}"
         )
     if weights != "auto":
         return weights

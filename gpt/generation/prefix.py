@@ -30,9 +30,9 @@ class Beginnings(Protocol):
         read together.
         """
 
-    def new_cache(self, prompts: list[list[int]]) -> KVCache:
-        """A cache with one row for each of ``prompts``, which have one origin, and with room for
-        the longest of them. Each row holds as much as all of them begin with.
+    def new_cache(self, prompts: list[list[int]], *, capacity: int) -> KVCache:
+        """A cache of at least this ``capacity`` with a row for each of ``prompts``, which have one
+        origin. Each row holds as much as all of them begin with.
         """
 
     def keep(self, tokens: list[int], cache: KVCache) -> None:
@@ -86,19 +86,18 @@ class Prefix:
         """Take over a cache of one row in which the model has read ``tokens``."""
         self._tokens, self._cache = tokens, cache
 
-    def new_cache(self, prompts: list[list[int]]) -> KVCache:
-        """A cache with one row for each of ``prompts``. Each row holds as much of the prefix as all
-        the prompts begin with, and has room for the longest prompt.
+    def new_cache(self, prompts: list[list[int]], *, capacity: int) -> KVCache:
+        """A cache of at least this ``capacity`` with a row for each of ``prompts``. Each row holds
+        as much of the prefix as all the prompts begin with.
         """
         known = min(len(common(prompt[:-1], self._tokens)) for prompt in prompts) - self._left
-        longest = max(map(len, prompts))
         if (
             self._cache is None
             or known < WORTH_SHARING
             or not self._cache.can_truncate([known])  # a ring has forgotten what is before
         ):
-            return self.model.new_cache(len(prompts), capacity=longest, stored_as=self.stored_as)
-        cache = self._cache.expand(len(prompts), capacity=max(longest, self._cache.length))
+            return self.model.new_cache(len(prompts), capacity=capacity, stored_as=self.stored_as)
+        cache = self._cache.expand(len(prompts), capacity=max(capacity, self._cache.length))
         cache.truncate(known)
         return cache
 

@@ -18,6 +18,7 @@ from gpt.generation.decode import Decoder
 from gpt.generation.inference import prepare_for_inference
 from gpt.generation.prefill import evaluation_mode
 from gpt.generation.text import GrowingText
+from gpt.model.adapter import adapter_weights
 from gpt.model.gpt import GPT
 
 ROWS = 64
@@ -83,7 +84,7 @@ def sharing(model: GPT) -> GPT:
 
 def can_share(model: GPT) -> bool:
     """Whether every weight can be read where it is, by modules without changes."""
-    if type(model) is not GPT or model.device.type != "cpu":
+    if type(model) is not GPT or model.device.type != "cpu" or adapter_weights(model):
         return False
     layers = (m for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding))
     return (

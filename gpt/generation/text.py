@@ -1,12 +1,11 @@
 """Prompts to text: streamed in whole characters, up to a stop text or the end of the document."""
 
 import codecs
-import difflib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from gpt.config import GenerationConfig, UsageError, quoted, token_ids
+from gpt.config import GenerationConfig, UsageError, nearest, quoted, token_ids
 from gpt.data.tokenizer import Tokenizer, ends_of, fingerprint, opening_space, prompt_ids
 from gpt.generation.beam import BeamSearch
 from gpt.generation.checks import check_number, check_sequences
@@ -205,9 +204,8 @@ def settings_of(settings: dict[str, Any], options: Sequence[str]) -> GenerationC
     names = [setting.name for setting in fields(GenerationConfig)]
     for name in settings:
         if name not in names:
-            near = difflib.get_close_matches(name, [*names, *options], n=1)
-            advice = f"did you mean {near[0]}?" if near else f"choose from {', '.join(names)}"
-            raise UsageError(f"{quoted(name)} is not a setting; {advice}")
+            advice = nearest(name, [*names, *options]) or f"; choose from {', '.join(names)}"
+            raise UsageError(f"{quoted(name)} is not a setting{advice}")
     return GenerationConfig(**settings | ({"stop": ()} if settings.get("stop") is None else {}))
 
 

@@ -1,39 +1,31 @@
-"""A tokenizer as the metadata of a GGUF file (``tokenizer.ggml.*``), in and out.
+"""A tokenizer as the metadata of a GGUF file (``tokenizer.ggml.*``).
 
 The model ``gpt2`` is a byte-level vocabulary with merges, whose pattern ``pre`` names. The model
 ``llama`` is one of SentencePiece's: the pair of neighbours whose token has the highest score is
 merged first, and characters that are not tokens become bytes.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from gpt.config import UsageError, foreign, quoted
-from gpt.data.byte_pair import END_OF_TEXT, GPT2Tokenizer
+from gpt.data.byte_pair import END_OF_TEXT
 from gpt.data.chat_templates import DEFAULT, ChatTemplates
-from gpt.data.library_tokenizer import LibraryTokenizer
 from gpt.data.patterns import steps_of
-from gpt.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, ends_of, special_tokens
-from gpt.interop.patterns import KNOWN, pattern_of_pre, pattern_of_steps
-from gpt.interop.tokenizer_settings import Settings
-from gpt.interop.vocabulary import (
-    OtherEngineError,
-    added_entries,
-    byte_level_definition,
-    byte_pair,
-    library_tokenizer,
-    pairs_of,
-)
-from gpt.interop.vocabulary_export import definition_of
+from gpt.data.tokenizer import Tokenizer
+from gpt.files import about
+from gpt.interop.engines import OtherEngineError, byte_pair, library_tokenizer, pairs_of
+from gpt.interop.patterns import KNOWN, pattern_of_pre
+from gpt.interop.tokenizer_settings import Settings, chat_of
+from gpt.interop.vocabulary_export import added_entries, byte_level_definition
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """``tokenizer.ggml.token_type``: ordinary, unknown, special, added, padding, one byte."""
-_PREFIX, _CHAT = "tokenizer.ggml.", "tokenizer.chat_template"
-_SPACE = "\u2581"
-_ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
-_NAMES = {
+PREFIX, CHAT = "tokenizer.ggml.", "tokenizer.chat_template"
+SPACE = "\u2581"
+ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
+NAMES = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
     "unk_token": "unknown_token_id",
@@ -48,9 +40,9 @@ class _Vocabulary:
     def __init__(self, path: Path, metadata: Mapping[str, Any]) -> None:
         self.path = path
         self.values = {
-            key.removeprefix(_PREFIX): value
+            key.removeprefix(PREFIX): value
             for key, value in metadata.items()
-            if key.startswith(_PREFIX)
+            if key.startswith(PREFIX)
         }
         self.model: object = self.values.get("model")
         self.tokens = self._list("tokens", str)
@@ -67,10 +59,10 @@ class _Vocabulary:
             raise UsageError(f"{foreign(path)} has the same token twice in tokenizer.ggml.tokens")
         self.special = self._of(CONTROL, UNKNOWN)
         self.added = self._of(USER)
-        ids = {name: self._id(key) for name, key in _NAMES.items()}
+        ids = {name: self._id(key) for name, key in NAMES.items()}
         named = {name: self.tokens[i] for name, i in ids.items() if i is not None}
         self.settings = Settings(tokens=named, chat=_chat(path, metadata, named))
-        ends = (self._id(key) for key in _ENDS)
+        ends = (self._id(key) for key in ENDS)
         usual = self.special.get(END_OF_TEXT)
         self.ends = [i for i in dict.fromkeys((*ends, usual)) if i is not None]
         self.special |= {self.tokens[i]: i for i in self.ends if i not in self.added.values()}
@@ -87,7 +79,7 @@ class _Vocabulary:
         value = self.values.get(name, default)
         if not isinstance(value, bool):
             raise UsageError(
-                f"{foreign(self.path)} has {_PREFIX}{name} {quoted(value)}, which must be true or "
+                f"{foreign(self.path)} has {PREFIX}{name} {quoted(value)}, which must be true or "
                 "false"
             )
         return value
@@ -107,7 +99,7 @@ class _Vocabulary:
         value = value.tolist() if hasattr(value, "tolist") else value
         if not isinstance(value, list) or not all(type(item) is kind for item in value):
             raise UsageError(
-                f"{foreign(self.path)} has {_PREFIX}{name} {quoted(value)}, which must be a list "
+                f"{foreign(self.path)} has {PREFIX}{name} {quoted(value)}, which must be a list "
                 f"of {kind.__name__}"
             )
         return value
@@ -118,7 +110,7 @@ class _Vocabulary:
             return None
         if type(value) is not int or not 0 <= value < len(self.tokens):
             raise UsageError(
-                f"{foreign(self.path)} has {_PREFIX}{name} {quoted(value)}, which must be the id "
+                f"{foreign(self.path)} has {PREFIX}{name} {quoted(value)}, which must be the id "
                 "of a token"
             )
         return value
@@ -144,10 +136,8 @@ def tokenizer_of(path: Path, metadata: Mapping[str, Any], *, rows: int) -> Token
 
 
 def _byte_level(path: Path, theirs: _Vocabulary, rows: int) -> Tokenizer:
-    try:
+    with about(path):
         pattern = pattern_of_pre(theirs.values.get("pre"))
-    except UsageError as error:
-        raise UsageError(f"{foreign(path)}: {error}") from None
     known, pairs = KNOWN[pattern], pairs_of(path, theirs.values.get("merges"))
     first = theirs.first(known.adds_first)
     special = theirs.special | {theirs.tokens[i]: i for i in first}
@@ -193,12 +183,12 @@ def _sentencepiece(path: Path, theirs: _Vocabulary, rows: int) -> Tokenizer:
         )
         merges += [(scores[vocab[piece]], *pair) for pair in pairs]
     merges.sort(key=lambda merge: -merge[0])  # stable
-    space = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
-    before: list[dict[str, Any]] = [{"type": "Prepend", "prepend": _SPACE}]
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    before: list[dict[str, Any]] = [{"type": "Prepend", "prepend": SPACE}]
     after: list[dict[str, Any]] = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
     if not theirs.flag("add_space_prefix", True):
         before = after = []
-    back = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
+    back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
     definition = byte_level_definition(
         vocab,
         [[a, b] for _, a, b in merges],
@@ -237,131 +227,10 @@ def _chat(
 ) -> ChatTemplates | None:
     """``tokenizer.chat_template``, and ``tokenizer.chat_template.NAME`` for further ones."""
     templates = {
-        key.removeprefix(_CHAT).removeprefix(".") or DEFAULT: value
+        key.removeprefix(CHAT).removeprefix(".") or DEFAULT: value
         for key, value in metadata.items()
-        if key == _CHAT or key.startswith(_CHAT + ".")
+        if key == CHAT or key.startswith(CHAT + ".")
     }
     if not all(isinstance(template, str) for template in templates.values()):
-        raise UsageError(f"{foreign(path)} has a {_CHAT} that is not a text")
-    return ChatTemplates(templates, tokens) if templates else None
-
-
-def tokenizer_metadata(tokenizer: Tokenizer, *, rows: int) -> dict[str, Any]:
-    """The metadata of a tokenizer, with unused tokens up to the model's ``rows``.
-
-    ``UsageError`` for a tokenizer that llama.cpp cannot express.
-    """
-    special = special_tokens(tokenizer)
-    added: Mapping[str, int] = getattr(tokenizer, "added", {})
-    if type(tokenizer) not in _WRITERS:
-        raise UsageError(f"a {tokenizer.kind} tokenizer cannot be written to a GGUF file")
-    written = _WRITERS[type(tokenizer)](tokenizer)
-    named, types = dict(written.tokens), dict.fromkeys(written.tokens, NORMAL) | written.types
-    for group, kind in ((special, CONTROL), (added, USER)):
-        for token, i in group.items():
-            named[i], types[i] = token, kind
-    metadata = written.metadata
-    if written.unknown is not None:
-        types[written.unknown] = UNKNOWN
-        metadata |= {"unknown_token_id": written.unknown}
-    for i in range(rows):
-        if i not in named:
-            named[i], types[i] = f"[PAD{i}]", UNUSED
-    first = tokenizer.first[0] if tokenizer.first else tokenizer.end_of_text
-    ends = [tokenizer.end_of_text, *sorted(ends_of(tokenizer) - {tokenizer.end_of_text})]
-    metadata |= {
-        "tokens": [named[i] for i in range(rows)],
-        "token_type": [types[i] for i in range(rows)],
-        "bos_token_id": first,
-        "add_bos_token": bool(tokenizer.first),
-    }
-    metadata |= dict(zip(_ENDS, ends, strict=False))
-    named_tokens = tokenizer.chat.tokens if tokenizer.chat else {}
-    metadata |= {
-        _NAMES[name]: special[text]
-        for name, text in named_tokens.items()
-        if name in _NAMES and text in special
-    }
-    if written.scores is not None:
-        metadata["scores"] = [written.scores.get(i, 0.0) for i in range(rows)]
-    result = {f"{_PREFIX}{key}": value for key, value in metadata.items()}
-    if tokenizer.chat:
-        for name, template in tokenizer.chat.templates.items():
-            result[_CHAT if name == DEFAULT else f"{_CHAT}.{name}"] = template
-    return result
-
-
-@dataclass
-class _Written:
-    """A vocabulary in GGUF's terms, without its special and added tokens."""
-
-    tokens: dict[int, str]
-    metadata: dict[str, Any]
-    types: dict[int, int] = field(default_factory=dict)
-    """The types of tokens that are not ordinary."""
-    scores: dict[int, float] | None = None
-    unknown: int | None = None
-
-
-def _written_byte_level(tokenizer: Tokenizer) -> _Written:
-    """A byte-level vocabulary."""
-    definition = definition_of(tokenizer)
-    model, before = definition["model"], definition["pre_tokenizer"]
-    pattern = getattr(tokenizer, "pattern", None) or pattern_of_steps(
-        before, ignore_merges=model["ignore_merges"]
-    )
-    if pattern is None or not KNOWN[pattern].pre:
-        raise UsageError(
-            f"the tokenizer splits a text with {quoted(pattern or before)}, which has no name in "
-            f"GGUF; the patterns that have one are {', '.join(p for p in KNOWN if KNOWN[p].pre)}"
-        )
-    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-    metadata = {"model": "gpt2", "pre": KNOWN[pattern].pre[0], "merges": merges}
-    return _Written(
-        {i: token for token, i in model["vocab"].items()},
-        metadata | {"add_space_prefix": False},
-    )
-
-
-def _written_characters(tokenizer: Tokenizer) -> _Written:
-    """Characters as a vocabulary of SentencePiece in which nothing can be merged."""
-    assert isinstance(tokenizer, CharTokenizer)
-    if _SPACE in tokenizer.characters:
-        raise UsageError(
-            f"the tokenizer has the character {_SPACE!r}, which stands for a space in GGUF"
-        )
-    named = {i: c.replace(" ", _SPACE) for i, c in enumerate(tokenizer.characters)}
-    metadata = {"model": "llama", "pre": "default", "add_space_prefix": False}
-    scores = dict.fromkeys(named, 0.0)
-    return _Written(named, metadata, scores=scores, unknown=tokenizer.unknown)
-
-
-def _written_library(tokenizer: Tokenizer) -> _Written:
-    """A vocabulary of SentencePiece with the ranks of its merges as scores, or a byte-level one."""
-    assert isinstance(tokenizer, LibraryTokenizer)
-    model = tokenizer.definition["model"]
-    if not model.get("byte_fallback"):
-        return _written_byte_level(tokenizer)
-    named = {i: token for token, i in model["vocab"].items()}
-    scores: dict[int, float] = {}
-    for rank, merge in enumerate(model["merges"]):
-        a, b = merge.split(" ") if isinstance(merge, str) else merge
-        scores.setdefault(model["vocab"][a + b], -float(rank))
-    lowest = -float(len(model["merges"]))
-    is_byte = {i for i, token in named.items() if len(token) == 6 and token.startswith("<0x")}
-    metadata = {"model": "llama", "pre": "default", "add_space_prefix": tokenizer.opens_with_space}
-    return _Written(
-        named,
-        metadata,
-        types=dict.fromkeys(is_byte, BYTE),
-        scores={i: scores.get(i, lowest) for i in named},
-        unknown=model["vocab"].get(model.get("unk_token")),
-    )
-
-
-_WRITERS: dict[type, Callable[[Tokenizer], _Written]] = {
-    GPT2Tokenizer: _written_byte_level,
-    ByteTokenizer: _written_byte_level,
-    CharTokenizer: _written_characters,
-    LibraryTokenizer: _written_library,
-}
+        raise UsageError(f"{foreign(path)} has a {CHAT} that is not a text")
+    return chat_of(templates, tokens)

@@ -9,7 +9,7 @@ import torch
 
 from gpt.config import ModelConfig, UsageError, foreign
 from gpt.device import check_memory
-from gpt.files import read_object
+from gpt.files import about, read_object
 from gpt.interop.families import Family, family_of
 from gpt.interop.files import WeightFiles
 from gpt.interop.weights import Rows, fill, layout, their_shape
@@ -37,11 +37,9 @@ def load_folder(
     """
     path = folder / "config.json"
     theirs = read_object(path, "the configuration")
-    try:
+    with about(path):
         family = family_of(theirs)
         config = family.config(theirs, say=lambda text: say(f"{path}: {text}"))
-    except UsageError as error:
-        raise UsageError(f"{foreign(path)}: {error}") from None
     files = WeightFiles(folder)
     shapes = {bare_name(family, name): shape for name, shape in files.shapes.items()}
     family = family.stored_as(shapes)
@@ -84,7 +82,8 @@ def _check_sizes(
     layers = {match[1] for name in shapes if (match := family.layer.match(name))}
     if config.n_layer > len(layers):
         raise UsageError(
-            f"{where}: n_layer is {config.n_layer:,}, and the weights have {len(layers):,} layers"
+            f"{where}: {family.settings['n_layer'].theirs} is {config.n_layer:,}, and the weights "
+            f"have {len(layers):,} layers"
         )
     for name, fields, wanted in family.sizes(config):
         if name not in shapes:

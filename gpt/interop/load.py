@@ -16,7 +16,7 @@ from gpt.files import read_object
 from gpt.generation.inference import InferenceGPT, choose_weights, prepare_for_inference
 from gpt.interop.adapters import add_adapter, recorded
 from gpt.interop.gguf.format import is_gguf
-from gpt.interop.gguf.model import described, load_as_stored, load_dense
+from gpt.interop.gguf.model import described, load_as_stored, load_dense, load_frozen
 from gpt.interop.gguf_tokenizer import tokenizer_of
 from gpt.interop.hub import download
 from gpt.interop.huggingface import load_folder
@@ -106,6 +106,21 @@ def load(
     model = checkpoints.load_model(checkpoint, device=device, dtype=dtype)
     _check_size(run, tokenizer, model)
     return Loaded(model, tokenizer)
+
+
+def load_for_adapter(name: str | Path, *, say: Callable[[str], None] = lambda text: None) -> Loaded:
+    """The model in a GGUF file, as the base of an adapter, on the CPU: the linear layers of its
+    blocks keep the file's blocks and are frozen. ``UsageError`` for a model of another kind.
+    """
+    path = _path(name, say)
+    if not path.is_file():
+        raise UsageError(
+            f"adapter.base is gguf, and {foreign(name)} is no GGUF file; use int8, int4 or float32"
+        )
+    source = described(path)
+    tokenizer = tokenizer_of(path, source.file.metadata, rows=source.model.config.vocab_size)
+    source.file.metadata.clear()
+    return Loaded(load_frozen(source), tokenizer)
 
 
 def _adapter_in(path: Path) -> str | None:

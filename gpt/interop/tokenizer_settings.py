@@ -88,7 +88,13 @@ def _chat(path: Path, listed: object, tokens: Mapping[str, str]) -> ChatTemplate
         templates[DEFAULT] = read_text(whole, "the chat template")
     for file in sorted(path.parent.glob("additional_chat_templates/*.jinja")):
         templates[file.stem] = read_text(file, "the chat template")
-    return ChatTemplates(templates, tokens) if templates else None
+    return chat_of(templates, tokens)
+
+
+def chat_of(templates: Mapping[str, str], tokens: Mapping[str, str]) -> ChatTemplates | None:
+    """The templates that are not empty; ``None`` if there is none."""
+    written = {name: text for name, text in templates.items() if text.strip()}
+    return ChatTemplates(written, tokens) if written else None
 
 
 def object_in(path: Path, state: dict[str, Any], name: str) -> dict[str, Any]:

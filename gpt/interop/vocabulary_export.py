@@ -1,5 +1,6 @@
 """Write a tokenizer as the files that Hugging Face's ``AutoTokenizer`` reads."""
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,11 +10,10 @@ from gpt.data.byte_characters import byte_characters
 from gpt.data.byte_pair import END_OF_TEXT, GPT2Tokenizer
 from gpt.data.chat_templates import DEFAULT
 from gpt.data.library_tokenizer import LibraryTokenizer
-from gpt.data.patterns import steps_of
+from gpt.data.patterns import byte_level, steps_of
 from gpt.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, special_tokens
 from gpt.data.words import UNKNOWN
 from gpt.interop.patterns import KNOWN
-from gpt.interop.vocabulary import added_entries, byte_level_definition, merged_from
 
 
 def hugging_face_files(tokenizer: Tokenizer) -> dict[str, str]:
@@ -93,7 +93,7 @@ def spelled(tokenizer: GPT2Tokenizer) -> tuple[dict[str, int], list[list[str]]]:
     characters = byte_characters()
     tokens = ["".join(characters[b] for b in token) for token in tokenizer.ranks]
     vocab = {token: i for i, token in enumerate(tokens, tokenizer.first_id)}
-    return vocab, [merged_from(token, vocab) for token in tokens if len(token) > 1]
+    return vocab, [_merged_from(token, vocab) for token in tokens if len(token) > 1]
 
 
 def _putting_first(texts: Sequence[str], names: Mapping[int, str]) -> dict[str, Any]:
@@ -109,3 +109,59 @@ def _putting_first(texts: Sequence[str], names: Mapping[int, str]) -> dict[str, 
             text: {"id": text, "ids": [ids[text]], "tokens": [text]} for text in texts
         },
     }
+
+
+def byte_level_definition(
+    vocab: Mapping[str, int],
+    merges: Sequence[Sequence[str]],
+    *,
+    added_tokens: Sequence[Mapping[str, Any]] = (),
+    before: Mapping[str, Any] | None,
+    decoder: Mapping[str, Any] | None = None,
+    ignore_merges: bool = False,
+    **others: Any,
+) -> dict[str, Any]:
+    """The content of the ``tokenizer.json`` of a vocabulary. ``others`` are further fields of it,
+    such as ``normalizer``.
+    """
+    model: dict[str, Any] = dict.fromkeys(
+        ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
+    )
+    model |= {"fuse_unk": False, "byte_fallback": False, "ignore_merges": ignore_merges}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": list(added_tokens),
+        "normalizer": None,
+        "pre_tokenizer": before,
+        "post_processor": None,
+        "decoder": decoder or byte_level(use_regex=True),
+        **others,
+        "model": {"type": "BPE", **model, "vocab": vocab, "merges": merges},
+    }
+
+
+def added_entries(
+    special: Mapping[str, int], added: Mapping[str, int], *, kept: int | None = None
+) -> list[dict[str, Any]]:
+    """The ``added_tokens`` of a ``tokenizer.json``, those with ids below ``kept``."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    entries = [(i, token, True) for token, i in special.items()]
+    entries += [(i, token, False) for token, i in added.items()]
+    return [
+        {"id": i, "content": token, **flags, "special": is_special}
+        for i, token, is_special in sorted(entries)
+        if kept is None or i < kept
+    ]
+
+
+def _merged_from(token: str, vocab: Mapping[str, int]) -> list[str]:
+    """The two parts that ``token`` is merged from: the result of all merges before its own."""
+    own = vocab[token]
+    parts = list(token)
+    while len(parts) > 2:
+        ranks = [vocab.get(a + b, own) for a, b in itertools.pairwise(parts)]
+        best = min(range(len(ranks)), key=ranks.__getitem__)
+        parts[best : best + 2] = [parts[best] + parts[best + 1]]
+    return parts

@@ -10,9 +10,10 @@ The layer stays the module that it was, with parameters ``adapter_a`` and ``adap
 own, and a forward hook that adds the adapter's output.
 """
 
+import contextlib
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -28,24 +29,37 @@ BOTTLENECKS = ("attn.out", "mlp.down")
 
 
 class LowRank:
-    """The hook of LoRA: ``[..., N]`` plus the scaled product of ``[..., K]``."""
+    """The hook of LoRA: ``[..., N]`` plus the scaled product of ``[..., K]``. It adds to the
+    layer's output in place: copies of it would be most of an adapter's own memory and time.
+    """
+
+    is_on = True
 
     def __init__(self, config: AdapterConfig) -> None:
         self.scale, self.dropout = config.scale, config.dropout
 
     def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        if not self.is_on:
+            return out
         x = F.dropout(inputs[0], self.dropout, layer.training)
         a, b = layer.get_parameter(A), layer.get_parameter(B)
-        return out + self.scale * F.linear(F.linear(x, a), b)
+        narrow = F.linear(x, a).to(out.dtype).flatten(0, -2)
+        product = out.view(-1, out.shape[-1])
+        product.addmm_(narrow, b.to(out.dtype).T, alpha=self.scale)
+        return out
 
 
 class Bottleneck:
     """The hook of a bottleneck: ``[..., N]`` plus a narrow layer's output for it."""
 
+    is_on = True
+
     def __init__(self, config: AdapterConfig) -> None:
         self.dropout = config.dropout
 
     def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        if not self.is_on:
+            return out
         y = F.dropout(out, self.dropout, layer.training)
         a, b = layer.get_parameter(A), layer.get_parameter(B)
         return out + F.linear(F.gelu(F.linear(y, a)), b)
@@ -120,6 +134,19 @@ def hook_of(layer: nn.Module) -> Any:
     return next((hook for hook in hooks if isinstance(hook, LowRank | Bottleneck)), None)
 
 
+@contextlib.contextmanager
+def without_adapter(model: nn.Module) -> Iterator[None]:
+    """Let the model compute what the model under its adapter does."""
+    hooks = [hook for layer in model.modules() if (hook := hook_of(layer)) is not None]
+    for hook in hooks:
+        hook.is_on = False
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.is_on = True
+
+
 @torch.no_grad()
 def merge(model: GPT) -> None:
     """Add LoRA's products to the weights, in place, and remove the adapter: the logits stay, to
@@ -161,8 +188,14 @@ def freeze(model: GPT, patterns: tuple[str, ...]) -> None:
 def fingerprint(model: GPT) -> str:
     """A hash of the blocks' weights, as float32, without an adapter's."""
     digest = hashlib.sha256()
-    for name, p in model.blocks.named_parameters():
-        if name.rpartition(".")[2] not in (A, B):
-            digest.update(name.encode())
-            digest.update(p.detach().float().cpu().contiguous().numpy().data)
+    with torch.device("meta"):
+        plain = GPT(model.config)
+    for name, _ in plain.blocks.named_parameters():
+        layer: Any = model.blocks.get_submodule(name.rpartition(".")[0])
+        if name.endswith(".weight") and getattr(layer, "is_frozen_linear", False):
+            numbers = layer.matrix.dense(torch.float32)
+        else:
+            numbers = layer.get_parameter(name.rpartition(".")[2]).detach().float()
+        digest.update(name.encode())
+        digest.update(numbers.cpu().contiguous().numpy().data)
     return digest.hexdigest()

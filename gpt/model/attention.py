@@ -11,7 +11,7 @@ from gpt.config import ModelConfig
 from gpt.model.attend import attend
 from gpt.model.documents import one_by_one
 from gpt.model.flops import flops_per_token
-from gpt.model.initial import Role, draw, normal, std_of
+from gpt.model.initial import Role, draw, normal, std_of, table
 from gpt.model.kinds import layer_kinds
 from gpt.model.norm import RMSNorm
 from gpt.model.shared import Shared
@@ -42,6 +42,8 @@ class CausalSelfAttention(nn.Module):
         self.q_norm = make_norm() if config.qk_norm else None
         self.k_norm = make_norm() if config.qk_norm else None
         self.sinks = nn.Parameter(torch.empty(config.n_head)) if config.learned_sinks else None
+        values = torch.empty(config.vocab_size, config.n_kv_head * config.head_dim)
+        self.values = table(values) if config.has_value_embedding(layer) else None
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -63,13 +65,16 @@ class CausalSelfAttention(nn.Module):
                 norm.reset()
         if self.sinks is not None:
             self.sinks.zero_()
+        if self.values is not None:
+            normal(self.values)
 
     def flops_per_token(self, context_length: int) -> int:
         """Those of the projections, and 12 for each number of each key: two products, forward and
         twice backward. Keys that the causal mask hides are counted too.
         """
         keys = min(self.kind.most_keys or context_length, context_length)
-        projections = (flops_per_token(child, context_length) for child in self.children())
+        spending = [child for child in self.children() if child is not self.values]
+        projections = (flops_per_token(child, context_length) for child in spending)
         return sum(projections) + 12 * keys * self.n_head * self.head_dim
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
@@ -79,6 +84,9 @@ class CausalSelfAttention(nn.Module):
         B, T, _ = x.shape
         heads = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # B, H + 2 Hkv, T, D
         q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
+        if self.values is not None:
+            own = self.values(shared.tokens).to(v.dtype).view(B, T, self.n_kv_head, self.head_dim)
+            v = v + own.transpose(1, 2)
         view = shared.views[self.kind]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)

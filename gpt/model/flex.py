@@ -32,13 +32,13 @@ def serves(
     """
     needed = config.attention_softcap > 0 or config.learned_sinks or documents
     other = config.attention_top_k or kind.sinks or (training and config.dropout)
-    own = config.resolved()
+    width = config.head_dim or config.n_embd // config.n_head
     return (
         bool(needed and not other)
         and (kind.rule is causal or isinstance(kind.rule, window))
         and config.position != "alibi"
         and config.rotary_scaling != "dynamic_ntk"
-        and own.head_dim >= 16
+        and width >= 16
         and at.shape[-1] >= FEWEST
         and at.device.type == "cuda"
         and importlib.util.find_spec("triton") is not None

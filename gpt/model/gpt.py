@@ -6,7 +6,8 @@ passes no cache and pays nothing for its existence.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +21,12 @@ from gpt.model.flex import block_mask, block_mask_of_documents, serves
 from gpt.model.flops import flops_per_token
 from gpt.model.head import apply_head
 from gpt.model.initial import reset, table
-from gpt.model.kinds import layer_kinds
+from gpt.model.kinds import layer_kinds, narrowed
 from gpt.model.norm import make_norm
 from gpt.model.pointer import Pointer
 from gpt.model.position import POSITIONS
 from gpt.model.shared import Shared, view
+from gpt.model.skips import Skips
 from gpt.model.store import Slots
 
 
@@ -40,6 +42,8 @@ class GPT(nn.Module):
         self.kinds = list(dict.fromkeys(layer_kinds(config)))
         self.cache_dtype: torch.dtype | None = None
         """Of keys and values; ``None``: the weights'."""
+        self.window_limit = 0
+        """In training, no attention window is larger than this many tokens; 0: no limit."""
         # Discard the random numbers that modules draw for themselves, so that initialise() depends
         # only on the seed.
         with torch.random.fork_rng(devices=[]):
@@ -52,6 +56,8 @@ class GPT(nn.Module):
             self.norm = make_norm(config) if has_norm else nn.Identity()
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
             self.pointer = Pointer(config) if config.copy == "pointer" else None
+            has_skips = config.skip_embedding or config.skip_layers
+            self.skips = Skips(config) if has_skips else None
         self.tie_weights()
         if not self.embed.weight.is_meta:
             self.initialise()
@@ -64,6 +70,7 @@ class GPT(nn.Module):
         valid: Sequence[int] | None = None,
         last_only: bool = False,
         documents: Tensor | None = None,
+        read: "Read | None" = None,
     ) -> Tensor:
         """The logits of the token after each of ``tokens``: ``[B, T]`` of int64 to ``[B, T, V]``.
 
@@ -75,10 +82,15 @@ class GPT(nn.Module):
         of the same one. Each document gets the logits that it has alone: its positions start at 0,
         and attention stays inside it.
 
+        With ``read``, the result is what it makes of the model and its features, in place of the
+        logits.
+
         Raises ``ValueError`` past ``context_length`` where positions are learned, past the cache's
         capacity, and for ``documents`` with a cache.
         """
         x = self.features(tokens, cache=cache, valid=valid, documents=documents)
+        if read is not None:
+            return read(self, x)
         return self.logits(x[:, -1:] if last_only else x)
 
     def features(
@@ -96,8 +108,11 @@ class GPT(nn.Module):
         """
         shared = self.new_shared(tokens, cache, valid, documents)
         x = self.dropout(self.embed_tokens(tokens, shared.at))
-        for block in self.blocks:
-            x = block(x, shared)
+        if self.skips is not None:
+            x = self.skips(x, self.blocks, shared)
+        else:
+            for block in self.blocks:
+                x = block(x, shared)
         out: Tensor = self.norm(x)
         if self.pointer is not None:
             out = self.pointer(out, tokens, shared)
@@ -111,7 +126,9 @@ class GPT(nn.Module):
         width, cap = self.config.n_embd, self.config.logit_softcap
         x = features if self.pointer is None else features[..., :width].to(self.dtype)
         logits = apply_head(self.head, x)
-        if cap:
+        if cap and self.config.logit_softcap_form == "root":
+            logits = logits * (1 + (logits / cap).square()).rsqrt()
+        elif cap:
             logits = cap * (logits / cap).tanh()
         if self.pointer is not None:
             logits = self.pointer.mix(logits, features[..., width:])
@@ -139,19 +156,21 @@ class GPT(nn.Module):
             alone = Slots(at, is_square=rows is None, sees_all=False, to=slice(0, T))
             slots = dict.fromkeys(self.kinds, alone)
         several = rows is not None
+        limit = self.window_limit if self.training and plan is None else 0
+        seen = {kind: narrowed(kind, limit) for kind in self.kinds}
         flex = {
-            kind: block_mask(kind.rule, T, at.device)
+            kind: block_mask(own.rule, T, at.device)
             if rows is None
-            else block_mask_of_documents(kind.rule, rows.number)
-            for kind in self.kinds
+            else block_mask_of_documents(own.rule, rows.number)
+            for kind, own in seen.items()
             if plan is None
-            and serves(self.config, kind, at, training=self.training, documents=several)
+            and serves(self.config, own, at, training=self.training, documents=several)
         }
         dtype = self._score_dtype()
         views = {
             kind: view(
                 self.position,
-                kind,
+                own,
                 at,
                 slots[kind],
                 end=end,
@@ -159,9 +178,9 @@ class GPT(nn.Module):
                 flex=flex.get(kind),
                 documents=rows,
             )
-            for kind in self.kinds
+            for kind, own in seen.items()
         }
-        return Shared(at, views, cache, plan, rows)
+        return Shared(at, views, cache, plan, rows, tokens)
 
     def _score_dtype(self) -> torch.dtype:
         """What attention computes its scores in, most of the time."""
@@ -237,6 +256,7 @@ class GPT(nn.Module):
         """
         tables = {id(m.weight) for m in (self.embed, self.head)}
         tables |= {id(p) for p in self.position.parameters()}
+        tables |= {id(m.weight) for m in self.blocks.modules() if isinstance(m, nn.Embedding)}
         return sum(p.numel() for p in self.parameters() if embeddings or id(p) not in tables)
 
     def flops_per_token(self) -> int:
@@ -248,15 +268,25 @@ class GPT(nn.Module):
         return sum(flops_per_token(part, self.config.context_length) for part in spending)
 
 
+Read = Callable[[GPT, Tensor], Tensor]
+"""What a caller of :meth:`GPT.forward` computes from the model and its features ``[B, T, C]``."""
+
+
 def parameter_count(config: ModelConfig) -> int:
     """How many parameters a :class:`GPT` of this shape has, a tied head counted once, without
     building it: an absurd ``n_layer`` costs nothing. At least 2**63 if torch cannot count them.
     """
+    plain: dict[str, Any] = {"value_embeddings": 0, "skip_embedding": False, "skip_layers": False}
     try:
         with torch.device("meta"):
             one, two = (
-                GPT(dataclasses.replace(config, n_layer=n)).parameter_count() for n in (1, 2)
+                GPT(dataclasses.replace(config, n_layer=n, **plain)).parameter_count()
+                for n in (1, 2)
             )
+            skips = sum(p.numel() for p in Skips(config).parameters())
     except RuntimeError:  # a tensor that is larger than any memory
         return 2**63
-    return one + (config.n_layer - 1) * (two - one)
+    own, every = config.resolved(), config.value_embeddings
+    tables = -(-config.n_layer // every) if every else 0
+    values = tables * own.vocab_size * own.n_kv_head * own.head_dim
+    return one + (config.n_layer - 1) * (two - one) + values + skips

@@ -1,5 +1,6 @@
 """What differs from layer to layer: which earlier tokens a layer sees, and its rotary base."""
 
+import dataclasses
 from dataclasses import dataclass
 
 from gpt.config import ModelConfig
@@ -57,3 +58,12 @@ def layer_kinds(config: ModelConfig) -> list[Kind]:
         "S": Kind("S", config.rotary_base, rule=sparse),
     }
     return [kinds[letter] for letter in config.layer_pattern()]
+
+
+def narrowed(kind: Kind, limit: int) -> Kind:
+    """The kind with an attention window of at most ``limit`` tokens; 0: as it is. Sparse layers
+    keep their blocks.
+    """
+    if not limit or isinstance(kind.rule, blocks) or (kind.window or limit + 1) <= limit:
+        return kind
+    return dataclasses.replace(kind, window=limit, rule=window(limit, kind.sinks))

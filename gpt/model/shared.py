@@ -165,3 +165,5 @@ class Shared:
     """Where the tokens go in the cache."""
     documents: Documents | None = None
     """Where rows hold several."""
+    tokens: Tensor | None = None
+    """``[B, T]``, for layers with value embeddings."""

@@ -73,6 +73,9 @@ def resize_vocabulary(model: GPT, vocab_size: int) -> None:
     model.head.out_features = vocab_size
     if model.pointer is not None:
         model.pointer.vocab_size = vocab_size
+    for module in model.modules():
+        if isinstance(module, CausalSelfAttention) and module.values is not None:
+            module.values = table(_resized(module.values.weight, vocab_size))
     model.tie_weights()
 
 

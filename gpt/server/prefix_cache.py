@@ -73,17 +73,18 @@ class PrefixCache:
             return None, 0
         return self._entries[found[1]], found[0]
 
-    def new_cache(self, prompts: list[list[int]]) -> KVCache:
-        """A cache with a row for each of ``prompts``, which have one origin."""
-        longest = max(map(len, prompts))
+    def new_cache(self, prompts: list[list[int]], *, capacity: int) -> KVCache:
+        """A cache of at least this ``capacity`` with a row for each of ``prompts``, which have one
+        origin.
+        """
         entry, _ = self._best(prompts[0])
         known = (
             0 if entry is None else min(entry.known(np.array(p[:-1], np.int64)) for p in prompts)
         )
         if entry is None or known < WORTH_SHARING:
-            return self.model.new_cache(len(prompts), capacity=longest, stored_as=self.stored_as)
+            return self.model.new_cache(len(prompts), capacity=capacity, stored_as=self.stored_as)
         self._entries[entry.number] = self._entries.pop(entry.number)
-        capacity = max(longest, entry.cache.length)
+        capacity = max(capacity, entry.cache.length)
         cache = entry.cache.expand(len(prompts), capacity=capacity)
         cache.truncate(known)
         return cache
@@ -120,7 +121,7 @@ class PrefixCache:
         """
         known = self.known(prompt)
         end = min(known + n, len(prompt) - 1)
-        cache = self.new_cache([prompt])
+        cache = self.new_cache([prompt], capacity=len(prompt))
         ids = torch.tensor([prompt[cache.length : end]], device=self.model.device)
         with evaluation_mode(self.model):
             read(self.model, ids, cache)

@@ -3,11 +3,10 @@
 :func:`check` knows the few keywords that the tables use, and raises one sentence for what is wrong.
 """
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from gpt.config import UsageError, quoted
+from gpt.config import UsageError, nearest, quoted
 
 Schema = Mapping[str, Any]
 TYPES: dict[str, tuple[tuple[type, ...], str]] = {
@@ -133,8 +132,7 @@ def _check_object(value: dict[str, Any], schema: Schema, name: str) -> None:
         if key in fields:
             check(item, fields[key], f"{start}{key}")
         elif more is False:
-            near = difflib.get_close_matches(key, fields, n=1)
-            advice = f"; did you mean {near[0]}?" if near else ""
+            advice = nearest(key, fields)
             raise RequestError(f"{start}{quoted(key)} is not a known field{advice}", param=key[:99])
         elif isinstance(more, Mapping):
             check(item, more, f"{start}{key}")

@@ -45,6 +45,7 @@ def build_model(
     """
     if isinstance(start, GPT):
         model = start
+        model.config.check_learns()
     else:
         with torch.device("meta" if strategy == "fsdp" else "cpu"):
             model = GPT(start)
@@ -56,6 +57,11 @@ def build_model(
     rows = training.micro_batch_size
     choose_attention(model.config, world, rows=rows, device=device, dtype=dtype, say=say)
     compile_blocks(model, training.compile, device=device, say=say)
+    if adapter.base == "gguf" and device.type != "cpu":
+        raise UsageError(
+            f"adapter.base is gguf, which only a CPU computes with, and the device is "
+            f"{device.type}; use int8, int4 or float32"
+        )
     if strategy == "fsdp" and adapter.base != "float32":
         raise UsageError(
             f"adapter.base is {adapter.base}, and parallel.strategy is fsdp, which cannot shard "
@@ -117,7 +123,7 @@ def check_sizes(
     """
     sequences = training.batch_tokens // model.context_length
     n_parameters = parameter_count(model)
-    frozen = {"float32": 4.0, "int8": 1.0, "int4": 0.6}[adapter.base]
+    frozen = {"float32": 4.0, "int8": 1.0, "int4": 0.6, "gguf": 0.6}[adapter.base]
     each = STATE_BYTES if adapter.kind == "none" and not training.freeze else frozen
     check_memory(
         f"the weights, gradients and optimizer state of {n_parameters:,} parameters",
@@ -134,7 +140,8 @@ def check_sizes(
         advice="choose a smaller training.batch_tokens",
     )
     kept = {"none": 8, "selective": 4, "full": 1}[training.activation_checkpointing]
-    numbers = model.vocab_size + kept * model.n_layer * model.n_embd
+    logits = model.vocab_size if adapter.kind == "none" else 0  # of an adapter in small parts
+    numbers = logits + kept * model.n_layer * model.n_embd
     rows = min(training.micro_batch_size, here)
     check_memory(
         f"the activations of {rows:,} sequences of {model.context_length:,} tokens",

@@ -7,7 +7,7 @@ weights, the optimizers' state, the loss scale, and the step's number.
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -25,9 +25,12 @@ from gpt.data.mixture import Mixture
 from gpt.data.prepared import Prepared
 from gpt.data.prompts import Records
 from gpt.device import choose_device, choose_precision, peak_flops
-from gpt.model.gpt import GPT, parameter_count
+from gpt.model.gpt import GPT, Read, parameter_count
 from gpt.model.moe import auxiliary_loss
 from gpt.training import build, experts, nonfinite, setup, state
+from gpt.training.averaging import Average
+from gpt.training.compilation import uncompiled
+from gpt.training.distillation import Distillation
 from gpt.training.interrupt import Interrupt
 from gpt.training.metrics import Reporter, Silent
 from gpt.training.optimizer import (
@@ -39,7 +42,7 @@ from gpt.training.optimizer import (
 from gpt.training.parallel import Strategy, World, choose_strategy, only_here
 from gpt.training.precision import autocast, common_precision, loss_scaler
 from gpt.training.saving import Saver
-from gpt.training.schedule import learning_rate_factor
+from gpt.training.schedule import learning_rate_factor, window_limit
 from gpt.training.scheduled import ScheduledSampling, scheduled
 from gpt.training.source import Learnable, Objective, ShuffledWindows, Source, next_token
 from gpt.training.stopwatch import Forecast, Stopwatch, Trace
@@ -94,10 +97,12 @@ class Trainer:
         task: Task | None = None,
         model: GPT | None = None,
         base: Mapping[str, Any] | None = None,
+        teachers: Sequence[GPT] = (),
     ) -> None:
         """Build a run at step 0. ``source`` gives the batches (default: ``data``'s windows in a new
         order each epoch) and ``objective`` their loss; a ``task`` has both, and an evaluation. The
-        weights are those of ``model``, or new. ``base`` describes the model under an adapter; each
+        weights are those of ``model``, or new; with ``teachers`` it learns what they predict.
+        ``base`` describes the model under an adapter; each
         checkpoint records it.
         """
         torch.manual_seed(config.training.seed)
@@ -123,6 +128,10 @@ class Trainer:
             if config.training.scheduled_sampling and objective is next_token:
                 self.source = ScheduledSampling(self.source, config.training)
                 self.objective = scheduled
+        if teachers:
+            self.objective = Distillation(
+                teachers, config.objective, device=self.device, autocast=self.autocast
+            )
         self.byte_lengths = tokenizers.byte_lengths(data.tokenizer)
         self._tokenizer = tokenizers.fingerprint(data.tokenizer).hex()
         self.strategy: Strategy = self.world.broadcast(self.choose_strategy)
@@ -148,6 +157,7 @@ class Trainer:
             adapter=config.adapter,
         )
         self.optimizers = make_optimizers(self.model, config.optimizer, fast=fast)
+        self.average = Average(state.saved_weights(self.model))
         self.stopwatch = Stopwatch(self.device)
         self.stalls: list[float] = []
         """Seconds for which each checkpoint stopped the run."""
@@ -157,6 +167,8 @@ class Trainer:
         """The name of the checkpoint with the lowest validation loss."""
         self.least_loss = math.inf
         """The lowest validation loss so far, including the one before training."""
+        self.stale = 0
+        """Evaluations since the one of the best checkpoint."""
         self.losses: list[float] = []
         """The losses of the steps since the last record."""
         self.skipped = 0
@@ -186,10 +198,11 @@ class Trainer:
 
         Returns a sentence for each entry of :meth:`environment` that has changed.
         """
-        progress = state.restore(self.model, self.optimizers, self.scaler, checkpoint)
+        progress = state.restore(self.model, self.optimizers, self.scaler, self.average, checkpoint)
         self.step, self.best, self.losses = checkpoint.step, progress["best"], progress["losses"]
         self.best_loss, self.least_loss = progress["best_loss"], progress["least_loss"]
         self.skipped, self.overflows = progress["skipped"], progress["overflows"]
+        self.stale = progress["stale"]
         if self.task is not None and isinstance(told := progress.get("task"), dict):
             self.task.figures.restore(told["figures"])
             self.task.restore(told["state"])
@@ -197,6 +210,7 @@ class Trainer:
         if windows not in (None, self.config.evaluation.windows):
             # Losses on other windows are not comparable with the new ones.
             self.best_loss = self.least_loss = math.inf
+            self.stale = 0
         if self.best and not (checkpoint.path.parent / self.best).is_dir():
             # A later, better one replaced it, and is damaged now.
             self.best, self.best_loss = None, math.inf
@@ -247,7 +261,7 @@ class Trainer:
                 - self.step // config.evaluation.every,
                 evaluation_seconds=time.monotonic() - begun if self.step == 0 else None,
             )
-            while self.step < last and not stop:
+            while self.step < last and not stop and not self.is_finished_early():
                 start = time.monotonic()
                 loss, norm, _ = self.update()
                 if math.isfinite(loss):
@@ -271,7 +285,17 @@ class Trainer:
                 elif stop or (config.checkpoint.every and self.step % config.checkpoint.every == 0):
                     self.save(saver)
         self.stalls = saver.stalls
-        return Result(self.step, self.best_loss, stop if self.step < last else None)
+        if self.is_finished_early():
+            reporter.say(
+                f"the run ends at step {self.step:,}: no new lowest validation loss in "
+                f"{self.stale} evaluations (evaluation.patience)"
+            )
+        return Result(self.step, self.best_loss, (stop or None) if self.step < last else None)
+
+    def is_finished_early(self) -> bool:
+        """Whether ``evaluation.patience`` ends the run."""
+        patience = self.config.evaluation.patience
+        return 0 < patience <= self.stale and self.step < self.config.training.max_steps
 
     def update(self) -> Gradients:
         """Make one step."""
@@ -287,6 +311,9 @@ class Trainer:
             self.step, max_steps=config.training.max_steps, config=config.optimizer
         )
         set_learning_rate(self.optimizers, factor)
+        self.model.window_limit = window_limit(
+            self.step, config.training, context_length=config.model.context_length
+        )
         with self.stopwatch("data"):
             batch = self.source.batch(self.step, self.world)
             n_targets = int(world.sum(torch.tensor(batch.n_targets())))
@@ -327,6 +354,8 @@ class Trainer:
             self.scaler.update()
             self.expert_load = experts.take_loads(self.model, self.world, rebalance=is_finite)
         self.step += 1
+        if is_finite:
+            self.average.update(self.step, self.config.training)
 
     def accumulate(self, batch: Learnable, n_targets: int) -> Tensor:
         """Accumulate the gradients of the mean loss over the ``n_targets`` of all processes, and
@@ -347,10 +376,12 @@ class Trainer:
                     self.scaler.scale(loss * self.world.size).backward()
         return self.world.sum(total)
 
-    def logits(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
-        """The model's logits in the run's precision."""
+    def logits(
+        self, tokens: Tensor, documents: Tensor | None = None, read: Read | None = None
+    ) -> Tensor:
+        """The model's logits in the run's precision, or what ``read`` makes of its features."""
         with self.autocast:
-            out: Tensor = self.forward(tokens, documents=documents)
+            out: Tensor = self.forward(tokens, documents=documents, read=read)
         return out
 
     def was_scaled_too_far(self) -> bool:
@@ -416,7 +447,13 @@ class Trainer:
         self.reporter.step(record)
 
     def evaluate(self, sample: Sample | None) -> float:
-        """Compute and report the model's loss on the held-out text, with a sample."""
+        """Compute and report the loss on the held-out text, with a sample, of the model with the
+        average of its weights, if there is one.
+        """
+        with self.average.applied():
+            return self._evaluate(sample)
+
+    def _evaluate(self, sample: Sample | None) -> float:
         result = self.held_out_loss() if self.task is None else self.task.evaluate()
         if not math.isfinite(result.loss):
             raise UsageError(
@@ -461,7 +498,12 @@ class Trainer:
         if self.strategy != "fsdp":
             return self.model
         whole = build.whole_model(
-            self.model, self.world, device=self.device, dtype=torch.float32, everywhere=True
+            self.model,
+            self.world,
+            device=self.device,
+            dtype=torch.float32,
+            adapter=self.config.adapter,
+            everywhere=True,
         )
         assert whole is not None
         return whole
@@ -481,7 +523,7 @@ class Trainer:
             )
         if model is None or not self.world.is_main:
             return Shown("")
-        with torch.compiler.set_stance("force_eager"):  # else each length would be compiled
+        with uncompiled():  # else each length would be compiled
             return make(model, self.data)
 
     def save(self, saver: Saver, loss: float | None = None) -> None:
@@ -489,20 +531,23 @@ class Trainer:
 
         ``UsageError`` if a weight is not finite: such a model is never saved.
         """
-        weights: dict[str, torch.nn.Parameter] = state.saved_weights(self.model)
+        weights = self.average.weights(state.saved_weights(self.model))
         if self.world.largest(not nonfinite.all_finite(weights)):
             raise UsageError(
                 f"a weight is not finite at step {self.step}: training has diverged since the "
                 "last checkpoint; try a lower optimizer.learning_rate"
             )
-        if loss is not None and loss < self.best_loss:
-            self.best_loss, self.best = loss, checkpoints.name_of(self.step)
+        if loss is not None:
+            self.stale += 1
+            if loss < self.best_loss:
+                self.best_loss, self.best = loss, checkpoints.name_of(self.step)
+                self.stale = 0
         saver.save(
             State(
                 step=self.step,
                 model=self.config.model,
                 weights=weights,
-                training=state.learned(self.model, self.optimizers),
+                training=state.learned(self.model, self.optimizers) | self.average.state(),
                 progress={
                     "best": self.best,
                     "best_loss": self.best_loss if self.best else None,
@@ -510,6 +555,7 @@ class Trainer:
                     "losses": list(self.losses),
                     "skipped": self.skipped,
                     "overflows": self.overflows,
+                    "stale": self.stale,
                     "scaler": self.scaler.state_dict(),
                     "settings": setup.settings(self.config, self.data.train),
                     "tokenizer": self._tokenizer,

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
+from gpt.training.decay import decay
+
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -38,6 +40,8 @@ class Muon(Optimizer):
     ``momentum_buffer`` for each matrix. A sharded matrix (``DTensor``) is gathered, and each
     process keeps its part of the update, so all processes must call ``step`` together.
 
+    With ``cautious``, only the weights decay that have the sign of their update.
+
     ``dtype`` is for the iteration: float32, or bfloat16 if the device multiplies it. The range of
     float16 is too small for the coefficients. All processes must use the same dtype.
     """
@@ -49,11 +53,12 @@ class Muon(Optimizer):
         lr: float,
         weight_decay: float = 0.1,
         momentum: float = 0.95,
+        cautious: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype is {dtype}, and must be torch.float32 or torch.bfloat16")
-        self.dtype = dtype
+        self.dtype, self.cautious = dtype, cautious
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
@@ -86,8 +91,9 @@ class Muon(Optimizer):
         rate = group["lr"] * math.sqrt(max(1, n_rows / n_columns))
         updates = orthogonalise(torch.stack(directions).to(self.dtype))
         for parameter, update in zip(parameters, updates, strict=True):
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(_like(update, parameter).to(parameter.dtype), alpha=-rate)
+            update = _like(update, parameter).to(parameter.dtype)
+            decay(parameter, group["lr"] * group["weight_decay"], update if self.cautious else None)
+            parameter.add_(update, alpha=-rate)
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The optimizers and their groups of parameters, by role: only matrices have weight decay."""
 
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,10 @@ from torch.optim import AdamW, Optimizer
 from gpt.config import OptimizerConfig
 from gpt.model.gpt import GPT
 from gpt.model.selection import matches, selected
+from gpt.training.decay import CautiousAdamW
 from gpt.training.muon import Muon
 
+T = TypeVar("T")
 Role = Literal["hidden matrix", "embedding", "vector"]
 
 
@@ -39,58 +41,70 @@ def make_optimizers(
     """AdamW (arXiv:1711.05101) for all parameters that are not frozen; or Muon for the hidden
     matrices and AdamW for the rest (:mod:`gpt.training.muon`).
 
-    ``config.rates`` scales the learning rate of parameters by their names. ``fast`` is the dtype
-    that the device multiplies fastest. Each group keeps its highest learning rate as ``peak_lr``,
-    which the schedule scales.
+    ``config.rates``, ``decays`` and ``betas`` give parameters their own settings by their names.
+    ``fast`` is the dtype that the device multiplies fastest. Each group keeps its highest learning
+    rate as ``peak_lr``, which the schedule scales.
     """
     named = roles(model)
-    decayed: set[Role] = {"hidden matrix", "embedding"}
-
-    rates = config.rate_factors()
-    if rates:
-        selected(named, tuple(rates), "optimizer.rates")
-    factors = {
-        name: next((f for pattern, f in rates.items() if matches(name, pattern)), 1.0)
-        for name in named
-    }
+    rates, decays, betas = config.rate_factors(), config.decay_factors(), config.pairs_of_betas()
+    for field, patterns in (("rates", rates), ("decays", decays), ("betas", betas)):
+        if patterns:
+            selected(named, tuple(patterns), f"optimizer.{field}")
+    usual = config.beta1, config.beta2
 
     def having(wanted: set[Role]) -> list[nn.Parameter]:
         return [model.get_parameter(name) for name, role in named.items() if role in wanted]
 
-    def grouped(wanted: set[Role], rate: float, weight_decay: float) -> list[dict[str, Any]]:
-        """A group of parameters for each factor of the learning rate."""
-        found: dict[float, list[nn.Parameter]] = {1.0: []}
+    def grouped(
+        wanted: set[Role], rate: float, decay: float, *, adamw: bool
+    ) -> list[dict[str, Any]]:
+        """A group of parameters for each of the settings that some of them have."""
+        first = (1.0, 1.0, usual) if adamw else (1.0, 1.0, None)
+        found: dict[Any, list[nn.Parameter]] = {first: []}
         for name, role in named.items():
             if role in wanted:
-                found.setdefault(factors[name], []).append(model.get_parameter(name))
+                of_adamw = _of(name, betas, usual) if adamw else None
+                setting = _of(name, rates, 1.0), _of(name, decays, 1.0), of_adamw
+                found.setdefault(setting, []).append(model.get_parameter(name))
         return [
-            {"params": parameters, "lr": factor * rate, "weight_decay": weight_decay}
-            for factor, parameters in found.items()
-            if parameters or factor == 1.0
+            {"params": parameters, "lr": by * rate, "weight_decay": decay_by * decay}
+            | ({} if of_adamw is None else {"betas": of_adamw})
+            for (by, decay_by, of_adamw), parameters in found.items()
+            if parameters or (by, decay_by, of_adamw) == first
         ]
 
     optimizers: list[Optimizer] = []
+    decayed: set[Role] = {"hidden matrix", "embedding"}
     if config.name == "muon" and having({"hidden matrix"}):
         decayed = {"embedding"}
         optimizers.append(
             Muon(
-                grouped({"hidden matrix"}, config.muon_learning_rate, config.weight_decay),
+                grouped(
+                    {"hidden matrix"}, config.muon_learning_rate, config.weight_decay, adamw=False
+                ),
                 lr=config.muon_learning_rate,
                 weight_decay=config.weight_decay,
+                momentum=config.muon_momentum,
+                cautious=config.cautious_decay,
                 dtype=torch.bfloat16 if fast == torch.bfloat16 else torch.float32,
             )
         )
     groups = [
-        *grouped(decayed, config.learning_rate, config.weight_decay),
-        *grouped({"vector"}, config.learning_rate, 0.0),
+        *grouped(decayed, config.learning_rate, config.weight_decay, adamw=True),
+        *grouped({"vector"}, config.learning_rate, 0.0, adamw=True),
     ]
     if any(group["params"] for group in groups):
-        betas = (config.beta1, config.beta2)
-        optimizers.append(AdamW(groups, lr=config.learning_rate, betas=betas, fused=True))
+        kind = CautiousAdamW if config.cautious_decay else AdamW
+        optimizers.append(kind(groups, lr=config.learning_rate, betas=usual, fused=True))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def _of(name: str, by_pattern: Mapping[str, T], usual: T) -> T:
+    """What the first pattern that matches the name gives, or else the usual."""
+    return next((own for pattern, own in by_pattern.items() if matches(name, pattern)), usual)
 
 
 def set_learning_rate(optimizers: Iterable[Optimizer], factor: float) -> None:

@@ -15,14 +15,41 @@ from gpt.data.batches import IGNORED
 from gpt.data.completions import Completed, padded
 from gpt.data.order import Order
 from gpt.data.tokenizer import Tokenizer
-from gpt.model.gpt import GPT
+from gpt.model.adapter import without_adapter
+from gpt.model.gpt import GPT, Read
 from gpt.training.loop import Trainer
 from gpt.training.parallel import World
 from gpt.training.source import Forward
-from gpt.training.task import token_logprobs
+from gpt.training.task import text_logprobs
 
 StartModel = Callable[[], GPT]
 """Loads the model that the run started from."""
+
+
+class StartLogits:
+    """The logits of the model that the run started from, in the run's precision.
+
+    Under an adapter, that model is in the trained one: it computes without its adapter. Else the
+    start model is loaded at the first use.
+    """
+
+    def __init__(self, trainer: Trainer, load: StartModel) -> None:
+        self._trainer, self._load = trainer, load
+        self.loaded: GPT | None = None
+
+    def __call__(
+        self, tokens: Tensor, documents: Tensor | None = None, read: Read | None = None
+    ) -> Tensor:
+        """As in :class:`gpt.training.source.Forward`."""
+        trainer = self._trainer
+        if trainer.config.adapter.kind != "none":
+            with without_adapter(trainer.model):
+                return trainer.logits(tokens, documents, read)
+        if self.loaded is None:
+            self.loaded = self._load().to(trainer.device).requires_grad_(False).eval()
+        with trainer.autocast:
+            logits: Tensor = self.loaded(tokens, documents=documents, read=read)
+        return logits
 
 
 class Write(Protocol):
@@ -71,7 +98,7 @@ def logprobs_of_rows(
     processes must call this with as many rows.
 
     A row's numbers depend on the rows beside it only by rounding. The trainer's model is in
-    evaluation mode meanwhile. The other arguments are those of :func:`token_logprobs`.
+    evaluation mode meanwhile. The other arguments are those of :func:`text_logprobs`.
     """
     model = trainer.model
     training = model.training
@@ -82,9 +109,7 @@ def logprobs_of_rows(
     for at in range(0, len(order), size):
         chosen = order[at : at + size]
         batch = padded([rows[i] for i in chosen]).to(trainer.device)
-        logprobs = token_logprobs(
-            forward(batch.tokens), batch.targets, temperature=temperature, vocab_size=vocab_size
-        )
+        logprobs = text_logprobs(forward, batch, temperature=temperature, vocab_size=vocab_size)
         for i, own, target in zip(chosen, logprobs.tolist(), batch.targets.tolist(), strict=True):
             found[i] = [x for x, t in zip(own, target, strict=True) if t != IGNORED]
     if isinstance(model, FSDPModule):

@@ -26,9 +26,10 @@ from gpt.data.word_vectors import fill_embedding
 from gpt.device import choose_device
 from gpt.model.gpt import GPT
 from gpt.model.surgery import resize_vocabulary
-from gpt.training import setup
+from gpt.training import budget, setup
 from gpt.training.build import check_sizes
 from gpt.training.curve import draw_curve
+from gpt.training.distillation import load_teachers
 from gpt.training.loop import Data, Result, Sample, Trainer
 from gpt.training.metrics import Reporter, Silent, as_settings
 from gpt.training.optimizer import describe_groups
@@ -137,7 +138,7 @@ def train_on(
             base = setup.describe_base(config, model)
             if checkpoint is not None:
                 setup.check_base(checkpoint, config.init, base)
-            if config.adapter.base != "float32":
+            if config.adapter.base in ("int8", "int4"):
                 if freeze_rounded is None:
                     raise UsageError(
                         f"adapter.base is {config.adapter.base}, and the caller of train() gave no "
@@ -150,6 +151,9 @@ def train_on(
         kept = dataclasses.replace(config.data, source=source)  # a pipe's copy, for resuming
         config = dataclasses.replace(config, run_dir=str(config.run), data=kept)
 
+        def show(fraction: float) -> None:
+            status.update(Text(f"preparing {config.data.described}: {fraction:.0%}"))
+
         def prepared() -> Data:
             if config.objective.kind != "next_token":
                 assert tokenizer is not None, "the configuration has an initial model"
@@ -159,19 +163,23 @@ def train_on(
                 return prepare_instructions(
                     config.data, config.cache_dir, encoder, tokenizer=tokenizer
                 )
-            make = prepare_mixture if config.data.mixture else prepare
-            return make(
-                config.data,
-                config.cache_dir,
-                tokenizer=tokenizer,
-                progress=lambda fraction: status.update(
-                    Text(f"preparing {config.data.described}: {fraction:.0%}")
-                ),
-                say=say,
+            if config.data.mixture:
+                return prepare_mixture(
+                    config.data,
+                    config.cache_dir,
+                    tokenizer=tokenizer,
+                    encoder=encoder,
+                    progress=show,
+                    say=say,
+                )
+            return prepare(
+                config.data, config.cache_dir, tokenizer=tokenizer, progress=show, say=say
             )
 
         data = world.main_first(prepared)
     config = setup.resolve(config, data, checkpoint)
+    if checkpoint is not None and config.training.max_minutes:
+        config = setup.as_it_was_planned(config, checkpoint, say)
     device = choose_device(config.training.device)
     check_sizes(config.model, config.training, config.parallel, world, device, config.adapter)
     changes: list[str] = []
@@ -192,10 +200,24 @@ def train_on(
         resize_vocabulary(loaded, config.model.vocab_size)
         return loaded
 
+    teachers: list[GPT] = []
+    if config.objective.distill:
+        if initial is None:
+            raise UsageError(
+                f"objective.distill is {config.objective.distill!r}, and the caller of train() "
+                "gave no function to load it"
+            )
+        teachers = world.main_first(lambda: load_teachers(config, data.tokenizer, initial))
+    if config.training.max_minutes:  # not of a run that is resumed
+        config = budget.plan(
+            config, data, world=world, model=model, teachers=teachers, sample=sample, say=say
+        )
     task = None
     if isinstance(data, Records):
         task = task_of(config, data, start=start, write=write)
-    trainer = Trainer(config, data, world=world, model=model, task=task, base=base)
+    trainer = Trainer(
+        config, data, world=world, model=model, task=task, base=base, teachers=teachers
+    )
     if checkpoint is not None:
         changes += trainer.resume(checkpoint)
     if world.is_main:

@@ -1,10 +1,10 @@
-"""The learning rate as a function of the step: a factor from 0 to 1 for each group's highest
-rate.
+"""What follows from the step: the learning rate, as a factor from 0 to 1 for each group's highest
+rate, and the limit of attention windows.
 """
 
 import math
 
-from gpt.config import OptimizerConfig
+from gpt.config import OptimizerConfig, TrainingConfig
 
 
 def learning_rate_factor(step: int, *, max_steps: int, config: OptimizerConfig) -> float:
@@ -24,3 +24,15 @@ def learning_rate_factor(step: int, *, max_steps: int, config: OptimizerConfig) 
     left = 1 - min(1.0, max(0, step - start) / max(1, max_steps - start))
     shape = left if config.schedule == "wsd" else 0.5 * (1 - math.cos(math.pi * left))
     return config.floor + (1 - config.floor) * shape
+
+
+def window_limit(step: int, config: TrainingConfig, *, context_length: int) -> int:
+    """The largest attention window for ``step`` (from 0), in tokens; 0: no limit.
+
+    It grows evenly over the first ``window_fraction`` of the steps. All limits are multiples of
+    ``window_start``, so that there are few different ones.
+    """
+    start, growing = config.window_start, round(config.window_fraction * config.max_steps)
+    if not start or step >= growing:
+        return 0
+    return start * (1 + step * (math.ceil(context_length / start) - 1) // growing)

@@ -201,6 +201,19 @@ def as_it_began(data: DataConfig, checkpoint: Checkpoint) -> DataConfig:
     return dataclasses.replace(data, **began)
 
 
+def as_it_was_planned(config: TrainConfig, checkpoint: Checkpoint, say: Say) -> TrainConfig:
+    """The configuration with the number of steps that the checkpoint's run was planned with."""
+    recorded = checkpoint.progress.get("settings")
+    recorded = recorded if isinstance(recorded, dict) else {}
+    steps = recorded.get("training.max_steps", config.training.max_steps)
+    say(
+        f"training.max_minutes was planned when the run began: it has {steps:,} steps, and "
+        "training.max_steps without training.max_minutes changes that"
+    )
+    training = dataclasses.replace(config.training, max_steps=steps, max_minutes=0.0)
+    return dataclasses.replace(config, training=training)
+
+
 def check_changes(
     run: Path, model: ModelConfig, now: Mapping[str, Any], checkpoint: Checkpoint
 ) -> list[str]:

@@ -1,6 +1,7 @@
 """A run's source of batches, and its objective: the loss of a batch."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Protocol, Self
 
 import torch
@@ -10,7 +11,8 @@ from gpt.config import WindowOrder
 from gpt.data.batches import Batch, Windows
 from gpt.data.mixture import MixedOrder, MixedWindows
 from gpt.data.order import Order
-from gpt.training.loss import summed_loss
+from gpt.model.gpt import Read
+from gpt.training.loss import loss_of_features
 from gpt.training.parallel import World
 
 
@@ -56,8 +58,12 @@ class Source(Protocol):
 class Forward(Protocol):
     """The model in the run's precision."""
 
-    def __call__(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
-        """Tokens ``[B, T]`` to logits ``[B, T, V]``, as :meth:`gpt.model.gpt.GPT.forward`."""
+    def __call__(
+        self, tokens: Tensor, documents: Tensor | None = None, read: Read | None = None
+    ) -> Tensor:
+        """Tokens ``[B, T]`` to logits ``[B, T, V]``, or to what ``read`` makes of the features, as
+        :meth:`gpt.model.gpt.GPT.forward`.
+        """
 
 
 Objective = Callable[[Forward, Any], Tensor]
@@ -111,4 +117,5 @@ class ShuffledWindows:
 
 def next_token(forward: Forward, batch: Batch) -> Tensor:
     """Cross-entropy of each next token: the :data:`Objective` of pretraining."""
-    return summed_loss(forward(batch.tokens, batch.documents), batch.targets)
+    read = partial(loss_of_features, targets=batch.targets)
+    return forward(batch.tokens, documents=batch.documents, read=read)

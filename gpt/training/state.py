@@ -19,6 +19,7 @@ from gpt import migrations, tensors
 from gpt.checkpoint import Checkpoint
 from gpt.config import UsageError, foreign, quoted
 from gpt.model.adapter import adapter_weights
+from gpt.training.averaging import RAW, Average
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -50,10 +51,12 @@ def restore(
     model: nn.Module,
     optimizers: Sequence[Optimizer],
     scaler: torch.amp.GradScaler,
+    average: Average,
     checkpoint: Checkpoint,
 ) -> dict[str, Any]:
-    """Load the weights and the state of the optimizers and the scaler, in place. Each process reads
-    its own shards. Returns the progress: ``best``, ``best_loss``, ``losses``, ``skipped``, ...
+    """Load the weights and the state of the optimizers, the scaler and the average, in place. Each
+    process reads its own shards. Returns the progress: ``best``, ``best_loss``, ``losses``,
+    ``skipped``, ...
     """
     parameters = saved_weights(model)
     weights = checkpoint.path / checkpoints.MODEL
@@ -76,6 +79,9 @@ def restore(
                 else torch.empty_like(like, device="cpu")
             )
         tensors.read(path, saved)
+    ending = f"/{RAW}"
+    raw = {name.removesuffix(ending): saved.pop(name) for name in [*saved] if name.endswith(ending)}
+    average.restore(raw)
     for optimizer, names in zip(optimizers, names_of(model, optimizers), strict=True):
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in saved.items():
@@ -95,7 +101,7 @@ def _checked(progress: dict[str, Any], path: Path) -> dict[str, Any]:
     number = int | float
     kinds: dict[str, Any] = {"best": str | None, "best_loss": number | None, "losses": list}
     kinds |= {"least_loss": number | None, "skipped": int, "overflows": int, "scaler": dict}
-    kinds |= {"settings": dict, "place": dict}
+    kinds |= {"settings": dict, "place": dict, "stale": int}
     for name, kind in kinds.items():
         if not isinstance(progress.get(name), kind) or name not in progress:
             raise UsageError(

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt.data.batches import IGNORED
+from gpt.data.batches import IGNORED, Batch
+from gpt.model.gpt import GPT
 from gpt.training.parallel import World
 from gpt.training.source import Forward, Source
 
@@ -95,20 +96,25 @@ class Task(Source, Protocol):
         """Continue after :meth:`state`."""
 
 
-def token_logprobs(
-    logits: Tensor, targets: Tensor, *, temperature: float = 1.0, vocab_size: int | None = None
+def text_logprobs(
+    forward: Forward, batch: Batch, *, temperature: float = 1.0, vocab_size: int | None = None
 ) -> Tensor:
-    """The log-probability of each target ``[B, T]`` in nats, in float32 (float64 for such logits);
-    0 where the target is ``IGNORED``.
+    """The log-probability of each target ``[B, T]`` in nats, in float32 (float64 for a model of
+    float64); 0 where the target is ``IGNORED``. Only the other positions go through the head.
 
-    The distribution is the softmax of the first ``vocab_size`` of ``logits`` ``[B, T, V]`` over the
-    ``temperature``: the one from which a decoder draws.
+    The distribution is the softmax of the first ``vocab_size`` logits over the ``temperature``: the
+    one from which a decoder draws.
     """
-    logits = logits[..., :vocab_size]
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    if temperature != 1:
-        logits = logits / temperature
-    losses = F.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED
-    )
-    return -losses.view_as(targets)
+    counted = batch.targets != IGNORED
+
+    def read(model: GPT, features: Tensor) -> Tensor:
+        logits = model.logits(features[counted])[:, :vocab_size]
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        if temperature != 1:
+            logits = logits / temperature
+        logprobs = logits.new_zeros(counted.shape)
+        losses = F.cross_entropy(logits, batch.targets[counted], reduction="none")
+        logprobs[counted] = -losses.to(logits.dtype)
+        return logprobs
+
+    return forward(batch.tokens, documents=batch.documents, read=read)

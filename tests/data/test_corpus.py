@@ -1,4 +1,7 @@
+import bz2
+import gzip
 import hashlib
+import lzma
 import os
 import random
 import re
@@ -9,7 +12,8 @@ import pytest
 
 from gpt.config import UsageError
 from gpt.data import formats
-from gpt.data.corpus import open_corpus
+from gpt.data.corpus import joined, open_corpus
+from gpt.data.reading import Reading
 from gpt.data.shakespeare import speeches
 from gpt.data.tokenizer import GPT2Tokenizer
 
@@ -257,6 +261,60 @@ def test_a_folder_named_like_a_corpus_is_not_taken_and_said_if_it_may_be_text(
         "data.source shakespeare is the named corpus; for the folder, give ./shakespeare"
     ]
     assert len(open_corpus("./shakespeare").files) == 2
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.JSON.gz"])
+def test_a_json_file_alone_needs_a_format_and_is_text_among_others(name, tmp_path):
+    (tmp_path / name).write_bytes(b'{"text": "one"}\n')
+    for source in (tmp_path, tmp_path / name, tmp_path / "a.*"):
+        with pytest.raises(UsageError, match=f"{name}.* set data.format to jsonl if each line"):
+            open_corpus(str(source), Reading())
+        open_corpus(str(source), Reading(format="jsonl"))
+    (tmp_path / "b.py").write_text("two")
+    assert len(open_corpus(str(tmp_path), Reading()).files) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.pdf", r"a\.pdf is a PDF; make a text of it \(pdftotext\), or leave it out"),
+        ("a.tar.gz", r"a\.tar\.gz is an archive; unpack it, or leave it out"),
+        ("a.ZIP", r"a\.ZIP is an archive"),
+    ],
+)
+@pytest.mark.parametrize("content", [b"%PDF \xff\n", b"PK \0\n"])
+def test_a_file_that_people_take_for_a_text_is_told_by_its_name(name, message, content, tmp_path):
+    packed = gzip.compress(content) if name.endswith("gz") else content
+    (tmp_path / name).write_bytes(packed)
+    with pytest.raises(UsageError, match=message):
+        whole_text(open_corpus(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(b"text"), r"compressed; decompress it, or let its name end in \.gz"),
+        (bz2.compress(b"text"), r"end in \.bz2"),
+        (lzma.compress(b"text"), r"end in \.xz"),
+        (b"\x28\xb5\x2f\xfd\0", r"end in \.zst"),
+        (b"PK\x03\x04\xff", "an archive; unpack it"),
+        (b"PAR1\0", "a Parquet file; set data.format to parquet"),
+    ],
+)
+def test_a_file_whose_content_is_no_text_is_told_by_its_beginning(content, message, tmp_path):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(UsageError, match=rf"a\.txt is .*{message}"):
+        whole_text(open_corpus(str(tmp_path)))
+
+
+def test_other_spellings_of_a_file_are_read_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("one")
+    Path("b.txt").symlink_to("a.txt")
+    Path("c").mkdir()
+    spellings = ["a.txt", "./a.txt", "c/../a.txt", str(tmp_path / "a.txt"), "b.txt", "*.txt", "."]
+    corpus = joined([open_corpus(source) for source in spellings])
+    assert whole_text(corpus) == ["one"]
 
 
 def test_a_home_that_is_not_known_is_told(monkeypatch):

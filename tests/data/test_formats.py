@@ -1,3 +1,4 @@
+import bz2
 import gzip
 import io
 import json
@@ -8,6 +9,7 @@ import pytest
 
 from gpt.config import DataConfig, UsageError
 from gpt.data import compression, formats, reading
+from gpt.data.compression import Tap
 from gpt.data.corpus import open_corpus
 from gpt.data.formats import FORMATS
 from gpt.data.prepare import prepare
@@ -32,7 +34,13 @@ RAW = {
     "jsonl": lambda texts: b"".join(json.dumps({"text": t}).encode() + b"\n" for t in texts),
     "parquet": parquet,
 }
-COMPRESSED = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstd}
+COMPRESSED = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstd,
+}
 
 
 def write(folder, kind, compression="", texts=TEXTS):
@@ -104,6 +112,25 @@ def test_the_field_of_the_text_is_chosen_and_a_missing_one_is_named(kind, tmp_pa
         assert read(path, text_field="body") == ["one", "t\nwo"]
 
 
+@pytest.mark.parametrize("compression", COMPRESSED)
+@pytest.mark.parametrize("kind", RAW)
+def test_who_wants_a_files_bytes_is_told_all_of_them(kind, compression, tmp_path):
+    path, content = write(tmp_path, kind, compression, TEXTS * 100), []
+    for document in FORMATS[kind](Reading(), path, Tap(content.append)):
+        "".join(document)
+    assert b"".join(content) == path.read_bytes()
+
+
+def test_of_a_parquet_file_only_the_column_of_the_text_is_read_and_once(tmp_path):
+    arrow, tables = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    draw, counted = random.Random(0), []
+    columns = {name: [draw.randbytes(500).hex() for _ in range(1000)] for name in ("a", "text")}
+    tables.write_table(arrow.table(columns), tmp_path / "a.parquet")
+    documents = FORMATS["parquet"](Reading(), tmp_path / "a.parquet", Tap(count=counted.append))
+    assert len(list(documents)) == 1000
+    assert 0.4 < sum(counted) / (tmp_path / "a.parquet").stat().st_size < 0.7
+
+
 def test_a_line_can_be_a_document_and_a_name_does_not_decide_a_given_format(tmp_path):
     (tmp_path / "a.jsonl").write_text("one\r\n\ntwo\nthree")
     assert read(tmp_path / "a.jsonl", format="text", separator="\n") == ["one", "two", "three"]
@@ -122,7 +149,7 @@ def test_a_pattern_names_files_in_the_order_of_their_paths(tmp_path):
         (tmp_path / name).write_text(name)
     assert read(tmp_path / "*.txt") == ["a.txt", "b.txt"]
     assert read(tmp_path / "**/*.txt") == ["a.txt", "b.txt", "d/e.txt"]
-    with pytest.raises(UsageError, match="which is not a file"):
+    with pytest.raises(UsageError, match="which no file matches"):
         read(tmp_path / "*.json")
 
 

@@ -5,13 +5,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt.config import DataConfig, PrepareConfig, TrainConfig, UsageError, parse, to_toml
-from gpt.data.batches import TextWindows
+from gpt.data.batches import IGNORED, TextWindows
+from gpt.data.instructions import Instructions
 from gpt.data.mixture import MixedOrder, MixedWindows, prepare_mixture, quotas
 from gpt.data.shards import ShardWriter, read_shard
+from gpt.data.tokenizer import ByteTokenizer
+from gpt.generation.examples import ExampleEncoder
 from gpt.training.loop import Trainer
 from gpt.training.parallel import World
 from gpt.training.setup import as_it_began, check_changes
@@ -282,3 +286,36 @@ def test_no_held_out_window_of_a_mixture_is_trained_on(tmp_path):
     )
     assert len(validation) > 25
     assert not train & validation
+
+
+def instructions_and_text(folder):
+    records = [{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(60)]
+    path = folder / "sums.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "book.txt").write_text("the cat sat on the mat.\n" * 60)
+    sources = [{"source": str(path)}, {"source": str(folder / "book.txt"), "weight": 0.5}]
+    return DataConfig(mixture=tuple(map(json.dumps, sources)))
+
+
+def test_instructions_are_mixed_with_text(tmp_path):
+    config = instructions_and_text(tmp_path)
+    data = prepare_mixture(
+        config, tmp_path / "cache", tokenizer=ByteTokenizer(), encoder=ExampleEncoder
+    )
+    assert [isinstance(text, Instructions) for text in data.texts] == [True, False]
+    windows = data.windows("train", 16)
+    sums, book = windows.parts
+    batch = windows.batch(np.array([len(sums) + 1, 0]))
+    text, examples = book.batch(np.array([1])), sums.batch(np.array([0]))
+    assert torch.equal(batch.tokens, torch.cat([text.tokens, examples.tokens]))
+    assert torch.equal(batch.targets, torch.cat([text.targets, examples.targets]))
+    assert torch.equal(batch.documents[1:], examples.documents)
+    assert not batch.documents[0].any()
+    assert (batch.targets[1] == IGNORED).any()
+
+
+def test_a_mixture_with_instructions_needs_a_models_tokenizer(tmp_path):
+    with pytest.raises(
+        UsageError, match=r"data.mixture has instructions \('sums'\), and needs init"
+    ):
+        prepare_mixture(instructions_and_text(tmp_path), tmp_path, encoder=ExampleEncoder)

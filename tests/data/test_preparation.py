@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gpt.config import DataConfig, PrepareConfig, UsageError
-from gpt.data import encoding, formats, preparation
+from gpt.data import encoding, formats, local_pipeline
 from gpt.data.corpus import open_corpus
 from gpt.data.journal import Journal
 from gpt.data.mixture import prepare_mixture
@@ -27,7 +27,7 @@ END = 256
 def small(monkeypatch):
     monkeypatch.setattr(formats, "PIECE_CHARACTERS", 200)
     monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 200)
-    monkeypatch.setattr(preparation, "BLOCKS_A_STEP", 2)
+    monkeypatch.setattr(local_pipeline, "BLOCKS_A_STEP", 2)
 
 
 def texts_of(n, seed=0):
@@ -191,6 +191,26 @@ def test_a_preparation_that_is_killed_50_times_has_the_same_bytes(source, tmp_pa
         assert files(out) == files(whole)
 
 
+@pytest.mark.parametrize("step", [1, 3])
+def test_what_was_flushed_before_a_line_of_the_journal_that_is_missing_is_done_again(
+    step, source, tmp_path, monkeypatch
+):
+    prepared(config_of(source, tmp_path / "whole", duplicates="exact"))
+    config, write = config_of(source, tmp_path / "killed", duplicates="exact"), Journal.write
+
+    def killed(self, line):
+        if line.get("step") == step:
+            raise Killed
+        write(self, line)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "write", killed)
+        with pytest.raises(Killed):
+            prepared(config)
+    prepared(config)
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
 def test_a_line_of_the_journal_that_is_not_whole_does_not_count(damage, tmp_path):
     path = tmp_path / "journal.jsonl"
@@ -200,13 +220,68 @@ def test_a_line_of_the_journal_that_is_not_whole_does_not_count(damage, tmp_path
     raw = path.read_bytes()
     changed = {"cut": raw[:-3], "flipped": raw[:-3] + b"x" + raw[-2:], "empty": b""}[damage]
     path.write_bytes(changed)
-    with Journal(path, {"a": 1}) as journal:
-        assert journal.last == (None if damage == "empty" else {"step": 1})
+    for _ in range(2):  # opening it loses nothing
+        with Journal(path, {"a": 1}) as journal:
+            assert journal.last == (None if damage == "empty" else {"step": 1})
+
+
+@pytest.mark.parametrize("left", ["journal.jsonl", "duplicates.sqlite", ".journal.jsonl.new"])
+def test_what_a_kill_at_the_end_left_is_deleted(left, source, tmp_path):
+    out = tmp_path / "out"
+    prepared(config_of(source, out))
+    before = files(out)
+    (out / left).write_text("x")
+    prepared(config_of(source, out))
+    assert files(out) == before
+
+
+def test_a_preparation_that_was_killed_in_its_first_line_goes_on(source, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def killed(self, step):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "write", killed)
+        with pytest.raises(Killed):
+            prepared(config_of(source, out))
+    assert prepared(config_of(source, out))["counts"]["documents"] == 170
+
+
+def test_a_pipe_with_the_same_text_continues_a_preparation(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("abcdefghij " * 500)
+    said = []
+
+    def prepare_pipe():
+        with (tmp_path / "text.txt").open() as file:
+            config = config_of(f"/dev/fd/{file.fileno()}", tmp_path / "out")
+            return prepared(config, say=said.append)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(local_pipeline.ShardSeries, "close", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare_pipe()
+    prepare_pipe()
+    prepare_pipe()
+    assert [text.partition(" after ")[0] for text in said] == [
+        "going on",
+        f"{tmp_path / 'out'} is prepared already",
+    ]
+    assert not (tmp_path / "out" / ".piped").exists()
+
+
+def test_the_tokenizer_of_a_preparation_is_made_once(source, tmp_path, monkeypatch):
+    config = config_of(source, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(local_pipeline.ShardSeries, "close", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepared(config)
+    assert prepare_corpus(config, lambda corpus: 1 / 0)["kind"] == "byte"
 
 
 def test_another_work_is_not_continued(source, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    monkeypatch.setattr(preparation.ShardSeries, "close", lambda self: 1 / 0)
+    monkeypatch.setattr(local_pipeline.ShardSeries, "close", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepared(config_of(source, out))
     with pytest.raises(UsageError, match=r"unfinished preparation of other .* \(shard_tokens\)"):
@@ -216,7 +291,7 @@ def test_another_work_is_not_continued(source, tmp_path, monkeypatch):
 def test_a_shard_that_became_shorter_is_not_continued(source, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(preparation.ShardSeries, "close", lambda self: 1 / 0)
+        patch.setattr(local_pipeline.ShardSeries, "close", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             prepared(config_of(source, out, shard_tokens=10**6))
     (out / "train-00000.bin").write_bytes(bytes(1000))
@@ -258,10 +333,10 @@ def test_a_folder_of_few_documents_is_held_out_at_its_end(tmp_path):
 @pytest.mark.parametrize("splitter", [by_content(0.5), at_end(4000)])
 def test_reading_goes_on_from_any_place(splitter, source):
     corpus = open_corpus(str(source))
-    whole = list(pieces(corpus, splitter, start=Place(), tap=lambda block: None))
+    whole = list(pieces(corpus, splitter, start=Place()))
     for number in range(0, len(whole), 17):
         if (place := whole[number].after) is not None:
-            rest = list(pieces(corpus, splitter, start=place, tap=lambda block: None))
+            rest = list(pieces(corpus, splitter, start=place))
             assert rest == whole[number + 1 :]
 
 
@@ -288,13 +363,25 @@ def test_shards_find_the_ends_of_documents(source, tmp_path):
     assert data.train.documents(END).tolist() == np.flatnonzero(ids == END).tolist()
 
 
+def summary_with(part):
+    """A ``corpus.json`` with one shard."""
+    counts = {"documents": 1, "bytes": 1, "tokens": 1}
+    shards = {"train": [part], "validation": []}
+    return json.dumps({"work": {}, "counts": counts, "shards": shards})
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("corpus.json", "[]", "is not what gpt prepare wrote"),
         ("corpus.json", "{", "is not JSON"),
-        ("corpus.json", '{"shards": {"train": [{"name": "../a.bin", "tokens": 1}]}}', "names the"),
-        ("corpus.json", '{"shards": {"train": [4]}}', "names the shard 0"),
+        (
+            "corpus.json",
+            summary_with({"name": "../a.bin", "tokens": 1}),
+            r"names the shard '\.\./a",
+        ),
+        ("corpus.json", summary_with(4), "is not what gpt prepare wrote"),
+        ("corpus.json", summary_with({"name": "a.bin"}), "is not what gpt prepare wrote"),
         ("train-00001.bin", None, "train-00001.bin"),
         ("train-00001.bin", "GPT", "is not a token shard"),
     ],
@@ -338,7 +425,7 @@ def test_a_pipe_can_be_prepared(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore")  # ray's own
 def test_ray_writes_the_ids_that_one_machine_writes(source, tmp_path, monkeypatch):
     monkeypatch.undo()  # the workers have pieces of the usual length
-    pytest.importorskip("ray", reason="ray is not installed: pip install 'ray[data]'")
+    ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'ray[data]'")
     kinds = {"validation": "documents", "shard_tokens": 1500}
     local = prepared(config_of(source, tmp_path / "local", **kinds))
     on_ray = prepared(config_of(source, tmp_path / "ray", engine="ray", **kinds))
@@ -348,6 +435,18 @@ def test_ray_writes_the_ids_that_one_machine_writes(source, tmp_path, monkeypatc
         ids = [getattr(data, split).read(0, 10**6).tolist() for data in (one, other)]
         assert ids[0] == ids[1]
     assert not (tmp_path / "ray" / ".parts").exists()
+    ray.init(log_to_driver=False, include_dashboard=False)
+    whole = files(tmp_path / "ray")
+    (tmp_path / "ray").rename(tmp_path / "old")
+    with monkeypatch.context() as patch:
+        patch.setattr("gpt.data.preparation.summary_of", lambda *parts: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepared(config_of(source, tmp_path / "ray", engine="ray", **kinds))
+    with pytest.raises(UsageError, match=r"unfinished preparation of other .* \(engine\)"):
+        prepared(config_of(source, tmp_path / "ray", **kinds))
+    prepared(config_of(source, tmp_path / "ray", engine="ray", **kinds))
+    assert files(tmp_path / "ray") == whole
+    ray.shutdown()
     (source / "b.jsonl").write_text('{"text": 4}\n')
     with pytest.raises(UsageError, match=r"b\.jsonl line 1 has 4 as its 'text', not a string"):
         prepared(config_of(source, tmp_path / "broken", engine="ray", **kinds))
@@ -386,8 +485,8 @@ RELEASED = GPT2Tokenizer.released()
 
 def test_a_tokenizer_of_a_thread_has_the_same_ids():
     own = RELEASED.for_thread()
-    assert own._encoding is not RELEASED._encoding
-    assert own._encoding._core_bpe is not RELEASED._encoding._core_bpe
+    assert own._encoding() is not RELEASED._encoding()
+    assert own._encoding()._core_bpe is not RELEASED._encoding()._core_bpe
     for text in ("Speak, speak.\n\n You  are", "中文 é 1234 <|endoftext|>", ""):
         assert own.encode(text).tolist() == RELEASED.encode(text).tolist()
 

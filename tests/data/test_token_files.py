@@ -61,6 +61,11 @@ def test_the_ids_are_read_in_place(name, tmp_path):
         (lambda f: with_header(f / "train.bin", [1, 2], count=3), "is truncated: it has 1,028"),
         (lambda f: with_header(f / "train.bin", [1, 2], count=-1), "is truncated"),
         (lambda f: with_header(f / "train.bin", [1, 2], version=2), "has version 2, and must"),
+        (
+            lambda f: with_header(f / "train.bin", [1, 2], 20240801, 7),
+            "with Llama 3's ids, and only",
+        ),
+        (lambda f: (f / "val.bin").rename(f / "medieval.bin"), "no .bin file for val"),
         (lambda f: (f / "meta.pkl").write_bytes(b""), "a pickle is never read"),
     ],
 )
@@ -72,6 +77,19 @@ def test_files_that_cannot_be_used_are_one_sentence(spoil, message, tmp_path):
     spoil(folder)
     with pytest.raises(UsageError, match=message):
         opened(folder, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["val.bin", "fineweb_val_000000.bin", "Validation-1.bin", "tiny_shakespeare_val.bin"]
+)
+def test_validation_files_are_those_with_the_word_in_their_names(name, tmp_path):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    bare(folder / name, [1, 2, 3])
+    bare(folder / "medieval_interval.bin", [4, 5])
+    data = opened(folder, tmp_path)
+    assert data.validation.read(0, 9).tolist() == [1, 2, 3]
+    assert data.train.read(0, 9).tolist() == [4, 5]
 
 
 def test_a_model_with_another_tokenizer_is_refused(tmp_path):

@@ -140,3 +140,11 @@ def test_a_broken_file_is_told_why(state, said, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(state))
     with pytest.raises(UsageError, match=rf"tokenizer.json is broken: .*{said}"):
         tokenizers.load(tmp_path / "tokenizer.json")
+
+
+def test_the_word_that_is_not_in_the_vocabulary_is_named_and_not_the_space_before_it():
+    made = WordTokenizer(["the", "cat", " sat"])
+    with pytest.raises(UsageError, match="the word 'zebra' is not"):
+        made.encode("the zebra")
+    with pytest.raises(UsageError, match="the word ' cat' is not"):
+        made.encode("the cat")

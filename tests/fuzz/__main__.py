@@ -24,6 +24,7 @@ SHARES = {
     "configuration": 7,
     "runs": 3,
     "shards": 2,
+    "texts": 2,
     "foreign": 3,
     "gguf": 27,
     "prompts": 3,
@@ -117,7 +118,7 @@ def cases(n: int, only: str | None) -> list[tuple[str, int]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz")
-    parser.add_argument("--cases", type=int, default=40_500)
+    parser.add_argument("--cases", type=int, default=42_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=SHARES, help="one area")
     parser.add_argument("--case", type=int, help="one case of it, in full")

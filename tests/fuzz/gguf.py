@@ -2,13 +2,21 @@
 
 import random
 import struct
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
 
+import gpt
+from gpt.config import UsageError
 from gpt.interop.gguf.format import FORMATS, GGUF
+from gpt.interop.gguf.model import described
 from tests.fuzz import mutate
 from tests.fuzz.child import Attempt, Place
 from tests.fuzz.samples import GGUFS
 from tests.fuzz.uses import damage, use
 
+MEMORY = 2 << 20
+"""Bytes that any header may take."""
 NUMBERS = (0, 1, 2, 3, 7, 31, 33, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1)
 
 
@@ -26,7 +34,34 @@ def case(chance: random.Random, place: Place) -> Attempt:
             done.append(what)
         path.write_bytes(data)
     name, work = use(chance, path, place)
-    return Attempt("; ".join([path.name, *done, name]), work, keeps=[path])
+    if chance.random() < 0.1:
+        name, work = "chat", lambda: answer(path)
+    what = "; ".join([path.name, *done, name])
+    return Attempt(what, lambda: measured(path, work), keeps=[path])
+
+
+def answer(path: Path) -> object:
+    """A conversation by the file's own template."""
+    loaded = gpt.load(path)
+    return gpt.chat(loaded, [{"role": "user", "content": "Speak, "}], max_new_tokens=4)
+
+
+def measured(path: Path, work: Callable[[], object]) -> object:
+    """``work`` with a file whose header takes no more memory than its size allows: Python's objects
+    of its entries are some dozen times as large.
+    """
+    if path.is_file():
+        tracemalloc.start()
+        try:
+            described(path)
+        except UsageError:
+            pass
+        finally:
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+        if peak > MEMORY + 40 * path.stat().st_size:
+            raise MemoryError(f"{peak:,} bytes for a header of {path.name}")
+    return work()
 
 
 def lie(chance: random.Random, data: bytes, end: int, names: list[str]) -> tuple[bytes, str]:

@@ -1,13 +1,20 @@
 """The valid things that cases begin with, each a folder or a file: made once, and copied."""
 
+import bz2
 import dataclasses
+import gzip
+import io
 import json
+import lzma
 import os
 import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import torch
+import zstandard
 from safetensors.torch import save_file
 
 from gpt import cli
@@ -16,7 +23,8 @@ from gpt.config import (
     TrainConfig,
     to_toml,
 )
-from gpt.data.tokenizer import GPT2Tokenizer
+from gpt.data.chat_templates import ChatTemplates
+from gpt.data.tokenizer import CharTokenizer, GPT2Tokenizer
 from gpt.interop.export import export_huggingface
 from gpt.interop.families import FAMILIES
 from gpt.interop.gguf.export import export_gguf
@@ -27,6 +35,16 @@ from tests.tiny import tiny_run
 TEXT = "Speak, speak. You are all resolved rather to die than to famish?\n" * 16
 PACKED = ("int8", "int4", "float32", "bfloat16")
 GGUFS = ("gpt2", "llama", "gemma3")
+COMPRESSED = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard.ZstdCompressor().compress,
+}
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ':' + message['content'] + '<|turn|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
 PROMPTS = ("the", "Speak, ", "", "You are all ", "a" * 40)
 
 
@@ -66,6 +84,24 @@ def make(folder: Path) -> None:
     make_foreign(folder)
     make_gguf(folder)
     make_lines(folder)
+    make_texts(folder)
+
+
+def parquet(columns: dict[str, list[object]]) -> bytes:
+    """The columns as a file."""
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), out)
+    return out.getvalue()
+
+
+def make_texts(folder: Path) -> None:
+    """Records with texts, in files of several kinds."""
+    texts = [f"{i} {line}" for i, line in enumerate(TEXT.splitlines() * 8)]
+    (folder / "text.parquet").write_bytes(parquet({"text": texts, "id": list(range(len(texts)))}))
+    lines = "".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts))
+    (folder / "text.jsonl").write_text(lines)
+    for ending, compress in COMPRESSED.items():
+        (folder / f"text.jsonl{ending}").write_bytes(compress(lines.encode()))
 
 
 def gpt(*words: object) -> None:
@@ -110,10 +146,17 @@ def make_foreign(folder: Path) -> None:
 
 
 def make_gguf(folder: Path) -> None:
-    """A random model in a file for llama.cpp, of three architectures and formats."""
+    """A random model in a file for llama.cpp, of three architectures, formats and vocabularies."""
     torch.manual_seed(0)
     ranks = [bytes([i]) for i in range(256)] + [b"th", b"the", b" t", b" the"]
-    size = {"vocab_size": 261, "context_length": 16, "n_layer": 1, "n_head": 2, "n_embd": 32}
+    special = {"<|endoftext|>": 260, "<|turn|>": 261}
+    chat = ChatTemplates({"default": TEMPLATE}, {"eos_token": "<|turn|>"})
+    vocabularies = {
+        "gpt2": GPT2Tokenizer(ranks),
+        "llama": GPT2Tokenizer(ranks, special=special, chat=chat),
+        "gemma3": CharTokenizer(sorted({*TEXT, *"".join(PROMPTS)})),
+    }
+    size = {"vocab_size": 262, "context_length": 64, "n_layer": 1, "n_head": 2, "n_embd": 32}
     llama = {"position": "rotary", "norm": "rmsnorm", "mlp": "gated", "activation": "silu"}
     llama |= {"bias": False, "n_inner": 64}
     gemma = {"activation": "gelu_tanh", "norm_placement": "sandwich", "qk_norm": True}
@@ -124,7 +167,7 @@ def make_gguf(folder: Path) -> None:
         pattern = {"window_pattern": "LLLLLG", "n_layer": 6} if name == "gemma3" else {}
         model = GPT(ModelConfig(**(size | shapes[name] | pattern)))
         out = folder / f"{name}.gguf"
-        export_gguf(model, GPT2Tokenizer(ranks), out, weights=weights[name])
+        export_gguf(model, vocabularies[name], out, weights=weights[name])
 
 
 def make_lines(folder: Path) -> None:

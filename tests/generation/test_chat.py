@@ -190,6 +190,44 @@ def test_an_answer_ends_at_the_templates_end_of_turn_and_at_the_end_of_text(end,
     assert conversation.messages[-1] == {"role": "assistant", "content": "Yes"}
 
 
+@pytest.mark.parametrize("before", ["", " ", "\\n"])
+def test_the_end_of_a_turn_may_have_space_before_it(before, monkeypatch):
+    template = CHATML.replace("'<|im_end|>' + ", f"'{before}<|im_end|>' + ")
+    network, _ = model_of()
+    monkeypatch.setattr(network, "logits", said_next(network, [*b"Yes", END, *b"more and more"]))
+    conversation = Conversation((network, tokenizer_of(template)), greedy())
+    assert answered(conversation, "Hello") == "Yes"
+
+
+def test_the_end_of_a_turn_is_the_whole_token_and_not_one_that_begins_like_it(monkeypatch):
+    special = {**SPECIAL, "<|im_e": 259}
+    tokenizer = GPT2Tokenizer(
+        BYTES, special=special, end_of_text=TEXT_END, chat=ChatTemplates({"default": CHATML})
+    )
+    network = make_model(
+        ModelConfig(vocab_size=260, context_length=256, n_layer=1, n_head=2, n_embd=16)
+    )
+    monkeypatch.setattr(network, "logits", said_next(network, [*b"Yes", END, *b"more and more"]))
+    assert answered(Conversation((network, tokenizer), greedy()), "Hello") == "Yes"
+
+
+def test_a_turn_reads_what_was_written_and_not_what_a_stop_text_cut_off(monkeypatch):
+    network, tokenizer = model_of()
+    said = [*b"Yes! And", *b"No", END]
+    monkeypatch.setattr(network, "logits", said_next(network, said))
+    conversation = Conversation((network, tokenizer), greedy(stop=("! And",)))
+    assert answered(conversation, "Hello") == "Yes"
+    assert answered(conversation, "Why?") == "No"
+    again = Conversation((network, tokenizer), greedy())
+    again.messages = conversation.messages[:-1]
+    assert conversation.prompt == again.encoded()[0]
+
+
+def test_a_template_that_is_empty_or_makes_no_text_is_told():
+    with pytest.raises(UsageError, match="the chat template makes an empty text of the messages"):
+        gpt.chat((model_of()[0], tokenizer_of("{% if false %}x{% endif %}")), HELLO)
+
+
 def test_what_was_said_in_other_tokens_than_its_text_has_keeps_its_own(monkeypatch):
     ranks = [*BYTES, b"Ye", b"Yes"]
     special = {token: i + 2 for token, i in SPECIAL.items()}
@@ -206,6 +244,7 @@ def test_what_was_said_in_other_tokens_than_its_text_has_keeps_its_own(monkeypat
     assert answered(conversation, "Yes") == "Yes"
     assert conversation.prompt[: len(first) + 4] == [*first, *said]
     assert conversation.prompt.count(257) == 1  # the user's own is the vocabulary's
+    assert conversation.prompt.count(END + 2) == 3  # of two questions and one answer
 
 
 def test_a_full_context_drops_the_oldest_turns_and_says_so():
@@ -222,15 +261,28 @@ def test_a_full_context_drops_the_oldest_turns_and_says_so():
     assert conversation.messages[0]["role"] == "system"
 
 
-def test_a_context_that_fills_during_an_answer_drops_turns_and_the_answer_goes_on():
-    told = []
-    conversation = Conversation(model_of(128), greedy(max_new_tokens=60), say=told.append)
+def test_a_context_that_fills_during_an_answer_drops_turns_and_the_answer_goes_on(monkeypatch):
+    told, (network, tokenizer) = [], model_of(192)
+    said = "".join(f"{i:03} " for i in range(100)).encode()
+    conversation = Conversation((network, tokenizer), greedy(max_new_tokens=9), say=told.append)
     for text in ("Hello", "And now", "Why?"):
-        answer = answered(conversation, text)
-    assert told
-    tokens = conversation.completion.tokens
-    assert conversation.completion.reason in ("length", "context")
-    assert answer.endswith(bytes(tokens[-3:]).decode(errors="replace")[-1:])
+        answered(conversation, text)
+    assert not told
+    monkeypatch.setattr(network, "logits", said_next(network, said))
+    conversation.config = greedy(max_new_tokens=130)
+    assert answered(conversation, "Go on").encode() == said[:130]
+    assert len(told) > 1  # before the answer, and in it
+    assert conversation.completion.reason == "length"
+    assert conversation.messages[-1]["content"].encode() == said[:130]
+
+
+def test_an_answer_that_no_dropped_turn_makes_room_for_ends_with_the_context(monkeypatch):
+    network, tokenizer = model_of(64)
+    monkeypatch.setattr(network, "logits", said_next(network, b"x" * 99))
+    conversation = Conversation((network, tokenizer), greedy(max_new_tokens=90))
+    answer = answered(conversation, "Hello")
+    assert conversation.completion.reason == "context"
+    assert len(conversation.prompt) + len(answer) in (64, 65)
 
 
 def test_a_message_that_does_not_fit_is_refused_and_forgotten():
@@ -343,6 +395,8 @@ def test_templates_are_read_from_every_place_where_they_are_kept(model, tmp_path
 
     named = [{"name": "default", "template": "a"}, {"name": "rag", "template": "b"}]
     assert found() is None
+    assert found(chat_template="") is None
+    assert found(chat_template=[{"name": "default", "template": " \n"}]) is None
     assert found(chat_template="one") == {"default": "one"}
     assert found(chat_template=named) == {"default": "a", "rag": "b"}
     (tmp_path / "chat_template.jinja").write_text("file")

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gpt.config import UsageError
 from gpt.data.chat_templates import ChatTemplates
-from gpt.generation import chat_template
+from gpt.generation import template_sandbox
 from gpt.generation.chat_template import render
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -203,8 +203,8 @@ HOSTILE = {
 
 @pytest.mark.parametrize("template", HOSTILE, ids=lambda text: text[:40])
 def test_a_hostile_template_ends_in_one_sentence(template, monkeypatch):
-    monkeypatch.setattr(chat_template, "MOST_STEPS", 20_000)
-    monkeypatch.setattr(chat_template, "MOST_SIZE", 10_000_000)
+    monkeypatch.setattr(template_sandbox, "MOST_STEPS", 20_000)
+    monkeypatch.setattr(template_sandbox, "MOST_SIZE", 10_000_000)
     messages = [dict(message) for message in TALK]
     with pytest.raises(UsageError, match=HOSTILE[template]) as error:
         render(ChatTemplates({"default": template}), messages)
@@ -214,7 +214,7 @@ def test_a_hostile_template_ends_in_one_sentence(template, monkeypatch):
 
 
 def test_a_template_is_ended_by_the_clock_too(monkeypatch):
-    monkeypatch.setattr(chat_template, "MOST_SECONDS", 0.0)
+    monkeypatch.setattr(template_sandbox, "MOST_SECONDS", 0.0)
     with pytest.raises(UsageError, match="takes more than 0 seconds, and was ended"):
         render(ChatTemplates({"default": TEMPLATES["headers"]}), TALK)
 

@@ -9,6 +9,7 @@ from gpt.generation.ahead import TokenLoop
 from gpt.generation.decode import Decoder, decode
 from gpt.model.cache import DeviceLengths
 from gpt.model.gpt import GPT
+from gpt.model.store import Store
 from tests.conftest import make_model
 from tests.model.test_gpt import with_hugging_face_weights
 
@@ -159,6 +160,31 @@ def test_reading_prompts_in_chunks_does_not_change_the_tokens(prefill, tiny_mode
     monkeypatch.setattr(GPT, "features", count)
     assert continued(tiny_model, prompts, greedy(8), batch_size=3) == whole
     assert max(read) <= max(prefill, 3)
+
+
+@pytest.mark.parametrize("window", [0, 5])
+@pytest.mark.parametrize("cache", ["float", "int8"])
+def test_prompts_that_fill_the_cache_are_read_into_it(window, cache, tiny_config, monkeypatch):
+    model = make_model(dataclasses.replace(tiny_config, window=window))
+    prompts = [prompt_of(9), prompt_of(5)]
+    config = dataclasses.replace(greedy(6), cache=cache)
+    expected = [continued(model, [prompt], config)[0] for prompt in prompts]
+
+    def copied(*_):
+        raise AssertionError("a cache was copied")
+
+    monkeypatch.setattr(Store, "take", copied)
+    assert continued(model, prompts[:1], config) == expected[:1]
+    assert continued(model, [prompts[1], prompts[0]], config)[::-1] == expected
+    with pytest.raises(AssertionError, match="was copied"):
+        continued(model, [prompts[0]] * 2, config)  # it is read once
+
+
+@pytest.mark.parametrize("cache", ["float", "int8"])
+def test_details_of_prompts_are_told_with_every_cache(cache, tiny_model):
+    config = dataclasses.replace(greedy(3), cache=cache, logprobs=2)
+    found = [*decode(tiny_model, [prompt_of(6), prompt_of(4), prompt_of(6)], config)]
+    assert len(found) == 9
 
 
 @pytest.mark.parametrize("window", [0, 5])

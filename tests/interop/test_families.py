@@ -12,16 +12,28 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from gpt.config import Activation, GenerationConfig, ModelConfig, UsageError
+from gpt.config import (
+    Activation,
+    GenerationConfig,
+    ModelConfig,
+    ParallelConfig,
+    TrainConfig,
+    TrainingConfig,
+    UsageError,
+)
 from gpt.data.tokenizer import ByteTokenizer
 from gpt.generation.decode import decode
 from gpt.interop.export import export_huggingface
 from gpt.interop.families import FAMILIES, Part, family_for, family_of
 from gpt.interop.families.family import UNUSED
+from gpt.interop.families.fields import ACTIVATION_NAMES, ACTIVATIONS
 from gpt.interop.families.gpt2 import GPT2
 from gpt.interop.huggingface import bare_name, load_folder
 from gpt.interop.weights import exported
+from gpt.model import mlp
 from gpt.model.gpt import GPT
+from gpt.training.build import build_model
+from gpt.training.parallel import World
 from tests.conftest import hugging_face_greedy, make_model
 
 SHAPE = {"vocab_size": 257, "context_length": 16, "n_layer": 2, "n_head": 2, "n_embd": 8}
@@ -225,14 +237,25 @@ RELEASED = {
     ),
     "Gemma 3 270M": (GEMMA3 | shape(18, 640, 4, 1, 2048, sliding_window=512), 268_098_176),
     "Gemma 3 1B": (GEMMA3 | shape(26, 1152, 4, 1, 6912, sliding_window=512), 999_885_952),
+    "Gemma 3 12B": (
+        {"model_type": "gemma3", "text_config": shape(48, 3840, 16, 8, 15360, sliding_window=1024,
+         rope_scaling={"rope_type": "linear", "factor": 8.0}, vocab_size=262_208, head_dim=256)},
+        11_766_034_176,
+    ),
+    "Gemma 3 27B": (
+        {"model_type": "gemma3", "text_config": shape(62, 5376, 32, 16, 21504, sliding_window=1024,
+         rope_scaling={"rope_type": "linear", "factor": 8.0}, vocab_size=262_208, head_dim=128,
+         query_pre_attn_scalar=168)},
+        27_009_346_304,
+    ),
     "Gemma 3 4B": (
         {"model_type": "gemma3", "text_config": shape(34, 2560, 8, 4, 10240, sliding_window=1024,
          rope_scaling={"rope_type": "linear", "factor": 8.0}, vocab_size=262_208)},
         3_880_263_168,
     ),
 }  # fmt: skip
-"""The values of released config.json files, and the published numbers of parameters (of Gemma 3 4B
-those of its text model).
+"""The values of released config.json files, and the published numbers of parameters (of the
+larger Gemma 3 those of the text model).
 """
 
 
@@ -538,10 +561,108 @@ def test_what_need_not_change_stays_in_the_file(pieces, monkeypatch):
 
 
 def test_the_names_of_activations_are_known_both_ways():
-    from gpt.interop.families.fields import ACTIVATION_NAMES, ACTIVATIONS
-
     assert set(ACTIVATION_NAMES) == set(typing.get_args(Activation)) == set(ACTIVATIONS.values())
     assert all(ACTIVATIONS[theirs] == ours for ours, theirs in ACTIVATION_NAMES.items())
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_an_activation_is_the_function_that_transformers_has_under_its_name(name):
+    from transformers.activations import ACT2FN
+
+    x = torch.linspace(-9, 9, 2001, dtype=torch.float64)
+    torch.testing.assert_close(mlp.ACTIVATIONS[ACTIVATIONS[name]](x), ACT2FN[name](x))
+
+
+def test_the_activations_of_gpt_1_are_its_own():
+    from transformers.models.openai.modeling_openai import ACT_FNS
+
+    names = FAMILIES["openai-gpt"].activations
+    assert names.keys() == ACT_FNS.keys()
+    x = torch.linspace(-9, 9, 2001, dtype=torch.float64)
+    for name, own in names.items():
+        torch.testing.assert_close(mlp.ACTIVATIONS[own](x), ACT_FNS[name](x))
+    exact = ModelConfig(norm_placement="post", activation="gelu")
+    with pytest.raises(UsageError, match="GPT-1 cannot express model.activation gelu$"):
+        family_for(exact, "openai-gpt").exported(exact)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_field_that_is_null_means_what_it_means_to_transformers(family):
+    given = {"num_hidden_layers": 40, "num_attention_heads": 32, "hidden_size": 640}
+    table = FAMILIES[family]
+    for own, setting in table.settings.items():
+        theirs = given | {setting.theirs: None}
+        try:
+            expected = getattr(transformers.AutoConfig.for_model(family, **theirs), setting.theirs)
+        except Exception:
+            continue  # transformers refuses null there
+        found = getattr(table.config(theirs, say=str).resolved(), own)
+        if own == "activation":
+            expected = table.activations[expected]
+        if expected is None:
+            expected = {"n_inner": 4 * 640, "head_dim": 20}.get(own, setting.default)
+        assert found == expected, own
+
+
+def test_a_window_that_gemmas_layers_need_cannot_be_null():
+    table, layers = FAMILIES["gemma3_text"], THEIRS["gemma3_text"][0]["num_hidden_layers"]
+    theirs = THEIRS["gemma3_text"][0] | {"sliding_window": None}
+    with pytest.raises(ValueError, match="sliding_window"):
+        reference("gemma3_text", theirs)(torch.zeros(1, 4).long(), use_cache=False)
+    with pytest.raises(UsageError, match="sliding_window is null, and layers with sliding_attent"):
+        table.config(theirs, say=str)
+    config = table.config(theirs | {"layer_types": ["full_attention"] * layers}, say=str)
+    assert config.layer_pattern() == "G" * layers
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "said"),
+    [
+        ("llama", {"hidden_size": 30}, r"^hidden_size is 30, and .* num_attention_heads \(4\)$"),
+        ("llama", {"num_key_value_heads": 3}, "num_key_value_heads is 3, and must divide num_att"),
+        ("llama", {"rms_norm_eps": "small"}, "^rms_norm_eps is 'small', and must be a number$"),
+        ("llama", {"tie_word_embeddings": 1}, "tie_word_embeddings is 1, and must be true or fals"),
+        ("llama", {"rope_theta": 0.5}, "^rope_theta is 0.5, and must be above 1$"),
+        ("llama", {"hidden_act": "sillu"}, "; did you mean silu.$"),
+        ("llama", {"rope_scaling": {"rope_type": "lama3", "factor": 2.0}}, "did you mean llama3"),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0,
+                              "high_freq_factor": 1.0}},
+            r"^low_freq_factor is 4.0, and must be below high_freq_factor \(1.0\)$",
+        ),
+        ("gpt2", {"n_head": 2.5}, "^n_head is 2.5, and must be a whole number$"),
+        ("gpt2", {"n_embd": 32, "hidden_size": 64}, "hidden_size is 64, .* same as n_embd, which"),
+        ("gpt2", {f"{part}_pdrop": 2.0 for part in ("attn", "resid", "embd")}, "^resid_pdrop is 2"),
+        ("bloom", {"hidden_size": 30, "n_head": 4}, "^hidden_size is 30, .* multiple of n_head"),
+        ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9, and num_local_experts"),
+    ],
+)  # fmt: skip
+def test_a_refusal_names_the_fields_as_the_file_has_them(family, changes, said):
+    with pytest.raises(UsageError, match=said):
+        FAMILIES[family].config(THEIRS[family][0] | changes, say=str)
+
+
+def test_a_model_whose_router_could_not_learn_runs_and_is_not_trained():
+    theirs = THEIRS["mixtral"][0] | {"num_experts_per_tok": 1}
+    config = FAMILIES["mixtral"].config(theirs, say=str)
+    assert make_model(config)(torch.zeros(1, 3, dtype=torch.long)).isfinite().all()
+    with pytest.raises(UsageError, match="its router would not learn"):
+        TrainConfig(model=config)
+    with pytest.raises(UsageError, match="its router would not learn"):
+        build_model(
+            make_model(config), TrainingConfig(), ParallelConfig(), World(), "none",
+            device=torch.device("cpu"), dtype=torch.float32, say=str,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["lama", "gpt-2"])
+def test_a_misspelt_family_has_a_suggestion(name):
+    near = {"lama": "llama", "gpt-2": "gpt2"}[name]
+    with pytest.raises(UsageError, match=f"did you mean {near}.$"):
+        family_of({"model_type": name})
+    with pytest.raises(UsageError, match=f"did you mean {near}.$"):
+        family_for(ModelConfig(), name)
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "qwen3_moe"])

@@ -252,12 +252,15 @@ def test_the_other_names_that_gpt2config_takes_mean_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"n_layer": "2"}, "n_layer is '2', and must be like 12"),
+        ({"n_layer": "2"}, "n_layer is '2', and must be a whole number"),
         ({"vocab_size": 97.0}, "vocab_size is 97.0"),
         ({"layer_norm_epsilon": "1e-5"}, "layer_norm_epsilon is '1e-5'"),
         ({"scale_attn_weights": "false"}, "scale_attn_weights is 'false'"),
         ({"activation_function": ["gelu"]}, "activation_function is .'gelu'."),
-        ({"num_attention_heads": 8}, "n_head and num_attention_heads is 8"),
+        (
+            {"num_attention_heads": 8},
+            "num_attention_heads is 8, and must be the same as n_head, which",
+        ),
         ({"quantization_config": {"a": 1}}, "quantization_config is given"),
     ],
     ids=str,
@@ -455,8 +458,8 @@ def spoil(folder, how):
             "activation_function is 'mish', and must be one",
         ),
         ("add_cross_attention=true", "add_cross_attention is true"),
-        ("resid_pdrop=1.5", "dropout is 1.5, and must be"),
-        ("n_head=5", "model.n_embd is 32, and must be a multiple"),
+        ("resid_pdrop=1.5", "resid_pdrop is 1.5, and must be"),
+        ("n_head=5", "n_embd is 32, and must be a multiple of n_head"),
     ],
 )
 def test_what_is_broken_or_not_supported_is_told_and_nothing_is_loaded(how, said, tmp_path):

@@ -13,7 +13,8 @@ from gpt.data.prepare import prepare
 from gpt.data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, decode
 from gpt.data.tokenizer_training import train_byte_pairs
 from gpt.data.words import train_words
-from gpt.interop.gguf_tokenizer import tokenizer_metadata, tokenizer_of
+from gpt.interop.gguf_tokenizer import tokenizer_of
+from gpt.interop.gguf_tokenizer_export import tokenizer_metadata
 from gpt.interop.named_tokenizer import named_tokenizer
 from gpt.interop.vocabulary_export import hugging_face_files
 from tests.data.test_tokenizer import HARD_TEXT
@@ -103,6 +104,7 @@ def test_an_encoding_of_tiktoken_is_known_by_name(monkeypatch):
         ("other.json", r"other.json is broken: kind is None"),
         ("model.json", r"model.json has model.type 'WordPiece', and must have BPE"),
         ("broken.model", r"tokenizer .*broken.model is broken: sentencepiece cannot read it"),
+        ("ranks", r"ranks/tokenizer.model has tiktoken's ranks, as Llama 3's .model file, and"),
         ("empty.model", r"tokenizer .*empty.model is broken: it has no pieces"),
         ("fifo", r"the tokenizer .*fifo is a pipe or a device"),
         ("a\0b", r"data.tokenizer .* cannot be read|neither a file"),
@@ -117,6 +119,8 @@ def test_what_is_no_tokenizer_is_told_in_a_sentence(name, said, tmp_path, monkey
     (tmp_path / "other.json").write_text("{}")
     (tmp_path / "model.json").write_text('{"model": {"type": "WordPiece", "vocab": {"a": 0}}}')
     (tmp_path / "broken.model").write_bytes(b"\x0a\xff")
+    (tmp_path / "ranks").mkdir()
+    (tmp_path / "ranks" / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
     (tmp_path / "empty.model").write_bytes(b"")
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(UsageError, match=said):

@@ -10,11 +10,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from gpt.config import UsageError
 from gpt.data import tokenizer as tokenizers
+from gpt.data.byte_characters import byte_characters
 from gpt.data.byte_pair import PATTERNS, GPT2Tokenizer
-from gpt.data.library_tokenizer import LibraryTokenizer, byte_characters
+from gpt.data.library_tokenizer import LibraryTokenizer
 from gpt.data.patterns import steps_of
 from gpt.data.tokenizer import decode
-from gpt.interop.gguf_tokenizer import tokenizer_metadata, tokenizer_of
+from gpt.interop.gguf_tokenizer import tokenizer_of
+from gpt.interop.gguf_tokenizer_export import tokenizer_metadata
 from gpt.interop.patterns import KNOWN
 from gpt.interop.vocabulary import load_tokenizer
 from gpt.interop.vocabulary_export import hugging_face_files

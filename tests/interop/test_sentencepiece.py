@@ -21,7 +21,8 @@ from gpt.data.tokenizer import decode, encoder, prompt_ids
 from gpt.evaluation.likelihood import encode_pair
 from gpt.evaluation.perplexity import encode_text
 from gpt.generation.text import GrowingText, encode_prompt
-from gpt.interop.gguf_tokenizer import tokenizer_metadata, tokenizer_of
+from gpt.interop.gguf_tokenizer import tokenizer_of
+from gpt.interop.gguf_tokenizer_export import tokenizer_metadata
 from gpt.interop.vocabulary import load_tokenizer
 from gpt.interop.vocabulary_export import hugging_face_files
 from tests.data.test_tokenizer import HARD_TEXT

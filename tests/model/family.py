@@ -102,6 +102,10 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
         "scaled": {"scale_embeddings": True, "initial": "zero"},
         "embedding norm": {"embedding_norm": True, "bias": False},
         "pointer": {"copy": "pointer"},
+        "value embeddings": {
+            "value_embeddings": 2, "logit_softcap": 7.0, "logit_softcap_form": "root",
+        },
+        "skips": {"skip_embedding": True, "skip_layers": True},
     },
 }  # fmt: skip
 

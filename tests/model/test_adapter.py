@@ -181,3 +181,17 @@ def test_learning_rates_follow_the_patterns_of_names(name):
 def test_a_rate_without_a_pattern_or_a_factor_is_refused(rate):
     with pytest.raises(UsageError, match=r"optimizer.rates"):
         OptimizerConfig(rates=(rate,))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"rank": 4}, "adapter.rank is 4, and adapter.kind is none; it needs lora or bottleneck"),
+        ({"base": "gguf"}, "adapter.base is gguf, and adapter.kind is none"),
+        ({"targets": ("mlp.*",)}, r"adapter.targets is mlp.\*, and adapter.kind is none"),
+        ({"kind": "bottleneck", "alpha": 2.0}, "adapter.kind is bottleneck; it needs lora"),
+    ],
+)
+def test_a_setting_that_the_kind_has_no_use_for_is_refused(fields, said):
+    with pytest.raises(UsageError, match=said):
+        AdapterConfig(**fields)

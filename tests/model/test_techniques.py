@@ -674,3 +674,82 @@ def test_deepnorm_has_its_constants():
     model = GPT(of(norm_placement="deepnorm", n_layer=18))
     assert model.config.resolved().initial == "deepnorm"
     assert model.blocks[0].alpha == pytest.approx(36**0.25)  # 2.449 of a decoder of 18 layers
+
+
+# Value embeddings, skips, and narrower windows
+
+
+def test_value_embeddings_are_added_to_the_values_of_their_layers():
+    model = exact(value_embeddings=2, n_layer=4)
+    tables = [block.attn.values for block in model.blocks]
+    assert [table is not None for table in tables] == [False, True, False, True]
+    tokens, seen = some_tokens(2, 9), []
+    plain = exact(n_layer=4)
+    plain.load_state_dict(model.state_dict(), strict=False)
+    for block in plain.blocks:
+        block.attn.qkv.register_forward_hook(
+            lambda layer, inputs, out: torch.cat(
+                [out[..., :128], out[..., 128:] + seen.pop(0)], dim=-1
+            )
+        )
+    zero = torch.zeros(2, 9, 64, dtype=torch.float64)
+    seen[:] = [zero if table is None else table.weight[tokens] for table in tables]
+    torch.testing.assert_close(model(tokens), plain(tokens))
+
+
+@pytest.mark.parametrize("n_layer", [1, 4, 5])
+def test_skips_are_their_formula(n_layer):
+    model = exact(skip_embedding=True, skip_layers=True, n_layer=n_layer)
+    tokens = some_tokens(2, 9)
+    shared = model.new_shared(tokens, None)
+    first = model.embed_tokens(tokens, shared.at)
+    x, outputs, skips = first, [], model.skips
+    for layer, block in enumerate(model.blocks):
+        x = skips.stream[layer] * x + skips.start[layer] * first
+        partner = n_layer - 1 - layer
+        if partner < n_layer // 2:
+            x = x + skips.across[partner] * outputs[partner]
+        x = block(x, shared)
+        outputs.append(x)
+    torch.testing.assert_close(model.features(tokens), model.norm(x))
+
+
+def test_new_skips_leave_the_model_as_it_is():
+    torch.manual_seed(0)
+    plain = GPT(of())
+    torch.manual_seed(0)
+    model = GPT(of(skip_embedding=True, skip_layers=True))
+    tokens = some_tokens(2, 9)
+    assert torch.equal(model(tokens), plain(tokens))
+
+
+def test_the_root_soft_cap_is_its_formula():
+    model, tokens = exact(logit_softcap=15.0, logit_softcap_form="root"), some_tokens(2, 9)
+    with torch.no_grad():
+        model.head.weight.mul_(20)
+    features = model.features(tokens)
+    z = features @ model.head.weight.T
+    assert z.abs().max() > 15
+    torch.testing.assert_close(model.logits(features), 15 * z / (z**2 + 225).sqrt())
+
+
+def test_a_limit_narrows_attention_windows_in_training_alone():
+    tokens, model = some_tokens(2, 32), exact(position="rotary")
+    wide = model(tokens)
+    model.window_limit = 5
+    assert torch.equal(model(tokens), wide)  # in evaluation mode
+    got = model.train()(tokens)
+    torch.testing.assert_close(model(tokens, cache=model.new_cache(2)), wide)
+    narrow = exact(position="rotary", window=5)
+    narrow.load_state_dict(model.state_dict())
+    torch.testing.assert_close(got, narrow(tokens))
+    assert not torch.allclose(got, wide)
+
+
+def test_no_limit_changes_no_kind():
+    for kind in kinds.layer_kinds(of(window=6, window_pattern="LGS", n_layer=3)):
+        assert kinds.narrowed(kind, 0) is kind
+    local, full, sparse = kinds.layer_kinds(of(window=6, window_pattern="LGS", n_layer=3))
+    assert kinds.narrowed(local, 8) is local
+    assert kinds.narrowed(sparse, 2) is sparse
+    assert [kinds.narrowed(kind, 4).window for kind in (local, full)] == [4, 4]

@@ -10,8 +10,9 @@ import torch
 from rich.console import Console
 
 from gpt import checkpoint as checkpoints
+from gpt import tensors
 from gpt.checkpoint import State
-from gpt.config import ModelConfig, ObjectiveConfig, TrainConfig
+from gpt.config import AdapterConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from gpt.data.prompts import read_prompts
 from gpt.data.tokenizer import ByteTokenizer, to_json
 from gpt.generation.rollout import write_texts
@@ -34,6 +35,8 @@ KINDS = {
     "reward, divergence in it": {
         "kind": "reward", "reward": "length", "length": 5, "kl": 0.1, "kl_in": "reward",
     },
+    "dpo of an adapter": {"kind": "dpo", "beta": 0.5},
+    "reward of an adapter": {"kind": "reward", "reward": "length", "length": 5, "kl": 0.1},
 }  # fmt: skip
 """Objectives of every kind."""
 
@@ -50,6 +53,7 @@ def write_records(path: Path, n: int = 24) -> Path:
 
 def config_of(folder: Path, kind: str, objective=(), training=(), evaluation=(), **groups):
     """A run of 7 steps, in ``folder/run``, from ``folder/start``, on ``folder/records.jsonl``."""
+    adapter = AdapterConfig(kind="lora" if kind.endswith("adapter") else "none", rank=2)
     fields = {"records": 4, "samples": 3, "max_new_tokens": 6} | KINDS[kind] | dict(objective)
     config = tiny_run(
         folder,
@@ -64,6 +68,7 @@ def config_of(folder: Path, kind: str, objective=(), training=(), evaluation=(),
         init=str(folder / "start"),
         model=ModelConfig(vocab_size=0, context_length=0),
         objective=ObjectiveConfig(**fields),
+        adapter=adapter,
     )
 
 
@@ -109,4 +114,6 @@ def run(config: TrainConfig) -> str:
 
 def weights(config: TrainConfig) -> dict[str, torch.Tensor]:
     """Those of the run's last checkpoint."""
-    return dict(checkpoints.load_model(checkpoints.find(config.run, "last")).named_parameters())
+    found = checkpoints.find(config.run, "last")
+    assert found is not None
+    return tensors.load(found.path / checkpoints.MODEL)

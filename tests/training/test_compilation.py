@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gpt.training.compilation import compile_blocks
+from gpt.training.loss import summed_loss
 from tests.conftest import make_model
 
 
@@ -65,3 +66,32 @@ def test_experts_run_eagerly_in_a_compiled_block(monkeypatch, tiny_config):
     assert graphs
     assert not any("argsort" in graph.code for graph in graphs)
     torch.testing.assert_close(compiled, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+MODERN = {
+    "position": "rotary", "norm": "rmsnorm", "norm_weight": False, "qk_norm": True, "bias": False,
+    "activation": "relu_squared", "initial": "zero", "tie_embeddings": False,
+    "logit_softcap": 15.0, "logit_softcap_form": "root", "value_embeddings": 2,
+    "skip_embedding": True, "skip_layers": True, "window": 5, "window_pattern": "LG",
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("settings", [{}, MODERN], ids=["gpt2", "modern"])
+def test_forward_loss_and_backward_are_one_graph_without_a_break(settings, tiny_config):
+    model = make_model(dataclasses.replace(tiny_config, **settings)).train()
+    generator = torch.Generator().manual_seed(0)
+    tokens, targets = (torch.randint(61, (2, 16), generator=generator) for _ in range(2))
+
+    def loss_of():
+        return summed_loss(model(tokens), targets)
+
+    found = []
+    torch._dynamo.reset()
+    for make_loss in (loss_of, torch.compile(loss_of, fullgraph=True, backend="aot_eager")):
+        model.zero_grad(set_to_none=True)
+        loss = make_loss()
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    torch._dynamo.reset()
+    torch.testing.assert_close(found[1], found[0])

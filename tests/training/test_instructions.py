@@ -55,7 +55,9 @@ def test_the_loss_and_gradients_are_those_of_transformers_with_masked_labels(tmp
     batch = windows.batch(np.arange(len(windows)))
     assert len(windows) < len(tokens)
 
-    loss = next_token(lambda tokens, documents: ours(tokens, documents=documents), batch)
+    loss = next_token(
+        lambda tokens, documents, read: ours(tokens, documents=documents, read=read), batch
+    )
     loss.backward()
     their_loss = torch.zeros((), dtype=torch.float64)
     for ids, counts in zip(tokens, counted, strict=True):

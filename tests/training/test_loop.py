@@ -1136,3 +1136,30 @@ def test_the_best_loss_on_other_windows_does_not_count(config):
     for windows, best in ((8, 0.0), (5, math.inf)):
         other = change(config, "evaluation", windows=windows)
         assert resumed_from(found, other).best_loss == best
+
+
+def test_patience_ends_a_run_that_no_longer_improves(config, monkeypatch):
+    losses = iter([3.0, 2.0, 2.5, 2.1, 1.0, 1.1, 1.2])
+    monkeypatch.setattr(Trainer, "_evaluate", lambda trainer, sample: next(losses))
+    config = change(change(config, "evaluation", every=2, patience=2), "checkpoint", keep=9)
+    result, output = run(config)
+    assert (result.step, result.best_loss, result.signal) == (6, 2.0, None)
+    assert (config.run / "best").read_text() == "step-00000002\n"
+    assert "the run ends at step 6: no new lowest validation loss in 2 evaluations" in output
+    assert "is saved; continue" not in output
+    # a resumed run remembers it, and more patience continues it
+    result, _ = run(dataclasses.replace(config, resume=True))
+    assert result.step == 6
+    more = change(dataclasses.replace(config, resume=True), "evaluation", every=2, patience=3)
+    result, _ = run(more)
+    assert (result.step, result.best_loss) == (12, 1.0)
+
+
+def test_attention_windows_of_a_run_grow_with_its_steps(config):
+    config = change(config, "training", window_start=4, window_fraction=0.5)
+    trainer, seen = trainer_of(config), []
+    for _ in range(8):
+        trainer.update()
+        seen.append(trainer.model.window_limit)
+    assert seen == [4, 4, 8, 8, 12, 12, 0, 0]
+    assert trainer.gradients().loss != trainer_of(config).gradients().loss

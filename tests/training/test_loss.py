@@ -3,9 +3,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gpt.config import ModelConfig
 from gpt.data.batches import IGNORED
+from gpt.model.gpt import GPT
 from gpt.training import loss
-from gpt.training.loss import summed_loss
+from gpt.training.loss import loss_of_features, summed_loss
 
 
 def made(dtype=torch.float32):
@@ -69,3 +71,56 @@ def test_overwriting_logits_that_another_backward_pass_needs_is_an_error():
     capped = torch.tanh(logits)  # whose derivative is computed from its output
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         summed_loss(capped, targets).backward()
+
+
+HEADS = {
+    "plain": {},
+    "capped": {"logit_softcap": 3.0},
+    "with a pointer": {"copy": "pointer"},
+}
+
+
+def features_of(**fields):
+    torch.manual_seed(0)
+    model = GPT(
+        ModelConfig(vocab_size=61, context_length=8, n_layer=1, n_head=2, n_embd=16, **fields)
+    )
+    tokens, (_, targets) = torch.randint(61, (3, 7)), made()
+    return model, model.features(tokens).detach().requires_grad_(), targets
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("head", HEADS)
+def test_the_loss_of_features_is_that_of_their_logits(head, frozen, monkeypatch):
+    monkeypatch.setattr(loss, "ROWS", 4)
+    model, features, targets = features_of(**HEADS[head])
+    wanted = summed_loss(model.logits(features), targets)
+    weight = model.head.weight
+    slope, of_head = torch.autograd.grad(3 * wanted, [features, weight])
+    model.head.weight.requires_grad_(not frozen)
+    rows = []
+    model.head.register_forward_hook(lambda head, given, out: rows.append(out.shape[-2]))
+    own = loss_of_features(model, features, targets=targets)
+    (3 * own).backward()
+    torch.testing.assert_close(own, wanted)
+    torch.testing.assert_close(features.grad, slope)
+    assert frozen == (weight.grad is None)
+    if not frozen:
+        torch.testing.assert_close(weight.grad, of_head)
+    assert sum(rows) == (targets != IGNORED).sum() < targets.numel()
+
+
+def test_a_frozen_head_never_makes_the_logits_of_a_whole_batch(monkeypatch):
+    monkeypatch.setattr(loss, "ROWS", 2)
+    model, features, targets = features_of()
+    model.requires_grad_(False)
+    with Largest() as largest:
+        loss_of_features(model, features, targets=targets).backward()
+    assert largest.elements <= features.numel() < (targets != IGNORED).sum() * 61
+
+
+def test_a_frozen_head_has_no_loss_where_nothing_counts():
+    model, features, targets = features_of()
+    model.requires_grad_(False)
+    loss_of_features(model, features, targets=torch.full_like(targets, IGNORED)).backward()
+    assert not features.grad.any()

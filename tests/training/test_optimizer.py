@@ -1,9 +1,11 @@
 import dataclasses
+import re
 
 import pytest
 import torch
 
-from gpt.config import OptimizerConfig
+from gpt.config import OptimizerConfig, UsageError
+from gpt.training.decay import CautiousAdamW
 from gpt.training.muon import Muon
 from gpt.training.optimizer import (
     clip_gradients,
@@ -102,3 +104,48 @@ def test_clipping_bounds_the_norm_over_all_parameters(limit, norm_after):
     clip_gradients(model, limit, before)
     norm = torch.cat([p.grad for p in model]).norm().item()
     assert norm == pytest.approx(norm_after, rel=1e-5)
+
+
+def test_parameters_have_their_own_rates_decays_and_betas(tiny_model):
+    config = OptimizerConfig(
+        name="muon", learning_rate=0.01, muon_learning_rate=0.1, weight_decay=0.5, beta1=0.8,
+        rates=("embed.*=3", "attn.*=0.5"), decays=("embed.*=0", "mlp.*=2"),
+        betas=("position.*=0.7,0.99", "*norm.*=0,0.9"), muon_momentum=0.9, cautious_decay=True,
+    )  # fmt: skip
+    muon, adamw = make_optimizers(tiny_model, config)
+    assert muon.cautious
+    assert isinstance(adamw, CautiousAdamW)
+    found = {}
+    for group in (*muon.param_groups, *adamw.param_groups):
+        own = group["lr"], group["weight_decay"], group.get("betas", group.get("momentum"))
+        found |= dict.fromkeys(names_of(tiny_model, group["params"]), own)
+    assert found["embed.weight"] == (pytest.approx(0.03), 0.0, (0.8, 0.95))
+    assert found["position.weight"] == (0.01, 0.5, (0.7, 0.99))
+    assert found["norm.weight"] == (0.01, 0.0, (0.0, 0.9))
+    assert found["blocks.1.attn.qkv.weight"] == (0.05, 0.5, 0.9)
+    assert found["blocks.1.mlp.up.weight"] == (0.1, 1.0, 0.9)
+    assert found["blocks.1.mlp.up.bias"] == (0.01, 0.0, (0.8, 0.95))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"rates": ("embed.*=0",)}, "optimizer.rates has 'embed.*=0', and needs"),
+        ({"decays": ("=1",)}, "optimizer.decays has '=1', and needs"),
+        ({"decays": ("embed.*=-1",)}, "optimizer.decays has 'embed.*=-1'"),
+        ({"betas": ("embed.*=0.9",)}, "needs a pattern and two numbers"),
+        ({"betas": ("embed.*=0.9,1",)}, "optimizer.betas has 'embed.*=0.9,1'"),
+        ({"betas": ("embed.*=0.9,nan",)}, "optimizer.betas has 'embed.*=0.9,nan'"),
+    ],
+    ids=str,
+)
+def test_a_pattern_without_fitting_numbers_is_refused(fields, said):
+    with pytest.raises(UsageError, match=re.escape(said)):
+        OptimizerConfig(**fields)
+
+
+@pytest.mark.parametrize("field", ["rates", "decays", "betas"])
+def test_a_pattern_that_matches_nothing_is_refused(field, tiny_model):
+    numbers = "0.8,0.9" if field == "betas" else "2"
+    with pytest.raises(UsageError, match=f"optimizer.{field} has 'embedding', which matches none"):
+        make_optimizers(tiny_model, OptimizerConfig(**{field: (f"embedding={numbers}",)}))

@@ -25,7 +25,15 @@ from gpt.training.parallel import World, _meet, choose_strategy
 from gpt.training.setup import sequences_a_step
 from tests.conftest import LINES
 from tests.training.tasks import write_records
-from tests.training.worker import COMPOSITES, FORMATS, KINDS, MICRO, config_of, family, train
+from tests.training.worker import (
+    COMPOSITES,
+    FORMATS,
+    KINDS,
+    MICRO,
+    family,
+    run_of,
+    train,
+)
 
 ROOT = Path(__file__).parent.parent.parent
 WORLDS = {1: ("single",), 2: ("ddp", "fsdp"), 4: ("ddp", "fsdp", "hybrid")}
@@ -38,6 +46,8 @@ def folder(tmp_path_factory):
     """A folder with the results of worker.py on one, two and four processes."""
     place = tmp_path_factory.mktemp("parallel")
     write_records(place / "records.jsonl")
+    sums = ({"prompt": f"{i}+1=", "completion": str(i + 1) * (i % 3)} for i in range(60))
+    (place / "sums.jsonl").write_text("".join(json.dumps(record) + "\n" for record in sums))
     (place / "text.txt").write_text("".join(LINES[i % 3] for i in range(160)))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for n in WORLDS:
@@ -110,9 +120,21 @@ def test_two_processes_learn_from_records_as_one_does(strategy, kind, results):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_replace_the_tokens_that_one_does(strategy, results):
-    split, whole = results[2][strategy, "scheduled"], results[1]["single", "scheduled"]
+def test_two_processes_learn_from_instructions_as_one_does(strategy, results):
+    split, whole = results[2][strategy, "instructions"], results[1]["single", "instructions"]
     assert max(difference(split, whole)) < 1e-5
+    assert split["loss"].item() == pytest.approx(whole["loss"].item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["scheduled", "distilled"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_replace_the_tokens_and_learn_from_the_teachers_that_one_does(
+    strategy, kind, results
+):
+    split, whole = results[2][strategy, kind], results[1]["single", kind]
+    assert max(difference(split, whole)) < 1e-5
+    plain = results[1]["single", "gradients", 2]
+    assert difference(whole, plain)[0] > 0.1
 
 
 @pytest.mark.parametrize("kind", ["masked", "documents"])
@@ -187,7 +209,7 @@ def test_a_run_can_be_resumed_on_another_number_of_processes(made, folder, resul
     assert resumed or made == "hybrid-4-sharded"  # by one process, below
     for run in resumed:
         assert_same_records(run, folder / "single-1-full")
-    config = dataclasses.replace(config_of(folder, f"{made}-on-one"), resume=True)
+    config = dataclasses.replace(run_of(folder, f"{made}-on-one"), resume=True)
     (folder / f"{made}-on-one").mkdir()
     for name in ("checkpoints/step-00000003", "config.toml", "tokenizer.json", "metrics.jsonl"):
         target = folder / f"{made}-on-one" / name

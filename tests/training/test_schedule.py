@@ -1,7 +1,7 @@
 import pytest
 
-from gpt.config import OptimizerConfig
-from gpt.training.schedule import learning_rate_factor
+from gpt.config import OptimizerConfig, TrainingConfig
+from gpt.training.schedule import learning_rate_factor, window_limit
 
 
 def factors(schedule, steps=range(101), **options):
@@ -43,3 +43,12 @@ def test_a_warmup_as_long_as_the_run_is_all_warmup():
     config = OptimizerConfig(schedule="cosine", warmup_steps=100)
     assert learning_rate_factor(99, max_steps=100, config=config) == pytest.approx(100 / 101)
     assert learning_rate_factor(100, max_steps=100, config=config) == 1
+
+
+def test_attention_windows_grow_in_steps_until_there_is_no_limit():
+    config = TrainingConfig(max_steps=100, window_start=32, window_fraction=0.6)
+    limits = [window_limit(step, config, context_length=120) for step in range(100)]
+    assert limits[:60] == [32] * 20 + [64] * 20 + [96] * 20
+    assert limits[60:] == [0] * 40
+    usual = TrainingConfig(max_steps=100)
+    assert {window_limit(step, usual, context_length=120) for step in range(100)} == {0}

@@ -1,15 +1,18 @@
 """Scheduled sampling."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
 from gpt.config import TrainingConfig
 from gpt.data.batches import IGNORED, Batch
 from gpt.data.prepare import prepare
 from gpt.training.loop import Trainer
 from gpt.training.parallel import World
+from gpt.training.run import train
 from gpt.training.scheduled import SCHEDULES, Mixed, ScheduledSampling, mixed, scheduled, share_of
 from gpt.training.source import next_token
 from tests.tiny import change, tiny_run
@@ -91,11 +94,22 @@ def test_the_draws_have_the_models_probabilities():
     torch.testing.assert_close(found, probabilities, atol=0.015, rtol=0)
 
 
+def forward_of(model):
+    """A forward of a model whose features are its logits."""
+    head = SimpleNamespace(weight=torch.empty(0, requires_grad=True))
+    whole = SimpleNamespace(pointer=None, head=head, logits=lambda features: features * 1.0)
+
+    def forward(ids, documents, read=None):
+        return model(ids) * 1.0 if read is None else read(whole, model(ids))
+
+    return forward
+
+
 def test_the_loss_is_that_of_the_texts_next_tokens_after_the_mixture():
     torch.manual_seed(0)
     table = torch.randn(5, 5, requires_grad=True)
     tokens, targets, numbers = torch.randint(5, (3, 8)), torch.randint(5, (3, 8)), torch.rand(3, 8)
-    forward = lambda ids, documents: table[ids] * 1.0  # noqa: E731
+    forward = forward_of(lambda ids: table[ids])
     loss = scheduled(forward, Mixed(Batch(tokens, targets), numbers, 0.6))
     [slope] = torch.autograd.grad(loss, table)
     with torch.no_grad():
@@ -113,11 +127,11 @@ def test_tokens_of_prompts_are_never_replaced():
     targets = torch.tensor([[IGNORED, IGNORED, 0, 0, IGNORED, 0]])  # tokens 3, 4 and 6 are learned
     read = []
 
-    def forward(ids, documents):
+    def model(ids):
         read.append(ids)
-        return torch.tensor([0.0, 9.0]).repeat(1, 6, 1).requires_grad_() * 1.0  # a 1
+        return torch.tensor([0.0, 9.0]).repeat(1, 6, 1).requires_grad_()  # a 1
 
-    scheduled(forward, Mixed(Batch(tokens, targets), torch.full((1, 6), 0.5), 0.9))
+    scheduled(forward_of(model), Mixed(Batch(tokens, targets), torch.full((1, 6), 0.5), 0.9))
     assert read[0].tolist() == [[0, 0, 0, 0, 0, 0]]
     assert read[1].tolist() == [[0, 0, 0, 1, 1, 0]]
 
@@ -150,3 +164,15 @@ def test_a_run_with_scheduled_sampling_learns_and_micro_batches_change_nothing(c
     trainer = trainer_of(change(config, training={"scheduled_sampling": 0.3, "max_steps": 40}))
     losses = [trainer.update().loss for _ in range(40)]
     assert losses[-1] < losses[0] - 0.4
+
+
+def test_a_resumed_run_with_scheduled_sampling_is_the_uninterrupted_one_bit_for_bit(config):
+    training = {"scheduled_sampling": 0.5, "scheduled_sampling_schedule": "constant"}
+    config = change(config, training=training, checkpoint={"keep": 9})
+    train(config, console=Console(quiet=True))
+    [last] = (config.run / "checkpoints").glob("step-00000012")
+    weights = (last / "model.safetensors").read_bytes()
+    for path in (config.run / "checkpoints").glob("step-000000[01][82]"):
+        (path / "meta.json").unlink()  # as if it had been killed while it wrote them
+    train(dataclasses.replace(config, resume=True), console=Console(quiet=True))
+    assert (last / "model.safetensors").read_bytes() == weights

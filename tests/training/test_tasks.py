@@ -14,8 +14,10 @@ from gpt.data.batches import IGNORED
 from gpt.data.completions import padded
 from gpt.data.prompts import read_prompts
 from gpt.data.tokenizer import ByteTokenizer
+from gpt.model.adapter import adapter_weights, merge
+from gpt.training.dpo import Pairs, dpo_loss
 from gpt.training.parallel import World
-from gpt.training.preferences import Pairs, dpo_loss
+from gpt.training.records import StartLogits
 from gpt.training.rewarded import Rewarded
 from tests.training.tasks import (
     KINDS,
@@ -131,8 +133,9 @@ def test_a_resumed_run_gives_the_uninterrupted_result_bit_for_bit(kind, folder):
     assert picked[0] == picked[1]
     if "reward" in kind:
         assert records(whole, "samples.jsonl") == records(config, "samples.jsonl")
-        start = start_of(config)
-        assert not torch.equal(one["embed.weight"], start.embed.weight)
+        moved = one.get("embed.weight", one.get("blocks.0.attn.out.adapter_b"))
+        before = torch.zeros_like(moved) if "adapter" in kind else start_of(config).embed.weight
+        assert not torch.equal(moved, before)
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -203,7 +206,7 @@ def test_only_the_trainable_weights_move(kind, folder):
         trainer.update()
     moved = {n for n, p in model.named_parameters() if not torch.equal(before[n], p)}
     assert moved
-    assert all("mlp" in name for name in moved)
+    assert all(("adapter_" if "adapter" in kind else "mlp") in name for name in moved)
 
 
 def test_a_step_depends_on_the_seed_and_its_number(folder):
@@ -369,4 +372,39 @@ def test_the_start_model_is_in_memory_only_where_the_divergence_counts(folder):
         trainer = trainer_of(config_of(folder, kind))
         trainer.update()
         assert isinstance(trainer.task, Rewarded)
-        assert (trainer.task._reference is not None) == there
+        assert (trainer.task.start_logits.loaded is not None) == there
+
+
+@pytest.mark.parametrize("kind", ["dpo of an adapter", "reward of an adapter"])
+def test_under_an_adapter_the_start_model_is_the_model_without_it(kind, folder):
+    def no_second_model():
+        raise AssertionError("the start model was loaded")
+
+    trainer = trainer_of(config_of(folder, kind))
+    trainer.task._start = no_second_model
+    trainer.task.attach(trainer)
+    trainer.update()
+    trainer.update()
+    tokens = torch.arange(40).view(2, 20)
+    trainer.model.eval()
+    own, start = trainer.logits(tokens), StartLogits(trainer, no_second_model)(tokens)
+    assert torch.equal(start, start_of(trainer.config).eval()(tokens))
+    assert (own - start).abs().max() > 1e-4
+    if "dpo" in kind:
+        stored = trainer.task.reference()
+        again = trainer.task._compute(trainer)
+        assert all(torch.equal(*both) for both in zip(stored, again, strict=True))
+
+
+def test_a_model_with_an_adapter_writes_its_own_texts(folder):
+    trainer = trainer_of(config_of(folder, "reward of an adapter"))
+    with torch.no_grad():
+        for parameter in adapter_weights(trainer.model).values():
+            parameter.add_(0.5)
+    written = trainer.task.write([[65, 66]] * 8, range(8), 0)
+    merged = copy.deepcopy(trainer.model)
+    merge(merged)
+    trainer.model = merged
+    assert [w.tokens for w in written] == [
+        w.tokens for w in trainer.task.write([[65, 66]] * 8, range(8), 0)
+    ]

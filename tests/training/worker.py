@@ -17,13 +17,15 @@ from torch.distributed.tensor import DTensor
 
 from gpt.config import AdapterConfig, CheckpointConfig, OptimizerConfig, TrainConfig
 from gpt.data.batches import IGNORED, Batch, TextWindows
+from gpt.data.instructions import prepare_instructions
 from gpt.data.prepare import prepare
+from gpt.generation.examples import ExampleEncoder
 from gpt.model.adapter import adapter_weights
 from gpt.model.gpt import GPT
 from gpt.training.loop import Shown, Trainer
 from gpt.training.parallel import World, join
 from gpt.training.run import train_on
-from tests.tiny import tiny_run
+from tests.tiny import change, tiny_run
 
 MICRO = {1: (1, 2, 4, 8), 2: (1, 2, 4), 4: (1, 2)}
 """Micro batch sizes, up to a process's whole share of 8 windows."""
@@ -44,7 +46,10 @@ COMPOSITES = {
     },
 }  # fmt: skip
 """Models of many techniques at once."""
-KINDS = ("dpo", "reward", "reward, several updates", "reward, divergence in it")
+KINDS = (
+    "dpo", "reward", "reward, several updates", "reward, divergence in it", "dpo of an adapter",
+    "reward of an adapter",
+)  # fmt: skip
 """Objectives of tests/training/tasks.py."""
 FORMATS = {"fsdp": ("full", "sharded"), "hybrid": ("full", "sharded")}
 
@@ -79,12 +84,23 @@ def config_of(
     return dataclasses.replace(config, run_dir=str(folder / run), **more)
 
 
-def trainer_of(config: TrainConfig, world: World) -> Trainer:
+def run_of(folder: Path, run: str, **options) -> TrainConfig:
+    """A run of six steps, of which the last four are averaged."""
+    optimizer = OptimizerConfig(learning_rate=3e-3, warmup_steps=2, cautious_decay=True)
+    training = {"average_fraction": 0.7, "average_decay": 0.6}
+    return config_of(folder, run, training=training, optimizer=optimizer, **options)
+
+
+def trainer_of(config: TrainConfig, world: World, teachers=()) -> Trainer:
     data = world.main_first(lambda: prepare(config.data, config.cache_dir))
     model = dataclasses.replace(config.model, vocab_size=data.tokenizer.vocab_size)
     config = dataclasses.replace(config, model=model)
     if config.adapter.kind == "none":
-        return Trainer(config, data, world=world)
+        models = []
+        for seed in teachers:
+            torch.manual_seed(seed)
+            models.append(GPT(model))
+        return Trainer(config, data, world=world, teachers=models)
     torch.manual_seed(3)
     trainer = Trainer(config, data, world=world, model=GPT(model))
     with torch.no_grad():
@@ -101,8 +117,11 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: whole(p) for name, p in trainer.model.named_parameters()}
 
 
-def gradients(config: TrainConfig, world: World) -> dict[str, torch.Tensor]:
-    trainer = trainer_of(config, world)
+def gradients(config: TrainConfig, world: World, teachers=()) -> dict[str, torch.Tensor]:
+    return gradients_of(trainer_of(config, world, teachers))
+
+
+def gradients_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     loss, norm, _ = trainer.gradients()
     named = trainer.model.named_parameters()
     found = {name: whole(p.grad) for name, p in named if p.requires_grad}
@@ -126,13 +145,23 @@ def objective_gradients(folder: Path, kind: str, world: World, options: dict) ->
     config = tasks.config_of(folder, kind, parallel={"strategy": options.get("strategy", "auto")})
     trainer = tasks.trainer_of(config, world)
     trainer.update()
-    loss, norm, _ = trainer.gradients()
-    named = trainer.model.named_parameters()
-    found = {name: whole(p.grad) for name, p in named if p.requires_grad}
+    numbers = gradients_of(trainer)
     written = getattr(trainer.task, "_round", None)
     figures = trainer.task.figures.take() | trainer.task.evaluate().figures
-    numbers = {"loss": torch.tensor(loss), "norm": torch.tensor(norm), **found}
     return {"gradients": numbers, "texts": written and written.tokens, "figures": figures}
+
+
+def instructions_gradients(folder: Path, world: World, options: dict) -> dict:
+    """The gradients of a step on packed instructions, whose windows have unlike answers."""
+    config = config_of(folder, "none", **options)
+    config = change(config, data={"source": str(folder / "sums.jsonl")})
+
+    def prepared():
+        return prepare_instructions(config.data, config.cache_dir, ExampleEncoder)
+
+    data = world.main_first(prepared)
+    model = dataclasses.replace(config.model, vocab_size=data.tokenizer.vocab_size)
+    return gradients_of(Trainer(dataclasses.replace(config, model=model), data, world=world))
 
 
 def scheduled_gradients(folder: Path, world: World, options: dict) -> dict:
@@ -187,7 +216,10 @@ def main(folder: Path) -> None:
                 config = config_of(folder, "none", **options, model=model, training=training)
                 results[name, kind] = gradients(config, world)
             if n < 4:
+                results[name, "instructions"] = instructions_gradients(folder, world, options)
                 results[name, "scheduled"] = scheduled_gradients(folder, world, options)
+                config = config_of(folder, "none", **options)
+                results[name, "distilled"] = gradients(config, world, teachers=(5, 6))
                 for kind in KINDS:
                     results[name, kind] = objective_gradients(folder, kind, world, options)
             config = config_of(folder, "none", **options)
@@ -220,9 +252,7 @@ def main(folder: Path) -> None:
                     texts.append(type(model).__name__)
                     return Shown("a sample")
 
-                results[name, kind, "said"] = train(
-                    config_of(folder, run, **options), world, sample
-                )
+                results[name, kind, "said"] = train(run_of(folder, run, **options), world, sample)
                 results[name, kind, "samples"] = len(texts)
             # resume runs of other numbers of processes
             for made in ("single-1-full", "fsdp-2-full", "fsdp-2-sharded", "hybrid-4-sharded"):
@@ -230,7 +260,7 @@ def main(folder: Path) -> None:
                     run = f"{made}-on-{name}-{n}"
                     if world.is_main:
                         copy_at_step_3(folder / made, folder / run)
-                    config = config_of(folder, run, **options, resume=True)
+                    config = run_of(folder, run, **options, resume=True)
                     results[name, "resumed", made] = train(config, world)
         results["largest"] = world.largest(world.rank)
         world.wait_for_all()

@@ -2,14 +2,15 @@
 
 from typing import Any
 
-from gpt.config import ModelConfig, UsageError, quoted
+from gpt.config import ModelConfig, UsageError, nearest, quoted
 from gpt.interop.families.bloom import Bloom
-from gpt.interop.families.family import Family, Part
+from gpt.interop.families.family import Family
 from gpt.interop.families.gemma3 import Gemma3, Gemma3WithImages
 from gpt.interop.families.gpt1 import GPT1
 from gpt.interop.families.gpt2 import GPT2
 from gpt.interop.families.llama import Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3MoE
 from gpt.interop.families.neox import NeoX
+from gpt.interop.families.tensors import Part
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -31,7 +32,9 @@ def family_of(theirs: dict[str, Any]) -> Family:
     known = FAMILIES | READ_ONLY
     if not isinstance(kind, str) or kind not in known:
         names = ", ".join(known)
-        raise UsageError(f"model_type is {quoted(kind)}, and must be one of {names}")
+        raise UsageError(
+            f"model_type is {quoted(kind)}, and must be one of {names}{nearest(kind, known)}"
+        )
     return known[kind]
 
 
@@ -44,9 +47,12 @@ def family_for(config: ModelConfig, name: str = "auto") -> Family:
     if name != "auto":
         if name not in FAMILIES:
             names = ", ".join(FAMILIES)
-            raise UsageError(f"family is {quoted(name)}, and must be auto or one of {names}")
+            raise UsageError(
+                f"family is {quoted(name)}, and must be auto or one of {names}"
+                f"{nearest(name, FAMILIES)}"
+            )
         return FAMILIES[name]
     missing = {name: family.missing(config) for name, family in FAMILIES.items()}
-    nearest = min(missing, key=lambda name: len(missing[name]))
-    FAMILIES[nearest].exported(config)
-    return FAMILIES[nearest]
+    closest = min(missing, key=lambda name: len(missing[name]))
+    FAMILIES[closest].exported(config)
+    return FAMILIES[closest]

@@ -1,44 +1,34 @@
 """A family of models as a table, which is read forward to load a model and backward to export one.
 
 A family's file says what all its models have in common (``fixed``), which fields of their
-``config.json`` hold the other settings (``settings``), and what their modules are called
-(``modules``). What is no plain field is a method: :meth:`Family.others` and its
-inverse :meth:`Family.others_of`. :mod:`gpt.interop.weights` moves the weights by the same table.
+``config.json`` hold the other settings (``settings``). What is no plain field is a method:
+:meth:`Family.others` and its inverse :meth:`Family.others_of`. The names of modules are in
+:mod:`gpt.interop.families.tensors`.
 """
 
-import copy
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from gpt.config import ModelConfig, UsageError, quoted
-from gpt.interop.families.fields import ACTIVATION_NAMES, activation, check_not_quantised, field
+from gpt.config import Activation, ModelConfig, UsageError, quoted
+from gpt.interop.families.fields import (
+    ACTIVATION_NAMES,
+    ACTIVATIONS,
+    OTHER_NAMES,
+    activation,
+    check_not_quantised,
+    field,
+)
+from gpt.interop.families.rope import scaling_names
+from gpt.interop.families.tensors import Tensors
 
 UNUSED = {"initial", "moe_capacity", "moe_balance", "moe_balance_weight", "moe_z_weight"}
 """Fields that do not matter for a finished model."""
 BIASES = {"bias", "norm_bias", "qkv_bias", "mlp_bias"}
 """Fields of biases."""
 _QUIET: Callable[[str], None] = lambda text: None  # noqa: E731
-
-
-@dataclass(frozen=True)
-class Part:
-    """A tensor of theirs that holds a parameter or some of its rows."""
-
-    theirs: str
-    """Its name, as an exported file has it."""
-    rows: slice | None = None
-    """The rows of their tensor (after the transposition), with start and stop; ``None``: all, for a
-    parameter with one part."""
-    turn: bool = False
-    """Whether they store the matrix transposed."""
-    add: float = 0.0
-    """A number that is added to their numbers when they are loaded."""
-    stack: int = 0
-    """If it is not 0, they store so many matrices in one tensor ``[stack, rows, columns]``, and
-    ``rows`` counts on from one matrix to the next."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +40,12 @@ class Setting:
     """Of a file without the field, as in ``transformers``."""
     aliases: tuple[str, ...] = ()
     """Other names that their configuration accepts."""
+    null: Any = None
+    """What ``null`` means; ``None``: the default."""
 
 
-class Family:
-    """One ``model_type`` of Hugging Face's ``config.json``.
-
-    A *bare* name of a tensor is one without ``prefix``, which a file may lack.
-    """
+class Family(Tensors):
+    """One ``model_type`` of Hugging Face's ``config.json``."""
 
     name: ClassVar[str]
     """The name in messages."""
@@ -73,45 +62,10 @@ class Family:
     """Their fields of dropout probabilities, the first of which is used."""
     dropout: ClassVar[float] = 0.0
     """Their default."""
-    modules: ClassVar[Mapping[str, str]]
-    """This project's modules and theirs, without the prefix and the layer."""
-    layers: ClassVar[str] = "layers"
-    """What comes before a layer's number."""
-    prefix: ClassVar[str] = "model."
-    """The beginning of tensors' names, except in files of the model without its head."""
-    head: ClassVar[str] = "lm_head.weight"
-    """The tensor of the head in an exported file."""
-    is_turned: ClassVar[bool] = False
-    """Whether they store the matrices of a block transposed (``Conv1D``)."""
-    qkv: ClassVar[str] = "apart"
-    """How queries, keys and values are stored: ``apart`` in three tensors, ``fused`` in this
-    project's order, or ``by_head``, a head's query, key and value beside each other."""
+    activations: ClassVar[Mapping[str, Activation]] = ACTIVATIONS
+    """Their names of activations."""
     always_biased: ClassVar[bool] = False
     """Whether all linear layers and norms have biases in a file."""
-    added: ClassVar[float] = 0.0
-    """A number that is added to norms' weights when they are loaded."""
-    renamed: ClassVar[tuple[tuple[str, str], ...]] = ()
-    """Other names that files may have: a regular expression, and what replaces its matches."""
-    has_stacked_experts: bool = False
-    """Whether the experts of a layer are two tensors, as ``transformers`` 5 has them in memory."""
-    ignored: ClassVar[str] = r"self_attn\.rotary_emb\.inv_freq"
-    """Tensors of a layer that a file may have and a model does not need."""
-
-    @property
-    def layer(self) -> re.Pattern[str]:
-        """Matches the beginning of a layer's bare names; the first group is the layer's number."""
-        return re.compile(rf"{self.layers}\.(\d+)\.")
-
-    @property
-    def buffers(self) -> re.Pattern[str]:
-        """Matches the bare names of tensors that files may have and a model does not need."""
-        return re.compile(rf"{self.layers}\.\d+\.(?:{self.ignored})")
-
-    def stored_as(self, names: Collection[str]) -> "Family":
-        """The table for a file whose tensors have these bare ``names``."""
-        family = copy.copy(self)
-        family.has_stacked_experts = any(name.endswith(".experts.gate_up_proj") for name in names)
-        return family
 
     def config(self, theirs: dict[str, Any], *, say: Callable[[str], None]) -> ModelConfig:
         """The configuration from their ``config.json``. ``UsageError`` names a field that is not
@@ -125,21 +79,32 @@ class Family:
         defaults = {item.name: item.default for item in dataclasses.fields(ModelConfig)}
         fields: dict[str, Any] = dict(self.fixed)
         for own, setting in self.settings.items():
+            name, default = setting.theirs, setting.default
+            if setting.null is not None and name in theirs:
+                default = setting.null
             if own == "activation":
-                fields[own] = activation(theirs, setting.theirs, setting.default)
-                continue
-            kind: Any = type(defaults[own])
-            kind = (int, float) if kind is float else kind
-            fields[own] = field(
-                theirs, setting.theirs, setting.default, kind, aliases=setting.aliases
-            )
+                fields[own] = activation(theirs, name, default, self.activations)
+            else:
+                kind = type(defaults[own])
+                fields[own] = field(theirs, name, default, kind, aliases=setting.aliases)
         if fields["vocab_size"] == 0:
             raise UsageError("vocab_size is 0, and must be at least 1")
         fields["dropout"] = self._dropout(theirs, say)
-        return ModelConfig(**(fields | self.others(theirs, fields)))
+        fields |= self.others(theirs, fields)
+        try:
+            return ModelConfig(**fields)
+        except UsageError as error:
+            raise UsageError(self._with_their_names(str(error), fields)) from None
+
+    def _with_their_names(self, message: str, fields: Mapping[str, Any]) -> str:
+        """A message about ``fields`` of :class:`ModelConfig` with the names of the file's."""
+        names = {**OTHER_NAMES, **scaling_names(fields.get("rotary_scaling", "none"))}
+        names |= {own: setting.theirs for own, setting in self.settings.items()}
+        names |= {"dropout": self.dropouts[0]} if self.dropouts else {}
+        return re.sub(r"model\.(\w+)", lambda match: names.get(match[1], match[0]), message)
 
     def _dropout(self, theirs: dict[str, Any], say: Callable[[str], None]) -> float:
-        found = {name: field(theirs, name, self.dropout, (int, float)) for name in self.dropouts}
+        found = {name: field(theirs, name, self.dropout, float) for name in self.dropouts}
         each = ", ".join(f"{name} {quoted(value)}" for name, value in found.items())
         if len(found) == 1:
             if set(found.values()) != {0}:
@@ -195,38 +160,6 @@ class Family:
             found.append((part.theirs.removeprefix(self.prefix), names, shape))
         return found
 
-    def parts(self, name: str, config: ModelConfig) -> list[Part]:
-        """Their tensors for this project's parameter ``name``. The parameter's rows are the rows of
-        the parts, in order.
-        """
-        if name == "head.weight":
-            return [Part(self.head)]
-        own = config.resolved()
-        module, kind = name.rsplit(".", 1)
-        layer = ""
-        if module.startswith("blocks."):
-            _, number, module = module.split(".", 2)
-            layer = f"{self.layers}.{number}."
-        expert = re.fullmatch(r"mlp\.experts\.(\d+)\.(\w+)", module)
-        if expert and self.has_stacked_experts:
-            at = f"{self.prefix}{layer}{self.modules['mlp.experts.up']}"
-            return [_stacked(at.partition(".{}")[0], int(expert[1]), expert[2], own)]
-        if expert:
-            theirs = self.modules[f"mlp.experts.{expert[2]}"].format(expert[1])
-        else:
-            theirs = self.modules[module]
-        D, H, G = own.head_dim, own.n_head, own.n_kv_head
-        at = f"{self.prefix}{layer}{theirs}.{kind}"
-        if module == "attn.qkv" and self.qkv == "apart":
-            heads = zip("qkv", (H, G, G), strict=True)
-            return [Part(at.format(letter), slice(0, n * D)) for letter, n in heads]
-        if module == "attn.qkv" and self.qkv == "by_head":
-            starts = [(3 * head + which) * D for which in range(3) for head in range(H)]
-            return [Part(at, slice(start, start + D)) for start in starts]
-        is_norm = module.endswith("norm") and kind == "weight"
-        turn = self.is_turned and layer != "" and kind == "weight" and not is_norm
-        return [Part(at, turn=turn, add=self.added if is_norm else 0.0)]
-
     def exported(self, config: ModelConfig) -> dict[str, Any]:
         """The ``config.json`` of a model. ``UsageError`` names the settings that the family cannot
         express.
@@ -256,8 +189,15 @@ class Family:
         }
         for name, setting in self.settings.items():
             value = getattr(own, name)
-            theirs[setting.theirs] = ACTIVATION_NAMES[value] if name == "activation" else value
+            theirs[setting.theirs] = self._activation(value) if name == "activation" else value
         return theirs | self.others_of(own)
+
+    def _activation(self, own: Activation) -> str:
+        """Their name of an activation; one that they do not have keeps its own name."""
+        usual = ACTIVATION_NAMES[own]
+        if self.activations.get(usual) == own:
+            return usual
+        return next((name for name, each in self.activations.items() if each == own), own)
 
     def _differing(self, config: ModelConfig, theirs: dict[str, Any]) -> list[str]:
         """The fields in which a model differs from the one of their configuration. Biases that it
@@ -267,7 +207,9 @@ class Family:
         try:
             back = self.config(theirs, say=_QUIET).resolved()
         except UsageError:  # the family's own settings contradict the model's
-            return [name for name, value in self.fixed.items() if getattr(own, name) != value]
+            fixed = [name for name, value in self.fixed.items() if getattr(own, name) != value]
+            has_activation = own.activation in self.activations.values()
+            return fixed if has_activation else [*fixed, "activation"]
         for name in [item.name for item in dataclasses.fields(own) if item.name not in UNUSED]:
             same = getattr(own, name) == getattr(back, name)
             if name == "window_pattern":
@@ -283,15 +225,3 @@ class Family:
             if not same:
                 found.append(name)
         return found
-
-
-def _stacked(place: str, expert: int, matrix: str, config: ModelConfig) -> Part:
-    """A matrix of an expert, where all experts of a layer are in two tensors: ``gate_up_proj``,
-    each expert's gate before its ``up``, and ``down_proj``. ``config`` is resolved.
-    """
-    if matrix == "down":
-        name, rows, number = "down_proj", config.n_embd, expert
-    else:
-        name, rows, number = "gate_up_proj", config.n_inner, 2 * expert + (matrix == "up")
-    at = slice(number * rows, (number + 1) * rows)
-    return Part(f"{place}.{name}", at, stack=config.n_expert)

@@ -60,8 +60,8 @@ class Gemma3(Llama):
 
     def others(self, theirs: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
         """The rotations, and the attention windows."""
-        width, number = fields["head_dim"], (int, float)
-        scale = field(theirs, "query_pre_attn_scalar", 256, number)
+        width = fields["head_dim"]
+        scale = field(theirs, "query_pre_attn_scalar", 256, float)
         if scale != int(scale) or scale < 1:
             raise UsageError(
                 f"query_pre_attn_scalar is {quoted(scale)}, and must be a whole number >= 1"
@@ -72,11 +72,15 @@ class Gemma3(Llama):
         n_layer = min(fields["n_layer"], 10_000)
         pattern = "".join("G" if layer % every == every - 1 else "L" for layer in range(n_layer))
         found = patterned(theirs, field(theirs, "sliding_window", 4096), pattern)
+        if found and theirs.get("sliding_window", 0) is None:
+            raise UsageError(
+                "sliding_window is null, and layers with sliding_attention need a whole number"
+            )
         both = rotary(theirs, fields, base=1e6, kind="full_attention")
         if found:
             own = theirs if "rope_parameters" in theirs else {}
             local = rotary(own, fields, base=_LOCAL_BASE, kind="sliding_attention")
-            base = field(theirs, "rope_local_base_freq", local.pop("rotary_base"), number)
+            base = field(theirs, "rope_local_base_freq", local.pop("rotary_base"), float)
             if "rotary_scaling" in local:
                 raise UsageError("layers with sliding_attention cannot have another rope_type")
             found["rotary_base_local"] = base

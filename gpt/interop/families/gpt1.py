@@ -29,11 +29,8 @@ class GPT1(GPT2):
     }
     modules = {**GPT2.modules, "embed": "tokens_embed", "position": "positions_embed"}
 
-    def others(self, theirs: dict[str, Any], fields: Any) -> dict[str, Any]:
-        """Their ``gelu`` is GPT-2's approximation by a tanh."""
-        return {"activation": "gelu_tanh"} if fields["activation"] == "gelu" else {}
+    activations = {"gelu": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}
 
     def others_of(self, config: ModelConfig) -> dict[str, Any]:
-        """The inverse; the exact function has no name."""
-        names = {"gelu_tanh": "gelu", "gelu": "gelu_exact"}
-        return {"afn": names[config.activation]} if config.activation in names else {}
+        """All fields are in the table."""
+        return {}

@@ -74,7 +74,7 @@ class Mistral(Llama):
     settings = {
         **Llama.settings,
         "context_length": Setting("max_position_embeddings", 4096 * 32),
-        "n_kv_head": Setting("num_key_value_heads", 8),
+        "n_kv_head": Setting("num_key_value_heads", 8, null=0),
         "n_inner": Setting("intermediate_size", 14336),
     }
     window = 4096
@@ -115,7 +115,7 @@ class Mixtral(Mistral):
 
     def others(self, theirs: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
         """As Mistral's."""
-        base = field(theirs, "rope_theta", 1e6, (int, float))
+        base = field(theirs, "rope_theta", 1e6, float)
         return super().others({"rope_theta": base} | theirs, fields)
 
 
@@ -130,7 +130,7 @@ class Qwen2(Llama):
         **{name: each for name, each in Llama.settings.items() if name != "head_dim"},
         "vocab_size": Setting("vocab_size", 151936),
         "context_length": Setting("max_position_embeddings", 32768),
-        "n_kv_head": Setting("num_key_value_heads", 32),
+        "n_kv_head": Setting("num_key_value_heads", 32, null=0),
         "n_inner": Setting("intermediate_size", 22016),
     }
 
@@ -162,7 +162,7 @@ class Qwen3MoE(Qwen3):
     architecture = "Qwen3MoeForCausalLM"
     settings = {
         **Qwen3.settings,
-        "n_kv_head": Setting("num_key_value_heads", 4),
+        "n_kv_head": Setting("num_key_value_heads", 4, null=0),
         "head_dim": Setting("head_dim", 0),
         "n_embd": Setting("hidden_size", 2048),
         "n_layer": Setting("num_hidden_layers", 24),

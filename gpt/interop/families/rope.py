@@ -5,10 +5,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from gpt.config import ModelConfig, UsageError, quoted
+from gpt.config import ModelConfig, UsageError, nearest, quoted
 from gpt.interop.families.fields import field
 
-_NUMBER = (int, float)
 _KINDS = {"default": "none", "linear": "linear", "dynamic": "dynamic_ntk", "yarn": "yarn",
           "llama3": "llama3"}  # fmt: skip
 """Maps their ``rope_type`` to ``rotary_scaling``."""
@@ -56,7 +55,7 @@ def rotary(
             theirs | {name: given[name]} if name in given else theirs,
             name,
             default,
-            _NUMBER,
+            float,
             aliases=() if name in given else [n for n in [names.get(name)] if n],
         )
         for name, default in (("rope_theta", base), ("partial_rotary_factor", fraction))
@@ -82,12 +81,20 @@ def _objects(theirs: dict[str, Any], kind: str) -> dict[str, Any]:
     return {}
 
 
+def scaling_names(kind: str) -> dict[str, str]:
+    """What the numbers of a ``rotary_scaling`` are called in a ``config.json``."""
+    return _FIELDS.get(kind, {})
+
+
 def _scaling(given: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
     rope_type = given.get("rope_type", given.get("type", "default"))
     kind = _KINDS.get(rope_type) if isinstance(rope_type, str) else None
     if kind is None:
         known = ", ".join(_KINDS)
-        raise UsageError(f"rope_type is {quoted(rope_type)}, and must be one of {known}")
+        raise UsageError(
+            f"rope_type is {quoted(rope_type)}, and must be one of {known}"
+            f"{nearest(rope_type, _KINDS)}"
+        )
     if kind == "none":
         return {}
     mine = _FIELDS[kind]
@@ -99,10 +106,12 @@ def _scaling(given: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]
             )
     result: dict[str, Any] = {"rotary_scaling": kind}
     for own, name in mine.items():
-        if (value := field(given, name, None, _NUMBER)) is not None:
+        if (value := field(given, name, None, float)) is not None:
             result[own] = value
     if "factor" not in given:
         raise UsageError(f"the rope_type {rope_type} has no factor")
+    if result.get("rotary_scaling_factor") == 1 and kind in ("linear", "llama3"):
+        return {}  # which changes nothing
     if kind == "yarn":
         result.setdefault("rotary_trained_length", fields["context_length"])
     return result

@@ -9,14 +9,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpt.config import UsageError, Weights, quoted
+from gpt.config import ModelConfig, UsageError, Weights, nearest, quoted
 from gpt.data.tokenizer import Tokenizer
-from gpt.interop.gguf.architectures import ARCHITECTURES, ROPE_FACTORS, Rows, parts
+from gpt.interop.gguf.architectures import ARCHITECTURES, ROPE_FACTORS, Architecture, Rows, parts
 from gpt.interop.gguf.blocks import quantised
 from gpt.interop.gguf.format import FORMATS
-from gpt.interop.gguf.settings import architecture_for, expected, metadata_of, rope_factors
+from gpt.interop.gguf.settings import rope_factors
+from gpt.interop.gguf.settings_export import architecture_for, expected, metadata_of
 from gpt.interop.gguf.writing import Planned, write
-from gpt.interop.gguf_tokenizer import tokenizer_metadata
+from gpt.interop.gguf_tokenizer_export import tokenizer_metadata
 from gpt.model.gpt import GPT
 
 KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_1"}
@@ -42,41 +43,46 @@ def export_gguf(
     """
     kind = str(model.dtype).removeprefix("torch.") if weights == "auto" else weights
     if kind not in KINDS:
-        raise UsageError(f"weights is {kind!r}, and must be one of {', '.join(KINDS)}")
+        raise UsageError(
+            f"weights is {kind!r}, and must be one of {', '.join(KINDS)}{nearest(kind, KINDS)}"
+        )
     name = name or architecture_for(model.config)
     if name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise UsageError(f"the architecture {quoted(name)} is not one of {known}")
-    form, config = KINDS[kind], expected(model.config, ARCHITECTURES[name])
+        raise UsageError(
+            f"the architecture {quoted(name)} is not one of {known}{nearest(name, ARCHITECTURES)}"
+        )
+    config = expected(model.config, ARCHITECTURES[name])
     metadata: dict[str, Any] = {
         "general.architecture": name,
         "general.type": "model",
         "general.name": out.stem,
-        "general.file_type": _FILE_TYPES[form],
+        "general.file_type": _FILE_TYPES[KINDS[kind]],
         "general.quantization_version": 2,
     }
     metadata |= metadata_of(name, model.config)
     metadata |= tokenizer_metadata(tokenizer, rows=config.vocab_size)
+    write(out, metadata, _planned(model, config, ARCHITECTURES[name], kind))
+
+
+Piece = tuple[str, slice, Rows]
+"""Some rows of a parameter, and the rows of the tensor that they become."""
+
+
+def _planned(model: GPT, config: ModelConfig, arch: Architecture, kind: str) -> dict[str, Planned]:
+    """The tensors of the file of a model, which is stored as one of the shape ``config``."""
     with torch.device("meta"):
         whole = GPT(config)
     own = {each: tensor.detach() for each, tensor in model.named_parameters()}
-    held: dict[str, list[tuple[str, slice, Rows]]] = {}
-    full = config.resolved()
-    for each, parameter in whole.named_parameters():
-        end = 0
-        for part in parts(each, full, ARCHITECTURES[name]):
-            start, end = end, end + part.stop - part.start
-            held.setdefault(part.tensor, []).append((each, slice(start, end), part))
-        assert end == len(parameter), f"the parts of {each} have {end} rows"
     planned = {}
-    for tensor, pieces in held.items():
-        first, _, part = pieces[0]
+    for tensor, pieces in _held(whole, arch).items():
+        first = pieces[0][0]
         n_rows = max(part.stop for _, _, part in pieces)
         shape = [n_rows, *whole.get_parameter(first).shape[1:]]
         if "_exps." in tensor:
             shape = [config.n_expert, n_rows // config.n_expert, *shape[1:]]
         plain = len(shape) == 1 or any(each in first for each in _PLAIN)
-        used = "F32" if plain else form
+        used = "F32" if plain else KINDS[kind]
         if shape[-1] % _BLOCKS[used]:
             raise UsageError(
                 f"weights {kind} need rows of a multiple of {_BLOCKS[used]} numbers, and {first} "
@@ -86,12 +92,22 @@ def export_gguf(
     if config.rotary_scaling == "llama3":
         factors = rope_factors(config)
         planned[ROPE_FACTORS] = Planned("F32", [len(factors)], [_row(factors)])
-    write(out, metadata, planned)
+    return planned
 
 
-def _bytes(
-    form: str, pieces: list[tuple[str, slice, Rows]], own: dict[str, Tensor]
-) -> Iterator[NDArray[np.uint8]]:
+def _held(whole: GPT, arch: Architecture) -> dict[str, list[Piece]]:
+    """What each tensor of the file holds."""
+    held: dict[str, list[Piece]] = {}
+    for name, parameter in whole.named_parameters():
+        end = 0
+        for part in parts(name, whole.config.resolved(), arch):
+            start, end = end, end + part.stop - part.start
+            held.setdefault(part.tensor, []).append((name, slice(start, end), part))
+        assert end == len(parameter), f"the parts of {name} have {end} rows"
+    return held
+
+
+def _bytes(form: str, pieces: list[Piece], own: dict[str, Tensor]) -> Iterator[NDArray[np.uint8]]:
     """The bytes of a tensor, some rows at a time. Biases that the model lacks are zeros."""
     for name, rows, part in pieces:
         if name not in own:

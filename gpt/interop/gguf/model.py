@@ -8,14 +8,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gpt.config import ModelConfig, UsageError, Weights, foreign, quoted
+from gpt.config import ModelConfig, UsageError, Weights, foreign, nearest, quoted
 from gpt.device import check_memory
+from gpt.files import about
+from gpt.generation.frozen import freeze_matrices
 from gpt.generation.inference import InferenceGPT, choose_weights
 from gpt.generation.quantisation import GGUF_BLOCKS, Matrix
 from gpt.interop.gguf.architectures import ARCHITECTURES, ROPE_FACTORS, Rows, parts
 from gpt.interop.gguf.blocks import dequantised
 from gpt.interop.gguf.format import GGUF, Data
 from gpt.interop.gguf.settings import check_factors, config_of, n_layers
+from gpt.model.adapter import adaptable
 from gpt.model.gpt import GPT
 
 PIECE = 1 << 20
@@ -36,17 +39,8 @@ def described(path: Path) -> Source:
     incomplete or not supported.
     """
     file = GGUF(path)
-    with _named(path):
+    with about(path):
         return _described(file)
-
-
-@contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Let a ``UsageError`` about the content of the file begin with its ``path``."""
-    try:
-        yield
-    except UsageError as error:
-        raise UsageError(f"{foreign(path)}: {error}") from None
 
 
 def _described(file: GGUF) -> Source:
@@ -58,7 +52,10 @@ def _described(file: GGUF) -> Source:
         raise UsageError("it is one of several parts; merge them with llama.cpp's llama-gguf-split")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise UsageError(f"general.architecture is {quoted(name)}, and must be one of {known}")
+        raise UsageError(
+            f"general.architecture is {quoted(name)}, and must be one of {known}"
+            f"{nearest(name, ARCHITECTURES)}"
+        )
     shapes = {tensor: entry.shape for tensor, entry in file.tensors.items()}
     config = config_of(name, file.metadata, shapes)
     if config.n_layer != n_layers(shapes):
@@ -135,7 +132,7 @@ def load_dense(
         advice="use a smaller model, or its weights as they are in the file",
     )
     weights: dict[str, Tensor] = {}
-    with _named(source.file.path), source.file.open() as data:
+    with about(source.file.path), source.file.open() as data:
         for name, held in source.rows.items():
             shape = model.get_parameter(name).shape
             weights[name] = dense(data, held, shape, dtype=dtype, device=device)
@@ -186,6 +183,33 @@ def _rows(data: Data, tensor: str, start: int, stop: int) -> Tensor:
     return dequantised(data.gguf.tensors[tensor].format, data.rows(tensor, start, stop))
 
 
+def load_frozen(source: Source) -> GPT:
+    """The model for an adapter, on the CPU: the linear layers of its blocks have the file's own
+    numbers and are frozen, and all else is float32. Blocks that no format holds exactly are
+    dequantised.
+    """
+    model = source.model
+    linear = {f"{name}.weight" for name in adaptable(model)}
+    matrices: dict[str, Matrix] = {}
+    tensors: dict[str, Tensor] = {}
+    with about(source.file.path), source.file.open() as data, _one_thread():
+        for name, held in source.rows.items():
+            shape = model.get_parameter(name).shape
+            blocks = _blocks(data, held) if name in linear else None
+            if blocks is not None:
+                matrices[name] = blocks
+                continue
+            plain = dense(data, held, shape, dtype=torch.float32, device="cpu")
+            if name in linear:
+                matrices[name] = Matrix("float32", plain)
+            else:
+                tensors[name] = plain
+    freeze_matrices(model, matrices)
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    return model.eval()
+
+
 def load_as_stored(source: Source, *, device: torch.device | str) -> InferenceGPT:
     """The model for inference with the file's own numbers.
 
@@ -197,7 +221,7 @@ def load_as_stored(source: Source, *, device: torch.device | str) -> InferenceGP
     device, config = torch.device(device), source.model.config
     matrices: dict[str, Matrix] = {}
     tensors: dict[str, Tensor] = {}
-    with _named(source.file.path), source.file.open() as data, _one_thread():
+    with about(source.file.path), source.file.open() as data, _one_thread():
         for name, held in source.rows.items():
             shape = source.model.get_parameter(name).shape
             if len(shape) == 1 or name == "position.weight":
@@ -224,17 +248,26 @@ def _matrix(
 ) -> Matrix:
     """A parameter as a matrix; ``exact``: in float32."""
     formats = {data.gguf.tensors[part.tensor].format for part in held}
-    form = formats.pop()
     on_gpu = device.type == "cuda"  # which has no kernels for blocks
-    if not formats and form in GGUF_BLOCKS and not exact and not on_gpu:
-        blocks = torch.cat([_ordered(data, part) for part in held])
-        size = GGUF_BLOCKS[form].bytes
-        return Matrix.of_blocks(form, blocks.view(len(blocks), -1, size)).to(device)
+    if not exact and not on_gpu and (matrix := _blocks(data, held)) is not None:
+        return matrix.to(device)
+    form = formats.pop()
     kind: Weights = "float32" if exact else choose_weights("auto", device)
     if not formats and form in _STORED:
         kind = _STORED[form]
     plain = dense(data, held, shape, dtype=getattr(torch, kind), device=device)
     return Matrix(kind, plain)
+
+
+def _blocks(data: Data, held: list[Rows]) -> Matrix | None:
+    """A parameter with the blocks of the file; ``None`` if no format here holds them."""
+    forms = {data.gguf.tensors[part.tensor].format for part in held}
+    form = forms.pop()
+    if forms or form not in GGUF_BLOCKS:
+        return None
+    parts = [_ordered(data, part) for part in held]
+    blocks = torch.cat(parts) if len(parts) > 1 else parts[0]  # without a copy
+    return Matrix.of_blocks(form, blocks.view(len(blocks), -1, GGUF_BLOCKS[form].bytes))
 
 
 def _ordered(data: Data, part: Rows) -> Tensor:

@@ -1,12 +1,10 @@
-"""A model's configuration from the metadata of a GGUF file, and back.
-
-:func:`config_of` reads the table of :mod:`gpt.interop.gguf.architectures` forward. An export reads
-it backward (:func:`metadata_of`), and then forward again: what does not come back is what the
-architecture cannot express.
+"""Read a model's configuration from the metadata of a GGUF file, by the table of
+:mod:`gpt.interop.gguf.architectures`.
 """
 
 import dataclasses
 import math
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -18,29 +16,36 @@ from gpt.config import ModelConfig, UsageError, quoted
 from gpt.interop.gguf.architectures import ARCHITECTURES, LAYER, ROPE_FACTORS, SIZES, Architecture
 from gpt.model.rotary import frequencies
 
-_SCALING = "rope.scaling."
-_ROTATED = "rope.dimension_count"
-_PARALLEL = "use_parallel_residual"
+SCALING = "rope.scaling."
+ROTATED = "rope.dimension_count"
+PARALLEL = "use_parallel_residual"
 _PATTERN = "attention.sliding_window_pattern"
 _KNOWN = {
-    *("vocab_size", "attention.key_length", "attention.value_length", "attention.causal", _ROTATED),
-    *("attention.max_alibi_bias", "tensor_data_layout", "pooling_type", f"{_SCALING}finetuned"),
-    *(f"{_SCALING}{key}" for key in ("type", "factor", "original_context_length", "attn_factor")),
-    *(f"{_SCALING}yarn_{key}" for key in ("ext_factor", "attn_factor", "beta_fast", "beta_slow")),
+    *("vocab_size", "attention.key_length", "attention.value_length", "attention.causal", ROTATED),
+    *("attention.max_alibi_bias", "tensor_data_layout", "pooling_type", f"{SCALING}finetuned"),
+    *(f"{SCALING}{key}" for key in ("type", "factor", "original_context_length", "attn_factor")),
+    *(f"{SCALING}yarn_{key}" for key in ("ext_factor", "attn_factor", "beta_fast", "beta_slow")),
 }
 """Metadata of all architectures beside the table's: those that are read by the functions below, and
 those that say nothing about the numbers.
 """
+_NAMES = {
+    "head_dim": "attention.key_length",
+    "rotary_fraction": ROTATED,
+    "rotary_scaling": f"{SCALING}type",
+    "rotary_scaling_factor": f"{SCALING}factor",
+    "rotary_trained_length": f"{SCALING}original_context_length",
+    "rotary_high_frequency": f"{SCALING}yarn_beta_fast",
+    "rotary_low_frequency": f"{SCALING}yarn_beta_slow",
+    "window_pattern": _PATTERN,
+}
+"""The metadata of fields that no architecture's table has. Messages need them."""
 _LLAMA3: dict[str, Any] = {
     "rotary_low_frequency": 1.0,
     "rotary_high_frequency": 4.0,
     "rotary_trained_length": 8192,
 }
 """What Llama 3.1 and 3.2 scale their rotary frequencies by; files have only the result."""
-_UNUSED = {
-    *("initial", "dropout", "moe_capacity", "moe_balance", "moe_balance_weight", "moe_z_weight"),
-}
-"""Fields that do not matter for a finished model."""
 
 
 def config_of(
@@ -63,38 +68,32 @@ def config_of(
         fields[own] = read.number(key, type(defaults[own]), None if needed else default)
     fields["vocab_size"] = read.number("vocab_size", int, embedding[0])
     fields["tie_embeddings"] = "output.weight" not in shapes
-    has_bias = "blk.0.attn_output.bias" in shapes
-    has_mlp_bias = any(f"blk.0.{each}.bias" in shapes for each in ("ffn_up", "ffn_down"))
-    has_qkv_bias = "blk.0.attn_q.bias" in shapes if arch.qkv_bias is None else arch.qkv_bias
-    fields["bias"] = has_bias if arch.bias is None else arch.bias
-    fields["qkv_bias"] = "yes" if has_qkv_bias else "no"
-    has_mlp_bias = has_mlp_bias if arch.bias is None else arch.bias
-    fields["mlp_bias"] = "yes" if has_mlp_bias else "no"
-    if name == "gptneox" and read.flag(_PARALLEL):
+    fields |= _biases(arch, shapes)
+    if name == "gptneox" and read.flag(PARALLEL):
         fields["norm_placement"] = "parallel"
     if fields.get("n_expert"):
-        if fields["n_expert_active"] < 2 or fields["bias"]:
-            raise UsageError("experts must be at least two for each token, and without biases")
+        if fields["bias"]:
+            raise UsageError("it has experts and biases, which is not supported")
         fields["moe_renormalise"] = True
     _add_window(fields, read)
-    width = fields.get("head_dim") or fields["n_embd"] // max(1, fields["n_head"])
-    for key in ("attention.key_length", "attention.value_length"):
-        if (found := read.number(key, int, width)) != width:
-            raise UsageError(f"{name}.{key} is {found:,}, and must be {width:,}")
-    heads_width = fields["n_embd"] // max(1, fields["n_head"])
-    if name == "gemma3" and fields["n_layer"] == 62 and heads_width != width:  # the largest one
-        fields["scale_attention_width"] = heads_width
+    _add_widths(fields, read)
     if fields.get("position") == "rotary":
-        rotated = read.number(_ROTATED, int, width)
-        if name == "gptneox":
-            fields["rotary_fraction"] = rotated / max(1, width)
-        elif rotated != width:
-            raise UsageError(
-                f"{name}.{_ROTATED} is {rotated}, and must be {width}, the width of a head"
-            )
         _add_scaling(fields, read)
-    config = ModelConfig(**fields)
+    try:
+        config = ModelConfig(**fields)
+    except UsageError as error:
+        raise UsageError(_with_their_names(str(error), name)) from None
     return _with_factors(config) if ROPE_FACTORS in shapes else config
+
+
+def _with_their_names(message: str, name: str) -> str:
+    """A message about fields of :class:`ModelConfig` with the names of the metadata."""
+    names = {**_NAMES, **ARCHITECTURES[name].keys}
+    return re.sub(
+        r"model\.(\w+)",
+        lambda match: f"{name}.{names[match[1]]}" if match[1] in names else match[0],
+        message,
+    )
 
 
 class _Metadata:
@@ -108,7 +107,7 @@ class _Metadata:
     def check(self, arch: Architecture) -> None:
         """Refuse metadata that are not known, unless they are 0 or empty."""
         known = {*arch.keys.values(), *_KNOWN}
-        known |= {_PARALLEL} if self.name == "gptneox" else set()
+        known |= {PARALLEL} if self.name == "gptneox" else set()
         known |= {_PATTERN} if "window" in arch.keys else set()
         for key, value in self.theirs.items():
             if key not in known and not (isinstance(value, int | float | str) and not value):
@@ -139,6 +138,39 @@ class _Metadata:
         return value
 
 
+def _biases(arch: Architecture, shapes: Collection[str]) -> dict[str, Any]:
+    """Which linear layers have biases: by the architecture, or else by the tensors."""
+
+    def has(known: bool | None, *tensors: str) -> bool:
+        return any(f"blk.0.{t}.bias" in shapes for t in tensors) if known is None else known
+
+    return {
+        "bias": has(arch.bias, "attn_output"),
+        "qkv_bias": "yes" if has(arch.qkv_bias, "attn_q") else "no",
+        "mlp_bias": "yes" if has(arch.bias, "ffn_up", "ffn_down") else "no",
+    }
+
+
+def _add_widths(fields: dict[str, Any], read: _Metadata) -> None:
+    """The width of a head must be that of its keys, values and rotary pairs."""
+    usual = fields["n_embd"] // max(1, fields["n_head"])
+    width = fields.get("head_dim") or usual
+    for key in ("attention.key_length", "attention.value_length"):
+        if (found := read.number(key, int, width)) != width:
+            raise UsageError(f"{read.name}.{key} is {found:,}, and must be {width:,}")
+    if read.name == "gemma3" and fields["n_layer"] == 62 and usual != width:  # the largest one
+        fields["scale_attention_width"] = usual
+    if fields.get("position") != "rotary":
+        return
+    rotated = read.number(ROTATED, int, width)
+    if read.name == "gptneox":
+        fields["rotary_fraction"] = rotated / max(1, width)
+    elif rotated != width:
+        raise UsageError(
+            f"{read.name}.{ROTATED} is {rotated}, and must be {width}, the width of a head"
+        )
+
+
 def _shortest(value: float) -> float:
     """The shortest decimal that is this number in float32, as which files store it."""
     return float(str(np.float32(value))) if math.isfinite(value) else value
@@ -160,14 +192,14 @@ def _add_window(fields: dict[str, Any], read: _Metadata) -> None:
 
 def _add_scaling(fields: dict[str, Any], read: _Metadata) -> None:
     """How rotary positions are scaled."""
-    key = _SCALING + "type"
+    key = SCALING + "type"
     kind = read.theirs.get(key, "none")
     if kind not in ("none", "linear", "yarn"):
         raise UsageError(f"{read.name}.{key} is {quoted(kind)}, and must be none, linear or yarn")
-    factor = read.number(_SCALING + "factor", float, 1.0)
+    factor = read.number(SCALING + "factor", float, 1.0)
     for other in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor"):
-        if (found := read.number(_SCALING + other, float, 1.0)) != 1:
-            raise UsageError(f"{read.name}.{_SCALING}{other} is {found}, and must be 1")
+        if (found := read.number(SCALING + other, float, 1.0)) != 1:
+            raise UsageError(f"{read.name}.{SCALING}{other} is {found}, and must be 1")
     if kind == "none" or factor in (0, 1):
         return
     if fields.get("window"):  # Gemma
@@ -175,9 +207,9 @@ def _add_scaling(fields: dict[str, Any], read: _Metadata) -> None:
     fields |= {"rotary_scaling": kind, "rotary_scaling_factor": factor}
     if kind == "yarn":
         fields |= {
-            "rotary_trained_length": read.number(_SCALING + "original_context_length", int, 0),
-            "rotary_high_frequency": read.number(_SCALING + "yarn_beta_fast", float, 0.0),
-            "rotary_low_frequency": read.number(_SCALING + "yarn_beta_slow", float, 1.0),
+            "rotary_trained_length": read.number(SCALING + "original_context_length", int, 0),
+            "rotary_high_frequency": read.number(SCALING + "yarn_beta_fast", float, 0.0),
+            "rotary_low_frequency": read.number(SCALING + "yarn_beta_slow", float, 1.0),
         }
 
 
@@ -210,118 +242,6 @@ def check_factors(config: ModelConfig, found: Tensor) -> ModelConfig:
     wanted = rope_factors(config)
     if wanted.shape != found.shape or not torch.allclose(wanted, found, rtol=1e-3):
         raise UsageError(f"{ROPE_FACTORS} are not the factors of Llama 3.1 or 3.2")
-    return config
-
-
-def metadata_of(name: str, config: ModelConfig) -> dict[str, Any]:
-    """The metadata of a model. ``UsageError`` names the settings that the architecture cannot
-    express: those that :func:`config_of` does not read back.
-    """
-    arch, own = ARCHITECTURES[name], config.resolved()
-    theirs: dict[str, Any] = {}
-    for each, key in arch.keys.items():
-        value = getattr(own, each)
-        if value or key in SIZES.values():
-            theirs[key] = value
-    if not own.n_expert:
-        theirs.pop("expert_used_count", None)
-    if "window" in arch.keys and not own.window:
-        theirs.pop("rope.freq_base_swa", None)
-    if own.position == "rotary":
-        theirs[_ROTATED] = int(own.head_dim * own.rotary_fraction)
-        if own.rotary_scaling in ("linear", "yarn"):
-            theirs[_SCALING + "type"] = own.rotary_scaling
-            theirs[_SCALING + "factor"] = own.rotary_scaling_factor
-            theirs[_SCALING + "original_context_length"] = own.rotary_trained_length
-        if own.rotary_scaling == "yarn":
-            theirs[_SCALING + "yarn_beta_fast"] = own.rotary_high_frequency
-            theirs[_SCALING + "yarn_beta_slow"] = own.rotary_low_frequency
-    if "head_dim" in arch.keys:
-        theirs["attention.value_length"] = own.head_dim
-    if name == "gptneox":
-        theirs[_PARALLEL] = own.norm_placement == "parallel"
-    theirs["vocab_size"] = own.vocab_size
-    metadata = {f"{name}.{key}": value for key, value in theirs.items()}
-    shapes = _shapes_of(arch, own)
-    try:
-        read = config_of(name, metadata, shapes)
-    except UsageError as error:
-        raise UsageError(f"llama.cpp's {name} cannot express it: {error}") from None
-    if read.rotary_scaling == "llama3":
-        read = dataclasses.replace(read, rotary_scaling_factor=own.rotary_scaling_factor)
-    if differ := _differing(own, read.resolved(), arch):
-        each = " and ".join(f"model.{field} {getattr(config, field)}" for field in differ)
-        raise UsageError(f"llama.cpp's {name} cannot express {each}")
-    return metadata
-
-
-def _shapes_of(arch: Architecture, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The tensors from which :func:`config_of` reads settings."""
-    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (config.vocab_size, config.n_embd)}
-    has = {
-        "output.weight": not config.tie_embeddings,
-        "blk.0.attn_output.bias": config.bias,
-        "blk.0.attn_q.bias": config.qkv_bias == "yes",
-        "blk.0.ffn_up.bias": config.mlp_bias == "yes",
-        ROPE_FACTORS: config.rotary_scaling == "llama3",
-    }
-    return shapes | {name: (1,) for name, is_there in has.items() if is_there}
-
-
-def _differing(own: ModelConfig, read: ModelConfig, arch: Architecture) -> list[str]:
-    """The fields in which a model differs from what a file says. Biases that it lacks are zeros."""
-    found = []
-    for item in dataclasses.fields(ModelConfig):
-        one, two = getattr(own, item.name), getattr(read, item.name)
-        same = one == two
-        if isinstance(item.default, float):
-            same = np.float32(one) == np.float32(two)
-        match item.name:
-            case "window_pattern":
-                same = own.layer_pattern() == read.layer_pattern()
-            case "bias" | "qkv_bias" | "mlp_bias":
-                same = same or (one in (False, "no") and bool(arch.bias))
-            case "norm_bias":
-                same = same or (one == "no" and own.norm_weight and bool(arch.bias))
-            case "rotary_trained_length" | "rotary_high_frequency" | "rotary_temperature":
-                same = same or own.rotary_scaling == "none"
-            case "n_expert_active" | "moe_renormalise":
-                same = same or not own.n_expert
-            case "rotary_base" | "rotary_base_local" | "rotary_fraction":
-                same = same or own.position not in ("rotary", "xpos")
-        if not same and item.name not in _UNUSED:
-            found.append(item.name)
-    return found
-
-
-def architecture_for(config: ModelConfig) -> str:
-    """The first architecture that expresses a model. ``UsageError`` names what stands in the way of
-    the nearest one: the last one with the most of its fixed settings.
-    """
-    problems: dict[str, str] = {}
-    for name in ARCHITECTURES:
-        try:
-            metadata_of(name, config)
-        except UsageError as error:
-            problems[name] = str(error)
-        else:
-            return name
-    fixed = {field for arch in ARCHITECTURES.values() for field in arch.fixed}
-    plain = {item.name: item.default for item in dataclasses.fields(ModelConfig)}
-
-    def distance(name: str) -> int:
-        usual = plain | dict(ARCHITECTURES[name].fixed)
-        return sum(getattr(config, field) != usual[field] for field in fixed)
-
-    raise UsageError(problems[min(reversed(problems), key=distance)])
-
-
-def expected(config: ModelConfig, arch: Architecture) -> ModelConfig:
-    """The shape of the model in a file: with biases that a model may lack, which are then zeros."""
-    if arch.bias:
-        return dataclasses.replace(
-            config, bias=True, norm_bias="auto", qkv_bias="auto", mlp_bias="auto"
-        )
     return config
 
 

@@ -1,0 +1,122 @@
+"""Distillation (Hinton et al., 2015, arXiv:1503.02531): a run learns what other models predict.
+
+The loss of a token is ``w T^2 KL(p || q) + (1 - w) CE``. ``p`` is the mean of the teachers'
+distributions and ``q`` the student's, both with logits divided by the temperature ``T``; ``CE`` is
+the cross-entropy of the text's own next token. An ensemble of k seeds becomes one model that way.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpt.config import ObjectiveConfig, TrainConfig, UsageError, foreign
+from gpt.data import tokenizer as tokenizers
+from gpt.data.batches import IGNORED, Batch
+from gpt.data.tokenizer import Tokenizer
+from gpt.model.gpt import GPT
+from gpt.training.loss import chunks
+from gpt.training.source import Forward
+
+
+class Distillation:
+    """The objective of a run with teachers. ``autocast`` gives them the run's precision."""
+
+    def __init__(
+        self,
+        teachers: Sequence[GPT],
+        config: ObjectiveConfig,
+        *,
+        device: torch.device,
+        autocast: AbstractContextManager[object],
+    ) -> None:
+        self.teachers = [teacher.to(device).eval().requires_grad_(False) for teacher in teachers]
+        self.weight, self.temperature = config.distill_weight, config.distill_temperature
+        self.autocast = autocast
+
+    def __call__(self, forward: Forward, batch: Batch) -> Tensor:
+        """The loss of a batch, summed over its targets."""
+        taught = self.probabilities(batch)
+        logits = forward(batch.tokens, batch.documents)
+        loss: Tensor = _Distilled.apply(  # type: ignore[no-untyped-call]
+            logits.flatten(0, 1), batch.targets.flatten(), taught, self.weight, self.temperature
+        )
+        return loss
+
+    @torch.no_grad()
+    def probabilities(self, batch: Batch) -> Tensor:
+        """The teachers' averaged probabilities of each next token, float32 ``[B T, V]``."""
+        total: Tensor | None = None
+        for teacher in self.teachers:
+            with self.autocast:
+                logits = teacher(batch.tokens, documents=batch.documents)
+            own = (logits.flatten(0, 1).float() / self.temperature).softmax(dim=-1)
+            total = own if total is None else total.add_(own)
+        assert total is not None, "a run with this objective has teachers"
+        return total if len(self.teachers) == 1 else total.div_(len(self.teachers))
+
+
+class _Distilled(torch.autograd.Function):
+    """The loss of ``logits`` ``[N, V]``, whose backward pass overwrites them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, taught: Tensor, weight: float, temperature: float
+    ) -> Tensor:
+        ctx.save_for_backward(logits, targets, taught)
+        ctx.weight, ctx.temperature = weight, temperature
+        total = torch.zeros((), device=logits.device)
+        for rows, some, p in chunks(logits, targets, taught):
+            log_q = (rows.float() / temperature).log_softmax(dim=-1)
+            divergence = (torch.xlogy(p, p) - p * log_q).sum(dim=-1)
+            total += weight * temperature**2 * divergence[some != IGNORED].sum()
+            if weight < 1:
+                hard = F.cross_entropy(rows.float(), some, reduction="sum", ignore_index=IGNORED)
+                total += (1 - weight) * hard
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        logits, targets, taught = ctx.saved_tensors
+        weight, temperature = ctx.weight, ctx.temperature
+        for rows, some, p in chunks(logits, targets, taught):
+            counted = some != IGNORED
+            slope = (rows.float() / temperature).softmax(dim=-1).sub_(p).mul_(weight * temperature)
+            if weight < 1:
+                hard = rows.softmax(dim=-1, dtype=torch.float32)
+                index = torch.where(counted, some, 0)[:, None]
+                hard.scatter_add_(1, index, torch.full_like(index, -1, dtype=hard.dtype))
+                slope.add_(hard, alpha=1 - weight)
+            rows.copy_(slope.mul_((counted * gradient)[:, None]))
+        return logits, None, None, None, None
+
+
+def load_teachers(
+    config: TrainConfig, tokenizer: Tokenizer, load: Callable[[str], tuple[GPT, Tokenizer]]
+) -> list[GPT]:
+    """The models of ``objective.distill``. ``UsageError`` if one has another tokenizer, another
+    vocabulary, or a shorter context than the run.
+    """
+    wanted, found = config.model, []
+    for name in config.objective.teachers:
+        model, own = load(name)
+        if tokenizers.fingerprint(own) != tokenizers.fingerprint(tokenizer):
+            raise UsageError(
+                f"objective.distill has {foreign(name)}, whose tokenizer is not that of the run"
+            )
+        for field, most in (
+            ("vocab_size", model.config.vocab_size),
+            ("context_length", model.config.most_positions() or wanted.context_length),
+        ):
+            value = getattr(wanted, field)
+            if value > most or (field == "vocab_size" and value != most):
+                raise UsageError(
+                    f"model.{field} is {value}, and {foreign(name)}, which objective.distill has, "
+                    f"has {most}"
+                )
+        found.append(model)
+    return found

@@ -1,0 +1,107 @@
+"""Runs that are planned to take some minutes."""
+
+import dataclasses
+import io
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from gpt import checkpoint as checkpoints
+from gpt.config import TrainConfig, UsageError, parse
+from gpt.interop.load import load
+from gpt.training import budget
+from gpt.training.run import train
+from tests.tiny import change, tiny_run
+
+
+@pytest.fixture
+def config(text_file, tmp_path):
+    return tiny_run(tmp_path, text_file, model={"dropout": 0.1}, training={"max_minutes": 0.5})
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Steps and evaluations that seem to take some seconds."""
+    measure, shown = budget.measure, []
+
+    def measured(trainer, sample, *, seconds):
+        real = measure(trainer, sample, seconds=0.0)
+        shown.append((trainer.step, seconds, *real))
+        return 2.0, 4.0
+
+    monkeypatch.setattr(budget, "measure", measured)
+    return shown
+
+
+def run(config, **options):
+    console = Console(file=io.StringIO(), width=200)
+    return train(config, console=console, **options), console.file.getvalue()
+
+
+def last(config):
+    return load_file(checkpoints.find(config.run, "last").path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "steps"),
+    # two evaluations of 4 s, steps of 2 s, and an evaluation more for each 10 steps
+    [(1, 1), (10, 1), (24, 8), (27, 9), (32, 10), (248, 100)],
+)
+def test_steps_and_evaluations_fit_into_the_time(seconds, steps):
+    assert budget.steps_of(seconds, 2.0, 4.0, every=10) == steps
+
+
+def test_a_planned_run_is_the_run_of_so_many_steps(config, quick):
+    result, output = run(config)
+    assert (result.step, quick[0][0], quick[0][1]) == (7, 4, 0.6)
+    assert min(quick[0][2:]) > 0
+    assert "0.5 minutes are planned as 7 steps: a step takes 2000.0 ms" in output
+    other = dataclasses.replace(config, run_dir=config.run_dir + "-plain")
+    other = change(other, training={"max_minutes": 0.0, "max_steps": 7})
+    run(other)
+    one, two = last(config), last(other)
+    assert all(torch.equal(one[name], two[name]) for name in two)
+    assert len(quick) == 1
+
+
+def test_a_plan_leaves_the_initial_model_as_it_is(config, quick):
+    plain = change(config, training={"max_minutes": 0.0, "max_steps": 7})
+    run(plain)
+    from functools import partial
+
+    tuned = [
+        dataclasses.replace(each, init=str(config.run), run_dir=f"{config.run_dir}-{n}")
+        for n, each in enumerate((config, plain))
+    ]
+    for each in tuned:
+        run(each, initial=partial(load, trainable=True))
+    one, two = map(last, tuned)
+    assert all(torch.equal(one[name], two[name]) for name in two)
+    assert len(quick) == 1
+
+
+def test_the_plan_is_written_down_and_kept_when_the_run_is_resumed(config, quick):
+    run(config)
+    written = parse(TrainConfig, [str(config.run / "config.toml")], prog="train.py").training
+    assert (written.max_steps, written.max_minutes) == (7, 0.0)
+    for minutes in (0.5, 9.0):
+        again = change(config, training={"max_minutes": minutes})
+        result, output = run(dataclasses.replace(again, resume=True))
+        assert result.step == 7
+        assert "training.max_minutes was planned when the run began: it has 7 steps" in output
+        assert "changed" not in output
+    more = change(config, training={"max_minutes": 0.0, "max_steps": 9})
+    result, _ = run(dataclasses.replace(more, resume=True))
+    assert result.step == 9
+    assert len(quick) == 1
+
+
+def test_minutes_plan_no_other_objective():
+    with pytest.raises(UsageError, match="plans runs of objective.kind next_token alone"):
+        parse(
+            TrainConfig,
+            ["--init", "x", "--objective.kind", "dpo", "--training.max_minutes", "5"],
+            prog="train.py",
+        )
