@@ -8,7 +8,8 @@ from gpt.config.checks import UsageError, check, number
 AdapterKind = Literal["none", "lora", "bottleneck"]
 LORA_ONLY = ("alpha", "targets", "rank_stabilised")
 """Settings that a bottleneck has no use for."""
-AdapterBase = Literal["float32", "int8", "int4", "gguf"]
+RoundedBase = Literal["bfloat16", "int8", "int4"]
+AdapterBase = Literal["float32", "bfloat16", "int8", "int4", "gguf"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +31,9 @@ class AdapterConfig:
     rank_stabilised: bool = False
     """Scale lora's products by alpha / sqrt(rank) (Kalajdzievski, 2023)."""
     base: AdapterBase = "float32"
-    """Format of the blocks' own weights while the adapter is trained. int8 and int4 round them, and
-    need less memory; gguf: the blocks of a GGUF file as they are, which loses nothing."""
+    """Format of the blocks' own weights while the adapter is trained. bfloat16, int8 and int4 round
+    them, and need less memory; with training.precision bfloat16, the first changes nothing. gguf:
+    the blocks of a GGUF file as they are, which loses nothing."""
 
     def __post_init__(self) -> None:
         check(self, "adapter.")
