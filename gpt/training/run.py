@@ -137,7 +137,7 @@ def train_on(
             base = setup.describe_base(config, model)
             if checkpoint is not None:
                 setup.check_base(checkpoint, config.init, base)
-            if config.adapter.base not in ("float32", "gguf"):
+            if config.adapter.base in ("bfloat16", "int8", "int4"):
                 if freeze_rounded is None:
                     raise UsageError(
                         f"adapter.base is {config.adapter.base}, and the caller of train() gave no "
