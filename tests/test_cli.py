@@ -213,8 +213,8 @@ def test_a_model_that_is_not_there_is_told_with_the_runs_that_are(tmp_path, monk
 def test_an_unknown_command_is_refused(capsys):
     assert main(["trian"]) == 2
     assert (
-        "unknown command 'trian'; choose from train, sample, prepare, inspect, export, evaluate, "
-        "tokenizer" in capsys.readouterr().err
+        "unknown command 'trian'; choose from train, sample, serve, prepare, inspect, tokenizer, "
+        "evaluate, export, plan, report, doctor; did you mean train?" in capsys.readouterr().err
     )
 
 

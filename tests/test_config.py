@@ -15,6 +15,7 @@ from gpt.config import (
     InspectConfig,
     ModelConfig,
     PrepareConfig,
+    ReportConfig,
     SampleConfig,
     SamplingConfig,
     ServeConfig,
@@ -321,6 +322,7 @@ REQUIRED = {
     PrepareConfig: {"sources": ("s",)},
     InspectConfig: {"path": Path("p")},
     ServeConfig: {"model": "m"},
+    ReportConfig: {"runs": ("r",)},
 }
 REQUIRED[EvaluateConfig]["text"] = "t"
 WRONG = {

@@ -204,6 +204,7 @@ def test_every_variant_that_the_kernels_know_is_tested_in_them():
     others = {(part, name) for part, values in PARTS.items() for name in values} - names
     assert others == {
         ("position", "dynamic ntk"), ("placement", "post"), ("placement", "deepnorm"),
+        ("ends", "skips"), ("ends", "value embeddings"),
     }  # fmt: skip
 
 

@@ -53,7 +53,7 @@ def write_records(path: Path, n: int = 24) -> Path:
 
 def config_of(folder: Path, kind: str, objective=(), training=(), evaluation=(), **groups):
     """A run of 7 steps, in ``folder/run``, from ``folder/start``, on ``folder/records.jsonl``."""
-    adapter = AdapterConfig(kind="lora" if kind.endswith("adapter") else "none", rank=2)
+    adapter = AdapterConfig(kind="lora", rank=2) if "adapter" in kind else AdapterConfig()
     fields = {"records": 4, "samples": 3, "max_new_tokens": 6} | KINDS[kind] | dict(objective)
     config = tiny_run(
         folder,

@@ -40,7 +40,9 @@ def some_batch():
 
 def gradients(model, make_loss):
     model.zero_grad()
-    loss = make_loss(lambda tokens, documents=None: model(tokens, documents=documents))
+    loss = make_loss(
+        lambda tokens, documents=None, read=None: model(tokens, documents=documents, read=read)
+    )
     loss.backward()
     return loss.detach(), [p.grad.clone() for p in model.parameters()]
 

@@ -46,7 +46,7 @@ def folder(tmp_path_factory):
     """A folder with the results of worker.py on one, two and four processes."""
     place = tmp_path_factory.mktemp("parallel")
     write_records(place / "records.jsonl")
-    sums = ({"prompt": f"{i}+1=", "completion": str(i + 1) * (i % 3)} for i in range(60))
+    sums = ({"prompt": f"{i}+1=", "completion": str(i + 1) * (1 + i % 3)} for i in range(60))
     (place / "sums.jsonl").write_text("".join(json.dumps(record) + "\n" for record in sums))
     (place / "text.txt").write_text("".join(LINES[i % 3] for i in range(160)))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
