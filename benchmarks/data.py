@@ -184,9 +184,9 @@ def memory() -> None:
         folder = Path(name)
         plays(folder / "part.jsonl", 10**9)
         sources = []
-        for number in range(5):  # 5 GB from 1 GB, under other names
+        for number in range(5):
             sources.append(str(folder / f"{number}.jsonl"))
-            os.link(folder / "part.jsonl", sources[-1])
+            shutil.copyfile(folder / "part.jsonl", sources[-1])
         for kind in ("keep", "exact"):
             out = folder / kind
             words = [*sources, "--out", str(out), "--data.tokenizer", "byte", "--duplicates", kind]

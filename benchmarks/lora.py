@@ -1,12 +1,14 @@
 """LoRA beside PEFT's: ``python benchmarks/lora.py [--model smollm2]``.
 
-The same steps of AdamW on the same tokens, float32, rank 8 on all linear layers of the attention:
-this project, this project over int4, and ``transformers`` with PEFT. Each contender is a process of
-its own; the peak memory is that of its whole life. Figures are medians of the steps after the
-first.
+The same steps of AdamW on the same tokens, rank 8 on all linear layers of the attention, float32
+weights: this project, this project over the blocks of a GGUF file, and ``transformers`` with PEFT.
+All multiply in the dtype that is fast on the machine, by autocast; ``--precision`` chooses another
+one. Each contender is a process of its own; the peak memory is that of its whole life. Figures are
+medians of the steps after the first.
 """
 
 import argparse
+import functools
 import json
 import resource
 import statistics
@@ -24,32 +26,37 @@ from rich.table import Table
 from torch import Tensor
 
 from gpt.config import AdapterConfig
-from gpt.generation.frozen import freeze_rounded
+from gpt.device import choose_precision
 from gpt.interop.export import export_huggingface
-from gpt.interop.load import load
+from gpt.interop.load import load, load_for_adapter
 from gpt.model.adapter import adapt
-from gpt.training.loss import summed_loss
+from gpt.model.gpt import GPT
+from gpt.training.loss import loss_of_features
+from gpt.training.precision import autocast
 
+CPU = torch.device("cpu")
 Step = Callable[[Tensor, Tensor], Tensor]
 """The summed loss of the targets ``[B, T]`` after the tokens ``[B, T]``."""
 
 
-def ours(options: argparse.Namespace, *, rounded: bool = False) -> tuple[Step, list[Tensor]]:
+def ours(options: argparse.Namespace) -> tuple[Step, list[Tensor]]:
     """A model of this project, with an adapter."""
-    model = load(options.model, trainable=True).model.train()
-    if rounded:
-        freeze_rounded(model, "int4")
-    adapt(model, AdapterConfig(kind="lora", rank=options.rank))
+    return adapted(load(options.model, trainable=True).model, options)
+
+
+def over_blocks(options: argparse.Namespace) -> tuple[Step, list[Tensor]]:
+    """The same over the blocks of the file."""
+    return adapted(load_for_adapter(options.model).model, options)
+
+
+def adapted(model: GPT, options: argparse.Namespace) -> tuple[Step, list[Tensor]]:
+    """A step of the model with an adapter, and the adapter's parameters."""
+    adapt(model.train(), AdapterConfig(kind="lora", rank=options.rank))
 
     def step(tokens: Tensor, targets: Tensor) -> Tensor:
-        return summed_loss(model(tokens), targets)
+        return model(tokens, read=functools.partial(loss_of_features, targets=targets))
 
     return step, [p for p in model.parameters() if p.requires_grad]
-
-
-def over_int4(options: argparse.Namespace) -> tuple[Step, list[Tensor]]:
-    """The same over rounded weights."""
-    return ours(options, rounded=True)
 
 
 def theirs(options: argparse.Namespace) -> tuple[Step, list[Tensor]]:
@@ -69,7 +76,7 @@ def theirs(options: argparse.Namespace) -> tuple[Step, list[Tensor]]:
     return step, [p for p in model.parameters() if p.requires_grad]
 
 
-CONTENDERS = {"this project": ours, "over int4": over_int4, "PEFT": theirs}
+CONTENDERS = {"this project": ours, "over blocks": over_blocks, "PEFT": theirs}
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
@@ -82,7 +89,8 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     for _ in range(options.steps + 1):
         ids = torch.randint(1000, (options.rows, options.length + 1), generator=generator)
         start = time.perf_counter()
-        total = step(ids[:, :-1], ids[:, 1:]) / (options.rows * options.length)
+        with autocast(CPU, choose_precision(options.precision, CPU)):
+            total = step(ids[:, :-1], ids[:, 1:]) / (options.rows * options.length)
         total.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -101,6 +109,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--folder", default="")
     parser.add_argument("--only", choices=CONTENDERS)
     options = parser.parse_args()

@@ -2,7 +2,7 @@
 
 The core takes an evening to read: ``gpt.py``, ``block.py``, ``attention.py``, ``attend.py``,
 ``cache.py`` and ``store.py`` in ``gpt/model/``, ``gpt/generation/decode.py``,
-``gpt/training/loop.py``; 2,200 lines in all.
+``gpt/training/loop.py``; 2,300 lines in all.
 
 The names here are the public Python interface. They are imported at their first use, so that
 ``import gpt`` alone does not wait for torch.

@@ -191,13 +191,14 @@ def train(words: Sequence[str], prog: str) -> int:
             if tells:
                 raise
             return 2
-        from gpt.device import keep_freed_memory
+        from gpt.device import keep_freed_memory, return_freed_memory
         from gpt.generation.examples import ExampleEncoder
         from gpt.generation.frozen import freeze_rounded
         from gpt.training.interrupt import Output
         from gpt.training.run import train as run
 
-    keep_freed_memory()
+    saves_memory = config.adapter.kind != "none" and config.adapter.base != "float32"
+    (return_freed_memory if saves_memory else keep_freed_memory)()
     write: Write | None = None
     if config.objective.kind != "next_token":
         from gpt.generation.rollout import write_texts

@@ -20,7 +20,7 @@ AXES = {"step": "step", "tokens": "tokens", "time": "hours of training steps"}
 """The axes that curves are drawn over, with their labels."""
 WINDOW = 0.05
 """The part of a run over which its band and its mean line are taken."""
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "svg.hashsalt": "gpt", "svg.fonttype": "none", "font.size": 9, "axes.grid": True,
     "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
 }  # fmt: skip

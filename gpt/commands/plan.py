@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from rich.table import Table
@@ -16,13 +16,15 @@ from gpt.commands.gpus import GPUS, USABLE
 from gpt.commands.vocabulary import with_vocabulary
 from gpt.config import PlanConfig, UsageError, foreign
 from gpt.console import open_console, tell
-from gpt.device import choose_device, choose_precision, free_memory, memory
+from gpt.device import choose_device, choose_precision, free_memory, keep_freed_memory, memory
 from gpt.model.adapter import adapt
 from gpt.model.gpt import GPT, parameter_count
 from gpt.training.footprint import Footprint, Planner, cache_bytes
 from gpt.training.parallel import STATE_BYTES, Strategy
 from gpt.training.timing import measure_step
 
+Checkpointing = Literal["none", "selective", "full"]
+MODES: tuple[Checkpointing, ...] = ("none", "selective", "full")
 CHINCHILLA = 20
 """Tokens for each parameter at the lowest loss for the computation (arXiv:2203.15556)."""
 DAY = 86_400
@@ -49,7 +51,7 @@ class Plan:
     place: Place
     parameters: int
     without_embeddings: int
-    memory: dict[str, dict[str, float]]
+    memory: dict[Checkpointing, dict[str, float]]
     """Bytes by kind, for each mode of activation checkpointing."""
     cache: int
     """Bytes of the cache of one sequence of the full context, in generation."""
@@ -61,7 +63,7 @@ class Plan:
     """Where the time is from."""
     sequences: int
     """Of a step, on each processor."""
-    largest: dict[str, int]
+    largest: dict[Checkpointing, int]
     """The largest micro batch that fits, by mode of activation checkpointing; 0: none."""
     micro_batch: int
     """The largest one that fits and divides a step's sequences, with the run's own mode; 0: none.
@@ -98,7 +100,7 @@ def make_plan(config: PlanConfig, settings: Path, words: Sequence[str]) -> Plan:
         )
     sequences = whole // place.world
     rows = min(config.training.micro_batch_size, sequences)
-    planners = {mode: _planner(config, place, mode) for mode in ("none", "selective", "full")}
+    planners = {mode: _planner(config, place, mode) for mode in MODES}
     fixed = _state(config, place, planners["none"]) if place.strategy == "fsdp" else 0.0
     memories, largest = {}, {}
     for mode, planner in planners.items():
@@ -163,7 +165,7 @@ def _on_gpu(config: PlanConfig) -> bool:
     return config.gpu != "none" or choose_device(config.training.device).type == "cuda"
 
 
-def _planner(config: PlanConfig, place: Place, mode: str) -> Planner:
+def _planner(config: PlanConfig, place: Place, mode: Checkpointing) -> Planner:
     training = dataclasses.replace(config.training, activation_checkpointing=mode)
     one = dataclasses.replace(config, training=training)
     gpu = _on_gpu(config)
@@ -195,7 +197,11 @@ def _by_kind(found: Footprint, fixed: float, place: Place) -> dict[str, float]:
 
 
 def _time(
-    config: PlanConfig, place: Place, planners: dict[str, Planner], flops: float, sequences: int
+    config: PlanConfig,
+    place: Place,
+    planners: dict[Checkpointing, Planner],
+    flops: float,
+    sequences: int,
 ) -> tuple[float | None, str]:
     """Seconds of the run, and where the number is from."""
     if place.peak is not None:
@@ -204,6 +210,7 @@ def _time(
     if not config.measure:
         return None, "not measured"
     device = choose_device(config.training.device)
+    keep_freed_memory()
     tell(f"measuring for about {config.seconds:g} seconds")
     time = measure_step(
         config,

@@ -34,7 +34,7 @@ class RunData:
     def axis(self, x: str, record: Record) -> float | None:
         """Where a record stands on the axis ``step``, ``tokens`` or ``time`` (hours)."""
         if x == "time":
-            return record["seconds"] / 3600
+            return float(record["seconds"]) / 3600
         found = record.get(x)
         return None if found is None else float(found)
 
@@ -94,7 +94,7 @@ def _placed(evaluation: Record, steps: Sequence[Record]) -> Record:
     before = [each for each in steps if each["step"] <= evaluation["step"]]
     if not before:
         return {"tokens": 0, "seconds": 0.0, **evaluation}
-    known = {name: before[-1][name] for name in ("tokens", "seconds") if name in before[-1]}
+    known: Record = {name: before[-1][name] for name in ("tokens", "seconds") if name in before[-1]}
     return {**known, **evaluation}
 
 

@@ -7,7 +7,7 @@ float64.
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -111,8 +111,7 @@ def _products(kind: Weights, device: torch.device) -> str:
     torch.manual_seed(SEED)
     model = GPT(ModelConfig(**{**SMALL, "n_layer": 1, "vocab_size": 1000, "n_embd": 512})).eval()
     packed = prepare_for_inference(model, kind, device=device)
-    head = packed.head
-    assert isinstance(head, PackedLinear)
+    head = cast(PackedLinear, packed.head)
     matrix, exact = head.matrix, model.head.weight.double()
     stored = matrix.dense(torch.float32).double().cpu()
     if not (error := _relative(stored, exact)) < ROUNDED[kind]:

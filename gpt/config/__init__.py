@@ -5,7 +5,7 @@ words, which are put before the user's own words. So both get the same parser (t
 and the same suggestions. Nothing here imports torch, so ``--help`` answers at once.
 """
 
-from gpt.config.adapter import AdapterConfig, AdapterKind
+from gpt.config.adapter import AdapterConfig, AdapterKind, RoundedBase
 from gpt.config.checks import FOREIGN, MESSAGE, Bounds, UsageError, foreign, nearest, quoted
 from gpt.config.commands import (
     Duplicates,
@@ -105,6 +105,7 @@ __all__ = [
     "PrepareConfig",
     "ReportConfig",
     "RotaryScaling",
+    "RoundedBase",
     "RouterScore",
     "SampleConfig",
     "SamplingConfig",

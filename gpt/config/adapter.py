@@ -1,12 +1,15 @@
 """Options of adapters: a few new weights over a model whose own ones stay as they are."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from gpt.config.checks import UsageError, check, number
 
 AdapterKind = Literal["none", "lora", "bottleneck"]
-AdapterBase = Literal["float32", "int8", "int4", "gguf"]
+LORA_ONLY = ("alpha", "targets", "rank_stabilised")
+"""Settings that a bottleneck has no use for."""
+RoundedBase = Literal["bfloat16", "int8", "int4"]
+AdapterBase = Literal["float32", "bfloat16", "int8", "int4", "gguf"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +31,25 @@ class AdapterConfig:
     rank_stabilised: bool = False
     """Scale lora's products by alpha / sqrt(rank) (Kalajdzievski, 2023)."""
     base: AdapterBase = "float32"
-    """Format of the blocks' own weights while the adapter is trained. int8 and int4 round them, and
-    need less memory; gguf: the blocks of a GGUF file as they are, which loses nothing."""
+    """Format of the blocks' own weights while the adapter is trained. bfloat16, int8 and int4 round
+    them, and need less memory; with training.precision bfloat16, the first changes nothing. gguf:
+    the blocks of a GGUF file as they are, which loses nothing."""
 
     def __post_init__(self) -> None:
         check(self, "adapter.")
         if not self.targets:
             raise UsageError("adapter.targets is empty, and needs a pattern such as attn.*")
+        unused = {"lora": (), "bottleneck": LORA_ONLY, "none": None}[self.kind]
+        for item in fields(self):
+            value = getattr(self, item.name)
+            is_unused = item.name != "kind" if unused is None else item.name in unused
+            if is_unused and value != item.default:
+                needs = "lora" if item.name in LORA_ONLY else "lora or bottleneck"
+                shown = " ".join(value) if isinstance(value, tuple) else value
+                raise UsageError(
+                    f"adapter.{item.name} is {shown}, and adapter.kind is {self.kind}; it needs "
+                    f"{needs}"
+                )
 
     @property
     def scale(self) -> float:

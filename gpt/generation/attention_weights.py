@@ -16,6 +16,7 @@ from torch import Tensor
 from gpt.config import UsageError
 from gpt.generation.prefill import evaluation_mode
 from gpt.model import attention
+from gpt.model.attend import attend
 from gpt.model.gpt import GPT
 
 _one = threading.Lock()
@@ -40,20 +41,20 @@ def _recorded(found: list[Tensor]) -> Iterator[None]:
     """While inside, each call of :func:`gpt.model.attend.attend` by this thread adds the weights
     ``[H, T]`` of the last query.
     """
-    here, plain = threading.get_ident(), attention.attend
+    here, layers = threading.get_ident(), vars(attention)
 
-    @functools.wraps(plain)
+    @functools.wraps(attend)
     def recording(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Tensor:
         if threading.get_ident() == here:
             found.append(_weights(q, k, **settings))
-        return plain(q, k, v, **settings)
+        return attend(q, k, v, **settings)
 
     with _one:  # others may generate meanwhile, but only one records
-        attention.attend = recording
+        layers["attend"] = recording
         try:
             yield
         finally:
-            attention.attend = plain
+            layers["attend"] = attend
 
 
 def _weights(q: Tensor, k: Tensor, **settings: Any) -> Tensor:
@@ -64,9 +65,5 @@ def _weights(q: Tensor, k: Tensor, **settings: Any) -> Tensor:
     if plain:  # one query sees every key
         q = q[:, :, -1:]
     identity = torch.eye(T, dtype=k.dtype, device=k.device).expand(B, H, T, T)
-    weights = attention_plain(q, k, identity, **settings)
+    weights = attend(q, k, identity, **settings)
     return weights[0, :, -1].float().cpu()
-
-
-attention_plain = attention.attend
-"""Attention itself, also while it is recorded."""

@@ -379,9 +379,8 @@ class Decoder:
         for i, row in enumerate(self._rows):
             if row.sequence == sequence and self._cache is not None:
                 read = min(self._cache.lengths[i], len(row.tokens) - 1)
-                cache = self.model.new_cache(
-                    1, capacity=self._cache.lengths[i], stored_as=self.config.cache
-                )
+                length, stored_as = self._cache.lengths[i], self.config.cache
+                cache = self.model.new_cache(1, capacity=length, stored_as=stored_as)
                 cache.reorder([])
                 cache.add(self._cache, [i])
                 if not cache.can_truncate([read]):

@@ -66,7 +66,7 @@ def add_adapter(
             f"the adapter in {foreign(checkpoint.path)} was trained over {foreign(own.base)}, and "
             "this model has other weights"
         )
-    if own.settings.base in ("int8", "int4"):
+    if own.settings.base in ("bfloat16", "int8", "int4"):
         round_weights(model, own.settings.base)
     adapt(model, own.settings, _weights(checkpoint))
     return own.settings

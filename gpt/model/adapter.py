@@ -29,7 +29,9 @@ BOTTLENECKS = ("attn.out", "mlp.down")
 
 
 class LowRank:
-    """The hook of LoRA: ``[..., N]`` plus the scaled product of ``[..., K]``."""
+    """The hook of LoRA: ``[..., N]`` plus the scaled product of ``[..., K]``. It adds to the
+    layer's output in place: copies of it would be most of an adapter's own memory and time.
+    """
 
     is_on = True
 
@@ -41,7 +43,10 @@ class LowRank:
             return out
         x = F.dropout(inputs[0], self.dropout, layer.training)
         a, b = layer.get_parameter(A), layer.get_parameter(B)
-        return out + self.scale * F.linear(F.linear(x, a), b)
+        narrow = F.linear(x, a).to(out.dtype).flatten(0, -2)
+        product = out.view(-1, out.shape[-1])
+        product.addmm_(narrow, b.to(out.dtype).T, alpha=self.scale)
+        return out
 
 
 class Bottleneck:

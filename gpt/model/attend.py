@@ -135,7 +135,7 @@ def attend(
             scale=scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )
-    return y.reshape(shape)
+    return y.reshape(*shape[:-1], v.shape[-1])
 
 
 def _kernels(q: Tensor, training: bool) -> contextlib.AbstractContextManager[None]:

@@ -60,7 +60,9 @@ def one_by_one(*tensors: Tensor, **options: Any) -> Tensor:
     """Attention inside each document, as :func:`_one_by_one`. It is never compiled, because the
     number of documents differs from step to step.
     """
-    return _uncompiled()(*tensors, **options)
+    if torch.compiler.is_compiling():
+        return _uncompiled()(*tensors, **options)
+    return _one_by_one(*tensors, **options)
 
 
 @functools.cache

@@ -58,11 +58,10 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers, start, origin = Headers(scope=scope), time.monotonic(), ""
+        headers, start = Headers(scope=scope), time.monotonic()
         path = scope["path"] if scope["path"] in self.paths else "other"
         refusal = self._refusal(scope, headers)
-        if refusal is None:
-            origin = headers.get("origin", "")
+        origin = headers.get("origin", "")
 
         async def add_headers(message: Message) -> None:
             if message["type"] == "http.response.start":

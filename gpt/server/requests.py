@@ -211,7 +211,8 @@ def chat(model: tuple[GPT, Tokenizer], body: Any, limits: Limits) -> Request:
         ids, ends = chat_prompt(model, messages, variables=variables)
     except UsageError as error:
         raise RequestError(str(error), param="messages") from None
-    prompts = [[*ids, *_encoded(model[1], given.get("answer_token_ids", []))]]
+    begun = given.get("answer_token_ids")
+    prompts = [[*ids, *_encoded(model[1], begun)] if begun else ids]
     asked = given.get("max_completion_tokens", given.get("max_tokens", limits.length))
     config = _config(model, given, prompts, limits, asked, logprobs)
     gives_ids = bool(given.get("return_token_ids"))
@@ -228,6 +229,10 @@ def attention(model: tuple[GPT, Tokenizer], body: Any, limits: Limits) -> list[i
             f"token_ids has {len(ids):,} tokens, and attention is shown for up to {most:,}",
             param="token_ids",
         )
+    try:
+        check_prompt(model[0], ids, GenerationConfig(past_context="stop"), model[1].vocab_size)
+    except UsageError as error:
+        raise RequestError(str(error), param="token_ids") from None
     return ids
 
 

@@ -23,6 +23,8 @@ from gpt.training.compilation import compile_blocks
 from gpt.training.parallel import STATE_BYTES, Strategy, World, replicate, shard
 
 NO_ADAPTER = AdapterConfig()
+BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.6, "gguf": 0.6}
+"""Of a frozen weight, by ``adapter.base``."""
 
 
 def build_model(
@@ -123,7 +125,7 @@ def check_sizes(
     """
     sequences = training.batch_tokens // model.context_length
     n_parameters = parameter_count(model)
-    frozen = {"float32": 4.0, "int8": 1.0, "int4": 0.6, "gguf": 0.6}[adapter.base]
+    frozen = BYTES[adapter.base]
     each = STATE_BYTES if adapter.kind == "none" and not training.freeze else frozen
     check_memory(
         f"the weights, gradients and optimizer state of {n_parameters:,} parameters",

@@ -1,6 +1,8 @@
 """torch.compile, if the user asks for it or it makes training faster."""
 
+import contextlib
 import subprocess
+import sys
 from collections.abc import Callable
 from typing import Literal
 
@@ -41,3 +43,13 @@ def compile_blocks(
         if isinstance(block.mlp, MoE):
             block.mlp.compute_eagerly()
         block.compile()
+
+
+def uncompiled() -> contextlib.AbstractContextManager[None]:
+    """A context in which compiled blocks run as they are written. It does not import the compiler,
+    which needs 150 MB, if nothing has been compiled.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return contextlib.nullcontext()
+    stance: contextlib.AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance

@@ -29,6 +29,7 @@ from gpt.model.gpt import GPT, Read, parameter_count
 from gpt.model.moe import auxiliary_loss
 from gpt.training import build, experts, nonfinite, setup, state
 from gpt.training.averaging import Average
+from gpt.training.compilation import uncompiled
 from gpt.training.distillation import Distillation
 from gpt.training.interrupt import Interrupt
 from gpt.training.metrics import Reporter, Silent
@@ -522,7 +523,7 @@ class Trainer:
             )
         if model is None or not self.world.is_main:
             return Shown("")
-        with torch.compiler.set_stance("force_eager"):  # else each length would be compiled
+        with uncompiled():  # else each length would be compiled
             return make(model, self.data)
 
     def save(self, saver: Saver, loss: float | None = None) -> None:

@@ -89,6 +89,12 @@ class _LossOfFrozenHead(torch.autograd.Function):
         return ctx.slope.mul_(gradient), None, None
 
 
+def counted_positions(targets: Tensor) -> Tensor | None:
+    """Where ``targets`` ``[B, T]`` count in the loss; ``None`` if all do."""
+    counted = targets != IGNORED
+    return None if counted.all() else counted
+
+
 def loss_of_features(model: GPT, features: Tensor, *, targets: Tensor) -> Tensor:
     """The :func:`summed_loss` of the logits that the model makes of its features ``[B, T, C]``.
 
@@ -96,8 +102,8 @@ def loss_of_features(model: GPT, features: Tensor, *, targets: Tensor) -> Tensor
     a GPU for them would wait for it.
     """
     is_frozen = model.pointer is None and not model.head.weight.requires_grad
-    counted = targets != IGNORED
-    if (is_frozen or not targets.is_cuda) and not counted.all():
+    counted = counted_positions(targets) if is_frozen or not targets.is_cuda else None
+    if counted is not None:
         features, targets = features[counted][None], targets[counted][None]
     if not is_frozen:
         return summed_loss(model.logits(features), targets)

@@ -1,35 +1,27 @@
-"""Direct preference optimisation (Rafailov et al., 2023, arXiv:2305.18290).
+"""The task of a run that learns from preferences (:mod:`gpt.training.dpo`).
 
-A record has a prompt, a chosen and a rejected text. The loss is that of a classifier which tells
-them apart by how much more likely the model makes each than the start model does::
-
-    margin = beta * ((log p(chosen) - log q(chosen)) - (log p(rejected) - log q(rejected)))
-    loss   = -log sigmoid(margin)
-
-With ``objective.chosen_weight``, the cross-entropy of the chosen text is added (Pang et al., 2024,
-arXiv:2404.19733). ``q`` is the start model. Its log-probabilities are computed once, with the model
-itself before the first step, and are stored in the run's folder: there is never a second copy of
-the weights.
+A record has a prompt, a chosen and a rejected text. The start model's log-probabilities are
+computed once, with the model itself before the first step, and are stored in the run's folder:
+there is never a second copy of the weights. With ``objective.chosen_weight``, the cross-entropy of
+the chosen text is added to the loss (Pang et al., 2024, arXiv:2404.19733).
 """
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gpt import tensors
 from gpt.config import GenerationConfig, TrainConfig, UsageError, foreign
 from gpt.data import tokenizer as tokenizers
-from gpt.data.batches import IGNORED, Batch, spread
+from gpt.data.batches import IGNORED, spread
 from gpt.data.completions import Completed, encode_completion, encode_prompt_of, padded
 from gpt.data.prompts import Records, RecordSet
 from gpt.data.records import Record
 from gpt.model.gpt import GPT
+from gpt.training.dpo import Pairs, dpo_loss
 from gpt.training.loop import Data, Shown, Trainer
 from gpt.training.parallel import World
 from gpt.training.records import RecordOrder, StartLogits, StartModel, Write, summed_logprobs
@@ -38,48 +30,6 @@ from gpt.training.task import Evaluation, Figures, text_logprobs
 
 FIELDS = ("chosen", "rejected")
 """Of a record, besides its prompt."""
-
-
-def dpo_loss(
-    policy: Tensor, reference: Tensor, *, beta: float, label_smoothing: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """The loss and the rewards of pairs: ``[P]``, and ``[P, 2]``. ``policy`` and ``reference``
-    ``[P, 2]`` are the log-probabilities of the chosen and the rejected texts, in nats.
-
-    With ``label_smoothing``, a preference is wrong with that probability (Mitchell, "A note on DPO
-    with noisy preferences", 2023).
-    """
-    rewards = beta * (policy - reference)
-    margins = rewards[:, 0] - rewards[:, 1]
-    right, wrong = F.logsigmoid(margins), F.logsigmoid(-margins)
-    return -(1 - label_smoothing) * right - label_smoothing * wrong, rewards
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """P pairs: row 2i of ``texts`` is a chosen text, and row 2i + 1 the rejected one. ``reference``
-    ``[P, 2]`` are the start model's log-probabilities.
-    """
-
-    texts: Batch
-    reference: Tensor
-
-    def n_targets(self) -> int:
-        """The number of pairs."""
-        return len(self.reference)
-
-    def n_tokens(self) -> Tensor:
-        """The number of tokens in the texts, without prompts and padding."""
-        return (self.texts.targets != IGNORED).sum()
-
-    def split(self, size: int) -> "Iterator[Pairs]":
-        """Pairs of ``size`` sequences together, and at least one pair."""
-        pairs = max(1, size // 2)
-        return map(Pairs, self.texts.split(2 * pairs), self.reference.split(pairs))
-
-    def to(self, device: torch.device) -> "Pairs":
-        """The pairs on ``device``."""
-        return Pairs(self.texts.to(device), self.reference.to(device))
 
 
 class Preferences:

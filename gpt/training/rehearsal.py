@@ -11,7 +11,7 @@ from torch import Tensor
 from gpt.config import TrainConfig
 from gpt.data.batches import Batch
 from gpt.model.adapter import adapt, freeze
-from gpt.model.gpt import GPT
+from gpt.model.gpt import GPT, Read
 from gpt.model.moe import auxiliary_loss
 from gpt.training.activations import checkpoint_activations
 from gpt.training.optimizer import clip_gradients, gradient_norm, make_optimizers
@@ -52,10 +52,12 @@ class Rehearsal:
         spread = auxiliary_loss(self.model)
         return loss if spread is None else loss + spread
 
-    def logits(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
-        """The model's logits in the run's precision."""
+    def logits(
+        self, tokens: Tensor, documents: Tensor | None = None, read: Read | None = None
+    ) -> Tensor:
+        """The model's logits in the run's precision, or what ``read`` makes of its features."""
         with autocast(self.device, self.dtype):
-            out: Tensor = self.model(tokens, documents=documents)
+            out: Tensor = self.model(tokens, documents=documents, read=read)
         return out
 
     def update(self) -> None:

@@ -6,8 +6,7 @@ between two of them stores the texts.
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,15 +14,17 @@ import torch
 from torch import Tensor
 
 from gpt.config import GenerationConfig, TrainConfig, unescaped
-from gpt.data.batches import IGNORED, Batch, spread
+from gpt.data.batches import IGNORED, spread
 from gpt.data.completions import Completed, encode_prompt_of, padded
 from gpt.data.prompts import Records, RecordSet
+from gpt.training.compilation import uncompiled
 from gpt.training.loop import Trainer
 from gpt.training.metrics import drop_later_records
 from gpt.training.parallel import World
 from gpt.training.policy import advantages, kl_estimate, policy_loss
 from gpt.training.records import RecordOrder, StartLogits, StartModel, Write, logprobs_of_rows
 from gpt.training.rewards import reward_of
+from gpt.training.scored import Round, Scored, gathered, spread_out
 from gpt.training.source import Forward
 from gpt.training.task import Evaluation, Figures, text_logprobs
 
@@ -31,48 +32,6 @@ HELD_OUT_SEED = 0
 """Of the texts in evaluations: they differ only by what the model has learned."""
 SHOWN = 40
 """Characters of a prompt that a message shows."""
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Texts with their advantages ``[B]``, and where a loss needs them the log-probabilities of
-    their tokens ``[B, T]`` under the policy that wrote them and under the start model.
-    """
-
-    texts: Batch
-    advantages: Tensor
-    old: Tensor | None = None
-    reference: Tensor | None = None
-
-    def n_targets(self) -> int:
-        """The number of texts."""
-        return len(self.advantages)
-
-    def split(self, size: int) -> "Iterator[Scored]":
-        """Batches of ``size`` texts."""
-        parts = self.texts.split(size), self.advantages.split(size)
-        olds, references = (
-            [None] * len(self.advantages) if t is None else t.split(size)
-            for t in (self.old, self.reference)
-        )
-        return (Scored(*part) for part in zip(*parts, olds, references, strict=False))
-
-    def to(self, device: torch.device) -> "Scored":
-        """The texts on ``device``."""
-        old, reference = (None if t is None else t.to(device) for t in (self.old, self.reference))
-        return Scored(self.texts.to(device), self.advantages.to(device), old, reference)
-
-
-@dataclass
-class Round:
-    """What a step wrote on all processes: K texts of each prompt, one prompt after the other."""
-
-    step: int
-    tokens: list[list[int]]
-    rewards: list[float]
-    old: list[list[float]]
-    """Log-probabilities of the tokens under the policy that wrote them; empty if no loss needs
-    them."""
 
 
 class Rewarded:
@@ -152,12 +111,12 @@ class Rewarded:
         if self._needs_old:
             completed = [Completed(row, ids) for row, (ids, _) in zip(rows, written, strict=True)]
             old = self._rows_of(completed, self.trainer.logits)
-        tokens = _gathered([ids for ids, _ in written], world, torch.int64)
+        tokens = gathered([ids for ids, _ in written], world, torch.int64)
         return Round(
             step,
             [[int(i) for i in ids] for ids in tokens],
-            [number for [number] in _gathered([[r] for r in rewards], world, torch.float64)],
-            _gathered(old, world, torch.float32) if old else [],
+            [number for [number] in gathered([[r] for r in rewards], world, torch.float64)],
+            gathered(old, world, torch.float32) if old else [],
         )
 
     def write(
@@ -173,7 +132,7 @@ class Rewarded:
             past_context="stop",
         )
         model = self.trainer.whole_model()
-        with torch.compiler.set_stance("force_eager"):  # else each length would be compiled
+        with uncompiled():  # else each length would be compiled
             return self._write(model, self.data.tokenizer, rows, samples, generation)
 
     @property
@@ -190,10 +149,10 @@ class Rewarded:
         texts = padded(rows)
         counted = texts.targets != IGNORED
         rewards = torch.tensor([made.rewards[p] for p in places], dtype=torch.float64)
-        old = _spread_out([made.old[p] for p in places], counted) if made.old else None
+        old = spread_out([made.old[p] for p in places], counted) if made.old else None
         reference = None
         if objective.kl:
-            reference = _spread_out(self._rows_of(rows, self.start_logits), counted)
+            reference = spread_out(self._rows_of(rows, self.start_logits), counted)
             if objective.kl_in == "reward":
                 assert old is not None
                 rewards = rewards - objective.kl * (old - reference).sum(1).double()
@@ -309,22 +268,3 @@ class Rewarded:
     def restore(self, state: dict[str, Any]) -> None:
         """As in :class:`gpt.training.task.Task`."""
         self._round, self._batch = (Round(*state["round"]) if state else None), None
-
-
-def _gathered(rows: list[list[Any]], world: World, dtype: torch.dtype) -> list[list[Any]]:
-    """The rows of all processes, which have the same number of them, in the order of the ranks."""
-    if world.size == 1:
-        return rows
-    longest = world.largest(max(map(len, rows)))
-    table = torch.zeros(world.size, len(rows), longest + 1, dtype=dtype)
-    for i, row in enumerate(rows):
-        table[world.rank, i, 0] = len(row)
-        table[world.rank, i, 1 : len(row) + 1] = torch.tensor(row, dtype=dtype)
-    return [row[1 : 1 + int(row[0])] for row in world.sum(table).flatten(0, 1).tolist()]
-
-
-def _spread_out(rows: list[list[float]], counted: Tensor) -> Tensor:
-    """A number of ``rows`` at each ``counted`` position ``[B, T]``, and 0 elsewhere."""
-    table = torch.zeros(counted.shape)
-    table[counted] = torch.tensor([number for row in rows for number in row])
-    return table

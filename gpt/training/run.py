@@ -5,13 +5,13 @@ import dataclasses
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.text import Text
 
-from gpt.config import TOKENIZERS, DataConfig, TrainConfig, UsageError, quoted
+from gpt.config import TOKENIZERS, DataConfig, RoundedBase, TrainConfig, UsageError, quoted
 from gpt.data import tokenizer as tokenizers
 from gpt.data.corpus import open_corpus
 from gpt.data.instructions import Encoder, is_instructions, prepare_instructions
@@ -40,7 +40,6 @@ from gpt.training.tasks import FIELDS, task_of
 
 Named = Callable[[str], Tokenizer]
 """Loads a tokenizer by its name: a file, a folder, or an encoding of tiktoken."""
-Rounded = Literal["int8", "int4"]
 
 
 def train(
@@ -51,7 +50,7 @@ def train(
     initial: setup.Initial | None = None,
     encoder: Encoder | None = None,
     named: Named | None = None,
-    freeze_rounded: Callable[[GPT, Rounded], None] | None = None,
+    freeze_rounded: Callable[[GPT, RoundedBase], None] | None = None,
     write: Write | None = None,
 ) -> Result:
     """Train the model that ``config`` describes, from the start or from the run's last checkpoint,
@@ -103,7 +102,7 @@ def train_on(
     initial: setup.Initial | None = None,
     encoder: Encoder | None = None,
     tokenizer: Tokenizer | None = None,
-    freeze_rounded: Callable[[GPT, Rounded], None] | None = None,
+    freeze_rounded: Callable[[GPT, RoundedBase], None] | None = None,
     write: Write | None = None,
 ) -> Result:
     """:func:`train` in a world, by a process that holds the run's folder. ``tokenizer`` replaces
@@ -138,7 +137,7 @@ def train_on(
             base = setup.describe_base(config, model)
             if checkpoint is not None:
                 setup.check_base(checkpoint, config.init, base)
-            if config.adapter.base in ("int8", "int4"):
+            if config.adapter.base in ("bfloat16", "int8", "int4"):
                 if freeze_rounded is None:
                     raise UsageError(
                         f"adapter.base is {config.adapter.base}, and the caller of train() gave no "
@@ -310,7 +309,7 @@ def beginning(trainer: Trainer) -> list[str]:
         steps = (
             f"training {config.training.max_steps:,} steps of {tokens:,} tokens "
             f"({f'{n} x {split}' if n > 1 else split}), "
-            f"{tokens * config.training.max_steps / len(trainer.data.train):.2f} epochs"
+            f"{trainer.source.progress(config.training.max_steps)['epoch']:.2f} epochs"
         )
         more = trainer.source.describe()
     return [

@@ -117,4 +117,5 @@ class ShuffledWindows:
 
 def next_token(forward: Forward, batch: Batch) -> Tensor:
     """Cross-entropy of each next token: the :data:`Objective` of pretraining."""
-    return forward(batch.tokens, batch.documents, partial(loss_of_features, targets=batch.targets))
+    read = partial(loss_of_features, targets=batch.targets)
+    return forward(batch.tokens, documents=batch.documents, read=read)

@@ -117,4 +117,4 @@ def text_logprobs(
         logprobs[counted] = -losses.to(logits.dtype)
         return logprobs
 
-    return forward(batch.tokens, batch.documents, read)
+    return forward(batch.tokens, documents=batch.documents, read=read)

@@ -67,9 +67,10 @@ def measure_step(
     if n_layer <= 2 * p or not planner.at(start + p, 1).peak <= free:
         return None
     one, two = (run(start + n * p, 1, 0.5) for n in (0, 1))
-    times = [a + (n_layer - start) / p * (b - a) for a, b in zip(one[:3], two[:3], strict=True)]
+    more = (n_layer - start) / p
+    micro, evaluation, update = (a + more * (b - a) for a, b in zip(one[:3], two[:3], strict=True))
     how = f"one sequence at a time in {start} and {start + p} of the {n_layer} layers"
-    return _scaled(StepTime(*times, ""), rows, how)
+    return _scaled(StepTime(micro, evaluation, update, ""), rows, how)
 
 
 def _flops(config: TrainConfig, n_layer: int) -> float:
@@ -100,8 +101,10 @@ def _timed(step: Rehearsal, rows: int, seconds: float) -> StepTime:
             forwards.append(_seconds(without_gradients, step.device))
         if time.perf_counter() > end and len(passes) > 1:
             break
-    parts = [statistics.median(each[1:] or each) for each in (passes, forwards, updates)]
-    return StepTime(*parts, "the whole model")
+    micro, evaluation, update = (
+        statistics.median(each[1:] or each) for each in (passes, forwards, updates)
+    )
+    return StepTime(micro, evaluation, update, "the whole model")
 
 
 def _seconds(function: Callable[[], object], device: torch.device) -> float:

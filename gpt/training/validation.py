@@ -3,6 +3,7 @@
 import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from gpt.data.batches import IGNORED, Windows
 from gpt.data.mixture import MixedWindows
-from gpt.training.loss import summed_loss
+from gpt.training.loss import loss_of_features
 from gpt.training.parallel import World
 
 
@@ -58,19 +59,20 @@ def score(
         # A process without a batch computes the last one again: fsdp needs all processes.
         batch = windows.batch(batches[min(number, len(batches) - 1)])
         there = batch.to(device)
+        read = partial(loss_of_features, targets=there.targets)
         with autocast:
-            logits = model(there.tokens, documents=there.documents)
+            loss = model(there.tokens, documents=there.documents, read=read)
         if number < len(batches):
-            losses[number] = summed_loss(logits, there.targets)
+            losses[number] = loss
             learned = batch.targets[batch.targets != IGNORED]
             figures[1, number] = len(learned)
             figures[2, number] = int(byte_lengths[learned.numpy()].sum())
     model.train(training)
     for number, summed in losses.items():  # only here, to wait for a GPU once
         figures[0, number] = summed.item()
-    loss, n_tokens, n_bytes = world.sum(figures).sum(1).tolist()
+    total, n_tokens, n_bytes = world.sum(figures).sum(1).tolist()
     n_bytes = max(n_bytes, 1)
-    return Score(loss / n_tokens, loss / (n_bytes * math.log(2)), n_bytes / n_tokens)
+    return Score(total / n_tokens, total / (n_bytes * math.log(2)), n_bytes / n_tokens)
 
 
 def score_all(model: nn.Module, windows: Windows, n: int, **options: Any) -> Score:

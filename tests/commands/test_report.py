@@ -164,5 +164,6 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch, capsy
     run = make_run(tmp_path / "one")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "gpt.commands.curves", raising=False)
+    monkeypatch.delattr("gpt.commands.curves", raising=False)  # imported by an earlier test
     assert main(["report", str(run), "--out", str(tmp_path / "a.html")]) == 2
     assert "pip install 'gpt[report]'" in capsys.readouterr().err

@@ -220,8 +220,9 @@ def test_a_line_of_the_journal_that_is_not_whole_does_not_count(damage, tmp_path
     raw = path.read_bytes()
     changed = {"cut": raw[:-3], "flipped": raw[:-3] + b"x" + raw[-2:], "empty": b""}[damage]
     path.write_bytes(changed)
-    with Journal(path, {"a": 1}) as journal:
-        assert journal.last == (None if damage == "empty" else {"step": 1})
+    for _ in range(2):  # opening it loses nothing
+        with Journal(path, {"a": 1}) as journal:
+            assert journal.last == (None if damage == "empty" else {"step": 1})
 
 
 @pytest.mark.parametrize("left", ["journal.jsonl", "duplicates.sqlite", ".journal.jsonl.new"])
@@ -267,6 +268,15 @@ def test_a_pipe_with_the_same_text_continues_a_preparation(tmp_path, monkeypatch
         f"{tmp_path / 'out'} is prepared already",
     ]
     assert not (tmp_path / "out" / ".piped").exists()
+
+
+def test_the_tokenizer_of_a_preparation_is_made_once(source, tmp_path, monkeypatch):
+    config = config_of(source, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(local_pipeline.ShardSeries, "close", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepared(config)
+    assert prepare_corpus(config, lambda corpus: 1 / 0)["kind"] == "byte"
 
 
 def test_another_work_is_not_continued(source, tmp_path, monkeypatch):

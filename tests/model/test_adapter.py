@@ -112,7 +112,7 @@ def test_an_adapter_keeps_less_memory_for_the_backward_pass_than_full_training()
     assert saved_bytes(adapted) < 0.7 * full
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("weights", ["bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("shape", ["gpt2", "llama"])
 def test_over_rounded_weights_an_adapter_has_the_gradient_over_the_dequantised_ones(weights, shape):
     gradients = []
@@ -128,6 +128,22 @@ def test_over_rounded_weights_an_adapter_has_the_gradient_over_the_dequantised_o
     assert rounded.keys() == dense.keys()
     for name, gradient in dense.items():
         assert (rounded[name] - gradient).norm() <= 1e-6 * gradient.norm(), name
+
+
+def test_in_bfloat16_products_a_base_in_bfloat16_changes_no_bit():
+    found = []
+    for is_frozen in (False, True):
+        model = new_model(**SHAPES["llama"])
+        if is_frozen:
+            freeze_rounded(model, "bfloat16")
+        torch.manual_seed(5)
+        adapt(model, AdapterConfig(**ADAPTERS["all"]))
+        learn(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(tokens()).float().square().mean()
+        loss.backward()
+        found.append([loss, *(p.grad for p in adapter_weights(model).values())])
+    assert all(torch.equal(*both) for both in zip(*found, strict=True))
 
 
 def test_a_copy_of_an_adapted_model_is_adapted_too():
@@ -181,3 +197,17 @@ def test_learning_rates_follow_the_patterns_of_names(name):
 def test_a_rate_without_a_pattern_or_a_factor_is_refused(rate):
     with pytest.raises(UsageError, match=r"optimizer.rates"):
         OptimizerConfig(rates=(rate,))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"rank": 4}, "adapter.rank is 4, and adapter.kind is none; it needs lora or bottleneck"),
+        ({"base": "gguf"}, "adapter.base is gguf, and adapter.kind is none"),
+        ({"targets": ("mlp.*",)}, r"adapter.targets is mlp.\*, and adapter.kind is none"),
+        ({"kind": "bottleneck", "alpha": 2.0}, "adapter.kind is bottleneck; it needs lora"),
+    ],
+)
+def test_a_setting_that_the_kind_has_no_use_for_is_refused(fields, said):
+    with pytest.raises(UsageError, match=said):
+        AdapterConfig(**fields)

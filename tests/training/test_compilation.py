@@ -76,6 +76,7 @@ MODERN = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("settings", [{}, MODERN], ids=["gpt2", "modern"])
 def test_forward_loss_and_backward_are_one_graph_without_a_break(settings, tiny_config):
     model = make_model(dataclasses.replace(tiny_config, **settings)).train()

@@ -46,6 +46,8 @@ def folder(tmp_path_factory):
     """A folder with the results of worker.py on one, two and four processes."""
     place = tmp_path_factory.mktemp("parallel")
     write_records(place / "records.jsonl")
+    sums = ({"prompt": f"{i}+1=", "completion": str(i + 1) * (i % 3)} for i in range(60))
+    (place / "sums.jsonl").write_text("".join(json.dumps(record) + "\n" for record in sums))
     (place / "text.txt").write_text("".join(LINES[i % 3] for i in range(160)))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for n in WORLDS:
@@ -115,6 +117,13 @@ def test_two_processes_learn_from_records_as_one_does(strategy, kind, results):
     assert split["texts"] == whole["texts"]
     assert max(difference(split["gradients"], whole["gradients"])) < 1e-4
     assert split["figures"] == pytest.approx(whole["figures"], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_learn_from_instructions_as_one_does(strategy, results):
+    split, whole = results[2][strategy, "instructions"], results[1]["single", "instructions"]
+    assert max(difference(split, whole)) < 1e-5
+    assert split["loss"].item() == pytest.approx(whole["loss"].item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["scheduled", "distilled"])

@@ -5,12 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
 from gpt.config import TrainingConfig
 from gpt.data.batches import IGNORED, Batch
 from gpt.data.prepare import prepare
 from gpt.training.loop import Trainer
 from gpt.training.parallel import World
+from gpt.training.run import train
 from gpt.training.scheduled import SCHEDULES, Mixed, ScheduledSampling, mixed, scheduled, share_of
 from gpt.training.source import next_token
 from tests.tiny import change, tiny_run
@@ -162,3 +164,15 @@ def test_a_run_with_scheduled_sampling_learns_and_micro_batches_change_nothing(c
     trainer = trainer_of(change(config, training={"scheduled_sampling": 0.3, "max_steps": 40}))
     losses = [trainer.update().loss for _ in range(40)]
     assert losses[-1] < losses[0] - 0.4
+
+
+def test_a_resumed_run_with_scheduled_sampling_is_the_uninterrupted_one_bit_for_bit(config):
+    training = {"scheduled_sampling": 0.5, "scheduled_sampling_schedule": "constant"}
+    config = change(config, training=training, checkpoint={"keep": 9})
+    train(config, console=Console(quiet=True))
+    [last] = (config.run / "checkpoints").glob("step-00000012")
+    weights = (last / "model.safetensors").read_bytes()
+    for path in (config.run / "checkpoints").glob("step-000000[01][82]"):
+        (path / "meta.json").unlink()  # as if it had been killed while it wrote them
+    train(dataclasses.replace(config, resume=True), console=Console(quiet=True))
+    assert (last / "model.safetensors").read_bytes() == weights

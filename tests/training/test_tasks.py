@@ -15,8 +15,8 @@ from gpt.data.completions import padded
 from gpt.data.prompts import read_prompts
 from gpt.data.tokenizer import ByteTokenizer
 from gpt.model.adapter import adapter_weights, merge
+from gpt.training.dpo import Pairs, dpo_loss
 from gpt.training.parallel import World
-from gpt.training.preferences import Pairs, dpo_loss
 from gpt.training.records import StartLogits
 from gpt.training.rewarded import Rewarded
 from tests.training.tasks import (

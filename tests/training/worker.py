@@ -17,13 +17,15 @@ from torch.distributed.tensor import DTensor
 
 from gpt.config import AdapterConfig, CheckpointConfig, OptimizerConfig, TrainConfig
 from gpt.data.batches import IGNORED, Batch, TextWindows
+from gpt.data.instructions import prepare_instructions
 from gpt.data.prepare import prepare
+from gpt.generation.examples import ExampleEncoder
 from gpt.model.adapter import adapter_weights
 from gpt.model.gpt import GPT
 from gpt.training.loop import Shown, Trainer
 from gpt.training.parallel import World, join
 from gpt.training.run import train_on
-from tests.tiny import tiny_run
+from tests.tiny import change, tiny_run
 
 MICRO = {1: (1, 2, 4, 8), 2: (1, 2, 4), 4: (1, 2)}
 """Micro batch sizes, up to a process's whole share of 8 windows."""
@@ -116,7 +118,10 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 def gradients(config: TrainConfig, world: World, teachers=()) -> dict[str, torch.Tensor]:
-    trainer = trainer_of(config, world, teachers)
+    return gradients_of(trainer_of(config, world, teachers))
+
+
+def gradients_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     loss, norm, _ = trainer.gradients()
     named = trainer.model.named_parameters()
     found = {name: whole(p.grad) for name, p in named if p.requires_grad}
@@ -140,13 +145,23 @@ def objective_gradients(folder: Path, kind: str, world: World, options: dict) ->
     config = tasks.config_of(folder, kind, parallel={"strategy": options.get("strategy", "auto")})
     trainer = tasks.trainer_of(config, world)
     trainer.update()
-    loss, norm, _ = trainer.gradients()
-    named = trainer.model.named_parameters()
-    found = {name: whole(p.grad) for name, p in named if p.requires_grad}
+    numbers = gradients_of(trainer)
     written = getattr(trainer.task, "_round", None)
     figures = trainer.task.figures.take() | trainer.task.evaluate().figures
-    numbers = {"loss": torch.tensor(loss), "norm": torch.tensor(norm), **found}
     return {"gradients": numbers, "texts": written and written.tokens, "figures": figures}
+
+
+def instructions_gradients(folder: Path, world: World, options: dict) -> dict:
+    """The gradients of a step on packed instructions, whose windows have unlike answers."""
+    config = config_of(folder, "none", **options)
+    config = change(config, data={"source": str(folder / "sums.jsonl")})
+
+    def prepared():
+        return prepare_instructions(config.data, config.cache_dir, ExampleEncoder)
+
+    data = world.main_first(prepared)
+    model = dataclasses.replace(config.model, vocab_size=data.tokenizer.vocab_size)
+    return gradients_of(Trainer(dataclasses.replace(config, model=model), data, world=world))
 
 
 def scheduled_gradients(folder: Path, world: World, options: dict) -> dict:
@@ -201,6 +216,7 @@ def main(folder: Path) -> None:
                 config = config_of(folder, "none", **options, model=model, training=training)
                 results[name, kind] = gradients(config, world)
             if n < 4:
+                results[name, "instructions"] = instructions_gradients(folder, world, options)
                 results[name, "scheduled"] = scheduled_gradients(folder, world, options)
                 config = config_of(folder, "none", **options)
                 results[name, "distilled"] = gradients(config, world, teachers=(5, 6))

@@ -84,7 +84,9 @@ function choose(name) {
 function go() {
   popup.leave(true);
   const text = get("prompt").value;
+  const isNarrow = matchMedia("(max-width: 45rem)").matches;
   for (const pane of panes) {
+    if (isNarrow) pane.find(".settings").open = false; // else the text is far below
     if (mode === "prompt") {
       pane.run({ prompt: text });
       continue;

@@ -281,7 +281,8 @@ export class Pane {
     const layers = layer ? [this.weights[layer - 1]] : this.weights;
     const rows = layers.flatMap((heads) => (head ? [heads[head - 1]] : heads));
     const mean = rows[0].map((_, at) => rows.reduce((sum, row) => sum + row[at], 0) / rows.length);
-    const most = Math.max(...mean, 1e-9);
+    // Heads that need nothing look at the first token: the scale is that of the others.
+    const most = Math.max(...mean.slice(1), 1e-9);
     const inPrompt = [...this.textBox.querySelectorAll(".prompt .token")];
     const inAnswer = [...this.textBox.querySelectorAll(".made .token")];
     const start = this.prompt.length;
@@ -300,7 +301,7 @@ export class Pane {
 }
 
 function mark(span, weight = 0, most = 1) {
-  span.style.setProperty("--w", (weight / most).toFixed(3));
+  span.style.setProperty("--w", Math.min(1, weight / most).toFixed(3));
   span.title = weight ? weight.toFixed(4) : "";
 }
 
