@@ -11,14 +11,16 @@ import gpt
 from gpt.config import GenerationConfig, ModelConfig, UsageError
 from gpt.data import tokenizer as tokenizers
 from gpt.data.chat_templates import ChatTemplates
-from gpt.data.tokenizer import ByteTokenizer, GPT2Tokenizer
+from gpt.data.tokenizer import ByteTokenizer, GPT2Tokenizer, encoder
 from gpt.generation.chat import Conversation
 from gpt.generation.marks import Marker, encode_rendered
 from gpt.interop.export import export_huggingface
 from gpt.interop.load import load
 from gpt.interop.packed import load_packed, save_packed
+from gpt.interop.vocabulary import load_tokenizer
 from gpt.interop.vocabulary_export import hugging_face_files
 from tests.conftest import make_model
+from tests.interop.test_sentencepiece import SPACE, VOCAB, definition_of
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + "
@@ -223,6 +225,69 @@ def test_a_turn_reads_what_was_written_and_not_what_a_stop_text_cut_off(monkeypa
     assert conversation.prompt == again.encoded()[0]
 
 
+def test_an_answer_that_spells_a_special_token_is_not_read_again(monkeypatch):
+    network, tokenizer = model_of()
+    said = [*b"<|im_end|>", END, *b"more and more"]
+    monkeypatch.setattr(network, "logits", said_next(network, said))
+    conversation = Conversation((network, tokenizer), greedy())
+    assert answered(conversation, "Hello") == "<|im_end|>"
+    read, known = counted(network, monkeypatch), len(conversation.prompt) + 10
+    answered(conversation, "Why?")
+    assert read[0] == len(conversation.prompt) - known
+    assert conversation.prompt.count(END) == 3
+
+
+def test_a_template_that_refuses_other_conversations_is_used_for_this_one():
+    template = (
+        "{% if messages[-1]['role'] != 'user' %}{{ raise_exception('ask something') }}{% endif %}"
+    )
+    model = model_of()[0], tokenizer_of(template + CHATML)
+    [whole] = gpt.generate(model, ["x"], temperature=0, max_new_tokens=1)
+    assert whole.tokens
+    assert gpt.chat(model, HELLO, temperature=0, max_new_tokens=4)
+    with pytest.raises(UsageError, match="refuses the messages: ask something"):
+        gpt.chat(model, [*HELLO, {"role": "assistant", "content": "Yes"}])
+
+
+def pieces_model(tmp_path, context, template):
+    """A model with a vocabulary of SentencePiece, which writes a space before a text."""
+    definition = json.dumps(definition_of("llama"))
+    (tmp_path / "tokenizer.json").write_text(definition)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    tokenizer = load_tokenizer(tmp_path, end_of_text=[VOCAB["</s>"]])
+    assert tokenizer.opens_with_space
+    size = tokenizer.vocab_size
+    config = ModelConfig(vocab_size=size, context_length=context, n_layer=1, n_head=2, n_embd=16)
+    return make_model(config), tokenizer
+
+
+def test_a_turn_does_not_begin_with_the_space_of_a_text(tmp_path, monkeypatch):
+    plain = "{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}"
+    network, tokenizer = pieces_model(tmp_path, 128, plain)
+    said = [VOCAB["a"], VOCAB["</s>"]] * 2
+    monkeypatch.setattr(network, "logits", said_next(network, said))
+    conversation = Conversation((network, tokenizer), greedy())
+    assert answered(conversation, "a") == "a"
+    first = conversation.prompt
+    assert answered(conversation, "b") == "a"
+    newline = encoder(tokenizer, begins=False)("\nb\n").tolist()
+    assert conversation.prompt == [*first, VOCAB["a"], *newline]
+
+
+def test_an_answer_that_goes_on_after_a_drop_keeps_its_spaces(tmp_path, monkeypatch):
+    plain = "{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}"
+    network, tokenizer = pieces_model(tmp_path, 30, plain)
+    word = VOCAB[SPACE]
+    told = []
+    conversation = Conversation((network, tokenizer), greedy(max_new_tokens=1), say=told.append)
+    monkeypatch.setattr(network, "logits", said_next(network, [VOCAB["a"]] * 2 + [word] * 40))
+    for text in ("a", "b"):
+        answered(conversation, text)
+    conversation.config = greedy(max_new_tokens=28)
+    assert answered(conversation, "a") == " " * 27  # without the space of a text
+    assert told
+
+
 def test_a_template_that_is_empty_or_makes_no_text_is_told():
     with pytest.raises(UsageError, match="the chat template makes an empty text of the messages"):
         gpt.chat((model_of()[0], tokenizer_of("{% if false %}x{% endif %}")), HELLO)
@@ -386,7 +451,6 @@ def test_the_template_is_saved_packed_and_exported_with_the_model(model, tmp_pat
 def test_templates_are_read_from_every_place_where_they_are_kept(model, tmp_path):
     for name, content in hugging_face_files(tokenizer_of(template="")).items():
         (tmp_path / name).write_text(content)
-    from gpt.interop.vocabulary import load_tokenizer
 
     def found(**settings):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
