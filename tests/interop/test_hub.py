@@ -204,7 +204,7 @@ def test_an_interrupted_transfer_is_taken_up_again(hub):
         ("someone/else", {}, "download from the hub failed (RepositoryNotFoundError"),
         ("someone/tiny@v2", {}, "download from the hub failed (RevisionNotFoundError"),
         ("someone/tiny", {"HF_HUB_OFFLINE": "1"}, "download from the hub failed (LocalEntryNot"),
-        ("some one", {}, "no such folder here, and the name is not valid on the Hugging Face hub"),
+        ("some one", {}, "and the name is not valid on the Hugging Face hub"),
     ],
 )
 def test_what_cannot_be_had_is_told_in_a_sentence_with_the_way_out(name, environment, said, hub):
