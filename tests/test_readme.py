@@ -14,24 +14,8 @@ import torch
 
 import gpt
 from gpt import GPT, ModelConfig
-from gpt.config import (
-    DoctorConfig,
-    EvaluateConfig,
-    ExportConfig,
-    InspectConfig,
-    PlanConfig,
-    PrepareConfig,
-    ReportConfig,
-    SampleConfig,
-    ServeConfig,
-    TrainConfig,
-    parse,
-)
-from gpt.config.tokenizer import (
-    TokenizerCompareConfig,
-    TokenizerShowConfig,
-    TokenizerTrainConfig,
-)
+from gpt.commands.completion import SCHEMAS as COMMANDS
+from gpt.config import parse
 from gpt.data.tokenizer import ByteTokenizer
 from gpt.interop.export import export_huggingface
 
@@ -52,21 +36,8 @@ FAST = {
     "train.py": "--model.n_layer 1 --training.max_steps 2 --evaluation.windows 2",
     "sample.py": "--max_new_tokens 5",
 }
-SCHEMAS = {
-    "python sample.py": SampleConfig,
-    "python train.py": TrainConfig,
-    "gpt export": ExportConfig,
-    "gpt evaluate": EvaluateConfig,
-    "gpt tokenizer train": TokenizerTrainConfig,
-    "gpt tokenizer compare": TokenizerCompareConfig,
-    "gpt tokenizer show": TokenizerShowConfig,
-    "gpt prepare": PrepareConfig,
-    "gpt inspect": InspectConfig,
-    "gpt serve": ServeConfig,
-    "gpt doctor": DoctorConfig,
-    "gpt plan": PlanConfig,
-    "gpt report": ReportConfig,
-}
+SCHEMAS = {f"gpt {name}": schema for name, schema in COMMANDS.items()}
+SCHEMAS |= {f"python {name}.py": COMMANDS[name] for name in ("train", "sample")}
 
 
 def blocks(language, page=None):

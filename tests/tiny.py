@@ -1,8 +1,13 @@
 """The configuration of a training run that takes a fraction of a second."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+import pytest
 
 from gpt.config import (
     DataConfig,
@@ -13,6 +18,7 @@ from gpt.config import (
     TrainConfig,
     TrainingConfig,
 )
+from gpt.training.loop import Trainer
 
 
 def tiny_run(folder: Path, source: Path | str, **groups: dict[str, Any]) -> TrainConfig:
@@ -40,3 +46,17 @@ def change(config: TrainConfig, **groups: dict[str, Any]) -> TrainConfig:
         for name, fields in groups.items()
     }
     return dataclasses.replace(config, **changed)
+
+
+@contextlib.contextmanager
+def interrupted_before(step: int) -> Iterator[None]:
+    """A run in this block ends, as with Ctrl-C, instead of the update with this number."""
+    update = Trainer.update
+
+    def interrupt(trainer: Trainer) -> Any:
+        if trainer.step + 1 == step:
+            raise KeyboardInterrupt
+        return update(trainer)
+
+    with mock.patch.object(Trainer, "update", interrupt), pytest.raises(KeyboardInterrupt):
+        yield

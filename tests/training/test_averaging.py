@@ -15,7 +15,7 @@ from gpt.interop.load import load
 from gpt.training.averaging import Average, rate
 from gpt.training.loop import Trainer
 from gpt.training.run import train
-from tests.tiny import change, tiny_run
+from tests.tiny import change, interrupted_before, tiny_run
 
 FIELDS = {"average_fraction": 0.5, "average_decay": 0.8}
 
@@ -92,21 +92,12 @@ def test_evaluations_and_checkpoints_have_the_average_and_training_does_not(conf
 
 
 @pytest.mark.parametrize("stop", [4, 8])
-def test_a_resumed_run_has_the_uninterrupted_average(stop, config, monkeypatch):
+def test_a_resumed_run_has_the_uninterrupted_average(stop, config):
     run(config)
     parts = [saved(config, part) for part in ("model", "training")]
     other = dataclasses.replace(config, run_dir=config.run_dir + "-2")
-    update = Trainer.update
-
-    def dies(trainer):
-        if trainer.step == stop + 1:
-            raise KeyboardInterrupt
-        return update(trainer)
-
-    monkeypatch.setattr(Trainer, "update", dies)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_before(stop + 2):
         run(other)
-    monkeypatch.setattr(Trainer, "update", update)
     run(dataclasses.replace(other, resume=True))
     for one, part in zip(parts, ("model", "training"), strict=True):
         two = saved(other, part)

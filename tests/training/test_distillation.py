@@ -21,7 +21,7 @@ from gpt.training.loop import Trainer
 from gpt.training.run import train
 from gpt.training.source import next_token
 from tests.conftest import make_model
-from tests.tiny import change, tiny_run
+from tests.tiny import change, interrupted_before, tiny_run
 
 
 def objective(teachers, **fields):
@@ -105,19 +105,11 @@ def last(config):
     return load_file(checkpoints.find(config.run, "last").path / "model.safetensors")
 
 
-def test_a_run_with_teachers_is_resumed_bit_for_bit(taught, monkeypatch):
+def test_a_run_with_teachers_is_resumed_bit_for_bit(taught):
     run(taught)
-    other, update = dataclasses.replace(taught, run_dir=taught.run_dir + "-2"), Trainer.update
-
-    def dies(trainer):
-        if trainer.step == 6:
-            raise KeyboardInterrupt
-        return update(trainer)
-
-    monkeypatch.setattr(Trainer, "update", dies)
-    with pytest.raises(KeyboardInterrupt):
+    other = dataclasses.replace(taught, run_dir=taught.run_dir + "-2")
+    with interrupted_before(7):
         run(other)
-    monkeypatch.setattr(Trainer, "update", update)
     run(dataclasses.replace(other, resume=True))
     one, two = last(taught), last(other)
     assert all(torch.equal(one[name], two[name]) for name in one)
