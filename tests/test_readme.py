@@ -15,7 +15,7 @@ import torch
 import gpt
 from gpt import GPT, ModelConfig
 from gpt.commands.completion import SCHEMAS as COMMANDS
-from gpt.config import parse
+from gpt.config import TrainConfig, parse
 from gpt.data.tokenizer import ByteTokenizer
 from gpt.interop.export import export_huggingface
 
