@@ -1,31 +1,13 @@
 // Decoding on a CPU: products of a few rows with a matrix that is read once, and whole blocks for a few
 // tokens. What a block is made of is data (Layer). gpt/kernels.py compiles this file and is its interface.
 //
-// Vectors are those of GCC and Clang, as wide as the processor's registers, so every processor runs
-// this file. Some functions have a version for an instruction set, between #if and #endif.
-// Small work is done by every thread, so that none waits for another.
+// Some functions have a version for an instruction set, between #if and #endif. Small work is done by
+// every thread, so that none waits for another.
 
-#include <omp.h>
+#include "vectors.h"
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <functional>
-#include <type_traits>
 #include <vector>
-
-// The instruction set whose versions are compiled.
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-#define GPT_AVX512  // AVX-512 without VNNI uses the AVX2 versions (not measured)
-#include <immintrin.h>
-#elif defined(__AVX2__) && defined(__FMA__)
-#define GPT_AVX2
-#include <immintrin.h>
-#elif defined(__ARM_FEATURE_DOTPROD)
-#define GPT_NEON
-#include <arm_neon.h>
-#endif
 
 // A matrix [N, K] and what is added to a product with it. Formats: 0 float32, 1 bfloat16, 2 int8,
 // 3 int4, 4 int8 and 5 int4 of GGUF files. Rows of 2 and 3 are padded to a multiple of 128, and K of
@@ -95,17 +77,6 @@ struct Token {
 
 namespace {
 
-// Bytes of a vector register, and how many registers there are.
-#if defined(GPT_AVX512)
-constexpr long WIDTH = 64, REGISTERS = 32;
-#elif defined(GPT_AVX2)
-constexpr long WIDTH = 32, REGISTERS = 16;
-#elif defined(GPT_NEON)
-constexpr long WIDTH = 16, REGISTERS = 32;
-#else
-constexpr long WIDTH = 16, REGISTERS = 16;
-#endif
-constexpr long LANES = WIDTH / 4;  // numbers in a vector
 constexpr long GROUP = 32;         // activations, and weights of int4, with one scale
 constexpr long HALF = GROUP / 2;
 constexpr long CHUNK = 128;      // weights of int8 and int4 whose bytes are interleaved
@@ -114,32 +85,7 @@ constexpr long SMALL = 1 << 15;  // numbers of a matrix that one thread reads al
 constexpr long BLOCK = 64;       // rows of a matrix that meet all activations in turn
 constexpr int AT_ONCE = 4;       // rows of activations that meet a row of the matrix at once
 
-using Floats = float __attribute__((vector_size(WIDTH)));
-using Ints = int32_t __attribute__((vector_size(WIDTH)));
-using Words = uint32_t __attribute__((vector_size(WIDTH)));
-using Pairs = uint16_t __attribute__((vector_size(WIDTH)));
-using Bytes = uint8_t __attribute__((vector_size(WIDTH)));
-using Halves = uint16_t __attribute__((vector_size(WIDTH / 2)));
-using Quarters = uint8_t __attribute__((vector_size(WIDTH / 4)));
-
-template <class Vector>
-inline Vector load(const void* from) {
-  Vector v;
-  std::memcpy(&v, from, sizeof v);
-  return v;
-}
-
 inline long padded(long n) { return (n + CHUNK - 1) / CHUNK * CHUNK; }
-
-inline Floats floats(const float* from) { return load<Floats>(from); }
-
-inline Floats floats(const uint16_t* from) {  // bfloat16 is the upper half of a float32
-#if defined(GPT_AVX2)  // GCC splits this conversion
-  return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load<__m128i>(from)), 16);
-#else
-  return (Floats)(__builtin_convertvector(load<Halves>(from), Words) << 16);
-#endif
-}
 
 inline Floats floats(const int8_t* from) {
 #if defined(GPT_AVX512)
@@ -151,15 +97,6 @@ inline Floats floats(const int8_t* from) {
   for (int i = 0; i < LANES; i++) all[i] = from[i];
   return all;
 #endif
-}
-
-inline float number(float value) { return value; }
-
-inline float number(uint16_t half) {
-  uint32_t word = uint32_t(half) << 16;
-  float value;
-  std::memcpy(&value, &word, sizeof value);
-  return value;
 }
 
 struct Float16 {
@@ -194,22 +131,6 @@ inline Floats floats(const Float16* from) {
 #endif
 }
 
-inline void put(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
-
-inline void put(uint16_t* to, Floats v) {  // rounded to the nearest, ties to even
-  Words word = (Words)v;
-  Words nearest = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
-  Halves halves = __builtin_convertvector(v == v ? nearest : Words{} + 0x7fc0, Halves);
-  std::memcpy(to, &halves, sizeof halves);
-}
-
-template <class Number>
-void put(Number* to, Floats v, long size) {  // the first `size` of v
-  Number all[LANES];
-  put(size < LANES ? all : to, v);
-  if (size < LANES) std::copy_n(all, size, to);
-}
-
 template <class Number>
 inline void put_half(Number* to, const float* numbers, long size) {  // the first `size` of HALF
   for (long i = 0; i < std::min(HALF, size); i += LANES)
@@ -219,36 +140,6 @@ inline void put_half(Number* to, const float* numbers, long size) {  // the firs
 inline void put_bytes(int8_t* to, Ints v) {  // compilers expand one conversion from 32 to 8 bits badly
   auto narrow = __builtin_convertvector(__builtin_convertvector((Words)v, Halves), Quarters);
   std::memcpy(to, &narrow, sizeof narrow);
-}
-
-// The sum of each of up to four vectors, in an order that does not depend on their number.
-template <int M>
-inline void sums(const Floats (&v)[M], float* out) {
-#if defined(GPT_AVX512) || defined(GPT_AVX2)
-  __m256 half[4] = {};
-  for (int m = 0; m < M; m++) {
-#if defined(GPT_AVX512)
-    half[m] = _mm256_add_ps(_mm512_castps512_ps256((__m512)v[m]),
-                            (__m256)_mm512_extractf64x4_pd((__m512d)v[m], 1));
-#else
-    half[m] = (__m256)v[m];
-#endif
-  }
-  __m256 fours = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
-  __m128 all = _mm_add_ps(_mm256_castps256_ps128(fours), _mm256_extractf128_ps(fours, 1));
-  std::memcpy(out, &all, M * sizeof(float));
-#else
-  for (int m = 0; m < M; m++) {
-    out[m] = 0;
-    for (int i = 0; i < LANES; i++) out[m] += v[m][i];
-  }
-#endif
-}
-
-inline float sum(Floats v) {
-  float total;
-  sums<1>({v}, &total);
-  return total;
 }
 
 // To each sum, the products of four bytes w of int8 weights and four signed bytes x are added. A byte
@@ -362,15 +253,6 @@ inline Floats spread_some(const Scale* from, long groups) {
 #endif
   return spread(all);
 }
-
-// The part of 0 .. n - 1 that is this thread's.
-struct Share {
-  long begin, end;
-  explicit Share(long n) {
-    long thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    begin = n * thread / threads, end = n * (thread + 1) / threads;
-  }
-};
 
 // What a bfloat16 matrix is multiplied with.
 #if defined(__AVX512BF16__) && defined(GPT_AVX512)
@@ -818,16 +700,6 @@ void normalise(const Norm& norm, const float* __restrict x, long M, long C, floa
     if (norm.bias)
       for (long c = 0; c < C; c++) out[c] += norm.bias[c];
   }
-}
-
-inline Floats exponential(Floats x) {  // to 2e-7 of itself; below -87 as there
-  x = x < -87 ? Floats{} - 87 : x;
-  x = x > 88 ? Floats{} + 88 : x;
-  Ints power = (Ints)(x * 1.44269504f + 0x1.8p23f) - 0x4b400000;  // rounded, as in quantise
-  Floats r = x - __builtin_convertvector(power, Floats) * 0.693147181f;
-  Floats series = 1 + r / 5 * (1 + r / 6);
-  series = 1 + r * (1 + r / 2 * (1 + r / 3 * (1 + r / 4 * series)));
-  return series * (Floats)((power + 127) << 23);
 }
 
 template <class Function>

@@ -1,24 +1,15 @@
 """C++ kernels for decoding on a CPU: products of a few rows with a matrix that is read once, and
 whole blocks for a few tokens.
 
-The machine's C++ compiler (``CXX``, or c++) compiles ``kernels.cpp`` at its first use, in two
-seconds. The library stays in the user's cache folder, where only the user may write. It works on
-raw memory, which this module checks, and shares torch's threads (OpenMP). Without a compiler,
-:func:`library` is ``None``, :func:`problem` gives the reason, and callers use torch's operators.
+The library (:mod:`gpt.cpp_library`) works on raw memory, which this module checks, and shares
+torch's threads (OpenMP). Without a compiler, :func:`library` is ``None``, :func:`problem` gives the
+reason, and callers use torch's operators.
 """
 
 import ctypes
 import dataclasses
 import functools
-import hashlib
 import operator
-import os
-import platform
-import shlex
-import shutil
-import stat
-import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -26,20 +17,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from gpt import cpp_library
 from gpt.config import Activation, ModelConfig, UsageError, foreign
 from gpt.config import Norm as NormName
-from gpt.device import cpu_limit
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-FLAGS = (
-    *("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC"),
-    # Not -ffast-math: NaN stays NaN, and the order of a sum does not depend on the number of rows.
-    *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"),
-)
-TARGETS = {None: "native", "avx2": "x86-64-v3", "default": "x86-64"}
-"""The compiler's ``-march`` for each :func:`gpt.device.cpu_limit`, on x86."""
-OTHERS = stat.S_IWGRP | stat.S_IWOTH
-"""The bits of a file's mode that let users other than its owner write."""
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "int8_gguf": 4, "int4_gguf": 5}
 """The formats of a matrix, with their numbers in ``kernels.cpp``."""
 GROUP = 32
@@ -151,31 +133,10 @@ def _library() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 def load() -> ctypes.CDLL:
-    """Load the compiled functions from the cache folder, or compile them and store them there if
-    the folder is safe. ``UsageError`` or ``OSError`` if neither works.
+    """The functions of ``kernels.cpp``. ``UsageError`` or ``OSError`` if they are not there and
+    cannot be compiled.
     """
-    command, key = _command()
-    folder = _folder()
-    for kept in folder.glob(f"kernels-{key}-*.so") if folder else ():
-        if _is_whole(kept):
-            return _declared(ctypes.CDLL(str(kept)))
-    with tempfile.TemporaryDirectory(prefix="gpt-kernels-") as work:
-        made = Path(work) / "kernels.so"
-        done = subprocess.run(
-            [*command, "-o", str(made), str(SOURCE)],
-            capture_output=True,
-            text=True,
-            errors="replace",
-        )
-        if done.returncode:
-            said = (done.stderr.strip().splitlines() or ["no message"])[0]
-            raise UsageError(f"{command[0]} cannot compile {SOURCE.name}: {foreign(said)}")
-        kept_file = _keep(made, folder, key) if folder else None
-        # a loaded library works after its file is removed
-        return _declared(ctypes.CDLL(str(kept_file or made)))
-
-
-def _declared(lib: ctypes.CDLL) -> ctypes.CDLL:
+    lib = cpp_library.load(SOURCE)
     lib.gpt_linear.argtypes = [ctypes.POINTER(RawMatrix), _LONG, _POINTER, _POINTER]
     lib.gpt_dense.argtypes = [ctypes.POINTER(RawMatrix), _LONG, _POINTER]
     structures = [ctypes.POINTER(kind) for kind in (Layer, _Shape, _LONG)]
@@ -458,95 +419,3 @@ class Blocks:
         array = (_LONG * len(numbers))(*numbers)
         address = _address(x, torch.float32, len(tokens), self.width)
         lib.gpt_blocks(self._array, self._shape, array, len(tokens), address)
-
-
-def compiler() -> list[str]:
-    """The C++ compiler and its options, from ``CXX`` or c++; ``UsageError`` without one."""
-    try:
-        words = shlex.split(os.environ.get("CXX", "")) or ["c++"]
-    except ValueError as error:
-        raise UsageError(f"CXX is {foreign(os.environ['CXX'])!r}: {error}") from None
-    found = shutil.which(words[0])
-    if found is None:
-        raise UsageError(f"there is no C++ compiler '{foreign(words[0])}'; CXX can name one")
-    return [found, *words[1:]]
-
-
-def _command() -> tuple[list[str], str]:
-    """The compiler's command without file names, and the key of the library that it makes."""
-    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    march = f"-march={TARGETS[cpu_limit()] if is_x86 else 'native'}"
-    command = [*compiler(), *FLAGS, march]
-    key = hashlib.sha256(SOURCE.read_bytes())
-    key.update(repr((command, platform.machine(), _processor())).encode())
-    return command, key.hexdigest()[:16]
-
-
-def _folder() -> Path | None:
-    """The folder of compiled kernels, where only the user can write; ``None`` if it cannot be made
-    or is not safe.
-    """
-    try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
-        folder = (cache if cache.is_absolute() else Path.home() / ".cache") / "gpt"
-        if not folder.is_absolute():
-            return None
-        for path in (folder.parent, folder):
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        above, status = folder.parent.stat().st_mode, folder.lstat()
-        may_be_swapped = above & stat.S_IWOTH and not above & stat.S_ISVTX
-        if may_be_swapped or not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
-            return None
-        if status.st_mode & OTHERS:  # others may have written its files
-            folder.chmod(0o700)
-            for kept in folder.glob("kernels-*"):
-                kept.unlink()
-    except (OSError, RuntimeError):  # RuntimeError: no home folder
-        return None
-    return folder
-
-
-def _is_whole(kept: Path) -> bool:
-    """Whether the file belongs to the user, is not a link, and has the hash in its name."""
-    try:
-        status = kept.lstat()
-        if status.st_uid != os.getuid() or status.st_mode & OTHERS:
-            return False
-        return stat.S_ISREG(status.st_mode) and kept.stem.endswith(_hash(kept.read_bytes()))
-    except OSError:
-        return False
-
-
-def _hash(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _keep(made: Path, folder: Path, key: str) -> Path | None:
-    """Copy the file into the folder, and flush the copy before it gets its name. ``None`` if
-    writing fails.
-    """
-    data = made.read_bytes()
-    path = folder / f"kernels-{key}-{_hash(data)}.so"
-    try:
-        # private, of an unpredictable name, and new
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".new", delete=False) as file:
-            try:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-                Path(file.name).replace(path)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
-    except OSError:
-        return None
-    return path
-
-
-def _processor() -> str:
-    """The processor's features, on which ``native`` depends: machines may share a home folder."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from gpt import kernels
+from gpt import cpp_library, kernels
 from gpt.config import ModelConfig
 from gpt.generation.inference import FEW, InferenceGPT, prepare_for_inference
 from gpt.generation.quantisation import Matrix
@@ -112,7 +112,7 @@ def check(path: str, what: str) -> None:
 
 def main() -> int:
     """Each path in a process of its own, into which the sanitizer is loaded first."""
-    command, _ = kernels._command()
+    command, _ = cpp_library.command(kernels.SOURCE)
     names = ("libasan.so", "libubsan.so", "libstdc++.so")
     ask = [[command[0], f"-print-file-name={name}"] for name in names]
     preload = [subprocess.check_output(words, text=True).strip() for words in ask]

@@ -11,7 +11,8 @@ import gpt
 
 ROOT = Path(gpt.__file__).parent
 FLOORS = [
-    "config", "files", "device", "speed", "kernels", "triton_kernels", "model", "data", "tensors",
+    "config", "files", "device", "speed", "cpp_library", "kernels", "training_kernels",
+    "triton_kernels", "model", "data", "tensors",
     "migrations", "checkpoint", "generation", "interop", "evaluation", "training", "console",
     "terminal", "server", "commands", "cli", "__main__",
 ]  # fmt: skip

@@ -12,7 +12,7 @@ import tempfile
 import pytest
 import torch
 
-from gpt import kernels
+from gpt import cpp_library, kernels
 from gpt.config import ModelConfig, UsageError
 
 NEEDS_A_COMPILER = pytest.mark.skipif(
@@ -149,10 +149,10 @@ def test_a_folder_of_another_user_is_not_used(compiled, monkeypatch, tmp_path):
 def test_a_file_of_another_user_is_not_loaded(compiled, tmp_path):
     kernels.load()
     [kept] = kept_in(tmp_path / "home/.cache")
-    assert kernels._is_whole(kept)
+    assert cpp_library._is_whole(kept)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "getuid", lambda: kept.stat().st_uid + 1)
-        assert not kernels._is_whole(kept)
+        assert not cpp_library._is_whole(kept)
 
 
 def replaced(kept, data):
@@ -273,7 +273,7 @@ def test_a_limit_of_x86_is_not_asked_of_another_processors_compiler(
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
     monkeypatch.setenv("CXX", sys.executable)  # any program: it is not run
     monkeypatch.setattr(platform, "machine", lambda: machine)
-    monkeypatch.setattr(kernels.subprocess, "run", run)
+    monkeypatch.setattr(cpp_library.subprocess, "run", run)
     with pytest.raises(UsageError, match="not compiled here"):
         kernels.load()
     assert f"-march={march}" in commands[0]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from gpt import kernels
+from gpt import cpp_library, kernels
 from gpt.commands.findings import Finding, advice, note, ok
 from gpt.config import UsageError, foreign
 from gpt.device import (
@@ -59,7 +59,7 @@ def _processor() -> Finding:
 
 def _compiler() -> Finding:
     try:
-        command = kernels.compiler()
+        command = cpp_library.compiler()
     except UsageError as error:
         what = "install g++ (apt install g++, dnf install gcc-c++, xcode-select --install)"
         return advice("compiler", str(error), what)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gpt import training_kernels
 from gpt.model.dropout import dropout as drop
 from gpt.model.flex import attend_in_blocks
 from gpt.model.masks import Blocks, as_bias
@@ -117,6 +118,9 @@ def attend(
     if softcap or top_k or learned_sinks is not None or to_sinks is not None:
         return _plain(q, k, v, mask, dropout, scale, to_sinks, softcap, top_k, learned_sinks)
     if n_query > 1 and _trains_faster_plainly(q, dropout):
+        if mask is None and q.shape == k.shape == v.shape and training_kernels.takes(q, k, v):
+            own = shape[-1] ** -0.5 if scale is None else scale
+            return training_kernels.causal_attention(q, k, v, p=dropout, scale=own)
         return _plain(q, k, v, mask, dropout, scale)
     if n_query == 1 and q.shape[1] != k.shape[1]:
         # The queries of a group see the same keys: as rows of one head, they are what every kernel

@@ -7,6 +7,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
+from gpt import training_kernels
 from gpt.config import ModelConfig
 from gpt.model.attend import attend
 from gpt.model.documents import one_by_one
@@ -14,7 +15,8 @@ from gpt.model.flops import flops_per_token
 from gpt.model.initial import Role, draw, normal, std_of, table
 from gpt.model.kinds import layer_kinds
 from gpt.model.norm import RMSNorm
-from gpt.model.shared import Shared
+from gpt.model.shared import Rotation, Shared
+from gpt.training_kernels import takes
 
 
 class CausalSelfAttention(nn.Module):
@@ -82,19 +84,25 @@ class CausalSelfAttention(nn.Module):
         too.
         """
         B, T, _ = x.shape
-        heads = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # B, H + 2 Hkv, T, D
-        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
+        view, qkv, to_sinks = shared.views[self.kind], self.qkv(x), None
+        if view.sinks is None and self._is_for_kernels(qkv, view.rotation):
+            eps = None if self.q_norm is None else self.q_norm.eps
+            turns = None if view.rotation is None else (view.rotation.cos, view.rotation.sin)
+            q, k, v = training_kernels.split_heads(
+                qkv, self.n_head, self.n_kv_head, eps=eps, turns=turns
+            )
+        else:
+            heads = qkv.view(B, T, -1, self.head_dim).transpose(1, 2)  # B, H + 2 Hkv, T, D
+            q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
+            if self.q_norm is not None and self.k_norm is not None:
+                q, k = self.q_norm(q), self.k_norm(k)
+            if view.sinks is not None:
+                to_sinks = view.sinks.rotation.query(q), view.sinks.keys
+            if view.rotation is not None:
+                q, k = view.rotation.query(q), view.rotation.key(k)
         if self.values is not None:
             own = self.values(shared.tokens).to(v.dtype).view(B, T, self.n_kv_head, self.head_dim)
             v = v + own.transpose(1, 2)
-        view = shared.views[self.kind]
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        to_sinks = None
-        if view.sinks is not None:
-            to_sinks = view.sinks.rotation.query(q), view.sinks.keys
-        if view.rotation is not None:
-            q, k = view.rotation.query(q), view.rotation.key(k)
         if shared.cache is not None:
             assert shared.plan is not None
             k, v = shared.cache.append(self.layer, k, v, shared.plan)
@@ -126,3 +134,8 @@ class CausalSelfAttention(nn.Module):
             )
         out: Tensor = self.out(y.transpose(1, 2).reshape(B, T, -1).to(x.dtype))
         return out
+
+    def _is_for_kernels(self, qkv: Tensor, rotation: Rotation | None) -> bool:
+        """Whether :func:`gpt.training_kernels.split_heads` has the arithmetic of this layer."""
+        is_plain = self.q_norm is None or self.q_norm.weight is None
+        return is_plain and (rotation is None or rotation.decay is None) and takes(qkv)

@@ -21,10 +21,12 @@ class Block(nn.Module):
         super().__init__()
         self.residual = RESIDUALS[config.norm_placement]
         self.alpha = (2 * config.n_layer) ** 0.25
-        self.attn_norm = make_norm(config)
+        # after the other placements, a norm's result is the stream, which keeps its dtype
+        feeds = self.residual.final_norm
+        self.attn_norm = make_norm(config, feeds_products=feeds)
         self.attn = CausalSelfAttention(config, layer)
         if "mlp_norm" in self.residual.norms:
-            self.mlp_norm = make_norm(config)
+            self.mlp_norm = make_norm(config, feeds_products=feeds)
         make_mlp = MoE if config.n_expert else MLPS[config.mlp]
         self.mlp = make_mlp(config, layer)
         self.dropout = Dropout(config.dropout)
@@ -49,43 +51,44 @@ class Residual(NamedTuple):
 
 def _pre(block: Block, x: Tensor, shared: Shared) -> Tensor:
     """The norm comes before each branch, and the stream itself is never normalised (GPT-2)."""
-    x = x + block.dropout(block.attn(block.attn_norm(x), shared))
-    out: Tensor = x + block.dropout(block.mlp(block.mlp_norm(x)))
+    x = block.dropout.add(x, block.attn(block.attn_norm(x), shared))
+    out: Tensor = block.dropout.add(x, block.mlp(block.mlp_norm(x)))
     return out
 
 
 def _post(block: Block, x: Tensor, shared: Shared) -> Tensor:
     """The stream is normalised after each sum (Vaswani et al., 2017)."""
-    x = block.attn_norm(x + block.dropout(block.attn(x, shared)))
-    out: Tensor = block.mlp_norm(x + block.dropout(block.mlp(x)))
+    x = block.attn_norm(block.dropout.add(x, block.attn(x, shared)))
+    out: Tensor = block.mlp_norm(block.dropout.add(x, block.mlp(x)))
     return out
 
 
 def _deepnorm(block: Block, x: Tensor, shared: Shared) -> Tensor:
     """As ``post``, with the stream times ``alpha = (2 n_layer) ** 1/4`` (arXiv:2203.00555)."""
-    x = block.attn_norm(block.alpha * x + block.dropout(block.attn(x, shared)))
-    out: Tensor = block.mlp_norm(block.alpha * x + block.dropout(block.mlp(x)))
+    x = block.attn_norm(block.dropout.add(block.alpha * x, block.attn(x, shared)))
+    out: Tensor = block.mlp_norm(block.dropout.add(block.alpha * x, block.mlp(x)))
     return out
 
 
 def _sandwich(block: Block, x: Tensor, shared: Shared) -> Tensor:
     """Norms before and after each branch (arXiv:2105.13290, as in Gemma 2)."""
-    x = x + block.dropout(block.attn_out_norm(block.attn(block.attn_norm(x), shared)))
-    out: Tensor = x + block.dropout(block.mlp_out_norm(block.mlp(block.mlp_norm(x))))
+    x = block.dropout.add(x, block.attn_out_norm(block.attn(block.attn_norm(x), shared)))
+    out: Tensor = block.dropout.add(x, block.mlp_out_norm(block.mlp(block.mlp_norm(x))))
     return out
 
 
 def _parallel(block: Block, x: Tensor, shared: Shared) -> Tensor:
     """Both branches read the same stream, each through its own norm (GPT-NeoX)."""
-    attended = block.dropout(block.attn(block.attn_norm(x), shared))
-    out: Tensor = x + attended + block.dropout(block.mlp(block.mlp_norm(x)))
+    attended = block.dropout.add(x, block.attn(block.attn_norm(x), shared))
+    out: Tensor = block.dropout.add(attended, block.mlp(block.mlp_norm(x)))
     return out
 
 
 def _parallel_shared(block: Block, x: Tensor, shared: Shared) -> Tensor:
     """Both branches read the same stream through one norm (GPT-J)."""
     normal = block.attn_norm(x)
-    out: Tensor = x + block.dropout(block.attn(normal, shared)) + block.dropout(block.mlp(normal))
+    attended = block.dropout.add(x, block.attn(normal, shared))
+    out: Tensor = block.dropout.add(attended, block.mlp(normal))
     return out
 
 

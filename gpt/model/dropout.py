@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt import training_kernels
+
 
 def dropout(x: Tensor, p: float) -> Tensor:
     """Set each element of ``x`` to zero with probability ``p``, and scale the others by
@@ -40,3 +42,10 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x`` of any shape; the result has the same shape."""
         return dropout(x, self.p) if self.training else x
+
+    def add(self, x: Tensor, branch: Tensor) -> Tensor:
+        """``x`` plus what dropout leaves of ``branch``, of the same shape."""
+        drops = self.training and self.p > 0
+        if drops and x.dtype in (torch.float32, branch.dtype) and training_kernels.takes(x, branch):
+            return training_kernels.add_dropped(x, branch, self.p)
+        return x + self(branch)

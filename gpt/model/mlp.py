@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt import training_kernels
 from gpt.config import Activation, Mlp, ModelConfig
 from gpt.model.initial import draw
 
@@ -17,6 +18,8 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 
 def _relu_squared(x: Tensor) -> Tensor:
     """The square of ReLU (Primer, arXiv:2109.08668)."""
+    if training_kernels.takes(x):
+        return training_kernels.relu_squared(x)
     return F.relu(x).square()
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt import training_kernels
 from gpt.config import ModelConfig, Norm
 
 
@@ -27,6 +28,9 @@ class LayerNorm(nn.LayerNorm):
 class RMSNorm(nn.Module):
     """Root mean square normalisation (arXiv:1910.07467): no mean is subtracted."""
 
+    feeds_products = False
+    """Whether the result is read by matrix products alone."""
+
     def __init__(self, config: ModelConfig, width: int, *, can_have_bias: bool = True) -> None:
         super().__init__()
         self.width, self.eps = width, config.norm_eps
@@ -36,9 +40,18 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., width]`` to the same."""
+        if self.bias is None and training_kernels.takes(x, self.weight):
+            return training_kernels.rms_norm(x, self.weight, self.eps, self._dtype_after(x))
         weight = None if self.weight is None else self.weight.to(x.dtype)
         out = F.rms_norm(x, (self.width,), weight, self.eps)
         return out if self.bias is None else out + self.bias
+
+    def _dtype_after(self, x: Tensor) -> torch.dtype:
+        """Autocast's for what feeds products, which would round it; else that of ``x``."""
+        if not (self.feeds_products and torch.is_autocast_enabled("cpu")):
+            return x.dtype
+        dtype = torch.get_autocast_dtype("cpu")
+        return dtype if dtype in training_kernels.TYPES else x.dtype
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -56,6 +69,9 @@ NORMS: dict[Norm, Callable[[ModelConfig, int], nn.Module]] = {
 """The configuration's ``norm`` to what makes one of a given width."""
 
 
-def make_norm(config: ModelConfig) -> nn.Module:
-    """A norm of the residual stream."""
-    return NORMS[config.norm](config, config.n_embd)
+def make_norm(config: ModelConfig, *, feeds_products: bool = False) -> nn.Module:
+    """A norm of the residual stream, whose result is read by matrix products alone or not."""
+    norm = NORMS[config.norm](config, config.n_embd)
+    if isinstance(norm, RMSNorm):
+        norm.feeds_products = feeds_products
+    return norm

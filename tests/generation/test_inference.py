@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import gpt
-from gpt import kernels
+from gpt import cpp_library, kernels
 from gpt.config import ExportConfig, GenerationConfig, ModelConfig, UsageError
 from gpt.data.tokenizer import ByteTokenizer
 from gpt.device import cpu_features
@@ -288,7 +288,7 @@ def compiled_for(tmp_path_factory):
     def compiled(march):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("XDG_CACHE_HOME", cache)
-            patch.setattr(kernels, "TARGETS", dict.fromkeys(kernels.TARGETS, march))
+            patch.setattr(cpp_library, "TARGETS", dict.fromkeys(cpp_library.TARGETS, march))
             return kernels.load()
 
     return compiled

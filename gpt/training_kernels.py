@@ -1,0 +1,293 @@
+"""C++ kernels for training on a CPU: what lies between the matrix products of a block, each in one
+pass over its memory, forward and backward.
+
+torch computes a norm, a rotation or dropout in several operators, and each of them reads and writes
+the whole activation; together they took longer than the products (benchmarks/RESULTS.md). The
+functions here are for callers whose tensors :func:`takes`; else the formulas of ``gpt/model`` are
+computed operator by operator, with the same result up to rounding. Arithmetic is float32 and each
+result is rounded once, to the dtype of the tensors.
+"""
+
+import ctypes
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from gpt import cpp_library
+from gpt.config import UsageError
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+TYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""The dtypes of activations, with their numbers in ``training_kernels.cpp``."""
+
+_POINTER, _LONG, _DOUBLE = ctypes.c_void_p, ctypes.c_long, ctypes.c_double
+
+
+class _Dropout(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_uint32) for name in ("seed", "key", "dropped")),
+        ("scale", ctypes.c_float),
+    )
+
+
+class _Heads(ctypes.Structure):
+    _fields_ = (
+        *((name, _LONG) for name in ("B", "T", "n_head", "kv_heads", "D", "pairs", "rows")),
+        ("cos", _POINTER), ("sin", _POINTER), ("epsilon", _DOUBLE),
+    )  # fmt: skip
+
+
+SIGNATURES = {
+    "gpt_rms_norm": (_LONG, _LONG, *[_POINTER] * 4, _LONG, _LONG, _DOUBLE),
+    "gpt_rms_norm_back": (_LONG, _LONG, *[_POINTER] * 6, _LONG, _LONG),
+    "gpt_add_dropped": (_LONG, _LONG, *[_POINTER] * 3, _LONG, _Dropout),
+    "gpt_dropped": (_LONG, _LONG, *[_POINTER] * 2, _LONG, _Dropout),
+    "gpt_relu_squared": (_LONG, *[_POINTER] * 3, _LONG),
+    "gpt_split_heads": (_LONG, ctypes.POINTER(_Heads), *[_POINTER] * 4),
+    "gpt_split_heads_back": (_LONG, ctypes.POINTER(_Heads), *[_POINTER] * 5),
+    "gpt_causal_softmax": (_LONG, *[_POINTER] * 2, _LONG, _LONG, _DOUBLE, _Dropout),
+    "gpt_causal_softmax_back": (_LONG, *[_POINTER] * 3, _LONG, _LONG, _DOUBLE, _Dropout),
+}
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled functions; ``None`` without a working compiler (:func:`gpt.kernels.problem`)."""
+    try:
+        lib = cpp_library.load(SOURCE)
+    except (UsageError, OSError):
+        return None
+    for name, types in SIGNATURES.items():
+        function = getattr(lib, name)
+        function.argtypes, function.restype = types, None
+    lib.gpt_threads.restype = _LONG
+    return lib
+
+
+def takes(*tensors: Tensor | None) -> bool:
+    """Whether the functions here compute with these tensors and their gradients: activations on a
+    CPU, float32 or bfloat16, in training. ``None`` counts for nothing.
+    """
+    here = [tensor for tensor in tensors if tensor is not None]
+    return (
+        torch.is_grad_enabled()
+        and any(tensor.requires_grad for tensor in here)
+        and all(type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.dtype in TYPES for t in here)
+        and not torch.compiler.is_compiling()
+        and library() is not None
+    )
+
+
+def _functions() -> ctypes.CDLL:
+    lib = library()
+    assert lib is not None, "takes() says whether there are kernels"
+    return lib
+
+
+def _type(tensor: Tensor) -> int:
+    return TYPES[tensor.dtype]
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    assert tensor is None or (tensor.is_cpu and tensor.is_contiguous())
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _drawn(p: float) -> _Dropout | None:
+    """New random elements to drop, from torch's generator; ``None`` where nothing is dropped."""
+    if p == 0:
+        return None
+    seed, key = torch.randint(2**32, (2,), device="cpu").tolist()
+    scale = 1 / (1 - p) if p < 1 else 0.0
+    return _Dropout(seed, key, min(round(p * 2**32), 2**32 - 1), scale)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, to: torch.dtype) -> Tensor:
+        x, rows = x.contiguous(), math.prod(x.shape[:-1])
+        own = None if weight is None else weight.float().contiguous()
+        y, inverse = torch.empty_like(x, dtype=to), x.new_empty(rows, dtype=torch.float32)
+        _functions().gpt_rms_norm(
+            TYPES[x.dtype], TYPES[to], _address(x), _address(own), _address(y), _address(inverse),
+            rows, x.shape[-1], eps,
+        )  # fmt: skip
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.to = to
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        slope, out = slope.to(ctx.to).contiguous(), torch.empty_like(x)
+        own = None if weight is None else weight.float().contiguous()
+        sums = None
+        if weight is not None and ctx.needs_input_grad[1]:
+            sums = torch.zeros(_functions().gpt_threads(), x.shape[-1], device="cpu")
+        _functions().gpt_rms_norm_back(
+            TYPES[x.dtype], TYPES[ctx.to], _address(slope), _address(x), _address(own),
+            _address(inverse), _address(out), _address(sums), len(inverse), x.shape[-1],
+        )  # fmt: skip
+        return out, None if sums is None else sums.sum(0).to(weight.dtype), None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, to: torch.dtype) -> Tensor:
+    """``x`` ``[..., C]`` over its root mean square, times ``weight`` ``[C]``, in the dtype ``to``
+    (arXiv:1910.07467).
+    """
+    out: Tensor = _RmsNorm.apply(x, weight, eps, to)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _AddDropped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, p: float) -> Tensor:
+        x, y = x.contiguous(), y.contiguous()
+        out, ctx.dropout, ctx.dtype = torch.empty_like(x), _drawn(p), y.dtype
+        addresses = _address(x), _address(y), _address(out)
+        _functions().gpt_add_dropped(_type(x), _type(y), *addresses, x.numel(), ctx.dropout)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None]:
+        slope = slope.contiguous()
+        of_y = torch.empty_like(slope, dtype=ctx.dtype)
+        addresses = _address(slope), _address(of_y)
+        _functions().gpt_dropped(
+            _type(slope), TYPES[ctx.dtype], *addresses, slope.numel(), ctx.dropout
+        )
+        return slope, of_y, None
+
+
+def add_dropped(x: Tensor, y: Tensor, p: float) -> Tensor:
+    """``x`` plus what dropout with ``0 < p`` leaves of ``y``, in the dtype of ``x``. Both have one
+    shape.
+    """
+    out: Tensor = _AddDropped.apply(x, y, p)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _ReluSquared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        _functions().gpt_relu_squared(_type(x), _address(x), None, _address(out), x.numel())
+        ctx.save_for_backward(x)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        [x] = ctx.saved_tensors
+        slope, out = slope.contiguous(), torch.empty_like(x)
+        addresses = _address(x), _address(slope), _address(out)
+        _functions().gpt_relu_squared(_type(x), *addresses, x.numel())
+        return out
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    """The square of ReLU (arXiv:2109.08668)."""
+    out: Tensor = _ReluSquared.apply(x)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _SplitHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, heads: _Heads, cos: Tensor | None, sin: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = qkv.contiguous()
+        shapes = [heads.n_head, heads.kv_heads, heads.kv_heads]
+        q, k, v = (qkv.new_empty(heads.B, n, heads.T, heads.D) for n in shapes)
+        addresses = _address(qkv), _address(q), _address(k), _address(v)
+        _functions().gpt_split_heads(_type(qkv), heads, *addresses)
+        ctx.save_for_backward(qkv if heads.epsilon >= 0 else None)
+        ctx.heads, ctx.turns, ctx.shape = heads, (cos, sin), qkv.shape
+        return q, k, v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None, None, None]:
+        [qkv] = ctx.saved_tensors
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        out = q.new_empty(ctx.shape)
+        addresses = (_address(tensor) for tensor in (qkv, q, k, v, out))
+        _functions().gpt_split_heads_back(_type(q), ctx.heads, *addresses)
+        return out, None, None, None
+
+
+def split_heads(
+    qkv: Tensor,
+    n_head: int,
+    kv_heads: int,
+    *,
+    eps: float | None = None,
+    turns: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries ``[B, H, T, D]``, keys and values ``[B, Hkv, T, D]`` of ``qkv`` ``[B, T, C]``. With
+    ``eps`` each query and key is divided by its root mean square; with ``turns``, cosines and sines
+    ``[T, n]`` or ``[B, 1, T, n]``, then rotated (arXiv:2104.09864).
+    """
+    B, T, C = qkv.shape
+    D, pairs, rows = C // (n_head + 2 * kv_heads), 0, T
+    cos = sin = None
+    if turns is not None:
+        pairs = turns[0].shape[-1]
+        cos, sin = (turn.float().contiguous() for turn in turns)
+        rows = cos.numel() // pairs
+        if rows not in (T, B * T) or 2 * pairs > D:
+            raise ValueError(f"cosines {[*cos.shape]} are not for {B} x {T} tokens of heads of {D}")
+    heads = _Heads(
+        B, T, n_head, kv_heads, D, pairs, rows, _address(cos), _address(sin),
+        -1.0 if eps is None else eps,
+    )  # fmt: skip
+    out: tuple[Tensor, Tensor, Tensor] = _SplitHeads.apply(qkv, heads, cos, sin)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _CausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, p: float, scale: float) -> Tensor:
+        T, shape = q.shape[-2], v.shape
+        q, k, v = (x.flatten(0, 1).contiguous() for x in (q, k, v))
+        weights = q @ k.mT
+        dropout = _drawn(p)
+        left = None if dropout is None else torch.empty_like(weights)
+        _functions().gpt_causal_softmax(
+            _type(weights), _address(weights), _address(left), len(weights), T, scale,
+            dropout or _Dropout(),
+        )  # fmt: skip
+        ctx.save_for_backward(q, k, v, weights)
+        ctx.dropout, ctx.scale = dropout, scale
+        return ((weights if left is None else left) @ v).view(shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, weights = ctx.saved_tensors
+        shape, slope = slope.shape, slope.flatten(0, 1).contiguous()
+        scores = slope @ v.mT
+        left = None if ctx.dropout is None else torch.empty_like(weights)
+        _functions().gpt_causal_softmax_back(
+            _type(weights), _address(weights), _address(scores), _address(left), len(weights),
+            weights.shape[-1], ctx.scale, ctx.dropout or _Dropout(),
+        )  # fmt: skip
+        of_v = (weights if left is None else left).mT @ slope
+        of_q, of_k = scores @ k, scores.mT @ q
+        return of_q.view(shape), of_k.view(shape), of_v.view(shape), None, None
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, p: float, scale: float) -> Tensor:
+    """Square causal attention of ``q``, ``k`` and ``v`` ``[B, H, T, D]`` of one shape, with dropout
+    of its weights. The ``T * T`` weights of each head are kept for the backward pass.
+    """
+    out: Tensor = _CausalAttention.apply(q, k, v, p, scale)  # type: ignore[no-untyped-call]
+    return out
