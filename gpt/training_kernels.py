@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from gpt import cpp_library
@@ -24,6 +25,8 @@ from gpt.config import UsageError
 SOURCE = Path(__file__).with_suffix(".cpp")
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 """The dtypes of activations, with their numbers in ``training_kernels.cpp``."""
+KINDS = (Tensor, nn.Parameter, FakeTensor)
+"""Whose gradients are plain; not those of a distributed tensor."""
 
 _POINTER, _LONG, _DOUBLE = ctypes.c_void_p, ctypes.c_long, ctypes.c_double
 
@@ -77,31 +80,44 @@ def takes(*tensors: Tensor | None) -> bool:
     return (
         torch.is_grad_enabled()
         and any(tensor.requires_grad for tensor in here)
-        and all(type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.dtype in TYPES for t in here)
+        and all(type(t) in KINDS and t.is_cpu and t.dtype in TYPES for t in here)
         and not torch.compiler.is_compiling()
         and library() is not None
     )
 
 
-def _functions() -> ctypes.CDLL:
-    lib = library()
+def _run(name: str, *arguments: Any) -> None:
+    """Call a function of the library with the addresses of tensors and the numbers of dtypes. Of
+    fake tensors, which are there to count memory, nothing is computed.
+    """
+    lib, known = library(), []
     assert lib is not None, "takes() says whether there are kernels"
-    return lib
+    for argument in arguments:
+        if isinstance(argument, FakeTensor):
+            return
+        if isinstance(argument, Tensor):
+            assert argument.is_cpu
+            assert argument.is_contiguous()
+            known.append(argument.data_ptr())
+        else:
+            known.append(TYPES[argument] if isinstance(argument, torch.dtype) else argument)
+    getattr(lib, name)(*known)
 
 
-def _type(tensor: Tensor) -> int:
-    return TYPES[tensor.dtype]
+def _threads() -> int:
+    """The most threads that take part in a call."""
+    lib = library()
+    assert lib is not None
+    n: int = lib.gpt_threads()
+    return n
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    assert tensor is None or (tensor.is_cpu and tensor.is_contiguous())
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _drawn(p: float) -> _Dropout | None:
+def _drawn(p: float, like: Tensor) -> _Dropout | None:
     """New random elements to drop, from torch's generator; ``None`` where nothing is dropped."""
     if p == 0:
         return None
+    if isinstance(like, FakeTensor):
+        return _Dropout()
     seed, key = torch.randint(2**32, (2,), device="cpu").tolist()
     scale = 1 / (1 - p) if p < 1 else 0.0
     return _Dropout(seed, key, min(round(p * 2**32), 2**32 - 1), scale)
@@ -113,10 +129,7 @@ class _RmsNorm(torch.autograd.Function):
         x, rows = x.contiguous(), math.prod(x.shape[:-1])
         own = None if weight is None else weight.float().contiguous()
         y, inverse = torch.empty_like(x, dtype=to), x.new_empty(rows, dtype=torch.float32)
-        _functions().gpt_rms_norm(
-            TYPES[x.dtype], TYPES[to], _address(x), _address(own), _address(y), _address(inverse),
-            rows, x.shape[-1], eps,
-        )  # fmt: skip
+        _run("gpt_rms_norm", x.dtype, to, x, own, y, inverse, rows, x.shape[-1], eps)
         ctx.save_for_backward(x, weight, inverse)
         ctx.to = to
         return y
@@ -129,10 +142,10 @@ class _RmsNorm(torch.autograd.Function):
         own = None if weight is None else weight.float().contiguous()
         sums = None
         if weight is not None and ctx.needs_input_grad[1]:
-            sums = torch.zeros(_functions().gpt_threads(), x.shape[-1], device="cpu")
-        _functions().gpt_rms_norm_back(
-            TYPES[x.dtype], TYPES[ctx.to], _address(slope), _address(x), _address(own),
-            _address(inverse), _address(out), _address(sums), len(inverse), x.shape[-1],
+            sums = torch.zeros(_threads(), x.shape[-1], device="cpu")
+        _run(
+            "gpt_rms_norm_back", x.dtype, ctx.to, slope, x, own, inverse, out, sums,
+            len(inverse), x.shape[-1],
         )  # fmt: skip
         return out, None if sums is None else sums.sum(0).to(weight.dtype), None, None
 
@@ -149,9 +162,8 @@ class _AddDropped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, p: float) -> Tensor:
         x, y = x.contiguous(), y.contiguous()
-        out, ctx.dropout, ctx.dtype = torch.empty_like(x), _drawn(p), y.dtype
-        addresses = _address(x), _address(y), _address(out)
-        _functions().gpt_add_dropped(_type(x), _type(y), *addresses, x.numel(), ctx.dropout)
+        out, ctx.dropout, ctx.dtype = torch.empty_like(x), _drawn(p, x), y.dtype
+        _run("gpt_add_dropped", x.dtype, y.dtype, x, y, out, x.numel(), ctx.dropout)
         return out
 
     @staticmethod
@@ -159,10 +171,7 @@ class _AddDropped(torch.autograd.Function):
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None]:
         slope = slope.contiguous()
         of_y = torch.empty_like(slope, dtype=ctx.dtype)
-        addresses = _address(slope), _address(of_y)
-        _functions().gpt_dropped(
-            _type(slope), TYPES[ctx.dtype], *addresses, slope.numel(), ctx.dropout
-        )
+        _run("gpt_dropped", slope.dtype, ctx.dtype, slope, of_y, slope.numel(), ctx.dropout)
         return slope, of_y, None
 
 
@@ -179,7 +188,7 @@ class _ReluSquared(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         x = x.contiguous()
         out = torch.empty_like(x)
-        _functions().gpt_relu_squared(_type(x), _address(x), None, _address(out), x.numel())
+        _run("gpt_relu_squared", x.dtype, x, None, out, x.numel())
         ctx.save_for_backward(x)
         return out
 
@@ -188,8 +197,7 @@ class _ReluSquared(torch.autograd.Function):
     def backward(ctx: Any, slope: Tensor) -> Tensor:
         [x] = ctx.saved_tensors
         slope, out = slope.contiguous(), torch.empty_like(x)
-        addresses = _address(x), _address(slope), _address(out)
-        _functions().gpt_relu_squared(_type(x), *addresses, x.numel())
+        _run("gpt_relu_squared", x.dtype, x, slope, out, x.numel())
         return out
 
 
@@ -207,8 +215,7 @@ class _SplitHeads(torch.autograd.Function):
         qkv = qkv.contiguous()
         shapes = [heads.n_head, heads.kv_heads, heads.kv_heads]
         q, k, v = (qkv.new_empty(heads.B, n, heads.T, heads.D) for n in shapes)
-        addresses = _address(qkv), _address(q), _address(k), _address(v)
-        _functions().gpt_split_heads(_type(qkv), heads, *addresses)
+        _run("gpt_split_heads", qkv.dtype, heads, qkv, q, k, v)
         ctx.save_for_backward(qkv if heads.epsilon >= 0 else None)
         ctx.heads, ctx.turns, ctx.shape = heads, (cos, sin), qkv.shape
         return q, k, v
@@ -219,8 +226,7 @@ class _SplitHeads(torch.autograd.Function):
         [qkv] = ctx.saved_tensors
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         out = q.new_empty(ctx.shape)
-        addresses = (_address(tensor) for tensor in (qkv, q, k, v, out))
-        _functions().gpt_split_heads_back(_type(q), ctx.heads, *addresses)
+        _run("gpt_split_heads_back", q.dtype, ctx.heads, qkv, q, k, v, out)
         return out, None, None, None
 
 
@@ -245,10 +251,10 @@ def split_heads(
         rows = cos.numel() // pairs
         if rows not in (T, B * T) or 2 * pairs > D:
             raise ValueError(f"cosines {[*cos.shape]} are not for {B} x {T} tokens of heads of {D}")
-    heads = _Heads(
-        B, T, n_head, kv_heads, D, pairs, rows, _address(cos), _address(sin),
-        -1.0 if eps is None else eps,
-    )  # fmt: skip
+    heads = _Heads(B, T, n_head, kv_heads, D, pairs, rows)
+    heads.epsilon = -1.0 if eps is None else eps
+    if cos is not None and sin is not None and not isinstance(qkv, FakeTensor):
+        heads.cos, heads.sin = cos.data_ptr(), sin.data_ptr()
     out: tuple[Tensor, Tensor, Tensor] = _SplitHeads.apply(qkv, heads, cos, sin)  # type: ignore[no-untyped-call]
     return out
 
@@ -259,12 +265,10 @@ class _CausalAttention(torch.autograd.Function):
         T, shape = q.shape[-2], v.shape
         q, k, v = (x.flatten(0, 1).contiguous() for x in (q, k, v))
         weights = q @ k.mT
-        dropout = _drawn(p)
+        dropout = _drawn(p, q)
         left = None if dropout is None else torch.empty_like(weights)
-        _functions().gpt_causal_softmax(
-            _type(weights), _address(weights), _address(left), len(weights), T, scale,
-            dropout or _Dropout(),
-        )  # fmt: skip
+        sizes = len(weights), T, scale, dropout or _Dropout()
+        _run("gpt_causal_softmax", weights.dtype, weights, left, *sizes)
         ctx.save_for_backward(q, k, v, weights)
         ctx.dropout, ctx.scale = dropout, scale
         return ((weights if left is None else left) @ v).view(shape)
@@ -276,10 +280,8 @@ class _CausalAttention(torch.autograd.Function):
         shape, slope = slope.shape, slope.flatten(0, 1).contiguous()
         scores = slope @ v.mT
         left = None if ctx.dropout is None else torch.empty_like(weights)
-        _functions().gpt_causal_softmax_back(
-            _type(weights), _address(weights), _address(scores), _address(left), len(weights),
-            weights.shape[-1], ctx.scale, ctx.dropout or _Dropout(),
-        )  # fmt: skip
+        sizes = len(weights), weights.shape[-1], ctx.scale, ctx.dropout or _Dropout()
+        _run("gpt_causal_softmax_back", weights.dtype, weights, scores, left, *sizes)
         of_v = (weights if left is None else left).mT @ slope
         of_q, of_k = scores @ k, scores.mT @ q
         return of_q.view(shape), of_k.view(shape), of_v.view(shape), None, None

@@ -9,15 +9,15 @@ import os
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import torch
 
-from gpt import cpp_library, kernels
+from gpt import cpp_library, kernels, training_kernels
 from gpt.config import ModelConfig
 from gpt.generation.inference import FEW, InferenceGPT, prepare_for_inference
 from gpt.generation.quantisation import Matrix
 from tests.conftest import make_model
+from tests.test_training_kernels import CASES, computed_by
 
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
 SHAPES = [(1, 1), (2, 1), (5, 31), (3, 33), (7, 96), (5, 127), (5, 128), (1, 129), (3, 200),
@@ -80,10 +80,28 @@ def overread() -> None:
     kernels.linear(torch.ones(1, 64), matrix)
 
 
+@torch.inference_mode(False)
+def training() -> int:
+    """The kernels for training, on 1 and on 3 threads; returns how many results there were."""
+    assert training_kernels.library() is not None
+    n = 0
+    for threads, name, dtype in itertools.product((1, 3), CASES, training_kernels.TYPES):
+        torch.set_num_threads(threads)
+        n += len(computed_by(name, dtype)[0])
+    for rows, width, dtype in itertools.product((1, 5), (1, 15, 16, 33), training_kernels.TYPES):
+        x, y = torch.randn(2, rows, width), torch.randn(2, rows, width, requires_grad=True)
+        out = training_kernels.add_dropped(x, y.to(dtype), 0.3)[:, None]
+        out = training_kernels.causal_attention(out, out, out, p=0.2, scale=1.0)
+        out.sum().backward()
+        n += 1
+    return n
+
+
 @torch.inference_mode()
-def check(path: str, what: str) -> None:
-    """Run everything with the kernels at ``path``, and print how much that was."""
-    library = kernels._declared(ctypes.CDLL(path))
+def check(folder: str, what: str) -> None:
+    """Run everything with the libraries in ``folder``, and print how much that was."""
+    cpp_library.load = lambda source: ctypes.CDLL(f"{folder}/{source.stem}.so")
+    library = kernels.load()
     kernels.library = lambda: library
     torch.manual_seed(0)
     if what == "overread":
@@ -107,7 +125,7 @@ def check(path: str, what: str) -> None:
                 for rows, step in ((1, 1), (1, 5), (3, 4)):
                     decoded(model, dtype, capacity, rows, step)
             decoded(model, torch.float32, 5, 2 * FEW, 1)
-    print(f"{calls:,} products, {blocks:,} runs of blocks", flush=True)
+    print(f"{calls:,} products, {blocks:,} runs of blocks, {training()} of training", flush=True)
 
 
 def main() -> int:
@@ -120,17 +138,18 @@ def main() -> int:
     failed = 0
     for march in ["native", "x86-64-v3", "x86-64"] if is_x86 else ["native"]:
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "kernels.so"
             words = [word for word in command if not word.startswith("-march")]
-            words += [f"-march={march}", *SANITIZE, "-o", str(path), str(kernels.SOURCE)]
-            subprocess.run(words, check=True)
+            words += [f"-march={march}", *SANITIZE]
+            for source in (kernels.SOURCE, training_kernels.SOURCE):
+                path = f"{folder}/{source.stem}.so"
+                subprocess.run([*words, "-o", path, str(source)], check=True)
             environment = os.environ | {
                 "LD_PRELOAD": " ".join(preload),
                 "ASAN_OPTIONS": "detect_leaks=0",
                 "UBSAN_OPTIONS": "print_stacktrace=1",
                 "OMP_WAIT_POLICY": "passive",
             }
-            again = [sys.executable, "-m", "tests.asan", str(path)]
+            again = [sys.executable, "-m", "tests.asan", folder]
             seen = subprocess.run(
                 [*again, "overread"], env=environment, stderr=subprocess.PIPE, text=True
             )

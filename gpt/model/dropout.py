@@ -48,4 +48,5 @@ class Dropout(nn.Module):
         drops = self.training and self.p > 0
         if drops and x.dtype in (torch.float32, branch.dtype) and training_kernels.takes(x, branch):
             return training_kernels.add_dropped(x, branch, self.p)
-        return x + self(branch)
+        out: Tensor = x + self(branch)
+        return out

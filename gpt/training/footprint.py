@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gpt import training_kernels
 from gpt.config import CacheFormat, ModelConfig, TrainConfig
 from gpt.model import attend
 from gpt.model.gpt import GPT
@@ -208,6 +209,7 @@ def _kernels_of_a_gpu() -> Iterator[None]:
     """On the CPU's fake tensors, choose as on a GPU: fused attention, larger parts of logits."""
     with (
         mock.patch.object(attend, "_trains_faster_plainly", return_value=False),
+        mock.patch.object(training_kernels, "library", return_value=None),
         mock.patch.dict(loss.CHUNK, cpu=loss.CHUNK["gpu"]),
     ):
         yield
