@@ -34,6 +34,8 @@ MODELS = [
     {"n_embd": 64, "n_head": 4, "activation": "tanh", "scale_attention_by_layer": True},
 ]
 CAPACITIES = [1, 4, 5, 15, 16, 33]
+GGUF = {"int8_gguf", "int4_gguf"}
+"""Formats that are not made of numbers here, but read."""
 DTYPES = [torch.float32, torch.bfloat16, torch.int8]
 
 
@@ -41,8 +43,17 @@ def products() -> int:
     """Each matrix of each format, times each number of rows, and unpacked."""
     count = 0
     for kind, (rows, columns) in itertools.product(kernels.FORMATS, SHAPES):
-        matrix = Matrix(kind, torch.randn(rows, columns))
-        tensors = matrix.data, matrix.scales, matrix.lows
+        if kind in GGUF:
+            columns += -columns % 32
+            tensors = of_gguf(kind, rows, columns)
+            for dtype in (torch.float32, torch.bfloat16):
+                kernels.dense(kernels.RawMatrix(kind, columns, *tensors), dtype)
+        else:
+            matrix = Matrix(kind, torch.randn(rows, columns))
+            tensors = matrix.data, matrix.scales, matrix.lows
+            for dtype in (torch.float32, torch.bfloat16):
+                matrix.dense(dtype)
+                matrix.rows(torch.tensor([rows - 1, 0]), dtype)
         for bias in (None, torch.randn(rows)):
             raw = kernels.RawMatrix(kind, columns, *tensors, bias)
             for x in (torch.randn(n, columns) for n in ROWS):
@@ -51,11 +62,17 @@ def products() -> int:
             for bad in (torch.nan, torch.inf, -torch.inf, 3e38, 1e-45):
                 kernels.linear(torch.full((2, columns), bad), raw)
                 count += 1
-        for dtype in (torch.float32, torch.bfloat16):
-            matrix.dense(dtype)
-            matrix.rows(torch.tensor([rows - 1, 0]), dtype)
-            count += 2
     return count
+
+
+def of_gguf(
+    kind: str, rows: int, columns: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """A matrix of a GGUF file's blocks: its bytes, scales and offsets."""
+    packed = kernels.PACKED[kind]
+    data = torch.randint(256, (rows, packed.row_bytes(columns)), dtype=torch.uint8)
+    scales = torch.rand(rows, *packed.row_scales(columns)).to(packed.scales)
+    return data, scales, scales.clone() if packed.has_lows else None
 
 
 def decoded(model: InferenceGPT, dtype: torch.dtype, capacity: int, rows: int, step: int) -> None:
@@ -118,7 +135,7 @@ def check(folder: str, what: str) -> None:
     kernels.Blocks.run = counted
     for threads, models in ((1, MODELS), (3, MODELS[3:5])):  # a share of 3 is uneven
         torch.set_num_threads(threads)
-        for changes, kind in itertools.product(models, kernels.FORMATS):
+        for changes, kind in itertools.product(models, kernels.FORMATS.keys() - GGUF):
             shape = {"vocab_size": 257, "context_length": 33, "n_layer": 2} | changes
             model = prepare_for_inference(make_model(ModelConfig(**shape)), kind)
             for capacity, dtype in itertools.product(CAPACITIES, DTYPES):
