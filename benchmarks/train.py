@@ -3,7 +3,8 @@
 
 ``python benchmarks/train.py [--model 124m] [--sequences N] [--nanogpt PATH/model.py]``. A step is
 forward, backward, clipping and optimizer of N sequences (64, and 1 for 124m). Each line is a
-process of its own, and they run in turns; a figure is the median over all turns. nanoGPT's model
+process of its own, and they run in turns; a figure is the median over all turns. The rate of the
+products is that of large square matrices in the row's dtype, measured at the end. nanoGPT's model
 file is used as it is, in eager float32 with fused AdamW, as is Hugging Face's GPT-2. For 10m, the
 defaults that matter on a CPU are also turned off one by one.
 """
@@ -23,11 +24,12 @@ from machine import describe, seconds
 from rich.console import Console
 from rich.table import Table
 
-import gpt.model.attend
-import gpt.model.dropout
+from gpt import training_kernels
 from gpt.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig, TrainingConfig
 from gpt.data.prepare import prepare
-from gpt.device import keep_freed_memory
+from gpt.device import choose_precision, keep_freed_memory
+from gpt.model.gpt import GPT
+from gpt.speed import product_flops
 from gpt.training.loop import Trainer
 
 SHAPES = {
@@ -39,8 +41,7 @@ VARIANTS = {
     "defaults": "this project, defaults on a CPU",
     "float32": "... in float32",
     "freed memory": "... without keeping freed memory",
-    "fused attention": "... with the fused attention kernel",
-    "torch dropout": "... with torch's dropout",
+    "operators": "... with torch's operators between the products",
     "nanogpt": "nanoGPT, eager float32",
     "hugging face": "Hugging Face GPT-2, eager float32",
 }
@@ -122,11 +123,8 @@ def measure(variant: str, shape: ModelConfig, sequences: int, steps: int, path: 
     """Tokens/s of each step of a variant, in this process, and its peak memory in GB."""
     if variant not in ("freed memory", "nanogpt", "hugging face"):
         keep_freed_memory()
-    if variant == "fused attention":
-        gpt.model.attend._trains_faster_plainly = lambda q, p: False
-    if variant == "torch dropout":
-        gpt.model.attend.drop = torch.nn.functional.dropout
-        gpt.model.dropout.dropout = torch.nn.functional.dropout
+    if variant == "operators":
+        training_kernels.library = lambda: None
     if variant == "hugging face":
         step = theirs(hugging_face(shape), shape, sequences)
     elif variant == "nanogpt":
@@ -185,12 +183,19 @@ def main() -> None:
     table = Table(title=f"{arguments.model}, {tokens:,} tokens a step, dropout {dropout}")
     for heading in ("", "tokens/s", *(f"of {VARIANTS[peer].split(',')[0]}" for peer in peers)):
         table.add_column(heading, justify="right" if heading else "left")
+    table.add_column("of the products' rate", justify="right")
     table.add_column("peak GB", justify="right")
+    fast = choose_precision("auto", torch.device("cpu"))
+    peaks = {dtype: product_flops(dtype) for dtype in {fast, torch.float32}}
+    with torch.device("meta"):
+        flops = GPT(shape).flops_per_token()
     median = {variant: statistics.median(values) for variant, values in rates.items()}
     for variant in chosen:
         ratios = [f"{median[variant] / median[peer]:.2f} x" for peer in peers]
-        row = (VARIANTS[variant], f"{median[variant]:,.0f}", *ratios, f"{memory[variant]:.2f}")
-        table.add_row(*row)
+        dtype = torch.float32 if variant in (*peers, "float32") else fast
+        share = f"{100 * median[variant] * flops / peaks[dtype]:.0f} %"
+        figures = (f"{median[variant]:,.0f}", *ratios, share, f"{memory[variant]:.2f}")
+        table.add_row(VARIANTS[variant], *figures)
     console.print(table)
 
 
