@@ -2,6 +2,7 @@ import os
 
 os.environ["WANDB_MODE"] = "offline"
 os.environ["XDG_STATE_HOME"] = os.devnull  # no history of lines is kept
+os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start, as of the tests: see below
 
 import pytest
 import torch
