@@ -2,8 +2,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
-# A process for each core, each of which takes whole files: their fixtures are made once.
-PARALLEL := -n auto --maxprocesses 8 --dist loadfile
+# A process for each core, each of which takes whole files, whose fixtures are then made once, in the
+# order of tests/conftest.py.
+PARALLEL := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 READY := $(VENV)/.ready
 MUTANTS_READY := $(VENV)/.mutants
 CUDA_VENV := .venv-cuda

@@ -61,6 +61,7 @@ class Technique:
     symbol: str
 
     @classmethod
+    @functools.cache
     def read(cls, name: str) -> "Technique":
         found = HEAD.match((FILES / f"{name}.toml").read_text(encoding="utf-8"))
         assert found is not None, f"{name}.toml does not begin with its meaning, paper and code"

@@ -1,7 +1,9 @@
 import os
+from pathlib import Path
 
 os.environ["WANDB_MODE"] = "offline"
 os.environ["XDG_STATE_HOME"] = os.devnull  # no history of lines is kept
+os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start, as of the tests: see below
 
 import pytest
 import torch
@@ -21,6 +23,20 @@ LINES = [
     "MENENIUS:\nWhat work's, my countrymen, in hand? where go you\nWith bats and clubs?\n\n",
     "VOLUMNIA:\nI pray you, daughter, sing; or express yourself in a more comfortable sort.\n\n",
 ]
+
+
+LONGEST = (
+    "training/test_torchrun.py", "training/test_parallel.py", "generation/test_inference.py",
+    "training/test_faults.py", "test_readme.py", "test_triton_kernels.py", "test_cli.py",
+    "test_output.py", "training/test_loop.py", "fuzz/test_share.py",
+)  # fmt: skip
+"""Files of half a minute and more, or of few tests that are slow."""
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files come first, so that at the end no process waits for another one's."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Imports in the package run only downward."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,9 @@ def floor_of(module: str) -> str:
     return parts[1] if len(parts) > 1 else ""
 
 
-def imports_of(path: Path) -> set[str]:
+@functools.cache
+def imports_of(path: Path) -> frozenset[str]:
+    """The modules of the package that a file imports, anywhere in it."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "gpt":
@@ -33,7 +36,7 @@ def imports_of(path: Path) -> set[str]:
                 names.add(node.module)
         elif isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names if alias.name.startswith("gpt."))
-    return names
+    return frozenset(names)
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
@@ -46,7 +49,8 @@ def test_a_module_imports_only_from_its_own_floor_and_those_below(path):
     assert used <= set(allowed), f"{home} must not import {sorted(used - set(allowed))}"
 
 
-def reached_from(module: str) -> set[str]:
+@functools.cache
+def reached_from(module: str) -> frozenset[str]:
     """The modules that importing ``module`` imports, transitively."""
     reached, waiting = set(), [module]
     while waiting:
@@ -56,7 +60,7 @@ def reached_from(module: str) -> set[str]:
         if name not in reached and path.exists():
             reached.add(name)
             waiting += imports_of(path) if name != "gpt" else []
-    return reached
+    return frozenset(reached)
 
 
 @pytest.mark.parametrize("floor", ["generation", "interop", "evaluation", "terminal", "cli"])

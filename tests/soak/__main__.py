@@ -11,25 +11,30 @@ from pathlib import Path
 from tests.soak import runs
 
 
+def serve(folder: Path, what: str, **options: int) -> list[str]:
+    """One kind of work in a process of its own."""
+    return runs.serve(folder, {what: options})[what]
+
+
 def main() -> int:
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         if runs.build(Path(folder)) is None:
             print("needs Linux and a C compiler")
             return 1
-        hits, whole, *killed = runs.serve(Path(folder), "kill", {"n_runs": 20, "kills": 4})
+        hits, whole, *killed = serve(Path(folder), "kill", n_runs=20, kills=4)
         same = sum(digest == whole for digest in killed)
         print(f"{hits} kills at random instants: {same} of {len(killed)} runs ended as one without")
         print(f"  {whole}: weights, optimizers, progress, metrics, pointers", flush=True)
         shutil.rmtree(folder)
         Path(folder).mkdir()
-        told, *problems = runs.serve(Path(folder), "inject", {})
+        told, *problems = serve(Path(folder), "inject")
         print(told)
         n = int(told.split()[0])
         print(
             f"{n - len(problems)} of {n} left every checkpoint whole, and the run went on as ever"
         )
-        told, *sharded = runs.serve(Path(folder), "inject_sharded", {})
+        told, *sharded = serve(Path(folder), "inject_sharded")
         n = int(told.split()[0])
         print(f"of a sharded checkpoint, {told}")
         print(f"{n - len(sharded)} of {n} left it whole or not there, and the one before it whole")

@@ -300,14 +300,16 @@ def build(folder: Path) -> Path | None:
     return library
 
 
-def serve(folder: Path, what: str, options: dict) -> list[str]:
-    """Run :func:`inject` or :func:`kill` in a process of its own; what it returned."""
+def serve(folder: Path, work: dict[str, dict]) -> dict[str, list[str]]:
+    """Do each ``work``, of which the options are given, in a folder of its own, all in one process;
+    what each returned.
+    """
     library = build(folder)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if library is not None:
         environment["LD_PRELOAD"] = str(library)
     done = subprocess.run(
-        [sys.executable, "-m", "tests.soak.runs", str(folder), what, json.dumps(options)],
+        [sys.executable, "-m", "tests.soak.runs", str(folder), json.dumps(work)],
         env=environment,
         cwd=Path(__file__).parent.parent.parent,
         stdout=subprocess.PIPE,
@@ -321,10 +323,13 @@ WORK = {"inject": inject, "inject_sharded": inject_sharded, "kill": kill, "fill"
 
 
 def main() -> None:
-    folder, what, options = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+    folder, work, told = Path(sys.argv[1]), json.loads(sys.argv[2]), {}
     torch.set_num_threads(1)
-    prepare(folder)
-    print(json.dumps(WORK[what](folder, **options)))
+    for what, options in work.items():
+        (folder / what).mkdir()
+        prepare(folder / what)
+        told[what] = WORK[what](folder / what, **options)
+    print(json.dumps(told))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,9 @@ from tests.training.worker import (
     COMPOSITES,
     FORMATS,
     KINDS,
+    MADE,
     MICRO,
+    USUAL,
     family,
     run_of,
     train,
@@ -42,25 +44,28 @@ RUNS = [(n, s, f) for n, s in PLACES[1:] for f in FORMATS.get(s, ("full",))]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, request):
     """A folder with the results of worker.py on one, two and four processes."""
     place = tmp_path_factory.mktemp("parallel")
     write_records(place / "records.jsonl")
     sums = ({"prompt": f"{i}+1=", "completion": str(i + 1) * (1 + i % 3)} for i in range(60))
     (place / "sums.jsonl").write_text("".join(json.dumps(record) + "\n" for record in sums))
     (place / "text.txt").write_text("".join(LINES[i % 3] for i in range(160)))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    for n in WORLDS:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
-        done = subprocess.run(
-            [sys.executable, *torchrun, str(ROOT / "tests/training/worker.py"), str(place)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
+    words = [str(ROOT / "tests/training/worker.py"), str(place)]
+    if any(
+        item.path == request.path and item.get_closest_marker("slow")
+        for item in request.session.items
+    ):
+        words.append("--all")
+    done = subprocess.run(
+        [sys.executable, *words],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
     return place
 
 
@@ -100,10 +105,18 @@ def test_gradients_of_composite_models_are_those_of_one_process(n, strategy, kin
     assert split["norm"].item() == pytest.approx(whole["norm"].item(), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("strategy", "row"), [(s, row) for s in ("ddp", "fsdp") for row in family(s)]
-)
+def rows_of(strategy):
+    """Those of the usual run, and the others as slow."""
+    usual = family(strategy, all_rows=False)
+    return [
+        pytest.param(strategy, row, marks=() if row in usual else pytest.mark.slow)
+        for row in family(strategy)
+    ]
+
+
+@pytest.mark.parametrize(("strategy", "row"), [*rows_of("ddp"), *rows_of("fsdp")])
 def test_every_two_techniques_give_the_gradients_of_one_process(row, strategy, results):
+    """In the usual run two thirds of the pairs, and every technique with every strategy."""
     split, whole = results[2][strategy, row], results[1]["single", row]
     assert split.keys() == whole.keys()
     assert max(difference(split, whole)) < 1e-5
@@ -201,14 +214,24 @@ def test_a_run_has_the_metrics_and_the_weights_of_one_process(n, strategy, kind,
     assert shards == (kind == "sharded")
 
 
-@pytest.mark.parametrize(
-    "made", ["single-1-full", "fsdp-2-full", "fsdp-2-sharded", "hybrid-4-sharded"]
-)
-def test_a_run_can_be_resumed_on_another_number_of_processes(made, folder, results):
-    resumed = [path for path in folder.glob(f"{made}-on-*") if path.is_dir()]
-    assert resumed or made == "hybrid-4-sharded"  # by one process, below
-    for run in resumed:
-        assert_same_records(run, folder / "single-1-full")
+def resumptions():
+    """All runs and worlds that can resume them; those that the usual run lacks as slow."""
+    for made in MADE:
+        for n, strategy in PLACES[1:]:
+            if n > int(made.split("-")[1]):
+                world = f"{strategy}-{n}"
+                marks = () if world in USUAL.get(made, ()) else pytest.mark.slow
+                yield pytest.param(made, world, marks=marks)
+
+
+@pytest.mark.parametrize(("made", "world"), list(resumptions()))
+def test_a_run_can_be_resumed_by_more_processes(made, world, folder):
+    """In the usual run each of these worlds resumes one run."""
+    assert_same_records(folder / f"{made}-on-{world}", folder / "single-1-full")
+
+
+@pytest.mark.parametrize("made", MADE)
+def test_a_run_can_be_resumed_by_one_process(made, folder):
     config = dataclasses.replace(run_of(folder, f"{made}-on-one"), resume=True)
     (folder / f"{made}-on-one").mkdir()
     for name in ("checkpoints/step-00000003", "config.toml", "tokenizer.json", "metrics.jsonl"):

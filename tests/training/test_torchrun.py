@@ -57,10 +57,8 @@ def start(
     place, run, *words, torchrun=("--standalone", "--nproc-per-node", "2"), script="train.py"
 ):
     words = [str(ROOT / script), str(place / "tiny.toml"), "--run_dir", str(place / run), *words]
-    if torchrun:
-        words = ["-m", "torch.distributed.run", *torchrun, *words]
     return subprocess.Popen(
-        [sys.executable, *words],
+        [sys.executable, "-m", "torch.distributed.run", *torchrun, *words],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -196,19 +194,18 @@ def rendezvous():
     return [*words, "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "a-job"]
 
 
-def test_two_nodes_train_together_and_again_after_a_process_was_killed(place):
-    finish(start(place, "alone", torchrun=()))
+def test_two_nodes_train_together_and_again_after_a_process_was_killed(whole):
     torchrun = rendezvous()
     options = ["--parallel.strategy", "fsdp"]
-    nodes = [start(place, "nodes", *options, torchrun=torchrun) for _ in range(2)]
-    when_at_step(place, "nodes", 20, nodes[0])
+    nodes = [start(whole, "nodes", *options, torchrun=torchrun) for _ in range(2)]
+    when_at_step(whole, "nodes", 20, nodes[0])
     other = next(node for node in nodes if 1 in workers(node))
     os.kill(workers(other)[1], signal.SIGKILL)
     outputs = [finish(node)[0] for node in nodes]
     told = "".join(outputs)
     assert told.count("fsdp on 2 processes") == 2  # by one of them, at each start
     assert re.search(r"continuing from step [12]\d", told)
-    for one, two in zip(metrics(place, "nodes"), metrics(place, "alone"), strict=True):
+    for one, two in zip(metrics(whole, "nodes"), metrics(whole, "whole"), strict=True):
         assert one["step"] == two["step"]
         for key in {"loss", "validation_loss"} & two.keys():
             assert one[key] == pytest.approx(two[key], rel=1e-5)

@@ -1,17 +1,23 @@
-"""The work of the processes in tests/training/test_parallel.py: ``torchrun worker.py FOLDER``.
+"""The work of the processes in tests/training/test_parallel.py: ``python worker.py FOLDER``.
 
-A single process runs it too, and its results are the reference.
+A single process does it first, and its results are the reference. Then this process, which has
+imported all there is to import, forks the worlds of two and four. ``--all`` adds what the slow
+tests need.
 """
 
 import dataclasses
 import io
+import os
 import shutil
+import socket
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
+import torch.multiprocessing
 from rich.console import Console
 from torch.distributed.tensor import DTensor
 
@@ -52,13 +58,27 @@ KINDS = (
 )  # fmt: skip
 """Objectives of tests/training/tasks.py."""
 FORMATS = {"fsdp": ("full", "sharded"), "hybrid": ("full", "sharded")}
+MADE = ("single-1-full", "fsdp-2-full", "fsdp-2-sharded", "hybrid-4-sharded")
+"""Runs that are resumed by other numbers of processes."""
+USUAL = {
+    "single-1-full": ("ddp-2", "fsdp-2", "hybrid-4"),
+    "fsdp-2-full": ("ddp-4",),
+    "fsdp-2-sharded": ("fsdp-4",),
+}
+"""Where they are resumed without ``--all``: each of the five once."""
+N_USUAL = 50
+"""The models of the family without ``--all``: the first ones bring the most pairs."""
 
 
-def family(strategy: str) -> dict[str, dict[str, object]]:
-    """Models in which every two techniques meet: every other one for each strategy."""
+def family(strategy: str, *, all_rows: bool = True) -> dict[str, dict[str, object]]:
+    """Models in which every two techniques meet: every other one for each strategy. Not
+    ``all_rows``: the first, in which each technique still meets each strategy, and two thirds of
+    the pairs are.
+    """
     from tests.model.family import PARTS, ROWS, id_of
 
-    chosen = {"single": ROWS, "ddp": ROWS[::2], "fsdp": ROWS[1::2]}[strategy]
+    rows = ROWS if all_rows else ROWS[:N_USUAL]
+    chosen = {"single": rows, "ddp": rows[::2], "fsdp": rows[1::2]}[strategy]
     models = {}
     for row in chosen:
         models[id_of(row)] = model = {"n_head": 4, "n_inner": 48}
@@ -186,7 +206,7 @@ class Several(TextWindows):
         return Batch(batch.tokens, batch.targets, documents)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, everything: bool) -> None:
     torch.set_num_threads(1)
     results = {}
     with join() as world:
@@ -211,7 +231,7 @@ def main(folder: Path) -> None:
                 adapter = AdapterConfig(kind=kind, rank=3)
                 config = config_of(folder, "none", **options, init="base", adapter=adapter)
                 results[name, kind] = gradients(config, world)
-            for kind, model in family(name).items() if n < 4 else ():
+            for kind, model in family(name, all_rows=everything).items() if n < 4 else ():
                 training = {"micro_batch_size": 4}
                 config = config_of(folder, "none", **options, model=model, training=training)
                 results[name, kind] = gradients(config, world)
@@ -255,8 +275,9 @@ def main(folder: Path) -> None:
                 results[name, kind, "said"] = train(run_of(folder, run, **options), world, sample)
                 results[name, kind, "samples"] = len(texts)
             # resume runs of other numbers of processes
-            for made in ("single-1-full", "fsdp-2-full", "fsdp-2-sharded", "hybrid-4-sharded"):
-                if (folder / made / "last").exists() and not made.startswith(f"{name}-{n}"):
+            for made in MADE:
+                there = (folder / made / "last").exists() and not made.startswith(f"{name}-{n}")
+                if there and (everything or f"{name}-{n}" in USUAL.get(made, ())):
                     run = f"{made}-on-{name}-{n}"
                     if world.is_main:
                         copy_at_step_3(folder / made, folder / run)
@@ -276,6 +297,20 @@ def copy_at_step_3(made: Path, run: Path) -> None:
     shutil.rmtree(run / "checkpoints" / "step-00000006")
 
 
+def of_rank(rank: int, size: int, port: int, *words: Any) -> None:
+    """The work of a process in the environment that torchrun would give it."""
+    there = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in there.items()}
+    os.environ["MASTER_ADDR"] = "localhost"
+    main(*words)
+
+
 if __name__ == "__main__":
     warnings.simplefilter("error")
-    main(Path(sys.argv[1]))
+    words = Path(sys.argv[1]), "--all" in sys.argv
+    main(*words)
+    for n in (2, 4):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        torch.multiprocessing.start_processes(of_rank, (n, port, *words), n, start_method="fork")
