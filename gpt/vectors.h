@@ -57,7 +57,9 @@ inline Vector load(const void* from) {
 inline Floats floats(const float* from) { return load<Floats>(from); }
 
 inline Floats floats(const uint16_t* from) {  // bfloat16 is the upper half of a float32
-#if defined(GPT_AVX2)  // GCC splits this conversion
+#if defined(GPT_AVX512)  // GCC splits this conversion
+  return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(from)), 16);
+#elif defined(GPT_AVX2)
   return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load<__m128i>(from)), 16);
 #else
   return (Floats)(__builtin_convertvector(load<Halves>(from), Words) << 16);

@@ -23,7 +23,7 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
 SHAPES = [(1, 1), (2, 1), (5, 31), (3, 33), (7, 96), (5, 127), (5, 128), (1, 129), (3, 200),
           (65, 513), (130, 48), (300, 160)]  # fmt: skip
 """Rows and columns of matrices; the last has as many numbers as more than one thread reads."""
-ROWS = [1, 2, 3, 4, 5, 7, 8, 31, FEW]
+ROWS = [1, 2, 3, 4, 5, 7, 8, 31, FEW, FEW + 9]
 MODELS = [
     {"n_embd": 32, "n_head": 2},
     {"n_embd": 48, "n_head": 1, "n_inner": 1},

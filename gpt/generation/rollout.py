@@ -1,9 +1,10 @@
-"""Texts by a model in training, without a copy of its weights.
+"""Texts by a model in training.
 
-On a CPU, the kernels of :mod:`gpt.kernels` read float32 weights where they are, so an
+On a CPU that multiplies bfloat16, they are written from the weights rounded to it, which are there
+only meanwhile. On others, the kernels of :mod:`gpt.kernels` read float32 weights where they are: an
 :class:`InferenceGPT` of that format shares every tensor with the model, and an optimizer's update
-in place is an update of both. Where they cannot (a GPU, adapters, compiled or recomputed blocks),
-or are not faster (many texts at once), the model itself writes.
+in place is an update of both. Where the weights cannot be converted (a GPU, adapters, compiled or
+recomputed blocks), or float32 kernels are not faster (many texts at once), the model itself writes.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from torch import nn
 
 from gpt.config import GenerationConfig
 from gpt.data.tokenizer import Tokenizer, ends_of
+from gpt.device import choose_precision
 from gpt.generation.decode import Decoder
 from gpt.generation.inference import prepare_for_inference
 from gpt.generation.prefill import evaluation_mode
@@ -49,7 +51,7 @@ def write_texts(
     rest of the batch only by rounding. The model's mode and random state stay as they are.
     """
     decoder = Decoder(
-        sharing(model) if len(prompts) <= FEW else model,
+        writer(model, len(prompts)),
         config,
         batch_size=ROWS,
         vocab_size=tokenizer.vocab_size,
@@ -75,6 +77,13 @@ def write_texts(
                     decoder.end(number)
                 written[number] = Written(tokens, text)
     return written
+
+
+def writer(model: GPT, texts: int) -> GPT:
+    """What writes so many texts with the model's weights as they are now."""
+    if can_share(model) and choose_precision("auto", model.device) == torch.bfloat16:
+        return prepare_for_inference(model, "bfloat16")
+    return sharing(model) if texts <= FEW else model
 
 
 def sharing(model: GPT) -> GPT:

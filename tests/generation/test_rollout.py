@@ -1,5 +1,8 @@
 """Texts of a model in training."""
 
+import gc
+from weakref import ref
+
 import pytest
 import torch
 from torch import nn
@@ -7,8 +10,10 @@ from torch import nn
 from gpt import kernels
 from gpt.config import GenerationConfig, ModelConfig
 from gpt.data.tokenizer import ByteTokenizer
+from gpt.generation import rollout
 from gpt.generation.inference import InferenceGPT
-from gpt.generation.rollout import can_share, sharing, write_texts
+from gpt.generation.inference import prepare_for_inference as prepare
+from gpt.generation.rollout import FEW, can_share, sharing, write_texts, writer
 from gpt.generation.text import generate
 from gpt.training.activations import checkpoint_activations
 from tests.conftest import make_model
@@ -53,11 +58,50 @@ def test_an_update_in_place_is_an_update_of_what_is_written(model):
     assert kernels.library() is None or writer.few > 0
 
 
+@pytest.fixture(params=[torch.bfloat16, torch.float32], ids=str)
+def fast(request, monkeypatch):
+    """What the processor is said to multiply."""
+    monkeypatch.setattr(rollout, "choose_precision", lambda *_: request.param)
+    return request.param
+
+
+def test_the_writer_has_the_dtype_that_the_processor_multiplies(model, fast):
+    few, many = writer(model, FEW), writer(model, FEW + 1)
+    if fast == torch.float32:
+        own = {p.data_ptr() for p in model.parameters()}
+        assert {t.data_ptr() for t in few.own_tensors().values()} == own
+        assert many is model
+    else:
+        assert [w.weights for w in (few, many)] == ["bfloat16", "bfloat16"]
+
+
+@pytest.mark.usefixtures("fast")
+def test_each_call_writes_from_the_present_weights_and_leaves_no_copy(model, monkeypatch):
+    copies = []
+
+    def watched(*arguments):
+        copy = prepare(*arguments)
+        copies.append(ref(copy))
+        return copy
+
+    monkeypatch.setattr(rollout, "prepare_for_inference", watched)
+    tokenizer = ByteTokenizer()
+    [before] = write_texts(model, tokenizer, [[1]], [0], settings(temperature=0))
+    gc.collect()
+    assert [copy() for copy in copies] == [None]
+    with torch.no_grad():
+        model.head.weight.copy_(model.head.weight.flip(0))
+    [after] = write_texts(model, tokenizer, [[1]], [0], settings(temperature=0))
+    assert after.tokens != before.tokens
+
+
+@pytest.mark.usefixtures("fast")
 def test_the_texts_are_those_of_generate(model):
     tokenizer, prompts = ByteTokenizer(), ["ab", "cd", "ab"]
     ids = [list(prompt.encode()) for prompt in prompts]
     written = write_texts(model, tokenizer, ids, [0, 0, 1], settings())
-    twice = generate((model, tokenizer), ["ab", "cd"], num_samples=2, **fields_of(settings()))
+    again = writer(model, 3), tokenizer
+    twice = generate(again, ["ab", "cd"], num_samples=2, **fields_of(settings()))
     assert [list(w.tokens) for w in written] == [twice[i].tokens for i in (0, 2, 1)]
     assert [w.text for w in written] == [twice[i].text for i in (0, 2, 1)]
 
