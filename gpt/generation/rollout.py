@@ -1,10 +1,11 @@
 """Texts by a model in training.
 
-On a CPU that multiplies bfloat16, they are written from the weights rounded to it, which are there
-only meanwhile. On others, the kernels of :mod:`gpt.kernels` read float32 weights where they are: an
-:class:`InferenceGPT` of that format shares every tensor with the model, and an optimizer's update
-in place is an update of both. Where the weights cannot be converted (a GPU, adapters, compiled or
-recomputed blocks), or float32 kernels are not faster (many texts at once), the model itself writes.
+Training in bfloat16, on a CPU that multiplies it, they are written from the weights rounded to it,
+which are there only meanwhile. In float32 the kernels of :mod:`gpt.kernels` read the weights where
+they are: an :class:`InferenceGPT` of that format shares every tensor with the model, and an
+optimizer's update in place is an update of both. Where the weights cannot be converted (a GPU,
+adapters, compiled or recomputed blocks), or float32 kernels are not faster (many texts at once),
+the model itself writes.
 """
 
 from collections.abc import Sequence
@@ -44,14 +45,16 @@ def write_texts(
     prompts: Sequence[Sequence[int]],
     samples: Sequence[int],
     config: GenerationConfig,
+    dtype: torch.dtype = torch.float32,
 ) -> list[Written]:
     """Continue each prompt once, with the ``config``'s temperature, seed, length and stop texts.
+    ``dtype`` is the one in which the model is trained.
 
     A text depends on the weights, the seed, its prompt and its number in ``samples``, and on the
     rest of the batch only by rounding. The model's mode and random state stay as they are.
     """
     decoder = Decoder(
-        writer(model, len(prompts)),
+        writer(model, len(prompts), dtype),
         config,
         batch_size=ROWS,
         vocab_size=tokenizer.vocab_size,
@@ -79,9 +82,10 @@ def write_texts(
     return written
 
 
-def writer(model: GPT, texts: int) -> GPT:
+def writer(model: GPT, texts: int, dtype: torch.dtype) -> GPT:
     """What writes so many texts with the model's weights as they are now."""
-    if can_share(model) and choose_precision("auto", model.device) == torch.bfloat16:
+    fast = choose_precision("auto", model.device)
+    if dtype == fast == torch.bfloat16 and can_share(model):
         return prepare_for_inference(model, "bfloat16")
     return sharing(model) if texts <= FEW else model
 

@@ -181,7 +181,9 @@ class Preferences:
             max_new_tokens=self.config.evaluation.sample_tokens, seed=0, past_context="stop"
         )
         prompt = self.validation[0][0].prompt
-        [(_, text)] = self._write(model, data.tokenizer, [prompt], [0], settings)
+        [(_, text)] = self._write(
+            model, data.tokenizer, [prompt], [0], settings, self.trainer.dtype
+        )
         return Shown(f"{first}{text}")
 
     def progress(self, step: int) -> dict[str, Any]:

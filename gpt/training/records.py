@@ -62,6 +62,7 @@ class Write(Protocol):
         prompts: Sequence[Sequence[int]],
         samples: Sequence[int],
         config: GenerationConfig,
+        dtype: torch.dtype,
     ) -> Sequence[tuple[list[int], str]]: ...
 
 

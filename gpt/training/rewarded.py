@@ -133,7 +133,9 @@ class Rewarded:
         )
         model = self.trainer.whole_model()
         with uncompiled():  # else each length would be compiled
-            return self._write(model, self.data.tokenizer, rows, samples, generation)
+            return self._write(
+                model, self.data.tokenizer, rows, samples, generation, self.trainer.dtype
+            )
 
     @property
     def _needs_old(self) -> bool:

@@ -66,17 +66,17 @@ def fast(request, monkeypatch):
 
 
 def test_the_writer_has_the_dtype_that_the_processor_multiplies(model, fast):
-    few, many = writer(model, FEW), writer(model, FEW + 1)
+    few, many = (writer(model, n, torch.bfloat16) for n in (FEW, FEW + 1))
     if fast == torch.float32:
         own = {p.data_ptr() for p in model.parameters()}
         assert {t.data_ptr() for t in few.own_tensors().values()} == own
         assert many is model
     else:
         assert [w.weights for w in (few, many)] == ["bfloat16", "bfloat16"]
+    assert writer(model, FEW + 1, torch.float32) is model  # what is trained in float32 stays so
 
 
-@pytest.mark.usefixtures("fast")
-def test_each_call_writes_from_the_present_weights_and_leaves_no_copy(model, monkeypatch):
+def test_each_call_writes_from_the_present_weights_and_leaves_no_copy(model, fast, monkeypatch):
     copies = []
 
     def watched(*arguments):
@@ -86,21 +86,20 @@ def test_each_call_writes_from_the_present_weights_and_leaves_no_copy(model, mon
 
     monkeypatch.setattr(rollout, "prepare_for_inference", watched)
     tokenizer = ByteTokenizer()
-    [before] = write_texts(model, tokenizer, [[1]], [0], settings(temperature=0))
+    [before] = write_texts(model, tokenizer, [[1]], [0], settings(temperature=0), fast)
     gc.collect()
     assert [copy() for copy in copies] == [None]
     with torch.no_grad():
         model.head.weight.copy_(model.head.weight.flip(0))
-    [after] = write_texts(model, tokenizer, [[1]], [0], settings(temperature=0))
+    [after] = write_texts(model, tokenizer, [[1]], [0], settings(temperature=0), fast)
     assert after.tokens != before.tokens
 
 
-@pytest.mark.usefixtures("fast")
-def test_the_texts_are_those_of_generate(model):
+def test_the_texts_are_those_of_generate(model, fast):
     tokenizer, prompts = ByteTokenizer(), ["ab", "cd", "ab"]
     ids = [list(prompt.encode()) for prompt in prompts]
-    written = write_texts(model, tokenizer, ids, [0, 0, 1], settings())
-    again = writer(model, 3), tokenizer
+    written = write_texts(model, tokenizer, ids, [0, 0, 1], settings(), fast)
+    again = writer(model, 3, fast), tokenizer
     twice = generate(again, ["ab", "cd"], num_samples=2, **fields_of(settings()))
     assert [list(w.tokens) for w in written] == [twice[i].tokens for i in (0, 2, 1)]
     assert [w.text for w in written] == [twice[i].text for i in (0, 2, 1)]

@@ -14,6 +14,7 @@ from gpt.data.batches import IGNORED
 from gpt.data.completions import padded
 from gpt.data.prompts import read_prompts
 from gpt.data.tokenizer import ByteTokenizer
+from gpt.generation import rollout
 from gpt.model.adapter import adapter_weights, merge
 from gpt.training.dpo import Pairs, dpo_loss
 from gpt.training.parallel import World
