@@ -2,9 +2,9 @@
 
 REINFORCE with a leave-one-out baseline on a model of GPT-2's kind with random weights, without a
 divergence term: TRL's ``RLOOTrainer`` and this project write as many texts for as many prompts,
-from models of one shape on the same tokens. Each contender is a process of its own, and they run in
-turns; figures are medians of the steps after the first. TRL comes without its dependencies:
-``pip install --no-deps --target FOLDER trl==1.16.0``.
+from models of one shape on the same tokens, in float32 and in bfloat16. Each contender is a process
+of its own, and they run in turns; figures are medians of the steps after the first. TRL comes
+without its dependencies: ``pip install --no-deps --target FOLDER trl==1.16.0``; it needs datasets.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def ours(options: argparse.Namespace) -> Figures:
         training=TrainingConfig(
             micro_batch_size=options.prompts * options.samples,
             device="cpu",
-            precision="float32",
+            precision="bfloat16" if options.bfloat16 else "float32",
             max_steps=99,
         ),
         objective=ObjectiveConfig(
@@ -156,7 +156,7 @@ def trl(options: argparse.Namespace) -> Figures:
             max_steps=options.steps,
             learning_rate=6e-4,
             use_cpu=True,
-            bf16=False,
+            bf16=options.bfloat16,
             report_to=[],
             save_strategy="no",
             logging_strategy="no",
@@ -169,11 +169,14 @@ def trl(options: argparse.Namespace) -> Figures:
 
 
 CONTENDERS = {"ours": ours, "trl": trl}
+NAMES = ("ours", "ours, bfloat16", "trl", "trl, bfloat16")
 
 
 def run(name: str, options: argparse.Namespace) -> Figures:
     """A contender's figures, from a process of its own."""
-    words = [sys.executable, __file__, "--contender", name]
+    which, _, precision = name.partition(", ")
+    words = [sys.executable, __file__, "--contender", which]
+    words += ["--bfloat16"] if precision else []
     for field in ("layers", "prompts", "samples", "tokens", "steps", "threads"):
         words += [f"--{field}", str(getattr(options, field))]
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
@@ -198,6 +201,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--bfloat16", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -205,18 +209,20 @@ def main() -> None:
         figures = CONTENDERS[options.contender](options)
         sys.stdout.write(f"\n{json.dumps(figures)}\n")
         return
-    names = ["ours", *(["trl"] if options.trl else [])]
+    names = [name for name in NAMES if options.trl or name.startswith("ours")]
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for _ in range(options.rounds):
         for name in names:
             figures = run(name, options)
             rows = zip(figures["tokens"], figures["writing"], figures["step"], strict=True)
             found[name] += [(n / writing, n / step) for n, writing, step in list(rows)[1:]]
-    table = Table("tokens/s", "written", "learned, writing included", "over TRL's")
+    table = Table("tokens/s", "written", "learned, writing included", "over TRL's best")
     medians = {n: [statistics.median(f) for f in zip(*found[n], strict=True)] for n in names}
     for name in names:
         shown = [f"{number:,.0f}" for number in medians[name]]
-        over = zip(medians[name], medians["trl"], strict=True) if options.trl else []
+        theirs = [medians[n] for n in names if n.startswith("trl")]
+        best = [max(column) for column in zip(*theirs, strict=True)]
+        over = zip(medians[name], best, strict=True) if theirs else []
         table.add_row(name, *shown, ", ".join(f"{a / b:.2f}" for a, b in over))
     show(table)
 

@@ -228,69 +228,73 @@ void split_heads_back(const Heads& heads, const Number* qkv, const Number* const
   });
 }
 
+// Which places of a vector are below n.
+inline Ints below(long n) { return (Ints)counting() < (int32_t)std::min(n, LANES); }
+
 // Rows of causal scores [M, T, T], times `scale`, to their softmax, in place; and what dropout leaves of it.
 template <class Number>
 void causal_softmax(Number* scores, Number* left, long M, long T, double scale, Dropout dropout) {
   shared(M * T, [=](long begin, long end) {
     std::vector<float> row(T + LANES);
     for (long r = begin; r < end; r++) {
-      long n = r % T + 1;
-      Number* own = scores + r * T;
+      long n = r % T + 1, used = std::min(T, (n + LANES - 1) / LANES * LANES);
+      Number *own = scores + r * T, *rest = left + r * T;
       Floats most = Floats{} - INFINITY;
-      steps(n, [&](long i, long size) {
-        Floats v = part(own + i, size) * float(scale);
-        for (long j = size; j < LANES; j++) v[j] = -INFINITY;
+      for (long i = 0; i < n; i += LANES) {
+        Floats v = part(own + i, T - i) * float(scale);
+        v = below(n - i) ? v : Floats{} - INFINITY;
         std::memcpy(&row[i], &v, sizeof v);
         most = v > most ? v : most;
-      });
+      }
       float largest = -INFINITY;
       for (long j = 0; j < LANES; j++) largest = std::max(largest, most[j]);
       Floats total = {};
-      steps(n, [&](long i, long size) {
+      for (long i = 0; i < n; i += LANES) {
         Floats v = exponential(floats(&row[i]) - largest);
-        for (long j = size; j < LANES; j++) v[j] = 0;
+        v = below(n - i) ? v : Floats{};
         std::memcpy(&row[i], &v, sizeof v);
         total += v;
-      });
+      }
       float inverse = 1 / sum(total);
-      steps(n, [&](long i, long size) {
-        Floats v = part(&row[i], size) * inverse;
-        put(own + i, v, size);
-        if (left) put(left + r * T + i, v * factors(dropout, r * T + i), size);
-      });
-      std::fill_n(own + n, T - n, Number{});
-      if (left) std::fill_n(left + r * T + n, T - n, Number{});
+      for (long i = 0; i < n; i += LANES) {
+        Floats v = floats(&row[i]) * inverse;
+        put(own + i, v, T - i);
+        if (left) put(rest + i, v * factors(dropout, r * T + i), T - i);
+      }
+      std::fill_n(own + used, T - used, Number{});
+      if (left) std::fill_n(rest + used, T - used, Number{});
     }
   });
 }
 
 // The slopes of what dropout left [M, T, T] to those of the scores, in place; and with `left`, that again.
+// Weights that the causal mask hides are 0.
 template <class Number>
 void causal_softmax_back(const Number* weights, Number* slopes, Number* left, long M, long T, double scale,
                          Dropout dropout) {
   shared(M * T, [=](long begin, long end) {
     std::vector<float> row(T + LANES);
     for (long r = begin; r < end; r++) {
-      long n = r % T + 1;
+      long n = r % T + 1, used = std::min(T, (n + LANES - 1) / LANES * LANES);
       const Number* own = weights + r * T;
-      Number* slope = slopes + r * T;
+      Number *slope = slopes + r * T, *rest = left + r * T;
       Floats dots = {};
-      steps(n, [&](long i, long size) {
-        Floats v = part(slope + i, size), w = part(own + i, size);
+      for (long i = 0; i < n; i += LANES) {
+        Floats v = part(slope + i, T - i), w = part(own + i, T - i);
+        v = below(n - i) ? v : Floats{};  // what is hidden may be infinite
         if (left) {
           Floats kept = factors(dropout, r * T + i);
-          put(left + r * T + i, w * kept, size);
+          put(rest + i, w * kept, T - i);
           v *= kept;
         }
         std::memcpy(&row[i], &v, sizeof v);
         dots += v * w;
-      });
+      }
       float mean = sum(dots);
-      steps(n, [&](long i, long size) {
-        put(slope + i, part(own + i, size) * (part(&row[i], size) - mean) * float(scale), size);
-      });
-      std::fill_n(slope + n, T - n, Number{});
-      if (left) std::fill_n(left + r * T + n, T - n, Number{});
+      for (long i = 0; i < n; i += LANES)
+        put(slope + i, part(own + i, T - i) * (floats(&row[i]) - mean) * float(scale), T - i);
+      std::fill_n(slope + used, T - used, Number{});
+      if (left) std::fill_n(rest + used, T - used, Number{});
     }
   });
 }
