@@ -15,6 +15,8 @@ from tests.model.family import CONTEXT, ROWS, config_of, id_of
 pytestmark = pytest.mark.skipif(
     kernels.library() is None, reason=f"no kernels: {kernels.problem()}"
 )
+USUAL = 40
+"""The combinations of techniques in the usual run; the rest are slow tests."""
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 """Of results and gradients, in parts of their root mean square."""
 PATHS = {
@@ -146,7 +148,13 @@ def test_each_path_gives_them(name, compiled, monkeypatch):
         assert apart(got, expected) < 2e-6
 
 
-@pytest.mark.parametrize("row", ROWS, ids=map(id_of, ROWS))
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, id=id_of(row), marks=[] if i < USUAL else pytest.mark.slow)
+        for i, row in enumerate(ROWS)
+    ],
+)
 def test_a_model_of_any_techniques_learns_the_same_with_and_without_them(row, monkeypatch):
     config = config_of(row)
     tokens = torch.randint(config.vocab_size, (2, CONTEXT))

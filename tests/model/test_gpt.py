@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from gpt import training_kernels
 from gpt.config import Activation, ModelConfig
 from gpt.model.dropout import Dropout
 from gpt.model.gpt import GPT, parameter_count
@@ -200,7 +201,10 @@ def test_an_untrained_model_knows_nothing():
     assert loss.item() == pytest.approx(math.log(500), abs=0.05)
 
 
-def test_dropout_is_where_gpt2_has_it(tiny_config, monkeypatch):
+@pytest.mark.parametrize("by_kernels", [False, True], ids=["operators", "kernels"])
+def test_dropout_is_where_gpt2_has_it(by_kernels, tiny_config, monkeypatch):
+    if by_kernels and training_kernels.library() is None:
+        pytest.skip("no C++ compiler for the kernels")
     model = GPT(dataclasses.replace(tiny_config, dropout=0.3)).train()
     calls = []
 
@@ -208,8 +212,16 @@ def test_dropout_is_where_gpt2_has_it(tiny_config, monkeypatch):
         calls.append((tuple(x.shape), p))
         return x
 
+    def attended(q, k, v, *, p, scale):
+        record(q @ k.mT, p)
+        return v
+
     monkeypatch.setattr("gpt.model.dropout.dropout", record)
     monkeypatch.setattr("gpt.model.attend.drop", record)
+    kernels = "gpt.training_kernels"
+    monkeypatch.setattr(f"{kernels}.takes", lambda *tensors: by_kernels)
+    monkeypatch.setattr(f"{kernels}.add_dropped", lambda x, y, p: x + record(y, p))
+    monkeypatch.setattr(f"{kernels}.causal_attention", attended)
     model(torch.zeros(2, 5, dtype=torch.int64))
     stream, probabilities = ((2, 5, 32), 0.3), ((2, 4, 5, 5), 0.3)
     assert calls == [stream] + 2 * [probabilities, stream, stream]

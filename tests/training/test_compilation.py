@@ -94,4 +94,4 @@ def test_forward_loss_and_backward_are_one_graph_without_a_break(settings, tiny_
         loss.backward()
         found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
     torch._dynamo.reset()
-    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
