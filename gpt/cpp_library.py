@@ -1,7 +1,7 @@
-"""Compiles the package's C++ files at their first use, and keeps the libraries.
+"""Compile the package's C++ files at their first use, and store the libraries.
 
-The machine's C++ compiler (``CXX``, or c++) needs two seconds for each. The libraries stay in the
-user's cache folder, where only the user may write.
+The machine's C++ compiler (``CXX``, or c++) needs two seconds for each file. The libraries stay in
+the user's cache folder, where only the user can write.
 """
 
 import ctypes
@@ -13,13 +13,14 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from gpt.config import UsageError, foreign
 from gpt.device import cpu_limit
 
 HEADER = Path(__file__).parent / "vectors.h"
-"""What all sources include."""
+"""The file that all sources include."""
 FLAGS = (
     *("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC"),
     # Not -ffast-math: NaN stays NaN, and the order of a sum does not depend on the number of rows.
@@ -54,6 +55,14 @@ def load(source: Path) -> ctypes.CDLL:
         kept_file = _keep(made, folder, name) if folder else None
         # a loaded library works after its file is removed
         return ctypes.CDLL(str(kept_file or made))
+
+
+def attempt(load: Callable[[], ctypes.CDLL]) -> tuple[ctypes.CDLL | None, str | None]:
+    """The library that ``load`` returns; or ``None`` and a sentence that says why there is none."""
+    try:
+        return load(), None
+    except (UsageError, OSError) as error:
+        return None, foreign(error)
 
 
 def compiler() -> list[str]:

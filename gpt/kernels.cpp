@@ -643,7 +643,9 @@ inline void transpose(Floats (&v)[TILE]) {
 
 // Rows begin .. end - 1 of a bfloat16 matrix times M rows of activations, by tiles: a tile of 16 rows
 // of the matrix, 32 numbers of each, times one of 16 rows of activations, transposed in pairs. Up to
-// two of each meet at once. For one row it is as fast as the vectors, and for more faster.
+// two of each meet at once. All numbers of rows take this path, so that a row's product does not depend on
+// the others: 4 rows take about half the time of the vectors' path, 16 rows a third; one row takes as long
+// where the matrix comes from memory, and a quarter longer where it is in the processor's cache.
 void multiply_tiles(const Product& product, long begin, long end, long M, const uint16_t* x) {
   struct alignas(64) Shapes {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gpt import cpp_library
-from gpt.config import Activation, ModelConfig, UsageError, foreign
+from gpt.config import Activation, ModelConfig
 from gpt.config import Norm as NormName
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -126,10 +126,7 @@ def problem() -> str | None:
 
 @functools.cache
 def _library() -> tuple[ctypes.CDLL | None, str | None]:
-    try:
-        return load(), None
-    except (UsageError, OSError) as error:
-        return None, foreign(error)
+    return cpp_library.attempt(load)
 
 
 def load() -> ctypes.CDLL:

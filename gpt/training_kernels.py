@@ -1,11 +1,11 @@
-"""C++ kernels for training on a CPU: what lies between the matrix products of a block, each in one
-pass over its memory, forward and backward.
+"""C++ kernels for training on a CPU: the operations between the matrix products of a block. Each
+kernel reads and writes its tensors once, in the forward and in the backward pass.
 
-torch computes a norm, a rotation or dropout in several operators, and each of them reads and writes
-the whole activation; together they took longer than the products (benchmarks/RESULTS.md). The
-functions here are for callers whose tensors :func:`takes`; else the formulas of ``gpt/model`` are
-computed operator by operator, with the same result up to rounding. Arithmetic is float32 and each
-result is rounded once, to the dtype of the tensors.
+torch computes a norm, a rotation or dropout with several operators, and each operator reads and
+writes the whole activation. Together they took longer than the products (benchmarks/RESULTS.md). A
+caller asks :func:`takes` first. If it is false, the caller uses torch's operators, which give the
+same result up to rounding. The kernels compute in float32 and round each result once, to the dtype
+of the tensors. They have no second derivatives: autograd raises ``RuntimeError`` for them.
 """
 
 import ctypes
@@ -20,13 +20,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from gpt import cpp_library
-from gpt.config import UsageError
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 """The dtypes of activations, with their numbers in ``training_kernels.cpp``."""
 KINDS = (Tensor, nn.Parameter, FakeTensor)
-"""Whose gradients are plain; not those of a distributed tensor."""
+"""The types of tensors that the kernels take. Distributed tensors are not among them."""
 
 _POINTER, _LONG, _DOUBLE = ctypes.c_void_p, ctypes.c_long, ctypes.c_double
 
@@ -58,13 +57,26 @@ SIGNATURES = {
 }
 
 
-@functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled functions; ``None`` without a working compiler (:func:`gpt.kernels.problem`)."""
-    try:
-        lib = cpp_library.load(SOURCE)
-    except (UsageError, OSError):
-        return None
+    """The compiled functions; ``None`` if they are not available, see :func:`problem`."""
+    return _library()[0]
+
+
+def problem() -> str | None:
+    """The reason why there is no :func:`library`, in a sentence."""
+    return _library()[1]
+
+
+@functools.cache
+def _library() -> tuple[ctypes.CDLL | None, str | None]:
+    return cpp_library.attempt(load)
+
+
+def load() -> ctypes.CDLL:
+    """The functions of ``training_kernels.cpp``. ``UsageError`` or ``OSError`` if they are not
+    there and cannot be compiled.
+    """
+    lib = cpp_library.load(SOURCE)
     for name, types in SIGNATURES.items():
         function = getattr(lib, name)
         function.argtypes, function.restype = types, None
@@ -73,8 +85,8 @@ def library() -> ctypes.CDLL | None:
 
 
 def takes(*tensors: Tensor | None) -> bool:
-    """Whether the functions here compute with these tensors and their gradients: activations on a
-    CPU, float32 or bfloat16, in training. ``None`` counts for nothing.
+    """Whether the kernels can compute with these tensors: float32 or bfloat16 on a CPU, and at
+    least one needs a gradient. ``None`` is ignored.
     """
     here = [tensor for tensor in tensors if tensor is not None]
     return (
@@ -87,8 +99,8 @@ def takes(*tensors: Tensor | None) -> bool:
 
 
 def _run(name: str, *arguments: Any) -> None:
-    """Call a function of the library with the addresses of tensors and the numbers of dtypes. Of
-    fake tensors, which are there to count memory, nothing is computed.
+    """Call a function of the library. Tensors are passed as addresses, and dtypes as numbers. With
+    fake tensors, which only count memory, nothing is computed.
     """
     lib, known = library(), []
     assert lib is not None, "takes() says whether there are kernels"
@@ -105,7 +117,7 @@ def _run(name: str, *arguments: Any) -> None:
 
 
 def _threads() -> int:
-    """The most threads that take part in a call."""
+    """The largest number of threads in a call."""
     lib = library()
     assert lib is not None
     n: int = lib.gpt_threads()
@@ -113,7 +125,7 @@ def _threads() -> int:
 
 
 def _drawn(p: float, like: Tensor) -> _Dropout | None:
-    """New random elements to drop, from torch's generator; ``None`` where nothing is dropped."""
+    """Draw which elements are dropped, with torch's generator; ``None`` if ``p`` is 0."""
     if p == 0:
         return None
     if isinstance(like, FakeTensor):
@@ -176,9 +188,7 @@ class _AddDropped(torch.autograd.Function):
 
 
 def add_dropped(x: Tensor, y: Tensor, p: float) -> Tensor:
-    """``x`` plus what dropout with ``0 < p`` leaves of ``y``, in the dtype of ``x``. Both have one
-    shape.
-    """
+    """``x + dropout(y, p)`` for ``p > 0``, in the dtype of ``x``. Both have the same shape."""
     out: Tensor = _AddDropped.apply(x, y, p)  # type: ignore[no-untyped-call]
     return out
 

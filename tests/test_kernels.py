@@ -241,6 +241,15 @@ def test_a_compiler_may_come_with_flags_and_others_make_other_kernels(
     assert len(kept_in(tmp_path / "home/.cache")) == 2
 
 
+@NEEDS_A_COMPILER
+def test_another_header_makes_other_kernels(compiled, monkeypatch, tmp_path):
+    kernels.load()
+    (tmp_path / "vectors.h").write_text("// changed")
+    monkeypatch.setattr(cpp_library, "HEADER", tmp_path / "vectors.h")
+    kernels.load()
+    assert len(compiled()) == len(kept_in(tmp_path / "home/.cache")) == 2
+
+
 def test_a_missing_or_broken_compiler_is_said(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for words, said in {

@@ -1,12 +1,14 @@
 """The kernels for training give the numbers and gradients of the formulas that they replace."""
 
 import functools
+from typing import get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from gpt import cpp_library, kernels, training_kernels
+from gpt.config import ModelConfig, NormPlacement
 from gpt.device import cpu_features
 from gpt.model.gpt import GPT
 from gpt.model.shared import Rotation
@@ -138,7 +140,7 @@ def compiled(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("kernels")))
         patch.setattr(cpp_library, "TARGETS", dict.fromkeys(cpp_library.TARGETS, march))
-        return training_kernels.library.__wrapped__()
+        return training_kernels.load()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -171,6 +173,28 @@ def test_a_model_of_any_techniques_learns_the_same_with_and_without_them(row, mo
         learned = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
         gradients.append(torch.cat(learned))
     assert apart(gradients[0], gradients[1].double()) < 2e-5
+
+
+@pytest.mark.parametrize("placement", get_args(NormPlacement))
+def test_only_what_products_read_is_rounded_to_autocasts_dtype(placement):
+    """Neither the residual stream, nor what a router chooses experts by."""
+    config = ModelConfig(
+        vocab_size=50, context_length=8, n_layer=2, n_head=2, n_embd=32, norm="rmsnorm",
+        norm_placement=placement, n_expert=4, n_expert_active=2,
+    )  # fmt: skip
+    model, seen = GPT(config).train(), {}
+
+    def watch(name, module, args):
+        seen[name] = args[0].dtype
+
+    for name in ("blocks.1", "blocks.1.mlp", "blocks.1.attn.qkv"):
+        model.get_submodule(name).register_forward_pre_hook(functools.partial(watch, name))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(torch.arange(8)[None])
+    assert seen["blocks.1"] == torch.float32
+    assert seen["blocks.1.mlp"] == torch.float32
+    has_own_norm = placement in ("pre", "sandwich", "parallel")
+    assert seen["blocks.1.attn.qkv"] == (torch.bfloat16 if has_own_norm else torch.float32)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)

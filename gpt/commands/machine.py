@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from gpt import cpp_library, kernels
+from gpt import cpp_library, kernels, training_kernels
 from gpt.commands.findings import Finding, advice, note, ok
 from gpt.config import UsageError, foreign
 from gpt.device import (
@@ -70,11 +70,11 @@ def _compiler() -> Finding:
 
 
 def _kernels() -> Finding:
-    if problem := kernels.problem():
-        what = "generation on the CPU is slower without the kernels; it needs a working compiler"
+    if problem := kernels.problem() or training_kernels.problem():
+        what = "the CPU is slower without the kernels; they need a working compiler"
         return advice("kernels", problem, what)
-    threaded = "for decoding on the CPU, compiled for this processor"
-    return ok("kernels", f"{', '.join(kernels.FORMATS)}: {threaded}")
+    formats = ", ".join(kernels.FORMATS)
+    return ok("kernels", f"for training, and decoding with {formats}; compiled for this processor")
 
 
 def _torch() -> Finding:

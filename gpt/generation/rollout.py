@@ -1,11 +1,11 @@
 """Texts by a model in training.
 
-Training in bfloat16, on a CPU that multiplies it, they are written from the weights rounded to it,
-which are there only meanwhile. In float32 the kernels of :mod:`gpt.kernels` read the weights where
-they are: an :class:`InferenceGPT` of that format shares every tensor with the model, and an
-optimizer's update in place is an update of both. Where the weights cannot be converted (a GPU,
-adapters, compiled or recomputed blocks), or float32 kernels are not faster (many texts at once),
-the model itself writes.
+There are three ways. If training is in bfloat16 and the CPU multiplies it, a copy of the weights in
+bfloat16 writes the texts, and is freed afterwards. If training is in float32, :mod:`gpt.kernels`
+read the weights in place: an :class:`InferenceGPT` of that format shares every tensor with the
+model, so an optimizer's update in place updates both. If the weights cannot be converted (a GPU,
+adapters, compiled or recomputed blocks), or the float32 kernels are not faster (many texts at
+once), the model itself writes.
 """
 
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ def write_texts(
     dtype: torch.dtype = torch.float32,
 ) -> list[Written]:
     """Continue each prompt once, with the ``config``'s temperature, seed, length and stop texts.
-    ``dtype`` is the one in which the model is trained.
+    ``dtype`` is the dtype of the training's matrix products.
 
     A text depends on the weights, the seed, its prompt and its number in ``samples``, and on the
     rest of the batch only by rounding. The model's mode and random state stay as they are.
@@ -83,7 +83,7 @@ def write_texts(
 
 
 def writer(model: GPT, texts: int, dtype: torch.dtype) -> GPT:
-    """What writes so many texts with the model's weights as they are now."""
+    """The model that writes so many texts, with the present weights of ``model``."""
     fast = choose_precision("auto", model.device)
     if dtype == fast == torch.bfloat16 and can_share(model):
         return prepare_for_inference(model, "bfloat16")

@@ -118,7 +118,7 @@ def attend(
     if softcap or top_k or learned_sinks is not None or to_sinks is not None:
         return _plain(q, k, v, mask, dropout, scale, to_sinks, softcap, top_k, learned_sinks)
     if n_query > 1 and _trains_faster_plainly(q, dropout):
-        if mask is None and q.shape == k.shape == v.shape and training_kernels.takes(q, k, v):
+        if mask is None and _is_for_kernels(q, k, v):
             own = shape[-1] ** -0.5 if scale is None else scale
             return training_kernels.causal_attention(q, k, v, p=dropout, scale=own)
         return _plain(q, k, v, mask, dropout, scale)
@@ -158,6 +158,11 @@ def _trains_faster_plainly(q: Tensor, dropout: float) -> bool:
     if not (q.requires_grad and q.device.type == "cpu"):
         return False
     return dropout > 0 or (q.dtype == torch.bfloat16 and q.shape[-2] <= PLAIN_UP_TO)
+
+
+def _is_for_kernels(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    is_one_kind = q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype
+    return is_one_kind and training_kernels.takes(q, k, v)
 
 
 def _plain(

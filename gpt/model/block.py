@@ -21,12 +21,16 @@ class Block(nn.Module):
         super().__init__()
         self.residual = RESIDUALS[config.norm_placement]
         self.alpha = (2 * config.n_layer) ** 0.25
-        # after the other placements, a norm's result is the stream, which keeps its dtype
+        # without a final norm, the norms' results are the residual stream, which keeps its dtype
         feeds = self.residual.final_norm
-        self.attn_norm = make_norm(config, feeds_products=feeds)
+        has_one_norm = "mlp_norm" not in self.residual.norms
+        is_routed = config.n_expert > 0  # a router's scores are computed in float32
+        self.attn_norm = make_norm(
+            config, feeds_products=feeds and not (has_one_norm and is_routed)
+        )
         self.attn = CausalSelfAttention(config, layer)
-        if "mlp_norm" in self.residual.norms:
-            self.mlp_norm = make_norm(config, feeds_products=feeds)
+        if not has_one_norm:
+            self.mlp_norm = make_norm(config, feeds_products=feeds and not is_routed)
         make_mlp = MoE if config.n_expert else MLPS[config.mlp]
         self.mlp = make_mlp(config, layer)
         self.dropout = Dropout(config.dropout)

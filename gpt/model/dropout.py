@@ -44,7 +44,7 @@ class Dropout(nn.Module):
         return dropout(x, self.p) if self.training else x
 
     def add(self, x: Tensor, branch: Tensor) -> Tensor:
-        """``x`` plus what dropout leaves of ``branch``, of the same shape."""
+        """``x + dropout(branch)``, for two tensors of the same shape."""
         drops = self.training and self.p > 0
         if drops and x.dtype in (torch.float32, branch.dtype) and training_kernels.takes(x, branch):
             return training_kernels.add_dropped(x, branch, self.p)

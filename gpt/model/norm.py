@@ -29,7 +29,7 @@ class RMSNorm(nn.Module):
     """Root mean square normalisation (arXiv:1910.07467): no mean is subtracted."""
 
     feeds_products = False
-    """Whether the result is read by matrix products alone."""
+    """Whether only matrix products read the result."""
 
     def __init__(self, config: ModelConfig, width: int, *, can_have_bias: bool = True) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class RMSNorm(nn.Module):
         return out if self.bias is None else out + self.bias
 
     def _dtype_after(self, x: Tensor) -> torch.dtype:
-        """Autocast's for what feeds products, which would round it; else that of ``x``."""
+        """The dtype of the result: autocast's if only products read it, as they round it anyway."""
         if not (self.feeds_products and torch.is_autocast_enabled("cpu")):
             return x.dtype
         dtype = torch.get_autocast_dtype("cpu")
@@ -70,7 +70,7 @@ NORMS: dict[Norm, Callable[[ModelConfig, int], nn.Module]] = {
 
 
 def make_norm(config: ModelConfig, *, feeds_products: bool = False) -> nn.Module:
-    """A norm of the residual stream, whose result is read by matrix products alone or not."""
+    """A norm of the residual stream. ``feeds_products``: only matrix products read its result."""
     norm = NORMS[config.norm](config, config.n_embd)
     if isinstance(norm, RMSNorm):
         norm.feeds_products = feeds_products

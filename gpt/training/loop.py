@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from gpt import checkpoint as checkpoints
+from gpt import training_kernels
 from gpt.checkpoint import Checkpoint, State
 from gpt.config import TrainConfig, UsageError
 from gpt.data import tokenizer as tokenizers
@@ -140,6 +141,8 @@ class Trainer:
         )
         self.notes: list[str] = []
         """Choices made here that the user should know."""
+        if self.device.type == "cpu" and (problem := training_kernels.problem()):
+            self.notes.append(f"{problem}; torch's operators run instead, which is slower")
         if config.checkpoint.format == "sharded" and not self.saves_shards:
             self.notes.append(
                 "checkpoint.format is sharded, which only fsdp supports; this run writes full "

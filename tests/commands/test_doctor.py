@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from gpt import kernels
+from gpt import kernels, training_kernels
 from gpt.cli import main
 from gpt.commands import installed, machine, self_test
 from gpt.config import UsageError
@@ -81,8 +81,10 @@ def test_without_a_compiler_it_says_how_to_get_one(monkeypatch):
     assert found.status == "advice"
     assert "no-such-compiler" in found.said
     assert "apt install g++" in found.advice
-    monkeypatch.setattr(kernels, "problem", lambda: "there is no C++ compiler")
-    assert machine._kernels().status == "advice"
+    for module in (kernels, training_kernels):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "problem", lambda: "there is no C++ compiler")
+            assert machine._kernels().status == "advice"
 
 
 def test_too_many_threads_are_noticed(monkeypatch):

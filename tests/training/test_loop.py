@@ -18,6 +18,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from gpt import checkpoint as checkpoints
+from gpt import training_kernels
 from gpt.config import (
     TrainConfig,
     UsageError,
@@ -109,6 +110,15 @@ def test_a_run_writes_the_documented_files(config):
     assert [r["step"] for r in records(config) if "loss" in r] == [2, 4, 6, 8, 10, 12]
     assert [r["step"] for r in records(config) if "validation_loss" in r] == [0, 4, 8, 12]
     assert "step 12: validation" in output
+
+
+def test_a_run_without_a_compiler_says_that_it_is_slower(config, monkeypatch):
+    assert not any("slower" in note for note in trainer_of(config).notes)
+    monkeypatch.setattr(training_kernels, "problem", lambda: "there is no C++ compiler 'c++'")
+    assert any(
+        note.startswith("there is no C++ compiler 'c++'; torch's operators run")
+        for note in trainer_of(config).notes
+    )
 
 
 def test_the_resolved_configuration_can_be_run_again(config):
