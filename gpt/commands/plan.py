@@ -19,6 +19,7 @@ from gpt.console import open_console, tell
 from gpt.device import choose_device, choose_precision, free_memory, keep_freed_memory, memory
 from gpt.model.adapter import adapt
 from gpt.model.gpt import GPT, parameter_count
+from gpt.training.budget import steps_of
 from gpt.training.footprint import Footprint, Planner, cache_bytes
 from gpt.training.parallel import STATE_BYTES, Strategy
 from gpt.training.timing import measure_step
@@ -55,6 +56,8 @@ class Plan:
     """Bytes by kind, for each mode of activation checkpointing."""
     cache: int
     """Bytes of the cache of one sequence of the full context, in generation."""
+    steps: int
+    """As ``training.max_steps``, or as many as fit into ``training.max_minutes``."""
     tokens: int
     flops: float
     seconds: float | None
@@ -115,14 +118,26 @@ def make_plan(config: PlanConfig, settings: Path, words: Sequence[str]) -> Plan:
         if config.adapter.kind != "none":
             adapt(network, config.adapter)
         each = network.flops_per_token()
-    tokens = config.training.batch_tokens * config.training.max_steps
-    seconds, how = _time(config, place, planners, each * tokens, sequences)
+    training, every = config.training, config.evaluation.every
+    batch_tokens, steps, seconds = training.batch_tokens, training.max_steps, None
+    if training.max_minutes and config.gpu == "none" and not config.measure:
+        raise UsageError(
+            "training.max_minutes is set, and how many steps fit into it is measured: leave out "
+            "--no-measure, or set --training.max_minutes 0 and --training.max_steps"
+        )
+    step, evaluation, how = _time(config, place, planners, each * batch_tokens, sequences)
+    if step is not None:
+        if training.max_minutes:
+            steps = steps_of(60 * training.max_minutes, step, evaluation, every=every)
+        seconds = steps * step + (1 + math.ceil(steps / every)) * evaluation
+    tokens = batch_tokens * steps
     return Plan(
         place=place,
         parameters=count,
         without_embeddings=network.parameter_count(embeddings=False),
         memory=memories,
         cache=cache_bytes(model, place.dtype),
+        steps=steps,
         tokens=tokens,
         flops=float(each) * tokens,
         seconds=seconds,
@@ -202,13 +217,15 @@ def _time(
     planners: dict[Checkpointing, Planner],
     flops: float,
     sequences: int,
-) -> tuple[float | None, str]:
-    """Seconds of the run, and where the number is from."""
+) -> tuple[float | None, float, str]:
+    """Seconds of a step of so many FLOPs, and of an evaluation; and where the numbers are from.
+    Evaluations of the whole held-out text are not known, and count as 0.
+    """
     if place.peak is not None:
         how = f"at {config.mfu:.0%} of {place.peak / 1e12:,.0f} TFLOP/s each ({_source(config)})"
-        return flops / (place.peak * place.world * config.mfu), how
+        return flops / (place.peak * place.world * config.mfu), 0.0, how
     if not config.measure:
-        return None, "not measured"
+        return None, 0.0, "not measured"
     device = choose_device(config.training.device)
     keep_freed_memory()
     tell(f"measuring for about {config.seconds:g} seconds")
@@ -221,18 +238,12 @@ def _time(
         free=0.8 * (free_memory() if device.type == "cpu" else place.memory),
     )
     if time is None:
-        return None, "not measured: not even two layers fit into this machine's memory and time"
+        how = "not measured: not even two layers fit into this machine's memory and time"
+        return None, 0.0, how
     rows = min(config.training.micro_batch_size, sequences)
     step = sequences / rows * time.micro_batch + time.update
-    seconds = config.training.max_steps * step + _evaluations(config) * time.evaluation / rows
-    return seconds, f"measured here: {time.how}, {_duration(step)} a step"
-
-
-def _evaluations(config: PlanConfig) -> int:
-    """Windows of all evaluations; those of a whole text are not known."""
-    return (1 + math.ceil(config.training.max_steps / config.evaluation.every)) * (
-        config.evaluation.windows
-    )
+    evaluation = config.evaluation.windows * time.evaluation / rows
+    return step, evaluation, f"measured here: {time.how}, {_duration(step)} a step"
 
 
 def _source(config: PlanConfig) -> str:
@@ -282,7 +293,7 @@ def _print(config: PlanConfig, made: Plan) -> None:
         f"{model.context_length:,}, vocabulary {model.vocab_size:,}",
         "where": f"{many}{foreign(place.name)}, {place.memory / 1e9:.1f} GB "
         f"{'each' if many else 'of memory'}, {_name(place.dtype)}{shared}",
-        "run": f"{config.training.max_steps:,} steps of {config.training.batch_tokens:,} tokens: "
+        "run": f"{made.steps:,} steps of {config.training.batch_tokens:,} tokens: "
         f"{_count(made.tokens)} tokens, {made.tokens / made.parameters:,.1f} for each parameter",
         "computation": f"{made.flops:.2e} FLOPs",
         "time": f"{_duration(made.seconds)} ({made.how})" if made.seconds else made.how,

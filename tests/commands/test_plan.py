@@ -187,6 +187,19 @@ def test_measured_time_is_told(capsys):
     assert "largest micro batch" in output.out
 
 
+def test_minutes_are_planned_as_the_steps_that_fit_into_them(capsys):
+    words = [SHAKESPEARE, *SMALL, "--training.precision=auto", "--gpu=h100", "--json"]
+    assert main(["plan", *words, "--training.max_steps=10"]) == 0
+    ten = json.loads(capsys.readouterr().out)
+    assert main(["plan", *words, "--training.max_minutes=2"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["seconds"] == pytest.approx(120, rel=0.01)
+    assert plan["steps"] == pytest.approx(120 / (ten["seconds"] / 10), rel=0.01)
+    assert plan["tokens"] == plan["steps"] * ten["tokens"] / 10
+    assert main(["plan", SHAKESPEARE, *SMALL, "--training.max_minutes=2", "--no-measure"]) == 2
+    assert "how many steps fit into it is measured" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
