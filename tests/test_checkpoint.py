@@ -66,6 +66,13 @@ def test_a_loaded_checkpoint_equals_the_saved_state(tied, tiny_config, tmp_path)
     assert all(torch.equal(learned[name], training[name]) for name in training)
 
 
+@pytest.mark.parametrize("odd", range(0, 64, 8))
+def test_tensors_are_loaded_as_aligned_as_torch_makes_them(odd, tmp_path):
+    saved = {"a": torch.ones(3), "b": torch.ones(5)}
+    tensors.write(tmp_path / "some", saved, metadata={"pad": "x" * odd})
+    assert all(tensors.is_aligned(t) for t in tensors.load(tmp_path / "some").values())
+
+
 def test_weights_are_loaded_in_the_given_dtype(run, tiny_model):
     found = checkpoints.find(run)
     loaded = checkpoints.load_model(found, dtype=torch.bfloat16)

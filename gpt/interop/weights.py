@@ -1,6 +1,7 @@
 """Fill a model from files by a family's table, and export a model by the same table.
 
-A weight that the file stores as the model needs it stays memory-mapped, without a second copy.
+A weight that the file stores as the model needs it, at an aligned address, stays memory-mapped,
+without a second copy.
 """
 
 import threading
@@ -14,6 +15,7 @@ from torch import Tensor
 from gpt.interop.families import Family, Part
 from gpt.interop.files import Stored, WeightFiles, rows_at_once
 from gpt.model.gpt import GPT
+from gpt.tensors import is_aligned
 
 
 class Rows(NamedTuple):
@@ -97,12 +99,11 @@ def _usable(tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> b
     """Whether the file's tensor can be used as a weight without a copy.
 
     For one token, a CPU multiplies a transposed matrix faster in float32, and slower in bfloat16.
-    Early safetensors files were not aligned.
+    Where a file has a tensor at an odd address, products with it would round differently.
     """
     here = torch.device(device).type == "cpu" and tensor.dtype == dtype
-    aligned = tensor.data_ptr() % tensor.element_size() == 0
     turned = dtype == torch.float32 and tensor.ndim == 2 and tensor.T.is_contiguous()
-    return here and aligned and (tensor.is_contiguous() or turned)
+    return here and is_aligned(tensor) and (tensor.is_contiguous() or turned)
 
 
 def _copy(copies: list[_Copy]) -> None:

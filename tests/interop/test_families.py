@@ -32,6 +32,7 @@ from gpt.interop.huggingface import bare_name, load_folder
 from gpt.interop.weights import exported
 from gpt.model import mlp
 from gpt.model.gpt import GPT
+from gpt.tensors import ALIGNMENT
 from gpt.training.build import build_model
 from gpt.training.parallel import World
 from tests.conftest import hugging_face_greedy, make_model
@@ -366,6 +367,8 @@ def test_an_exported_model_is_loaded_with_equal_logits_to_the_bit(family, config
     for name, parameter in whole.named_parameters():
         if name not in own:
             parameter.data.zero_()
+        if not back.get_parameter(name).is_contiguous():  # GPT-2's files have matrices turned
+            parameter.data = parameter.data.T.contiguous().T
     tokens = torch.randint(config.vocab_size, (2, 16))
     assert torch.equal(back(tokens), whole(tokens))
 
@@ -551,7 +554,12 @@ def test_a_part_that_does_not_fit_is_named(name, shape, said, pieces):
         load_folder(pieces[1])
 
 
-def test_what_need_not_change_stays_in_the_file(pieces, monkeypatch):
+def test_what_need_not_change_stays_in_the_file(pieces):
+    path = pieces[1] / "model.safetensors"
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = content[8:end] + b" " * (-end % ALIGNMENT)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[end:])
     loaded = load_folder(pieces[1])
     one = loaded.blocks[0]
     first = one.mlp.up.weight.untyped_storage()
