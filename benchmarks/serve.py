@@ -72,7 +72,8 @@ def running(
         server = subprocess.Popen(words, stdout=log, stderr=log, env=environment)
         try:
             address = f"http://127.0.0.1:{port}"
-            limits = httpx.Limits(max_connections=64)
+            # llama.cpp's server closes idle connections
+            limits = httpx.Limits(max_connections=64, max_keepalive_connections=0)
             with httpx.Client(base_url=address, timeout=600, limits=limits) as client:
                 wait_for(client, server, log)
                 yield client

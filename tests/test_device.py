@@ -167,3 +167,32 @@ def test_a_device_that_is_not_here_is_refused(name):
 
 def test_a_device_may_be_a_name_or_torchs_own():
     assert parse_device("cpu") == parse_device(torch.device("cpu")) == torch.device("cpu")
+
+
+THREADS = """
+import threading, torch
+from pathlib import Path
+from gpt.device import end_idle_threads
+def count():
+    return len(list(Path("/proc/self/task").iterdir()))
+def compute():
+    torch.randn(300, 300) @ torch.randn(300, 300)
+    torch.randn(1 << 20).exp()
+torch.set_num_threads(4)
+before = count()
+compute()
+busy = count()
+end_idle_threads()
+after = count()
+compute()
+print(before, busy, after, count())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_idle_threads_end_and_come_again():
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS], capture_output=True, text=True, check=True
+    )
+    before, busy, after, again = map(int, done.stdout.split())
+    assert busy == again > after == before

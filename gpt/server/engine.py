@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from gpt.config import CacheFormat, GenerationConfig, UsageError
 from gpt.data.tokenizer import Tokenizer, ends_of
+from gpt.device import end_idle_threads
 from gpt.generation.checks import check_cache, check_prompt
 from gpt.generation.decode import Decoder, Token
 from gpt.generation.logprobs import TokenDetails
@@ -151,7 +152,8 @@ class Engine:
         )
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the thread. The calling thread should not compute while it runs."""
+        end_idle_threads()
         self._thread.start()
 
     def stop(self) -> None:
