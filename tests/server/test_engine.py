@@ -8,6 +8,7 @@ import pytest
 
 import gpt
 from gpt.config import GenerationConfig, ModelConfig, UsageError
+from gpt.server import engine as engines
 from gpt.server.engine import PART, Engine, Failure, FullError, Job, rows_that_fit
 from tests.conftest import make_model
 from tests.generation.test_chat import model_of, tokenizer_of
@@ -264,6 +265,15 @@ def test_settings_that_only_the_decoder_refuses_end_their_request_alone(engine, 
     *_, last = Asked(engine, [ids(model[1], "B")], settings(bias={10**6: 1.0})).pieces()
     assert last.kind == "invalid"
     assert len(list(good.pieces())) > 1
+
+
+def test_threads_of_the_caller_end_before_the_models_thread_begins(model, monkeypatch):
+    seen = []
+    engine = Engine(model)
+    monkeypatch.setattr(engines, "end_idle_threads", lambda: seen.append(engine.is_alive))
+    engine.start()
+    engine.stop()
+    assert seen == [False]
 
 
 def test_stopping_ends_what_waits_with_a_sentence(model):
