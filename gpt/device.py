@@ -166,7 +166,7 @@ def return_freed_memory() -> None:
 
 
 def end_idle_threads() -> None:
-    """End the threads that OpenMP keeps for the calling thread. They start again when it needs them.
+    """End the threads that OpenMP keeps for the calling thread, until it needs them again.
 
     Each thread that computes has its own. If a process has more of them than cores, because one
     thread loaded a model and another runs it, libgomp lets them sleep at each barrier instead of
