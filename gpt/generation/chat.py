@@ -142,24 +142,31 @@ class Conversation:
             raise UsageError(f"num_samples is {config.num_samples}, and must be 1 for an answer")
         if config.past_context != "sinks":
             config = dataclasses.replace(config, past_context="stop")
-        done: list[int] = []  # the answer's tokens of earlier rounds
+        earlier = Completion(0, 0)  # what the answer had before a turn was dropped
         self.completion = Completion(0, 0)
         try:
             while True:
-                left = config.max_new_tokens - len(done)
-                text, self.prompt = self._fitting(done, reserve=left)
+                left = config.max_new_tokens - len(earlier.tokens)
+                text, self.prompt = self._fitting(earlier.tokens, reserve=left)
                 for piece in self._continued(
-                    done, dataclasses.replace(config, max_new_tokens=left)
+                    earlier.tokens, dataclasses.replace(config, max_new_tokens=left)
                 ):
                     written += piece
                     yield piece
                 if self.completion.reason != "context" or not self._drop():
                     break
-                done += self.completion.tokens
+                earlier.tokens += self.completion.tokens
+                earlier.logprobs += self.completion.logprobs
+                earlier.top += self.completion.top
+                self.completion = Completion(0, 0)
         finally:
+            self.completion.text = written
+            self.completion.tokens[:0] = earlier.tokens
+            self.completion.logprobs[:0] = earlier.logprobs
+            self.completion.top[:0] = earlier.top
             if written or self.completion.reason:
                 self.messages.append({"role": "assistant", "content": written})
-                self._learn(text, written, done + self.completion.tokens)
+                self._learn(text, written, list(self.completion.tokens))
 
     def _continued(self, done: list[int], config: GenerationConfig) -> Iterator[str]:
         """The pieces that continue the prompt and the tokens ``done`` of its answer. What the model

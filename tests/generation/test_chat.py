@@ -336,8 +336,11 @@ def test_a_context_that_fills_during_an_answer_drops_turns_and_the_answer_goes_o
     monkeypatch.setattr(network, "logits", said_next(network, said))
     conversation.config = greedy(max_new_tokens=130)
     assert answered(conversation, "Go on").encode() == said[:130]
+    completion = conversation.completion
+    assert completion.text.encode() == said[:130]
+    assert bytes(completion.tokens) == said[:130]
     assert len(told) > 1  # before the answer, and in it
-    assert conversation.completion.reason == "length"
+    assert completion.reason == "length"
     assert conversation.messages[-1]["content"].encode() == said[:130]
 
 
