@@ -168,10 +168,9 @@ def return_freed_memory() -> None:
 def end_idle_threads() -> None:
     """End the threads that OpenMP keeps for the calling thread, until it needs them again.
 
-    Each thread that computes has its own. If a process has more of them than cores, because one
-    thread loaded a model and another runs it, libgomp lets them sleep at each barrier instead of
-    waiting actively: a token of a small model then takes 1.7 times as long. It is a no-op without
-    libgomp.
+    Each thread that computes has OpenMP threads of its own. If one thread loads a model and another
+    runs it, the process has more OpenMP threads than cores. libgomp then makes them sleep at each
+    barrier, and a token of a small model takes almost twice as long. It is a no-op without libgomp.
     """
     pause_soft = 1  # from omp.h
     with contextlib.suppress(OSError, AttributeError):

@@ -22,8 +22,8 @@ from torch import Tensor
 from gpt.config import UsageError
 
 ALIGNMENT = 16
-"""Bytes. Files have tensors at any address. At one that is no multiple of this, some processors'
-matrix products round differently (seen on an AMD EPYC with AVX-512).
+"""Bytes. In a file, a tensor can be at any address. On some processors, matrix products round
+differently if the address is not a multiple of this (measured on an AMD EPYC with AVX-512).
 """
 
 
@@ -79,8 +79,8 @@ def load(
     path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
     """All tensors, unsharded. Each one is memory-mapped on its own, so that a conversion does not
-    keep the others in memory. One that the file has at an odd address is copied, so that a product
-    with it is that of the tensor that was saved, bit for bit.
+    keep the others in memory. A tensor that is not aligned in the file is copied: products with the
+    loaded tensor then equal those with the saved one, bit for bit.
     """
     if not path.is_dir():
         converted = ((n, t.to(device=device, dtype=dtype)) for n, t in _each(_file(path)))

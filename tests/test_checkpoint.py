@@ -67,7 +67,7 @@ def test_a_loaded_checkpoint_equals_the_saved_state(tied, tiny_config, tmp_path)
 
 
 @pytest.mark.parametrize("odd", range(0, 64, 8))
-def test_tensors_are_loaded_as_aligned_as_torch_makes_them(odd, tmp_path):
+def test_tensors_are_loaded_to_aligned_addresses(odd, tmp_path):
     saved = {"a": torch.ones(3), "b": torch.ones(5)}
     tensors.write(tmp_path / "some", saved, metadata={"pad": "x" * odd})
     assert all(tensors.is_aligned(t) for t in tensors.load(tmp_path / "some").values())

@@ -170,7 +170,7 @@ def test_a_device_may_be_a_name_or_torchs_own():
 
 
 THREADS = """
-import threading, torch
+import torch
 from pathlib import Path
 from gpt.device import end_idle_threads
 def count():

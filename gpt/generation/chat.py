@@ -166,7 +166,7 @@ class Conversation:
             self.completion.top[:0] = earlier.top
             if written or self.completion.reason:
                 self.messages.append({"role": "assistant", "content": written})
-                self._learn(text, written, list(self.completion.tokens))
+                self._learn(text, written, self.completion.tokens)
 
     def _continued(self, done: list[int], config: GenerationConfig) -> Iterator[str]:
         """The pieces that continue the prompt and the tokens ``done`` of its answer. What the model

@@ -99,7 +99,7 @@ def _usable(tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> b
     """Whether the file's tensor can be used as a weight without a copy.
 
     For one token, a CPU multiplies a transposed matrix faster in float32, and slower in bfloat16.
-    Where a file has a tensor at an odd address, products with it would round differently.
+    Products with a tensor that is not aligned would round differently.
     """
     here = torch.device(device).type == "cpu" and tensor.dtype == dtype
     turned = dtype == torch.float32 and tensor.ndim == 2 and tensor.T.is_contiguous()

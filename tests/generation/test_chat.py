@@ -344,6 +344,18 @@ def test_a_context_that_fills_during_an_answer_drops_turns_and_the_answer_goes_o
     assert conversation.messages[-1]["content"].encode() == said[:130]
 
 
+def test_the_completion_of_an_answer_with_dropped_turns_has_all_its_logprobs():
+    told = []
+    conversation = Conversation(model_of(192), greedy(max_new_tokens=9), say=told.append)
+    for text in ("Hello", "And now", "Why?"):
+        answered(conversation, text)
+    conversation.config = greedy(max_new_tokens=130, logprobs=1, bias={ord("a"): 100.0})
+    assert answered(conversation, "Go on") == 130 * "a"
+    completion = conversation.completion
+    assert len(told) > 1
+    assert len(completion.tokens) == len(completion.logprobs) == len(completion.top) == 130
+
+
 def test_an_answer_that_no_dropped_turn_makes_room_for_ends_with_the_context(monkeypatch):
     network, tokenizer = model_of(64)
     monkeypatch.setattr(network, "logits", said_next(network, b"x" * 99))
