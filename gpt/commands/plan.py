@@ -16,7 +16,7 @@ from gpt.commands.gpus import GPUS, USABLE
 from gpt.commands.vocabulary import with_vocabulary
 from gpt.config import PlanConfig, UsageError, foreign
 from gpt.console import open_console, tell
-from gpt.device import choose_device, choose_precision, free_memory, keep_freed_memory, memory
+from gpt.device import choose_device, choose_precision, free_memory, memory
 from gpt.model.adapter import adapt
 from gpt.model.gpt import GPT, parameter_count
 from gpt.training.budget import steps_of
@@ -29,7 +29,7 @@ MODES: tuple[Checkpointing, ...] = ("none", "selective", "full")
 CHINCHILLA = 20
 """Tokens for each parameter at the lowest loss for the computation (arXiv:2203.15556)."""
 DAY = 86_400
-KINDS = "weights", "gradients", "optimizer", "activations", "temporary"
+KINDS = "weights", "gradients", "optimizer", "activations", "temporary", "copies"
 
 
 class Place(NamedTuple):
@@ -53,7 +53,8 @@ class Plan:
     parameters: int
     without_embeddings: int
     memory: dict[Checkpointing, dict[str, float]]
-    """Bytes by kind, for each mode of activation checkpointing."""
+    """Bytes by kind, for each mode of activation checkpointing. ``peak`` has all that is alive at
+    once, ``process`` what the process takes for it."""
     cache: int
     """Bytes of the cache of one sequence of the full context, in generation."""
     steps: int
@@ -63,7 +64,7 @@ class Plan:
     seconds: float | None
     """Of the whole run."""
     how: str
-    """Where the time is from."""
+    """Where the time is from, and the memory of the process, if it was measured."""
     sequences: int
     """Of a step, on each processor."""
     largest: dict[Checkpointing, int]
@@ -105,14 +106,6 @@ def make_plan(config: PlanConfig, settings: Path, words: Sequence[str]) -> Plan:
     rows = min(config.training.micro_batch_size, sequences)
     planners = {mode: _planner(config, place, mode) for mode in MODES}
     fixed = _state(config, place, planners["none"]) if place.strategy == "fsdp" else 0.0
-    memories, largest = {}, {}
-    for mode, planner in planners.items():
-        found = planner.footprint(rows, accumulates=sequences > rows)
-        memories[mode] = _by_kind(found, fixed, place)
-        n = planner.largest(place.memory, rows=rows, state=fixed)
-        largest[mode] = min(n, sequences)
-    most = largest[config.training.activation_checkpointing]
-    micro = max((n for n in range(1, most + 1) if sequences % n == 0), default=0)
     with torch.device("meta"):
         network = GPT(model)
         if config.adapter.kind != "none":
@@ -125,7 +118,15 @@ def make_plan(config: PlanConfig, settings: Path, words: Sequence[str]) -> Plan:
             "training.max_minutes is set, and how many steps fit into it is measured: leave out "
             "--no-measure, or set --training.max_minutes 0 and --training.max_steps"
         )
-    step, evaluation, how = _time(config, place, planners, each * batch_tokens, sequences)
+    step, evaluation, process, how = _time(config, place, planners, each * batch_tokens, sequences)
+    memories, largest = {}, {}
+    for mode, planner in planners.items():
+        found = planner.footprint(rows, accumulates=sequences > rows)
+        memories[mode] = _by_kind(found, fixed, place, process)
+        n = planner.largest(place.memory / process, rows=rows, state=fixed)
+        largest[mode] = min(n, sequences)
+    most = largest[config.training.activation_checkpointing]
+    micro = max((n for n in range(1, most + 1) if sequences % n == 0), default=0)
     if step is not None:
         if training.max_minutes:
             steps = steps_of(60 * training.max_minutes, step, evaluation, every=every)
@@ -189,26 +190,27 @@ def _planner(config: PlanConfig, place: Place, mode: Checkpointing) -> Planner:
 
 
 def _state(config: PlanConfig, place: Place, planner: Planner) -> float:
-    """Bytes of weights, gradients and optimizer of one of the processes that shard them: its part,
-    and two whole blocks, of which one is computed and the next one gathered.
+    """Bytes of weights, gradients, optimizer and copies of one of the processes that shard them:
+    its part, and two whole blocks, of which one is computed and the next one gathered.
     """
     found = planner.footprint(1, accumulates=True)
     n = config.parallel.shard_size or place.world
     one, two = (parameter_count(dataclasses.replace(config.model, n_layer=i)) for i in (1, 2))
     block = (two - one) * place.dtype.itemsize
     outside = 4 * (one - (two - one))  # embeddings and head, in float32
-    return (found.weights + found.gradients + found.optimizer) / n + 2 * block + outside
+    state = found.weights + found.gradients + found.optimizer + found.copies
+    return state / n + 2 * block + outside
 
 
-def _by_kind(found: Footprint, fixed: float, place: Place) -> dict[str, float]:
+def _by_kind(found: Footprint, fixed: float, place: Place, process: float) -> dict[str, float]:
     kinds = {name: float(getattr(found, name)) for name in KINDS}
     peak = found.peak
     if fixed:
-        state = found.weights + found.gradients + found.optimizer
+        state = found.weights + found.gradients + found.optimizer + found.copies
         peak = peak - state + fixed
-        for name in KINDS[:3]:
+        for name in (*KINDS[:3], "copies"):
             kinds[name] *= fixed / state
-    return {**kinds, "peak": peak}
+    return {**kinds, "peak": peak, "process": process * peak}
 
 
 def _time(
@@ -217,17 +219,17 @@ def _time(
     planners: dict[Checkpointing, Planner],
     flops: float,
     sequences: int,
-) -> tuple[float | None, float, str]:
-    """Seconds of a step of so many FLOPs, and of an evaluation; and where the numbers are from.
-    Evaluations of the whole held-out text are not known, and count as 0.
+) -> tuple[float | None, float, float, str]:
+    """Seconds of a step of so many FLOPs, and of an evaluation; what the process takes by what is
+    counted; and where the numbers are from. Evaluations of the whole held-out text are not known,
+    and count as 0.
     """
     if place.peak is not None:
         how = f"at {config.mfu:.0%} of {place.peak / 1e12:,.0f} TFLOP/s each ({_source(config)})"
-        return flops / (place.peak * place.world * config.mfu), 0.0, how
+        return flops / (place.peak * place.world * config.mfu), 0.0, 1.0, how
     if not config.measure:
-        return None, 0.0, "not measured"
+        return None, 0.0, 1.0, "not measured"
     device = choose_device(config.training.device)
-    keep_freed_memory()
     tell(f"measuring for about {config.seconds:g} seconds")
     time = measure_step(
         config,
@@ -239,11 +241,12 @@ def _time(
     )
     if time is None:
         how = "not measured: not even two layers fit into this machine's memory and time"
-        return None, 0.0, how
+        return None, 0.0, 1.0, how
     rows = min(config.training.micro_batch_size, sequences)
     step = sequences / rows * time.micro_batch + time.update
     evaluation = config.evaluation.windows * time.evaluation / rows
-    return step, evaluation, f"measured here: {time.how}, {_duration(step)} a step"
+    how = f"measured here: {time.how}, {_duration(step)} a step"
+    return step, evaluation, time.memory or 1.0, how
 
 
 def _source(config: PlanConfig) -> str:
@@ -307,12 +310,12 @@ def _print(config: PlanConfig, made: Plan) -> None:
     console.print(about)
     title = f"\nmemory of a step with micro batches of {rows}"
     console.print(f"{title}, by activation checkpointing, in GB{' of each GPU' if many else ''}")
-    table = Table("", *KINDS, "at the peak", "largest micro batch", box=None)
+    table = Table("", *KINDS, "at the peak", "of the process", "largest micro batch", box=None)
     for column in table.columns[1:]:
         column.justify = "right"
     for mode, kinds in made.memory.items():
         mark = " *" if mode == config.training.activation_checkpointing else ""
-        shown = [f"{kinds[name] / 1e9:.3f}" for name in (*KINDS, "peak")]
+        shown = [f"{kinds[name] / 1e9:.3f}" for name in (*KINDS, "peak", "process")]
         table.add_row(f"{mode}{mark}", *shown, f"{made.largest[mode] or 'none fits'}")
     console.print(table)
     if made.micro_batch == 0:

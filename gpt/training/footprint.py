@@ -41,16 +41,19 @@ class Footprint(NamedTuple):
     """All that is alive at the peak of forward and backward pass."""
     update: float
     """All that is alive at the peak of the optimizer's update."""
+    copies: float
+    """Copies that a step does not need: of a checkpoint that a thread is writing (on a CPU; a
+    GPU's are in the host's memory), and of the weights, if they are averaged."""
 
     @property
     def peak(self) -> float:
-        """All that is alive at the peak of a step."""
-        return max(self.passes, self.update)
+        """All that is alive at the peak of a step, after the first checkpoint."""
+        return max(self.passes, self.update) + self.copies
 
     @property
     def temporary(self) -> float:
         """What the peak has beside weights, gradients, optimizer state and activations."""
-        known = self.weights + self.gradients + self.optimizer + self.activations
+        known = self.weights + self.gradients + self.optimizer + self.activations + self.copies
         return max(0.0, self.peak - known)
 
 
@@ -78,11 +81,11 @@ class Planner:
     def largest(self, limit: float, *, rows: int, state: float = 0.0) -> int:
         """The most sequences of a micro batch whose step takes at most ``limit`` bytes; 0: none.
         ``rows`` is a number that is counted anyway. ``state`` replaces the bytes of weights,
-        gradients and optimizer, if given.
+        gradients, optimizer and copies, if given.
         """
         one, many = (self.footprint(n, accumulates=True) for n in (1, max(2, rows)))
-        usual = one.weights + one.gradients + one.optimizer
-        more = state - usual if state else 0.0
+        usual = one.weights + one.gradients + one.optimizer + one.copies
+        more = one.copies + (state - usual if state else 0.0)
         each = (many.passes - one.passes) / (max(2, rows) - 1)
         if max(one.passes, one.update) + more > limit:
             return 0
@@ -131,7 +134,10 @@ class Planner:
             passes = live.peak
             live.restart()
             step.update()
-            found = Footprint(weights, gradients, optimizer, activations, passes, live.peak)
+            copies = sum(each.nbytes for each in step.copied(checkpoint=not self.for_gpu))
+            found = Footprint(
+                weights, gradients, optimizer, activations, passes, live.peak, float(copies)
+            )
         torch.set_rng_state(state)
         return found
 

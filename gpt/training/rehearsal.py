@@ -17,6 +17,7 @@ from gpt.training.activations import checkpoint_activations
 from gpt.training.optimizer import clip_gradients, gradient_norm, make_optimizers
 from gpt.training.precision import autocast
 from gpt.training.source import next_token
+from gpt.training.state import learned, saved_weights
 
 
 class Rehearsal:
@@ -44,10 +45,14 @@ class Rehearsal:
         checkpoint_activations(self.model, config.training.activation_checkpointing)
         self.optimizers = make_optimizers(self.model, config.optimizer, fast=fast)
 
-    def forward(self, rows: int) -> Tensor:
-        """The loss of ``rows`` sequences."""
+    def forward(self, rows: int, *, head: bool = True) -> Tensor:
+        """The loss of ``rows`` sequences; without the ``head``, a number that is computed from the
+        features alone.
+        """
         shape = rows, self.config.model.context_length
         tokens = torch.randint(self.config.model.vocab_size, shape, device=self.device)
+        if not head:
+            return self.logits(tokens, read=lambda model, features: features.float().mean())
         loss = next_token(self.logits, Batch(tokens, tokens)) / tokens.numel()
         spread = auxiliary_loss(self.model)
         return loss if spread is None else loss + spread
@@ -67,3 +72,15 @@ class Rehearsal:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+
+    def copied(self, *, checkpoint: bool) -> list[Tensor]:
+        """What a run copies beside its steps: the weights, if it averages them, and with
+        ``checkpoint`` all that a checkpoint stores.
+        """
+        weights = saved_weights(self.model)
+        on = self.config.training.average_fraction > 0
+        averaged = [p.detach() for p in weights.values() if on and p.requires_grad]
+        if not checkpoint:
+            return averaged
+        stored = [p.detach() for p in weights.values()]
+        return [*averaged, *averaged, *stored, *learned(self.model, self.optimizers).values()]

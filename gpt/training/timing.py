@@ -1,15 +1,25 @@
-"""The time of a training step on this machine, measured in some seconds before there is a run."""
+"""The time and the memory of a training step on this machine, measured in some seconds before there
+is a run. The steps run in a process of their own, because memory is measured of a whole process.
+"""
 
 import dataclasses
+import multiprocessing
+import re
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from gpt.config import TrainConfig
-from gpt.device import choose_precision
+from gpt import training_kernels
+from gpt.config import TrainConfig, UsageError
+from gpt.device import choose_precision, keep_freed_memory
 from gpt.model.gpt import GPT
 from gpt.speed import product_flops
 from gpt.training.footprint import Planner
@@ -32,6 +42,9 @@ class StepTime(NamedTuple):
     update: float
     how: str
     """What was measured."""
+    memory: float | None = None
+    """Bytes that the process took at the peak by the bytes of its tensors: the allocator leaves
+    gaps, and the libraries have memory of their own. ``None`` where the system does not tell."""
 
 
 def measure_step(
@@ -48,16 +61,16 @@ def measure_step(
     even these fit.
     """
     rows, n_layer, p = config.training.micro_batch_size, config.model.n_layer, planner.period
-    fast = choose_precision("auto", device)
     rate = SHARE * product_flops(dtype, device)
 
-    def fits(layers: int, n: int) -> bool:
+    def fits(layers: int, n: int, within: float = seconds) -> bool:
         flops = _flops(config, layers) * n * config.model.context_length
-        return CALLS * flops / rate <= seconds and planner.at(layers, n).peak <= free
+        return CALLS * flops / rate <= within and planner.at(layers, n).peak <= free
 
-    def run(layers: int, n: int, share: float) -> StepTime:
-        step = Rehearsal(config, n_layer=layers, device=device, dtype=dtype, fast=fast)
-        return _timed(step, n, seconds * share)
+    def run(layers: int, n: int, share: float, *, head: bool = True) -> StepTime:
+        time, taken = _elsewhere(config, layers, n, head, device, dtype, seconds * share)
+        counted = planner.at(layers, n).peak
+        return time._replace(memory=taken / counted if taken else None)
 
     if fits(n_layer, rows):
         return run(n_layer, rows, 1.0)
@@ -66,11 +79,16 @@ def measure_step(
     start = p + n_layer % p
     if n_layer <= 2 * p or not planner.at(start + p, 1).peak <= free:
         return None
-    one, two = (run(start + n * p, 1, 0.5) for n in (0, 1))
-    more = (n_layer - start) / p
-    micro, evaluation, update = (a + more * (b - a) for a, b in zip(one[:3], two[:3], strict=True))
-    how = f"one sequence at a time in {start} and {start + p} of the {n_layer} layers"
-    return _scaled(StepTime(micro, evaluation, update, ""), rows, how)
+    # Most of a few layers' time may be the head's, so that a layer's is measured without it.
+    some = start + p
+    while some + p <= n_layer and fits(some + p, 1, seconds / 2):
+        some += p
+    whole, body = run(start, 1, 0.5), run(some, 1, 0.5, head=False)
+    more = n_layer - start
+    micro, evaluation = (a + more * b / some for a, b in zip(whole[:2], body[:2], strict=True))
+    update = whole.update + more * max(0.0, body.update - whole.update) / (some - start)
+    how = f"one sequence at a time in {some} of the {n_layer} layers, and the head"
+    return _scaled(StepTime(micro, evaluation, update, "", whole.memory), rows, how)
 
 
 def _flops(config: TrainConfig, n_layer: int) -> float:
@@ -80,26 +98,85 @@ def _flops(config: TrainConfig, n_layer: int) -> float:
 
 
 def _scaled(time: StepTime, rows: int, how: str) -> StepTime:
-    return StepTime(rows * time.micro_batch, rows * time.evaluation, time.update, how)
+    micro, evaluation = rows * time.micro_batch, rows * time.evaluation
+    return StepTime(micro, evaluation, time.update, how, time.memory)
 
 
-def _timed(step: Rehearsal, rows: int, seconds: float) -> StepTime:
-    """Medians over about ``seconds``."""
+def _elsewhere(
+    config: TrainConfig,
+    n_layer: int,
+    rows: int,
+    head: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+    seconds: float,
+) -> tuple[StepTime, float | None]:
+    """Measure in a new process. Also returns the bytes that it took."""
+    about = config, n_layer, rows, head, device, dtype, seconds, torch.get_num_threads()
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as other:
+        try:
+            return other.submit(_measure, *about).result()
+        except BrokenProcessPool as error:
+            raise UsageError(
+                "the process that measured a step was killed, probably because memory ran out; "
+                "try a smaller training.micro_batch_size, or --no_measure"
+            ) from error
+
+
+def _measure(
+    config: TrainConfig,
+    n_layer: int,
+    rows: int,
+    head: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+    seconds: float,
+    threads: int,
+) -> tuple[StepTime, float | None]:
+    torch.set_num_threads(threads)
+    product_flops(dtype, device)  # loads the libraries
+    training_kernels.library()
+    before = _taken(device, "VmRSS")
+    keep_freed_memory()
+    fast = choose_precision("auto", device)
+    step = Rehearsal(config, n_layer=n_layer, device=device, dtype=dtype, fast=fast)
+    time = _timed(step, rows, seconds, head=head)
+    peak = _taken(device, "VmHWM")
+    return time, peak - before if peak and before is not None else None
+
+
+def _taken(device: torch.device, what: str) -> float | None:
+    """Bytes that the process takes (``VmRSS``) or took at most (``VmHWM``)."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_reserved(device)) if what == "VmHWM" else 0.0
+    with suppress(OSError):
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        found = re.search(rf"^{what}:\s+(\d+) kB", status, re.MULTILINE)
+        return 1024.0 * int(found[1]) if found else None
+    return None
+
+
+def _timed(step: Rehearsal, rows: int, seconds: float, *, head: bool) -> StepTime:
+    """Medians over about ``seconds``; without the head, of a step that leaves it out."""
     passes: list[float] = []
     forwards: list[float] = []
     updates: list[float] = []
+    copies: list[Tensor] = []
 
     def without_gradients() -> None:
         with torch.no_grad():
-            step.forward(rows)
+            step.forward(rows, head=head)
 
     end = time.perf_counter() + seconds
     while len(passes) < CALLS or time.perf_counter() < end:
-        passes.append(_seconds(lambda: step.forward(rows).backward(), step.device))
-        if len(updates) < CALLS or len(passes) % 4 == 0:
+        passes.append(_seconds(lambda: step.forward(rows, head=head).backward(), step.device))
+        # The second pass finds no gradients, and the third adds to some.
+        if len(passes) != 2 and (len(updates) < CALLS or len(passes) % 4 == 0):
             updates.append(_seconds(step.update, step.device))
             forwards.append(_seconds(without_gradients, step.device))
-        if time.perf_counter() > end and len(passes) > 1:
+        if not copies:
+            copies += [t.clone() for t in step.copied(checkpoint=step.device.type == "cpu")]
+        if time.perf_counter() > end and len(passes) > 2:
             break
     micro, evaluation, update = (
         statistics.median(each[1:] or each) for each in (passes, forwards, updates)

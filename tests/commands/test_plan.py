@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from gpt.commands.gpus import GPUS
 from gpt.config import PlanConfig, TrainConfig, parse
 from gpt.device import PEAK_FLOPS
 from gpt.model.gpt import GPT
+from gpt.training import timing
 from gpt.training.footprint import Live, Planner, cache_bytes
 from gpt.training.rehearsal import Rehearsal
 from tests.test_cli import ROOT
@@ -113,6 +115,18 @@ def test_checkpointing_takes_less_memory_and_a_gpu_no_scores():
     assert gpu.activations < cpu.activations  # on a CPU, bfloat16 trains with the plain formula
 
 
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_checkpoint_and_an_average_are_copies(on_gpu):
+    found = planner_of(for_gpu=on_gpu).footprint(1, accumulates=False)
+    assert found.copies == (0 if on_gpu else found.weights + found.optimizer)
+    average = ["--training.average_fraction=0.2"]
+    averaged = planner_of(*average, for_gpu=on_gpu).footprint(1, accumulates=False)
+    assert averaged.copies == found.copies + found.weights * (1 if on_gpu else 2)
+    assert averaged.peak - averaged.copies == found.peak - found.copies
+    frozen = planner_of("--adapter.kind=lora", for_gpu=on_gpu).footprint(1, accumulates=False)
+    assert frozen.copies < found.copies / 4 or on_gpu
+
+
 def test_the_largest_micro_batch_fits_and_one_more_does_not():
     planner = planner_of()
     limit = planner.footprint(37, accumulates=True).peak + 100
@@ -179,12 +193,25 @@ def test_the_table_of_gpus_has_known_peaks():
         assert "NVIDIA" in gpu.source
 
 
-def test_measured_time_is_told(capsys):
+def test_measured_time_and_memory_are_told(capsys):
     words = ["plan", SHAKESPEARE, *SMALL, "--seconds", "0.2"]
     assert main(words) == 0
     output = capsys.readouterr()
     assert "measured here: the whole model" in output.out
     assert "largest micro batch" in output.out
+    assert main([*words, "--json"]) == 0
+    memory = json.loads(capsys.readouterr().out)["memory"]["none"]
+    assert memory["process"] > memory["peak"] > memory["activations"]
+
+
+def killed(*about):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_measurement_that_is_killed_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(timing, "_measure", killed)
+    assert main(["plan", SHAKESPEARE, *SMALL, "--seconds", "0.2"]) == 2
+    assert "was killed, probably because memory ran out" in capsys.readouterr().err
 
 
 def test_minutes_are_planned_as_the_steps_that_fit_into_them(capsys):
@@ -223,14 +250,14 @@ def peak():
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", status)[1])
 """
 REAL = {
-    "shakespeare": [SHAKESPEARE, "--training.max_steps=60"],
+    "shakespeare": [SHAKESPEARE, "--training.max_steps=60", "--evaluation.every=20"],
     "gpt2_124m": [
         str(ROOT / "configs" / "gpt2_124m.toml"), "--training.batch_tokens=2048",
-        "--training.micro_batch_size=1", "--training.max_steps=4",
+        "--training.micro_batch_size=1", "--training.max_steps=4", "--evaluation.every=2",
     ],
     "modern_124m": [
         str(ROOT / "configs" / "modern_124m.toml"), "--training.batch_tokens=2048",
-        "--training.micro_batch_size=1", "--training.max_steps=4",
+        "--training.micro_batch_size=1", "--training.max_steps=4", "--evaluation.every=2",
     ],
 }  # fmt: skip
 
@@ -239,9 +266,10 @@ REAL = {
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("name", REAL)
 def test_the_plan_is_right_to_15_percent(name, tmp_path, capsys):
-    """Against the peak of a real run above the memory of a run of one tiny step, and its time."""
+    """Against the peak of a real run above the memory of a run of one tiny step, and its time. The
+    run has two checkpoints, and steps after the first."""
     words = [*REAL[name], "--training.device=cpu", "--evaluation.windows=1"]
-    words += ["--evaluation.sample_tokens=0", "--evaluation.every=1000", "--log.every=1"]
+    words += ["--evaluation.sample_tokens=0", "--log.every=1"]
     tiny = ["--model.n_layer=1", "--model.n_head=1", "--model.n_kv_head=0", "--model.n_inner=0",
             "--model.n_embd=16", "--model.context_length=16", "--training.batch_tokens=16",
             "--training.micro_batch_size=1", "--training.max_steps=1"]  # fmt: skip
@@ -252,8 +280,8 @@ def test_the_plan_is_right_to_15_percent(name, tmp_path, capsys):
     peak, seconds = _trained([*words, *prepared, *run])
     assert main(["plan", *words, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    counted = plan["memory"]["none"]["peak"]
-    assert counted == pytest.approx(peak - bare, rel=0.15), (counted, peak, bare)
+    planned = plan["memory"]["none"]["process"]
+    assert planned == pytest.approx(peak - bare, rel=0.15), (plan["memory"], peak, bare)
     steps = parse(PlanConfig, words, prog="plan").training.max_steps
     assert plan["seconds"] / steps == pytest.approx(seconds, rel=0.15)
 

@@ -25,8 +25,11 @@ V = 61
 NEEDS_A_COMPILER = pytest.mark.skipif(
     kernels.library() is None, reason=f"no kernels: {kernels.problem()}"
 )
-FORMATS = {"float32": 1e-5, "bfloat16": 0.02, "int8": 0.03, "int4": 0.05}
-"""The root mean square error of a format's arithmetic, in parts of the logits' deviation."""
+FORMATS = {"float32": 1e-5, "bfloat16": 0.02, "int8": 0.05, "int4": 0.05}
+"""The root mean square error of a format's arithmetic, in parts of the logits' deviation. Both
+formats of integers round activations to 8 bits; over these models, the median is 0.008, the largest
+0.032.
+"""
 
 
 def over(rows):
