@@ -15,6 +15,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, cast
@@ -190,6 +191,8 @@ def train(words: Sequence[str], prog: str) -> int:
         except UsageError:
             if tells:
                 raise
+            # torchrun ends all processes when one exits, and the first one is to tell the mistake.
+            time.sleep(10)
             return 2
         from gpt.device import keep_freed_memory, return_freed_memory
         from gpt.generation.examples import ExampleEncoder
