@@ -191,7 +191,7 @@ def train(words: Sequence[str], prog: str) -> int:
         except UsageError:
             if tells:
                 raise
-            # torchrun ends all processes when one exits, and the first one is to tell the mistake.
+            # When one process exits, torchrun ends the others. Process 0 tells the mistake first.
             time.sleep(10)
             return 2
         from gpt.device import keep_freed_memory, return_freed_memory

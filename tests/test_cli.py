@@ -389,3 +389,12 @@ def test_a_file_that_cannot_be_written_is_told_before_the_model_is_loaded(
     status, output = sampled(capsys, *words)
     assert status == 2
     assert output.err == f"sample.py: {name} {path} is a pipe or a device, and must be a file\n"
+
+
+def test_a_process_that_tells_no_mistake_waits_for_the_one_that_does(monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["train", "--training.max_stpes=3"]) == 2
+        assert ("max_stpes" in capsys.readouterr().err, len(waited)) == (rank == "0", int(rank))

@@ -53,8 +53,8 @@ class Plan:
     parameters: int
     without_embeddings: int
     memory: dict[Checkpointing, dict[str, float]]
-    """Bytes by kind, for each mode of activation checkpointing. ``peak`` has all that is alive at
-    once, ``process`` what the process takes for it."""
+    """Bytes by kind, for each mode of activation checkpointing. ``peak`` is all that is alive at
+    once; ``process`` is what the process takes for it, where this was measured."""
     cache: int
     """Bytes of the cache of one sequence of the full context, in generation."""
     steps: int
@@ -64,7 +64,7 @@ class Plan:
     seconds: float | None
     """Of the whole run."""
     how: str
-    """Where the time is from, and the memory of the process, if it was measured."""
+    """Where the time is from."""
     sequences: int
     """Of a step, on each processor."""
     largest: dict[Checkpointing, int]
@@ -123,7 +123,7 @@ def make_plan(config: PlanConfig, settings: Path, words: Sequence[str]) -> Plan:
     for mode, planner in planners.items():
         found = planner.footprint(rows, accumulates=sequences > rows)
         memories[mode] = _by_kind(found, fixed, place, process)
-        n = planner.largest(place.memory / process, rows=rows, state=fixed)
+        n = planner.largest(place.memory / (process or 1.0), rows=rows, state=fixed)
         largest[mode] = min(n, sequences)
     most = largest[config.training.activation_checkpointing]
     micro = max((n for n in range(1, most + 1) if sequences % n == 0), default=0)
@@ -202,7 +202,9 @@ def _state(config: PlanConfig, place: Place, planner: Planner) -> float:
     return state / n + 2 * block + outside
 
 
-def _by_kind(found: Footprint, fixed: float, place: Place, process: float) -> dict[str, float]:
+def _by_kind(
+    found: Footprint, fixed: float, place: Place, process: float | None
+) -> dict[str, float]:
     kinds = {name: float(getattr(found, name)) for name in KINDS}
     peak = found.peak
     if fixed:
@@ -210,7 +212,8 @@ def _by_kind(found: Footprint, fixed: float, place: Place, process: float) -> di
         peak = peak - state + fixed
         for name in (*KINDS[:3], "copies"):
             kinds[name] *= fixed / state
-    return {**kinds, "peak": peak, "process": process * peak}
+    measured = {"process": process * peak} if process else {}
+    return {**kinds, "peak": peak, **measured}
 
 
 def _time(
@@ -219,16 +222,16 @@ def _time(
     planners: dict[Checkpointing, Planner],
     flops: float,
     sequences: int,
-) -> tuple[float | None, float, float, str]:
-    """Seconds of a step of so many FLOPs, and of an evaluation; what the process takes by what is
-    counted; and where the numbers are from. Evaluations of the whole held-out text are not known,
-    and count as 0.
+) -> tuple[float | None, float, float | None, str]:
+    """Seconds of a step of so many FLOPs, and of an evaluation; the memory of the process divided
+    by the counted one, if it was measured; and where the times are from. Evaluations of the whole
+    held-out text are not known, and count as 0.
     """
     if place.peak is not None:
         how = f"at {config.mfu:.0%} of {place.peak / 1e12:,.0f} TFLOP/s each ({_source(config)})"
-        return flops / (place.peak * place.world * config.mfu), 0.0, 1.0, how
+        return flops / (place.peak * place.world * config.mfu), 0.0, None, how
     if not config.measure:
-        return None, 0.0, 1.0, "not measured"
+        return None, 0.0, None, "not measured"
     device = choose_device(config.training.device)
     tell(f"measuring for about {config.seconds:g} seconds")
     time = measure_step(
@@ -241,12 +244,12 @@ def _time(
     )
     if time is None:
         how = "not measured: not even two layers fit into this machine's memory and time"
-        return None, 0.0, 1.0, how
+        return None, 0.0, None, how
     rows = min(config.training.micro_batch_size, sequences)
     step = sequences / rows * time.micro_batch + time.update
     evaluation = config.evaluation.windows * time.evaluation / rows
     how = f"measured here: {time.how}, {_duration(step)} a step"
-    return step, evaluation, time.memory or 1.0, how
+    return step, evaluation, time.memory, how
 
 
 def _source(config: PlanConfig) -> str:
@@ -310,12 +313,13 @@ def _print(config: PlanConfig, made: Plan) -> None:
     console.print(about)
     title = f"\nmemory of a step with micro batches of {rows}"
     console.print(f"{title}, by activation checkpointing, in GB{' of each GPU' if many else ''}")
-    table = Table("", *KINDS, "at the peak", "of the process", "largest micro batch", box=None)
+    measured = ["of the process"] if "process" in made.memory["none"] else []
+    table = Table("", *KINDS, "at the peak", *measured, "largest micro batch", box=None)
     for column in table.columns[1:]:
         column.justify = "right"
     for mode, kinds in made.memory.items():
         mark = " *" if mode == config.training.activation_checkpointing else ""
-        shown = [f"{kinds[name] / 1e9:.3f}" for name in (*KINDS, "peak", "process")]
+        shown = [f"{number / 1e9:.3f}" for number in kinds.values()]
         table.add_row(f"{mode}{mark}", *shown, f"{made.largest[mode] or 'none fits'}")
     console.print(table)
     if made.micro_batch == 0:

@@ -42,8 +42,8 @@ class Footprint(NamedTuple):
     update: float
     """All that is alive at the peak of the optimizer's update."""
     copies: float
-    """Copies that a step does not need: of a checkpoint that a thread is writing (on a CPU; a
-    GPU's are in the host's memory), and of the weights, if they are averaged."""
+    """Copies beside the step's own tensors: the state that a thread writes as a checkpoint (on a
+    CPU; for a GPU it is in the host's memory), and the average of the weights."""
 
     @property
     def peak(self) -> float:
@@ -52,7 +52,7 @@ class Footprint(NamedTuple):
 
     @property
     def temporary(self) -> float:
-        """What the peak has beside weights, gradients, optimizer state and activations."""
+        """What the peak has beside weights, gradients, optimizer state, activations and copies."""
         known = self.weights + self.gradients + self.optimizer + self.activations + self.copies
         return max(0.0, self.peak - known)
 

@@ -1,5 +1,6 @@
 """The time and the memory of a training step on this machine, measured in some seconds before there
-is a run. The steps run in a process of their own, because memory is measured of a whole process.
+is a run. The steps run in a new process, because the system only tells the peak memory of a whole
+process.
 """
 
 import dataclasses
@@ -43,8 +44,22 @@ class StepTime(NamedTuple):
     how: str
     """What was measured."""
     memory: float | None = None
-    """Bytes that the process took at the peak by the bytes of its tensors: the allocator leaves
-    gaps, and the libraries have memory of their own. ``None`` where the system does not tell."""
+    """The peak memory of the process divided by the counted bytes of its tensors. It is more than
+    1, because the allocator leaves gaps and the libraries have memory of their own. ``None`` on a
+    GPU, and where the system does not tell it."""
+
+
+class _Measurement(NamedTuple):
+    """What is measured, and for how long."""
+
+    config: TrainConfig
+    n_layer: int
+    rows: int
+    head: bool
+    device: torch.device
+    dtype: torch.dtype
+    seconds: float
+    threads: int
 
 
 def measure_step(
@@ -68,7 +83,8 @@ def measure_step(
         return CALLS * flops / rate <= within and planner.at(layers, n).peak <= free
 
     def run(layers: int, n: int, share: float, *, head: bool = True) -> StepTime:
-        time, taken = _elsewhere(config, layers, n, head, device, dtype, seconds * share)
+        what = config, layers, n, head, device, dtype, seconds * share, torch.get_num_threads()
+        time, taken = _in_new_process(_Measurement(*what))
         counted = planner.at(layers, n).peak
         return time._replace(memory=taken / counted if taken else None)
 
@@ -79,7 +95,7 @@ def measure_step(
     start = p + n_layer % p
     if n_layer <= 2 * p or not planner.at(start + p, 1).peak <= free:
         return None
-    # Most of a few layers' time may be the head's, so that a layer's is measured without it.
+    # The head may take most of the time of a few layers, so a layer is measured without it.
     some = start + p
     while some + p <= n_layer and fits(some + p, 1, seconds / 2):
         some += p
@@ -102,20 +118,10 @@ def _scaled(time: StepTime, rows: int, how: str) -> StepTime:
     return StepTime(micro, evaluation, time.update, how, time.memory)
 
 
-def _elsewhere(
-    config: TrainConfig,
-    n_layer: int,
-    rows: int,
-    head: bool,
-    device: torch.device,
-    dtype: torch.dtype,
-    seconds: float,
-) -> tuple[StepTime, float | None]:
-    """Measure in a new process. Also returns the bytes that it took."""
-    about = config, n_layer, rows, head, device, dtype, seconds, torch.get_num_threads()
+def _in_new_process(what: _Measurement) -> tuple[StepTime, float | None]:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as other:
         try:
-            return other.submit(_measure, *about).result()
+            return other.submit(_measure, what).result()
         except BrokenProcessPool as error:
             raise UsageError(
                 "the process that measured a step was killed, probably because memory ran out; "
@@ -123,32 +129,25 @@ def _elsewhere(
             ) from error
 
 
-def _measure(
-    config: TrainConfig,
-    n_layer: int,
-    rows: int,
-    head: bool,
-    device: torch.device,
-    dtype: torch.dtype,
-    seconds: float,
-    threads: int,
-) -> tuple[StepTime, float | None]:
-    torch.set_num_threads(threads)
+def _measure(what: _Measurement) -> tuple[StepTime, float | None]:
+    """The times, and the bytes by which the process grew at its peak, if they are known."""
+    device, dtype = what.device, what.dtype
+    torch.set_num_threads(what.threads)
     product_flops(dtype, device)  # loads the libraries
     training_kernels.library()
-    before = _taken(device, "VmRSS")
+    before = _resident("VmRSS")
     keep_freed_memory()
     fast = choose_precision("auto", device)
-    step = Rehearsal(config, n_layer=n_layer, device=device, dtype=dtype, fast=fast)
-    time = _timed(step, rows, seconds, head=head)
-    peak = _taken(device, "VmHWM")
-    return time, peak - before if peak and before is not None else None
+    step = Rehearsal(what.config, n_layer=what.n_layer, device=device, dtype=dtype, fast=fast)
+    time = _timed(step, what.rows, what.seconds, head=what.head)
+    peak = _resident("VmHWM")
+    if device.type != "cpu" or peak is None or before is None:
+        return time, None
+    return time, peak - before
 
 
-def _taken(device: torch.device, what: str) -> float | None:
-    """Bytes that the process takes (``VmRSS``) or took at most (``VmHWM``)."""
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_reserved(device)) if what == "VmHWM" else 0.0
+def _resident(what: str) -> float | None:
+    """Bytes of the process in memory: now (``VmRSS``), or at most so far (``VmHWM``)."""
     with suppress(OSError):
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
         found = re.search(rf"^{what}:\s+(\d+) kB", status, re.MULTILINE)
