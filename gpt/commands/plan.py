@@ -118,12 +118,13 @@ def make_plan(config: PlanConfig, settings: Path, words: Sequence[str]) -> Plan:
             "training.max_minutes is set, and how many steps fit into it is measured: leave out "
             "--no-measure, or set --training.max_minutes 0 and --training.max_steps"
         )
-    step, evaluation, process, how = _time(config, place, planners, each * batch_tokens, sequences)
+    flops = each * batch_tokens
+    step, evaluation, overhead, how = _time(config, place, planners, flops, sequences)
     memories, largest = {}, {}
     for mode, planner in planners.items():
         found = planner.footprint(rows, accumulates=sequences > rows)
-        memories[mode] = _by_kind(found, fixed, place, process)
-        n = planner.largest(place.memory / (process or 1.0), rows=rows, state=fixed)
+        memories[mode] = _by_kind(found, fixed, overhead)
+        n = planner.largest(place.memory - (overhead or 0.0), rows=rows, state=fixed)
         largest[mode] = min(n, sequences)
     most = largest[config.training.activation_checkpointing]
     micro = max((n for n in range(1, most + 1) if sequences % n == 0), default=0)
@@ -202,9 +203,7 @@ def _state(config: PlanConfig, place: Place, planner: Planner) -> float:
     return state / n + 2 * block + outside
 
 
-def _by_kind(
-    found: Footprint, fixed: float, place: Place, process: float | None
-) -> dict[str, float]:
+def _by_kind(found: Footprint, fixed: float, overhead: float | None) -> dict[str, float]:
     kinds = {name: float(getattr(found, name)) for name in KINDS}
     peak = found.peak
     if fixed:
@@ -212,7 +211,7 @@ def _by_kind(
         peak = peak - state + fixed
         for name in (*KINDS[:3], "copies"):
             kinds[name] *= fixed / state
-    measured = {"process": process * peak} if process else {}
+    measured = {} if overhead is None else {"process": peak + overhead}
     return {**kinds, "peak": peak, **measured}
 
 
@@ -223,8 +222,8 @@ def _time(
     flops: float,
     sequences: int,
 ) -> tuple[float | None, float, float | None, str]:
-    """Seconds of a step of so many FLOPs, and of an evaluation; the memory of the process divided
-    by the counted one, if it was measured; and where the times are from. Evaluations of the whole
+    """Seconds of a step of so many FLOPs, and of an evaluation; the bytes of the process
+    beyond the counted ones, if they were measured; and where the times are from. Evaluations of the whole
     held-out text are not known, and count as 0.
     """
     if place.peak is not None:
@@ -249,7 +248,7 @@ def _time(
     step = sequences / rows * time.micro_batch + time.update
     evaluation = config.evaluation.windows * time.evaluation / rows
     how = f"measured here: {time.how}, {_duration(step)} a step"
-    return step, evaluation, time.memory, how
+    return step, evaluation, time.overhead, how
 
 
 def _source(config: PlanConfig) -> str:

@@ -43,10 +43,9 @@ class StepTime(NamedTuple):
     update: float
     how: str
     """What was measured."""
-    memory: float | None = None
-    """The peak memory of the process divided by the counted bytes of its tensors. It is more than
-    1, because the allocator leaves gaps and the libraries have memory of their own. ``None`` on a
-    GPU, and where the system does not tell it."""
+    overhead: float | None = None
+    """Bytes of the process at its peak beyond the counted ones: the allocator leaves gaps, and the
+    libraries have memory of their own. ``None`` on a GPU, and where the system does not tell it."""
 
 
 class _Measurement(NamedTuple):
@@ -85,8 +84,8 @@ def measure_step(
     def run(layers: int, n: int, share: float, *, head: bool = True) -> StepTime:
         what = config, layers, n, head, device, dtype, seconds * share, torch.get_num_threads()
         time, taken = _in_new_process(_Measurement(*what))
-        counted = planner.at(layers, n).peak
-        return time._replace(memory=taken / counted if taken else None)
+        over = None if taken is None else max(0.0, taken - planner.at(layers, n).peak)
+        return time._replace(overhead=over)
 
     if fits(n_layer, rows):
         return run(n_layer, rows, 1.0)
@@ -104,7 +103,7 @@ def measure_step(
     micro, evaluation = (a + more * b / some for a, b in zip(whole[:2], body[:2], strict=True))
     update = whole.update + more * max(0.0, body.update - whole.update) / (some - start)
     how = f"one sequence at a time in {some} of the {n_layer} layers, and the head"
-    return _scaled(StepTime(micro, evaluation, update, "", whole.memory), rows, how)
+    return _scaled(StepTime(micro, evaluation, update, "", whole.overhead), rows, how)
 
 
 def _flops(config: TrainConfig, n_layer: int) -> float:
@@ -115,7 +114,7 @@ def _flops(config: TrainConfig, n_layer: int) -> float:
 
 def _scaled(time: StepTime, rows: int, how: str) -> StepTime:
     micro, evaluation = rows * time.micro_batch, rows * time.evaluation
-    return StepTime(micro, evaluation, time.update, how, time.memory)
+    return StepTime(micro, evaluation, time.update, how, time.overhead)
 
 
 def _in_new_process(what: _Measurement) -> tuple[StepTime, float | None]:
