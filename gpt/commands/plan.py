@@ -222,8 +222,8 @@ def _time(
     flops: float,
     sequences: int,
 ) -> tuple[float | None, float, float | None, str]:
-    """Seconds of a step of so many FLOPs, and of an evaluation; the bytes of the process
-    beyond the counted ones, if they were measured; and where the times are from. Evaluations of the whole
+    """Seconds of a step of so many FLOPs, and of an evaluation; the bytes of the process beyond the
+    counted ones, if they were measured; and where the times are from. Evaluations of the whole
     held-out text are not known, and count as 0.
     """
     if place.peak is not None:
