@@ -132,8 +132,7 @@ def _measure(what: _Measurement) -> tuple[StepTime, float | None]:
     """The times, and the bytes by which the process grew at its peak, if they are known."""
     device, dtype = what.device, what.dtype
     torch.set_num_threads(what.threads)
-    product_flops(dtype, device)  # loads the libraries
-    training_kernels.library()
+    _load_libraries(device, dtype)
     before = _resident("VmRSS")
     keep_freed_memory()
     fast = choose_precision("auto", device)
@@ -143,6 +142,15 @@ def _measure(what: _Measurement) -> tuple[StepTime, float | None]:
     if device.type != "cpu" or peak is None or before is None:
         return time, None
     return time, peak - before
+
+
+def _load_libraries(device: torch.device, dtype: torch.dtype) -> None:
+    """Load what torch loads at the first product, backward pass and update."""
+    product_flops(dtype, device)
+    training_kernels.library()
+    weight = torch.nn.Parameter(torch.ones(1, device=device))
+    weight.sum().backward()
+    torch.optim.AdamW([weight]).step()
 
 
 def _resident(what: str) -> float | None:
