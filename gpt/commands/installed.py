@@ -70,7 +70,10 @@ def _extras() -> list[Finding]:
 
 
 def _wandb() -> Finding:
-    version = importlib.metadata.version("wandb")
+    try:
+        version = importlib.metadata.version("wandb")
+    except importlib.metadata.PackageNotFoundError:
+        return note("wandb", "not installed", "for --log.wandb: pip install wandb")
     if mode := os.environ.get("WANDB_MODE"):
         return ok("wandb", f"{version}, WANDB_MODE is {foreign(mode)}")
     if os.environ.get("WANDB_API_KEY") or _has_key("api.wandb.ai"):

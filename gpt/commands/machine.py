@@ -103,7 +103,8 @@ def _threads() -> Finding:
     set_by = "OMP_NUM_THREADS" if "OMP_NUM_THREADS" in os.environ else ""
     said = f"{n} of torch on {cores:g} usable cores" + (f", set by {set_by}" if set_by else "")
     if n > max(1, cores):
-        what = f"more threads than cores wait for each other: export OMP_NUM_THREADS={int(cores)}"
+        right = max(1, int(cores))
+        what = f"more threads than cores wait for each other: export OMP_NUM_THREADS={right}"
         return advice("threads", said, what)
     if set_by and n < int(cores):
         return note("threads", said, "unset OMP_NUM_THREADS to use all cores")

@@ -270,15 +270,17 @@ def _line(
         if not skip:
             rest.append(word)
     given = settings if settings.is_absolute() is False or words[:1] == [str(settings)] else None
-    start = "python train.py"
+    own = Path(__file__).parents[2] / "train.py"  # of a checkout
+    script = "train.py" if own.is_file() and own.parent == Path.cwd() else "-m gpt train"
+    start = f"python {script}"
     if place.world > 1:
         nodes = -(-place.world // config.node)
         each = place.world // nodes
-        start = f"torchrun --nproc-per-node {each} train.py"
+        start = f"torchrun --nproc-per-node {each} {script}"
         if nodes > 1:
             start = (
                 f"torchrun --nnodes {nodes} --nproc-per-node {each} --rdzv-backend c10d "
-                "--rdzv-endpoint FIRST_MACHINE:29500 train.py"
+                f"--rdzv-endpoint FIRST_MACHINE:29500 {script}"
             )
     if micro and micro != config.training.micro_batch_size and config.gpu != "none":
         rest.append(f"--training.micro_batch_size={micro}")

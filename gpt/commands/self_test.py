@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from gpt.commands.findings import Finding, ok
+from gpt.commands.findings import Finding, note, ok
 from gpt.config import ModelConfig, UsageError, Weights
 from gpt.device import choose_device
 from gpt.generation.inference import prepare_for_inference
@@ -58,8 +58,10 @@ def self_test() -> list[Finding]:
     if failed:
         return failed
     took = time.perf_counter() - start
-    said = f"cached decoding and products in {len(PRODUCT)} weights formats are right on {device}"
-    return [ok("self-test", f"{said} ({took:.1f} s)")]
+    absent = [each for each in found if each.status == "note"]
+    n = len(PRODUCT) - len(absent)
+    said = f"cached decoding and products in {n} weights formats are right on {device}"
+    return [*absent, ok("self-test", f"{said} ({took:.1f} s)")]
 
 
 @contextlib.contextmanager
@@ -77,7 +79,7 @@ def _tested(name: str, test: Callable[..., str], *about: object) -> Finding:
     try:
         wrong = test(*about)
     except UsageError as error:  # a format that the device does not have
-        return ok("self-test", f"{name}: {error}")
+        return note("self-test", f"{name}: {error}")
     except RuntimeError as error:
         wrong = f"failed with {str(error).splitlines()[0]}"
     if not wrong:

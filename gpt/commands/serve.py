@@ -1,6 +1,5 @@
 """``gpt serve``: a model behind OpenAI's HTTP interface."""
 
-import contextlib
 import os
 import shlex
 import socket
@@ -14,14 +13,20 @@ if TYPE_CHECKING:
     from gpt.model.gpt import GPT
 
 
+BACKLOG = 2048
+"""Connections that wait to be accepted."""
+
+
 def serve(words: Sequence[str], prog: str) -> int:
     """Answer requests over HTTP, with OpenAI's interface."""
-    if not any(word.split("=")[0] == "--api_key" for word in words):
-        words = [*words, *_key_from_environment()]
+    key = os.environ.get("GPT_API_KEY", "")
+    typed = any(word.partition("=")[0].replace("-", "_") == "__api_key" for word in words)
+    if key and not typed:
+        words = [*words, f"--api_key={key}"]
     config = parse(ServeConfig, words, prog=prog)
     try:
         import starlette  # noqa: F401
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ImportError as error:
         raise UsageError(
             f"gpt serve needs {foreign(error.name)}, which is not installed: "
@@ -32,10 +37,10 @@ def serve(words: Sequence[str], prog: str) -> int:
     from gpt.interop.load import load
     from gpt.server.app import Server
     from gpt.server.engine import Engine, rows_that_fit
+    from gpt.server.http import bind, server
 
     keep_freed_memory()
-    listening = _listen(config.host, config.port)
-    with listening:
+    with bind(config.host, config.port) as listening:
         device = choose_device(config.device)
         model = load(config.model, device=device, weights=config.weights, say=tell)
         context = model.model.config.context_length
@@ -54,21 +59,11 @@ def serve(words: Sequence[str], prog: str) -> int:
             say=tell,
         )
         app = Server(engine, model, config, length).app()
-        settings = uvicorn.Config(
-            app,
-            http="h11",
-            ws="none",
-            lifespan="off",
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_keep_alive=30,
-        )
         engine.start()
+        listening.listen(BACKLOG)
         _greet(config, _address(config, listening), rows, length, model.tokenizer.chat is not None)
         try:
-            uvicorn.Server(settings).run(sockets=[listening])
+            server(app, engine).run(sockets=[listening])
         finally:
             engine.stop()
     return 0
@@ -87,31 +82,6 @@ def store_in_bfloat16(model: "GPT") -> None:
     model.cache_dtype = torch.bfloat16
 
 
-def _key_from_environment() -> list[str]:
-    key = os.environ.get("GPT_API_KEY", "")
-    return [f"--api_key={key}"] if key else []
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A socket that is bound there; ``UsageError`` if that is not possible."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with contextlib.ExitStack() as unless_bound:
-            listening = unless_bound.enter_context(socket.socket(family, kind, protocol))
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listening.bind(address)
-            unless_bound.pop_all()
-    except OSError as error:
-        reason = foreign(error.strerror or error)
-        raise UsageError(
-            f"cannot listen on {foreign(host)} port {port}: {reason}; choose another --host or "
-            "--port (0: a free one)"
-        ) from None
-    return listening
-
-
 def _address(config: ServeConfig, listening: socket.socket) -> str:
     host, port = listening.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -123,7 +93,10 @@ def _greet(config: ServeConfig, address: str, rows: int, length: int, chats: boo
         f"{config.served_name} at {address}/v1, up to {rows} sequences of {length:,} tokens at "
         "once; try"
     )
-    key = " -H 'Authorization: Bearer '$GPT_API_KEY" if config.api_key else ""
+    key = ""
+    if config.api_key:
+        known = config.api_key == os.environ.get("GPT_API_KEY")
+        key = " -H 'Authorization: Bearer '" + ("$GPT_API_KEY" if known else "KEY")
     path, body = "completions", '{"prompt": "Once upon a time"}'
     if chats:
         path, body = "chat/completions", '{"messages": [{"role": "user", "content": "Hello"}]}'

@@ -38,6 +38,8 @@ def unescaped(text: str) -> str:
 
 
 CacheFormat = Literal["float", "int8"]
+LEAST_TEMPERATURE = 1e-5
+"""Of those above 0: a smaller one would overflow."""
 _MOST_BIAS = 1e30
 """Far beyond any logit, and finite in bfloat16 and float32."""
 
@@ -71,10 +73,10 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        if 0 < self.temperature < 1e-5:
+        if 0 < self.temperature < LEAST_TEMPERATURE:
             raise UsageError(
                 f"temperature is {self.temperature}, and must be 0 (the likeliest token) or at "
-                "least 1e-05"
+                f"least {LEAST_TEMPERATURE}"
             )
         if not isinstance(self.bias, Mapping):
             raise UsageError(

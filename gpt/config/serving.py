@@ -44,7 +44,8 @@ class ServeConfig:
     """Format of keys and values. float: the weights' own; bfloat16: half of float32, on processors
     with instructions for it; int8: 8 bits, which rounds them."""
     allow_origin: tuple[str, ...] = ()
-    """Web pages that may use the server, such as https://example.com. Others may not."""
+    """Web pages that may use the server, such as https://example.com, and views of editors, such as
+    app://obsidian.md. Others may not."""
     device: Device = "auto"
     """auto: CUDA, else Apple's MPS, else the CPU."""
     weights: Weights = "auto"
@@ -60,7 +61,7 @@ class ServeConfig:
         if self.api_key and not re.fullmatch(r"[!-~]+", self.api_key):
             raise UsageError("api_key must have only printable ASCII characters, and no spaces")
         for origin in self.allow_origin:
-            if not re.fullmatch(r"https?://[^/\s]+", origin):
+            if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
                 raise UsageError(
                     f"allow_origin has {quoted(origin)}, and must have origins such as "
                     "https://example.com"

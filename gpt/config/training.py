@@ -296,6 +296,13 @@ class TrainConfig:
         kind = self.objective.kind
         if kind != "next_token" and not self.init:
             raise UsageError(f"objective.kind is {kind}, and needs init: the model to start from")
+        if self.embeddings and (self.adapter.kind != "none" or kind != "next_token"):
+            where = f"objective.kind {kind}"
+            if self.adapter.kind != "none":
+                where = f"adapter.kind {self.adapter.kind}, whose checkpoints have no embeddings"
+            raise UsageError(
+                f"embeddings is {quoted(self.embeddings)}, and must be empty with {where}"
+            )
         if kind != "next_token" and self.data.mixture:
             raise UsageError(
                 f"objective.kind is {kind}, which reads data.source and takes no data.mixture"

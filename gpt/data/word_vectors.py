@@ -18,12 +18,17 @@ Say = Callable[[str], None]
 
 
 def words_of(tokenizer: Tokenizer) -> dict[str, list[int]]:
-    """The tokens that are words, by the word without the space before it."""
+    """The tokens that are words, by the word without the space before it. If some tokens begin
+    with a space, those without one are mostly parts of words (``ing``), and are left out.
+    """
+    texts = [
+        tokenizer.decode_bytes([i]).decode(errors="replace") for i in range(tokenizer.vocab_size)
+    ]
+    prefix = " " if any(text[:1] == " " and text[1:].isalpha() for text in texts) else ""
     words: dict[str, list[int]] = {}
-    for i in range(tokenizer.vocab_size):
-        word = tokenizer.decode_bytes([i]).decode(errors="replace").strip(" ")
-        if word and word.isalpha():
-            words.setdefault(word, []).append(i)
+    for i, text in enumerate(texts):
+        if text.startswith(prefix) and text.strip(" ").isalpha():
+            words.setdefault(text.strip(" "), []).append(i)
     return words
 
 

@@ -397,7 +397,8 @@ class Decoder:
     @property
     def cache_bytes(self) -> int:
         """Memory of the running sequences' keys and values."""
-        return 0 if self._cache is None else self._cache.nbytes
+        cache = self._cache  # another thread may read it meanwhile
+        return 0 if cache is None else cache.nbytes
 
     def _longest(self, rows: list[Row]) -> int:
         """How many tokens the longest of ``rows`` can have in the cache, before it grows."""

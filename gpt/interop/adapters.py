@@ -4,16 +4,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import Tensor
-
 from gpt import checkpoint as checkpoints
 from gpt import tensors
 from gpt.checkpoint import Checkpoint
 from gpt.config import AdapterConfig, UsageError, foreign
 from gpt.generation.frozen import round_weights
 from gpt.interop.peft import is_peft, load_peft
-from gpt.model.adapter import adapt, fingerprint
+from gpt.model.adapter import adapt, was_trained_over
 from gpt.model.gpt import GPT
+from gpt.model.surgery import conform
 
 
 class Recorded(NamedTuple):
@@ -23,6 +22,14 @@ class Recorded(NamedTuple):
     """The model under it, as ``--init`` named it."""
     fingerprint: str
     settings: AdapterConfig
+
+
+class Added(NamedTuple):
+    """What was added to a model."""
+
+    settings: AdapterConfig
+    checkpoint: Checkpoint | None
+    """The adapter's checkpoint; ``None`` for a folder of PEFT."""
 
 
 def recorded(checkpoint: Checkpoint) -> Recorded | None:
@@ -43,17 +50,18 @@ def recorded(checkpoint: Checkpoint) -> Recorded | None:
 
 def add_adapter(
     model: GPT, name: str | Path, *, say: Callable[[str], None] = lambda text: None
-) -> AdapterConfig:
-    """Add the adapter in the folder ``name`` to the model, in place; returns its settings.
+) -> Added:
+    """Add the adapter in the folder ``name`` to the model, in place.
 
-    Where it was trained over rounded weights, the model's are rounded in the same way first.
-    ``UsageError`` if there is no adapter, or if it was trained over another model.
+    First the model gets the context, rotary positions and vocabulary that it had in training, and
+    where its weights were rounded, they are rounded in the same way. ``UsageError`` if there is no
+    adapter, or if it was trained over another model.
     """
     path = Path(name)
     if is_peft(path):
         config, weights = load_peft(path, model)
         adapt(model, config, weights)
-        return config
+        return Added(config, None)
     checkpoint = checkpoints.find(path, "best", say=say) if path.is_dir() else None
     own = recorded(checkpoint) if checkpoint is not None else None
     if checkpoint is None or own is None:
@@ -61,16 +69,17 @@ def add_adapter(
             f"adapter is {foreign(path)}, and must be the folder of a run with an adapter, or one "
             "of PEFT"
         )
-    if fingerprint(model) != own.fingerprint:
+    try:
+        conform(model, checkpoint.model)
+        fits = was_trained_over(model, own.fingerprint)
+    except ValueError:  # another context, which this model cannot have
+        fits = False
+    if not fits:
         raise UsageError(
             f"the adapter in {foreign(checkpoint.path)} was trained over {foreign(own.base)}, and "
             "this model has other weights"
         )
     if own.settings.base in ("bfloat16", "int8", "int4"):
         round_weights(model, own.settings.base)
-    adapt(model, own.settings, _weights(checkpoint))
-    return own.settings
-
-
-def _weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    return tensors.load(checkpoint.path / checkpoints.MODEL)
+    adapt(model, own.settings, tensors.load(checkpoint.path / checkpoints.MODEL))
+    return Added(own.settings, checkpoint)

@@ -100,11 +100,9 @@ def load(
         raise UsageError(f"model is {quoted(str(name))}, a folder without a checkpoint or a model")
     if (own := recorded(checkpoint)) is not None:
         return _adapted(own.base, path, device=device, dtype=dtype, weights=weights, say=say)
-    run = checkpoint.path.resolve().parent.parent
-    tokenizer = tokenizers.load(run / "tokenizer.json")
-    _check_own(checkpoint, run / "tokenizer.json", tokenizer)
+    tokenizer = _own_tokenizer(checkpoint)
     model = checkpoints.load_model(checkpoint, device=device, dtype=dtype)
-    _check_size(run, tokenizer, model)
+    _check_size(_run_of(checkpoint), tokenizer, model)
     return Loaded(model, tokenizer)
 
 
@@ -144,7 +142,9 @@ def _adapted(
     """The model ``name`` with an adapter. LoRA is merged in float32, and the result converted."""
     model, tokenizer = load(name, dtype=torch.float32, trainable=True, say=say)
     device = parse_device(device)
-    settings = add_adapter(model, adapter, say=say)
+    settings, checkpoint = add_adapter(model, adapter, say=say)
+    if checkpoint is not None and (_run_of(checkpoint) / "tokenizer.json").exists():
+        tokenizer = _own_tokenizer(checkpoint)  # it may have a chat template that the base lacks
     if settings.kind != "lora":
         if weights in ("int8", "int4"):
             raise UsageError(
@@ -214,14 +214,21 @@ def _check_size(folder: Path, tokenizer: Tokenizer, model: GPT) -> None:
         )
 
 
-def _check_own(checkpoint: Checkpoint, path: Path, tokenizer: Tokenizer) -> None:
-    """``UsageError`` if the run was trained with another tokenizer."""
+def _run_of(checkpoint: Checkpoint) -> Path:
+    return checkpoint.path.resolve().parent.parent
+
+
+def _own_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer in the run's folder; ``UsageError`` if the run was trained with another one."""
+    path = _run_of(checkpoint) / "tokenizer.json"
+    tokenizer = tokenizers.load(path)
     own = tokenizers.fingerprint(tokenizer).hex()
     if checkpoint.progress.get("tokenizer", own) != own:
         raise UsageError(
             f"the tokenizer {foreign(path)} is another one than the checkpoint "
             f"{foreign(checkpoint.path)} was trained with"
         )
+    return tokenizer
 
 
 def _ends_of_text(folder: Path) -> list[int]:

@@ -24,11 +24,15 @@ from gpt.model.gpt import GPT
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model"
 PREFIX = "base_model.model."
-UNKNOWN = {
+SUPPORTED = {
     "use_dora": False, "bias": "none", "modules_to_save": None, "rank_pattern": {},
-    "alpha_pattern": {}, "lora_bias": False, "use_qalora": False,
+    "alpha_pattern": {}, "lora_bias": False, "use_qalora": False, "layer_replication": None,
+    "alora_invocation_tokens": None, "trainable_token_indices": None, "arrow_config": None,
+    "kasa_config": None, "use_bdlora": None, "monteclora_config": None,
 }  # fmt: skip
 """Settings of PEFT that change the result, and the values that are supported."""
+OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initialisations that also change the base's weights, which the adapter's file does not have."""
 
 
 def is_peft(path: Path) -> bool:
@@ -105,15 +109,21 @@ def load_peft(
     ``UsageError`` for settings that are not supported, and for layers that the model lacks.
     """
     settings = read_object(folder / CONFIG, "the adapter's settings")
-    for name, usual in {"peft_type": "LORA", **UNKNOWN}.items():
+    for name, usual in {"peft_type": "LORA", **SUPPORTED}.items():
         value = settings.get(name, usual)
         if value != usual and value not in (None, []):
             raise UsageError(
                 f"{foreign(folder / CONFIG)} has {name} {quoted(value)}, and must have {usual!r}"
             )
-    rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    if type(rank) is not int or not isinstance(alpha, int | float):
-        raise UsageError(f"{foreign(folder / CONFIG)} has no numbers as r and lora_alpha")
+    begun = settings.get("init_lora_weights")
+    if isinstance(begun, str) and begun.lower().startswith(OTHER_BASE):
+        raise UsageError(
+            f"{foreign(folder / CONFIG)} has init_lora_weights {quoted(begun)}, which changes the "
+            "model under the adapter; convert it to plain LoRA with PEFT first"
+        )
+    rank, alpha, dropout = (
+        _number(settings, n, folder) for n in ("r", "lora_alpha", "lora_dropout")
+    )
     found = tensors.load(folder / WEIGHTS)
     modules = _modules(model, family)
     pairs: dict[str, list[tuple[list[Rows], Tensor, Tensor]]] = {}
@@ -121,9 +131,14 @@ def load_peft(
         theirs = name.removeprefix(PREFIX).removesuffix(".lora_A.weight")
         a, b = found.pop(name), found.pop(name.replace(".lora_A.", ".lora_B."), None)
         held = modules.get(theirs)
-        fits = held is not None and len({rows.parameter for rows in held}) == 1
-        if held is None or b is None or not fits:
+        if held is None or b is None or len({rows.parameter for rows in held}) != 1:
             raise UsageError(f"{foreign(folder)} adapts {foreign(theirs)}, which the model lacks")
+        is_pair = a.ndim == b.ndim == 2 and len(a) == b.shape[1] == rank
+        if not (is_pair and a.isfinite().all() and b.isfinite().all()):
+            raise UsageError(
+                f"{foreign(folder)} has {[*b.shape]} x {[*a.shape]} for {foreign(theirs)}, and "
+                f"must have finite matrices of rank {rank:g}"
+            )
         pairs.setdefault(held[0].parameter.removesuffix(".weight"), []).append((held, a, b))
     if found or not pairs:
         odd = min(found, default="nothing")
@@ -148,10 +163,19 @@ def load_peft(
         weights[f"{layer}.{B}"] = together
     config = AdapterConfig(
         kind="lora",
-        rank=rank,
-        alpha=float(alpha),
-        dropout=float(settings.get("lora_dropout") or 0.0),
+        rank=int(rank),
+        alpha=alpha,
+        dropout=dropout,
         targets=tuple(pairs),
         rank_stabilised=bool(settings.get("use_rslora")),
     )
     return config, weights
+
+
+def _number(settings: dict[str, Any], name: str, folder: Path) -> float:
+    value = settings.get(name, 0.0 if name == "lora_dropout" else None)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UsageError(
+            f"{foreign(folder / CONFIG)} has {name} {quoted(value)}, and must have a number"
+        )
+    return float(value)

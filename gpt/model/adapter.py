@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt.config import AdapterConfig, UsageError
+from gpt.model.dropout import dropout
 from gpt.model.gpt import GPT
 from gpt.model.selection import selected
 
@@ -41,7 +42,7 @@ class LowRank:
     def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
         if not self.is_on:
             return out
-        x = F.dropout(inputs[0], self.dropout, layer.training)
+        x = dropout(inputs[0], self.dropout) if layer.training else inputs[0]
         a, b = layer.get_parameter(A), layer.get_parameter(B)
         narrow = F.linear(x, a).to(out.dtype).flatten(0, -2)
         product = out.view(-1, out.shape[-1])
@@ -60,7 +61,7 @@ class Bottleneck:
     def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
         if not self.is_on:
             return out
-        y = F.dropout(out, self.dropout, layer.training)
+        y = dropout(out, self.dropout) if layer.training else out
         a, b = layer.get_parameter(A), layer.get_parameter(B)
         return out + F.linear(F.gelu(F.linear(y, a)), b)
 
@@ -185,17 +186,26 @@ def freeze(model: GPT, patterns: tuple[str, ...]) -> None:
         raise UsageError(f"training.freeze is {' '.join(patterns)}, and leaves nothing to train")
 
 
-def fingerprint(model: GPT) -> str:
-    """A hash of the blocks' weights, as float32, without an adapter's."""
+def fingerprint(model: GPT, *, prefix: str = "") -> str:
+    """A hash of the weights whose names begin with ``prefix``, as float32, without an adapter's."""
     digest = hashlib.sha256()
     with torch.device("meta"):
         plain = GPT(model.config)
-    for name, _ in plain.blocks.named_parameters():
-        layer: Any = model.blocks.get_submodule(name.rpartition(".")[0])
+    for name, _ in plain.named_parameters():
+        if not name.startswith(prefix):
+            continue
+        layer: Any = model.get_submodule(name.rpartition(".")[0])
         if name.endswith(".weight") and getattr(layer, "is_frozen_linear", False):
             numbers = layer.matrix.dense(torch.float32)
         else:
             numbers = layer.get_parameter(name.rpartition(".")[2]).detach().float()
-        digest.update(name.encode())
+        digest.update(name.removeprefix(prefix).encode())
         digest.update(numbers.cpu().contiguous().numpy().data)
     return digest.hexdigest()
+
+
+def was_trained_over(model: GPT, recorded: Any) -> bool:
+    """Whether an adapter with this recorded fingerprint was trained over the model. Older
+    versions recorded that of the blocks alone.
+    """
+    return any(recorded == fingerprint(model, prefix=each) for each in ("", "blocks."))

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gpt.config import ModelConfig
 from gpt.model.attention import CausalSelfAttention
 from gpt.model.dropout import Dropout
 from gpt.model.gpt import GPT
@@ -62,6 +63,17 @@ def extend_context(model: GPT, context_length: int, **rotary: Any) -> None:
             module.config, module.kind = config.resolved(), kinds[module.layer]
 
 
+def conform(model: GPT, config: ModelConfig) -> None:
+    """Give the model the context, the rotary positions and the vocabulary of a ``config`` that was
+    made from the model's own by the functions here.
+    """
+    if config.context_length < model.config.context_length:
+        crop_context(model, config.context_length)
+    extend_context(model, config.context_length, **{n: getattr(config, n) for n in ROTARY})
+    if config.vocab_size != model.config.vocab_size:
+        resize_vocabulary(model, config.vocab_size)
+
+
 @torch.no_grad()
 def resize_vocabulary(model: GPT, vocab_size: int) -> None:
     """Cut the vocabulary to its first tokens, or add rows that are the mean of the others."""
@@ -90,5 +102,5 @@ def set_dropout(model: GPT, p: float) -> None:
 
 
 def _resized(rows: Tensor, n: int) -> Tensor:
-    new = rows.mean(dim=0, keepdim=True).expand(max(0, n - len(rows)), -1)
-    return torch.cat([rows[:n], new])
+    mean = rows.double().mean(dim=0, keepdim=True).to(rows)  # rounded alike on every machine
+    return torch.cat([rows[:n], mean.expand(max(0, n - len(rows)), -1)])

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gpt.config import ServeConfig, UsageError, quoted
 from gpt.data.tokenizer import Tokenizer
@@ -153,8 +153,8 @@ class Server:
         except FullError as error:
             return _busy(error)
         if asked.stream:
-            pieces = self._stream(answer, job, events)
-            return StreamingResponse(pieces, media_type="text/event-stream")
+            end = functools.partial(self.engine.cancel, job)
+            return _Streaming(self._stream(answer, events), end)
         return await self._whole(request, answer, job, events)
 
     def _parsed(self, parse: Parse[T], body: bytes) -> T:
@@ -184,7 +184,7 @@ class Server:
             deliver,
             ends=asked.ends,
             describes_prompts=asked.echo and asked.config.logprobs is not None,
-            begins=True if asked.is_chat else None,
+            begins=not asked.is_begun if asked.is_chat else None,
             streams=asked.stream,
             seconds=self.config.max_seconds,
         )
@@ -205,29 +205,41 @@ class Server:
                 if isinstance(each, Failure):
                     return JSONResponse(_failure(each), STATUS[each.kind])
                 answer.add(each)
-            return JSONResponse(answer.whole())
+            return await anyio.to_thread.run_sync(lambda: JSONResponse(answer.whole()))
         finally:
             gone.cancel()
             self.engine.cancel(job)
 
-    async def _stream(
-        self, answer: Answer, job: Job, events: "asyncio.Queue[Event]"
-    ) -> AsyncIterator[str]:
-        """The answer's events. A client that leaves ends the generator, and so the job."""
+    async def _stream(self, answer: Answer, events: "asyncio.Queue[Event]") -> AsyncIterator[str]:
+        """The answer's events."""
+        for opening in answer.openings():
+            yield opening
+        while not answer.is_whole:
+            each = await events.get()
+            if isinstance(each, Failure):
+                yield event(_failure(each))
+                return
+            yield answer.chunk(each)
+        if answer.request.include_usage:
+            yield answer.closing()
+        yield "data: [DONE]\n\n"
+
+
+class _Streaming(StreamingResponse):
+    """A stream of events, which calls ``end`` when it has ended in any way: also if the client has
+    left or does not read.
+    """
+
+    def __init__(self, pieces: AsyncIterator[str], end: Callable[[], None]) -> None:
+        super().__init__(pieces, media_type="text/event-stream")
+        self._end = end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
         try:
-            for opening in answer.openings():
-                yield opening
-            while not answer.is_whole:
-                each = await events.get()
-                if isinstance(each, Failure):
-                    yield event(_failure(each))
-                    return
-                yield answer.chunk(each)
-            if answer.request.include_usage:
-                yield answer.closing()
-            yield "data: [DONE]\n\n"
+            await super().__call__(scope, receive, send)
         finally:
-            self.engine.cancel(job)
+            self._end()
 
 
 async def _until_gone(request: Request) -> None:

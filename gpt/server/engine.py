@@ -276,6 +276,8 @@ class Engine:
                 self._fail(job, Failure(f"the answer took more than {job.seconds:g} s", "timeout"))
         for number, sequence in list(self._running.items()):
             if sequence.job.is_over:
+                if sequence.writing.completion.sample == 0:
+                    self._remember(number)  # another request may go on from here
                 self._decoder.end(number)
                 del self._running[number]
         self._waiting = deque(each for each in self._waiting if not each.job.is_over)
@@ -294,7 +296,8 @@ class Engine:
             if sequence.known is None:
                 sequence.known = known
             new, part = len(prompt) - known, PART if self._running else PART_ALONE
-            if not describes and new > part and self.prefixes.read_part(prompt, part):
+            in_parts = not describes and new > part and self.prefixes.has_room(len(prompt))
+            if in_parts and self.prefixes.read_part(prompt, part):
                 return  # the rest after the next step
             self._waiting.popleft()
             try:

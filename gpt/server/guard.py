@@ -5,12 +5,15 @@ to local names (against a name that is made to point here), and no request from 
 is neither the server's own nor allowed. Elsewhere the key decides.
 """
 
+import asyncio
+import contextlib
 import hmac
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -21,6 +24,10 @@ from gpt.server.responses import error_object
 LOCAL_NAMES = {"localhost", "127.0.0.1", "::1"}
 OPEN_PATHS = {"/health"}
 """Paths that need no key."""
+SEND_SECONDS = 60.0
+"""How long a client may read nothing of an answer that waits for it."""
+PART = 1 << 18
+"""Bytes of an answer that are sent at a time."""
 HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
@@ -49,7 +56,7 @@ class Guard:
         need no key.
         """
         self.app, self.metrics, self.paths = app, metrics, paths
-        self._key = f"Bearer {api_key}".encode() if api_key else b""
+        self._key = api_key.encode()
         self._names = None if host is None else {*LOCAL_NAMES, host}
         self._origins, self._open = origins, {*OPEN_PATHS, *open_paths}
 
@@ -73,9 +80,15 @@ class Guard:
                     added["Access-Control-Allow-Origin"] = origin
                     added["Cross-Origin-Resource-Policy"] = "cross-origin"
                     added.add_vary_header("Origin")
-            await send(message)
+            for part in _parts(message):
+                try:
+                    async with asyncio.timeout(SEND_SECONDS):
+                        await send(part)
+                except TimeoutError:
+                    raise ClientDisconnect from None
 
-        await (refusal or self.app)(scope, receive, add_headers)
+        with contextlib.suppress(ClientDisconnect):
+            await (refusal or self.app)(scope, receive, add_headers)
         if path.startswith("/v1/") and refusal is None and scope["method"] == "POST":
             self.metrics.request.add(time.monotonic() - start)
 
@@ -92,17 +105,28 @@ class Guard:
         if scope["method"] == "OPTIONS" and origin in self._origins:
             allowed = {
                 "Access-Control-Allow-Methods": "GET, POST",
-                "Access-Control-Allow-Headers": "Authorization, Content-Type",
+                "Access-Control-Allow-Headers": headers.get(
+                    "access-control-request-headers", "Authorization, Content-Type"
+                ),
                 "Access-Control-Max-Age": "600",
             }
             return Response(status_code=204, headers=allowed)
-        given = headers.get("authorization", "").encode()
+        kind, _, given = headers.get("authorization", "").partition(" ")
         if self._key and scope["path"] not in self._open:
             if not given:
                 return _refused("the API key is missing: send Authorization: Bearer KEY", 401)
-            if not hmac.compare_digest(given, self._key):
+            is_own = hmac.compare_digest(given.strip().encode(), self._key)
+            if kind.lower() != "bearer" or not is_own:
                 return _refused("the API key is wrong", 401, "invalid_api_key")
         return None
+
+
+def _parts(message: Message) -> Iterator[Message]:
+    """The message, with a large body in parts: each has its own time."""
+    body = message.get("body", b"")
+    for start in range(0, len(body) - PART, PART):
+        yield {**message, "body": body[start : start + PART], "more_body": True}
+    yield {**message, "body": body[(max(0, len(body) - 1)) // PART * PART :]} if body else message
 
 
 def _name(host: str) -> str | None:

@@ -48,11 +48,20 @@ class PrefixCache:
         """Tokens that were read into entries alone, for the count of what the model reads."""
         self._entries: dict[int, _Entry] = {}  # the one that was used last is at the end
         self._count = 0
+        self.nbytes = 0
+        """Memory in use. Other threads may read it."""
 
-    @property
-    def nbytes(self) -> int:
-        """Memory in use."""
-        return sum(entry.cache.nbytes for entry in self._entries.values())
+    def has_room(self, length: int) -> bool:
+        """Whether a text of so many tokens can be kept."""
+        cache = KVCache(
+            self.model.config,
+            batch_size=1,
+            capacity=length,
+            dtype=self.model.cache_dtype or self.model.dtype,
+            device="meta",
+            stored_as=self.stored_as,
+        )
+        return cache.nbytes <= self.most_bytes
 
     def known(self, prompt: Sequence[int]) -> int:
         """How many tokens of ``prompt`` need not be read; the last one always is."""
@@ -101,10 +110,14 @@ class PrefixCache:
             if old.known(new.tokens) == len(tokens):
                 return
             if new.known(old.tokens) == len(old.tokens):
-                del self._entries[old.number]
+                self._drop(old.number)
         self._entries[new.number] = new
+        self.nbytes += cache.nbytes
         while self.nbytes > self.most_bytes or len(self._entries) > MOST_ENTRIES:
-            del self._entries[next(iter(self._entries))]
+            self._drop(next(iter(self._entries)))
+
+    def _drop(self, number: int) -> None:
+        self.nbytes -= self._entries.pop(number).cache.nbytes
 
     def read_common(self, prompts: list[list[int]], upcoming: list[list[int]]) -> None:
         """Read what several different prompts begin with, if much of it is new."""

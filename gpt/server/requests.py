@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpt.config import GenerationConfig, UsageError, quoted
+from gpt.config.generation import LEAST_TEMPERATURE
 from gpt.data.tokenizer import Tokenizer
 from gpt.generation.chat import chat_prompt
 from gpt.generation.checks import check_prompt, check_settings
@@ -18,6 +19,8 @@ from gpt.server.schema import RequestError, Schema, check, one_of, record
 MOST_SEQUENCES = 128
 """Completions of one request."""
 MOST_TOP = 20
+MOST_LOGPROBS = 2_000_000
+"""Log-probabilities in one answer: some 200 MB of JSON."""
 COMPLETION_TOKENS = 16
 """``max_tokens`` of a completion that does not say it (OpenAI's default)."""
 _IDS: Schema = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
@@ -46,7 +49,7 @@ SHARED: dict[str, Schema] = {
         },
         additionalProperties=False,
     ),
-    "seed": one_of("integer", minimum=0),
+    "seed": one_of("integer", minimum=1 - 2**63),
     "temperature": one_of("number", minimum=0, maximum=2),
     "top_p": one_of("number", exclusiveMinimum=0, maximum=1),
     "presence_penalty": one_of("number", minimum=-2, maximum=2),
@@ -148,6 +151,8 @@ class Request:
     """Whether ``max_tokens`` is 0: the model's one token is left out."""
     gives_ids: bool = False
     """Whether the answer has the ids of all tokens."""
+    is_begun: bool = False
+    """Whether the prompt has the beginning of the answer."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +221,10 @@ def chat(model: tuple[GPT, Tokenizer], body: Any, limits: Limits) -> Request:
     asked = given.get("max_completion_tokens", given.get("max_tokens", limits.length))
     config = _config(model, given, prompts, limits, asked, logprobs)
     gives_ids = bool(given.get("return_token_ids"))
-    return Request(prompts, config, ends, [], True, *_streaming(given), gives_ids=gives_ids)
+    streaming = _streaming(given)
+    return Request(
+        prompts, config, ends, [], True, *streaming, gives_ids=gives_ids, is_begun=bool(begun)
+    )
 
 
 def attention(model: tuple[GPT, Tokenizer], body: Any, limits: Limits) -> list[int]:
@@ -289,6 +297,19 @@ def _config(
             param="messages" if "messages" in given else "prompt",
             code="context_length_exceeded",
         )
+    n, new = given.get("n", 1), max(1, min(asked, limits.length - longest))
+    if logprobs is not None:
+        each = n * (1 + logprobs)  # of a token
+        echoed = each * sum(map(len, prompts)) if given.get("echo") else 0
+        if not given.keys() & {"max_tokens", "max_completion_tokens"}:
+            new = max(1, min(new, (MOST_LOGPROBS - echoed) // (each * len(prompts))))
+        listed = echoed + each * len(prompts) * new
+        if listed > MOST_LOGPROBS:
+            raise RequestError(
+                f"the answer may have {listed:,} log-probabilities, and at most "
+                f"{MOST_LOGPROBS:,}: lower n, max_tokens or the number of log-probabilities",
+                param="logprobs",
+            )
     stop = given.get("stop", ())
     settings: dict[str, Any] = {
         name: given[name]
@@ -299,12 +320,16 @@ def _config(
         if name in given
     }  # fmt: skip
     settings.setdefault("temperature", 1.0)
+    if settings["temperature"] < LEAST_TEMPERATURE:
+        settings["temperature"] = 0.0
+    if "seed" in settings:
+        settings["seed"] %= 2**63
     try:
         config = GenerationConfig(
             **settings,
             bias=_bias(given.get("logit_bias", {})),
-            num_samples=given.get("n", 1),
-            max_new_tokens=max(1, min(asked, limits.length - longest)),
+            num_samples=n,
+            max_new_tokens=new,
             min_new_tokens=given.get("min_tokens", 0),
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             logprobs=logprobs,
@@ -314,7 +339,9 @@ def _config(
         for prompt in prompts:
             check_prompt(model[0], prompt, config, model[1].vocab_size)
     except UsageError as error:
-        raise RequestError(str(error)) from None
+        name, _, rest = str(error).partition(" ")
+        name = "logit_bias" if name == "bias" else name
+        raise RequestError(f"{name} {rest}", param=name if name in given else None) from None
     return config
 
 

@@ -38,6 +38,10 @@ class TokenTexts:
         content = self._tokenizer.decode_bytes([token])
         return content or self._special.get(token, "").encode()
 
+    def is_special(self, token: int) -> bool:
+        """Whether the token stands for no text."""
+        return not self._tokenizer.decode_bytes([token])
+
     def text(self, token: int) -> str:
         r"""The token's text. Bytes that are no text by themselves are written ``bytes:\xe2``."""
         content = self.content(token)
@@ -190,7 +194,8 @@ class Answer:
         return {**prompt, "tokens": [] if self.request.only_prompt else tokens}
 
     def _token(self, token: int) -> dict[str, Any]:
-        return {"id": token, "bytes": list(self._names.content(token))}
+        about = {"id": token, "bytes": list(self._names.content(token))}
+        return about | ({"special": True} if self._names.is_special(token) else {})
 
     def _described(
         self, token: int, logprob: float, top: Sequence[tuple[int, float]]

@@ -7,6 +7,7 @@ computed for a few rows at a time too, and their gradient for the features at on
 whole batch never exist.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,33 +19,42 @@ from gpt.model.gpt import GPT
 
 ROWS = 256
 """Positions that go through a frozen head at a time."""
+Head = Callable[[Tensor], Tensor]
+"""Logits ``[N, V]`` of features ``[N, C]``."""
 CHUNK = {"cpu": 2**22, "gpu": 2**26}
 """Logits to convert to float32 at a time: 16 MB on a CPU, enough to keep a GPU busy."""
 
 
-class _SummedLoss(torch.autograd.Function):
-    """Cross-entropy of ``logits`` ``[N, V]`` whose backward pass overwrites them."""
+class _Losses(torch.autograd.Function):
+    """Cross-entropy ``[N]`` of ``logits`` ``[N, V]``, whose backward pass overwrites them."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         ctx.save_for_backward(logits, targets)
-        total = torch.zeros((), device=logits.device)
-        for rows, some in chunks(logits, targets):
-            total += F.cross_entropy(rows.float(), some, reduction="sum", ignore_index=IGNORED)
-        return total
+        return torch.cat(
+            [
+                F.cross_entropy(_wide(rows), some, reduction="none", ignore_index=IGNORED)
+                for rows, some in chunks(logits, targets)
+            ]
+        )
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         logits, targets = ctx.saved_tensors
-        for rows, some in chunks(logits, targets):
+        for rows, some, slopes in chunks(logits, targets, gradient):
             counted = some != IGNORED
             index = torch.where(counted, some, 0)[:, None]
             # d loss / d logits = softmax(logits) - one_hot(targets)
-            slope = rows.softmax(dim=-1, dtype=torch.float32)
+            slope = rows.softmax(dim=-1, dtype=slopes.dtype)
             slope.scatter_add_(1, index, torch.full_like(index, -1, dtype=slope.dtype))
-            rows.copy_(slope.mul_((counted * gradient)[:, None]))
+            rows.copy_(slope.mul_((counted * slopes)[:, None]))
         return logits, None
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """In float32, or float64."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def chunks(logits: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
@@ -61,32 +71,39 @@ def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
     The backward pass overwrites ``logits`` with their gradient. If another operation needs them for
     its own backward pass, autograd raises ``RuntimeError``.
     """
-    loss: Tensor = _SummedLoss.apply(logits.flatten(0, 1), targets.flatten())  # type: ignore[no-untyped-call]
-    return loss
+    return _losses(logits.flatten(0, 1), targets.flatten()).sum()
 
 
-class _LossOfFrozenHead(torch.autograd.Function):
-    """The summed loss of features ``[N, C]``, whose gradient is computed with it."""
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    losses: Tensor = _Losses.apply(logits, targets)  # type: ignore[no-untyped-call]
+    return losses
+
+
+class _LossesOfFrozenHead(torch.autograd.Function):
+    """The losses ``[N]`` of features ``[N, C]``, whose gradients are computed with them. Each loss
+    depends on its own row of features alone, so the gradient that comes back only scales the rows.
+    """
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, targets: Tensor, model: GPT) -> Tensor:
-        total = torch.zeros((), device=features.device)
-        slope = torch.empty_like(features) if features.requires_grad else None
+    def forward(ctx: Any, features: Tensor, targets: Tensor, head: Head) -> Tensor:
+        wide = torch.float64 if features.dtype == torch.float64 else torch.float32
+        found = torch.empty(len(features), dtype=wide, device=features.device)
+        slope = torch.empty_like(features) if ctx.needs_input_grad[0] else None
         for start in range(0, len(features), ROWS):
             rows = slice(start, start + ROWS)
             with torch.set_grad_enabled(slope is not None):
                 some = features[rows].detach().requires_grad_(slope is not None)
-                loss = summed_loss(model.logits(some)[None], targets[rows][None])
-            total += loss.detach()
+                losses = _losses(head(some), targets[rows])
+            found[rows] = losses.detach()
             if slope is not None:
-                [slope[rows]] = torch.autograd.grad(loss, some)
+                [slope[rows]] = torch.autograd.grad(losses, some, torch.ones_like(losses))
         ctx.slope = slope
-        return total
+        return found
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.slope.mul_(gradient), None, None
+        return ctx.slope.mul_(gradient[:, None]), None, None
 
 
 def counted_positions(targets: Tensor) -> Tensor | None:
@@ -101,12 +118,40 @@ def loss_of_features(model: GPT, features: Tensor, *, targets: Tensor) -> Tensor
     Positions without a target do not go through the head, where the processor knows them: to ask
     a GPU for them would wait for it.
     """
-    is_frozen = model.pointer is None and not model.head.weight.requires_grad
+    is_frozen = has_frozen_head(model)
     counted = counted_positions(targets) if is_frozen or not targets.is_cuda else None
     if counted is not None:
         features, targets = features[counted][None], targets[counted][None]
     if not is_frozen:
         return summed_loss(model.logits(features), targets)
-    flat = features.flatten(0, 1), targets.flatten()
-    loss: Tensor = _LossOfFrozenHead.apply(*flat, model)  # type: ignore[no-untyped-call]
-    return loss
+    return losses_of_features(model, features.flatten(0, 1), targets.flatten()).sum()
+
+
+def has_frozen_head(model: GPT) -> bool:
+    """Whether the logits depend on the features alone, by weights without gradients."""
+    return model.pointer is None and not model.head.weight.requires_grad
+
+
+def losses_of_features(
+    model: GPT,
+    features: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """The cross-entropy ``[N]`` of ``targets`` ``[N]`` for features ``[N, C]``, in float32 (float64
+    for a model of float64), by the softmax of the first ``vocab_size`` logits over the
+    ``temperature``.
+    """
+
+    def head(some: Tensor) -> Tensor:
+        logits = model.logits(some)
+        if vocab_size is not None and vocab_size < logits.shape[1]:
+            logits = logits[:, :vocab_size]
+        return logits if temperature == 1 else _wide(logits) / temperature
+
+    if not has_frozen_head(model):
+        return _losses(head(features), targets)
+    losses: Tensor = _LossesOfFrozenHead.apply(features, targets, head)  # type: ignore[no-untyped-call]
+    return losses

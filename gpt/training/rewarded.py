@@ -23,7 +23,7 @@ from gpt.training.metrics import drop_later_records
 from gpt.training.parallel import World
 from gpt.training.policy import advantages, kl_estimate, policy_loss
 from gpt.training.records import RecordOrder, StartLogits, StartModel, Write, logprobs_of_rows
-from gpt.training.rewards import reward_of
+from gpt.training.rewards import references, reward_of
 from gpt.training.scored import Round, Scored, gathered, spread_out
 from gpt.training.source import Forward
 from gpt.training.task import Evaluation, Figures, text_logprobs
@@ -44,6 +44,9 @@ class Rewarded:
         self.config, self.data, self._start, self._write = config, data, start, write
         self.settings = objective = config.objective
         self.reward = reward_of(objective)
+        if objective.reward == "bleu":
+            for record in (*data.train.items, *data.validation.items):
+                references(record)  # before the first step
         self.train, self.validation = map(self._encoded, (data.train, data.validation))
         self.sequences = objective.records * objective.samples
         self.order = RecordOrder(

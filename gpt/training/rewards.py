@@ -1,8 +1,8 @@
 """Rewards: functions of a prompt, a text that continues it, and the prompt's record."""
 
+import contextlib
 import importlib.util
 import math
-import numbers
 import re
 import traceback
 from collections.abc import Callable
@@ -78,7 +78,7 @@ def _from_file(place: str) -> Reward:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _failed(path, "cannot be imported", error) from error
     call: Any = getattr(module, function, None)
     if not callable(call):
@@ -89,19 +89,23 @@ def _from_file(place: str) -> Reward:
     def reward(prompt: str, text: str, record: Record) -> float:
         try:
             result = call(prompt, text, record)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise _failed(path, f"{function} failed", error) from error
-        if not isinstance(result, numbers.Real) or not math.isfinite(result):
+        number = math.nan
+        if not isinstance(result, str | bytes | bytearray):
+            with contextlib.suppress(Exception):
+                number = float(result)
+        if not math.isfinite(number):
             raise UsageError(
                 f"{function} of {foreign(path)} returned {quoted(result)} for the text "
                 f"{quoted(text[:40])}, and must return a finite number"
             )
-        return float(result)
+        return number
 
     return reward
 
 
-def _failed(path: Path, what: str, error: Exception) -> UsageError:
+def _failed(path: Path, what: str, error: BaseException) -> UsageError:
     """A sentence with the last line of the user's file that took part in an error."""
     if isinstance(error, SyntaxError):
         line = error.lineno

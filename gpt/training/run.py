@@ -136,7 +136,7 @@ def train_on(
         if has_adapter:
             base = setup.describe_base(config, model)
             if checkpoint is not None:
-                setup.check_base(checkpoint, config.init, base)
+                setup.check_base(checkpoint, config.init, model)
             if config.adapter.base in ("bfloat16", "int8", "int4"):
                 if freeze_rounded is None:
                     raise UsageError(

@@ -116,17 +116,19 @@ def scheduled(forward: Forward, batch: Batch | Mixed) -> Tensor:
         return next_token(forward, batch)
     with torch.no_grad():
         logits = forward(batch.batch.tokens, batch.batch.documents)
-    own = batch.numbers.where(_written(batch.batch.targets), 1.0)
+    own = batch.numbers.where(_written(batch.batch), 1.0)
     tokens = mixed(batch.batch.tokens, logits, own, batch.share)
     return next_token(forward, dataclasses.replace(batch.batch, tokens=tokens))
 
 
-def _written(targets: Tensor) -> Tensor:
+def _written(batch: Batch) -> Tensor:
     """Where a token stands that the model learns to write, ``[B, T]``: not in a prompt, and not at
-    the beginning of a document.
+    the beginning of a document, which nothing before it predicts.
     """
-    written = torch.zeros_like(targets, dtype=torch.bool)
-    written[:, 1:] = targets[:, :-1] != IGNORED
+    written = torch.zeros_like(batch.targets, dtype=torch.bool)
+    written[:, 1:] = batch.targets[:, :-1] != IGNORED
+    if batch.documents is not None:
+        written[:, 1:] &= batch.documents[:, 1:] == batch.documents[:, :-1]
     return written
 
 

@@ -24,7 +24,7 @@ from gpt.data.shards import Shard, Shards
 from gpt.data.tokenizer import Tokenizer
 from gpt.device import describe_machine
 from gpt.files import unwritable, write_atomically
-from gpt.model.adapter import fingerprint
+from gpt.model.adapter import fingerprint, was_trained_over
 from gpt.model.gpt import GPT
 from gpt.model.surgery import (
     ROTARY,
@@ -52,7 +52,7 @@ FIXED_GROUPS = {
 
 def describe_base(config: TrainConfig, model: GPT) -> dict[str, Any]:
     """What a checkpoint of an adapter records of the model under it: its name, the fingerprint of
-    its blocks, and the adapter's settings.
+    its weights, and the adapter's settings.
     """
     here = Path(config.init)
     name = str(here.resolve()) if here.exists() else config.init
@@ -60,11 +60,11 @@ def describe_base(config: TrainConfig, model: GPT) -> dict[str, Any]:
     return {"base": name, "fingerprint": fingerprint(model), "settings": settings}
 
 
-def check_base(checkpoint: Checkpoint, init: str, base: Mapping[str, Any]) -> None:
+def check_base(checkpoint: Checkpoint, init: str, model: GPT) -> None:
     """``UsageError`` if the adapter in the checkpoint was trained over another model."""
     recorded = checkpoint.progress.get("adapter")
     then = recorded.get("fingerprint") if isinstance(recorded, dict) else None
-    if then != base["fingerprint"]:
+    if not was_trained_over(model, then):
         raise UsageError(
             f"init is {quoted(init)}, and the adapter in {checkpoint.path} was trained over a "
             "model with other weights"

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gpt.data.batches import IGNORED, Batch
 from gpt.model.gpt import GPT
+from gpt.training.loss import losses_of_features
 from gpt.training.parallel import World
 from gpt.training.source import Forward, Source
 
@@ -108,13 +108,10 @@ def text_logprobs(
     counted = batch.targets != IGNORED
 
     def read(model: GPT, features: Tensor) -> Tensor:
-        logits = model.logits(features[counted])[:, :vocab_size]
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        if temperature != 1:
-            logits = logits / temperature
-        logprobs = logits.new_zeros(counted.shape)
-        losses = F.cross_entropy(logits, batch.targets[counted], reduction="none")
-        logprobs[counted] = -losses.to(logits.dtype)
+        own = features[counted], batch.targets[counted]
+        losses = losses_of_features(model, *own, temperature=temperature, vocab_size=vocab_size)
+        logprobs = losses.new_zeros(counted.shape)
+        logprobs[counted] = -losses
         return logprobs
 
     return forward(batch.tokens, documents=batch.documents, read=read)

@@ -50,8 +50,18 @@ def test_bash_completes_commands_options_and_values(capsys):
 
 def test_zsh_runs_the_same_functions(capsys):
     zsh, bash = script_of("zsh", capsys), script_of("bash", capsys)
-    assert zsh.startswith("autoload -Uz bashcompinit")
+    assert zsh.startswith("autoload -Uz compinit bashcompinit")
     assert bash.splitlines()[1:] == zsh.splitlines()[2:]
+
+
+@pytest.mark.skipif(not shutil.which("zsh"), reason="needs zsh")
+def test_zsh_reads_the_script_in_a_new_shell(capsys, tmp_path):
+    path = tmp_path / "gpt.zsh"
+    path.write_text(script_of("zsh", capsys))
+    words = ["zsh", "-f", "-c", f'source {path}; print -- "${{_comps[gpt]}}"; whence -w _gpt']
+    run = subprocess.run(words, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert run.stdout.split("\n")[:2] == ["_bash_complete -o filenames -F _gpt", "_gpt: function"]
+    assert not run.stderr
 
 
 def test_another_shell_is_refused(capsys):

@@ -87,6 +87,32 @@ def test_without_a_compiler_it_says_how_to_get_one(monkeypatch):
             assert machine._kernels().status == "advice"
 
 
+def test_a_format_that_the_device_lacks_is_told_and_not_counted(monkeypatch):
+    def products(kind, device):
+        if kind in ("int8", "int4"):
+            raise UsageError("not on this device")
+        return ""
+
+    monkeypatch.setattr(self_test, "_products", products)
+    *absent, last = self_test.self_test()
+    assert [each.status for each in absent] == ["note", "note"]
+    assert "in 3 weights formats" in last.said
+
+
+def test_without_wandb_the_other_checks_go_on(monkeypatch):
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert installed._wandb().advice.endswith("pip install wandb")
+
+
+def test_less_than_one_core_gets_one_thread(monkeypatch):
+    monkeypatch.setattr(machine, "available_cores", lambda: 0.5)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert machine._threads().advice.endswith("export OMP_NUM_THREADS=1")
+
+
 def test_too_many_threads_are_noticed(monkeypatch):
     monkeypatch.setattr(machine, "available_cores", lambda: 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)

@@ -2,13 +2,13 @@ import pytest
 import torch
 
 from gpt.config import UsageError
-from gpt.data.word_vectors import fill_embedding, projected, read_vectors
+from gpt.data.word_vectors import fill_embedding, projected, read_vectors, words_of
 
 
 class Words:
-    """A tokenizer of whole words, with spaces before some."""
+    """A tokenizer of whole words."""
 
-    words = (b"cat", b" cat", b" Dog", b"?", b"fish", b"")
+    words = (b"cat", b"cat", b"Dog", b"?", b"fish", b"")
     kind, vocab_size, end_of_text = "words", 6, 5
 
     def decode_bytes(self, ids):
@@ -30,6 +30,17 @@ def test_tokens_that_are_words_get_their_vectors(header, tmp_path):
     assert torch.equal(embedding[0], embedding[1])
     ratio = embedding[[0, 2]] / torch.tensor([[1.0, 2, 3], [9, 9, 8]])
     assert torch.allclose(ratio, ratio[0, 0].expand_as(ratio))
+
+
+class Spaced(Words):
+    """Its words begin with a space; the others are parts of words."""
+
+    words = (b"cat", b" cat", b" Dog", b"?", b"ing", b"")
+
+
+def test_parts_of_words_are_no_words():
+    assert words_of(Words()) == {"cat": [0, 1], "Dog": [2], "fish": [4]}
+    assert words_of(Spaced()) == {"cat": [1], "Dog": [2]}
 
 
 def test_a_word_without_a_vector_gets_that_of_its_lower_case_form(tmp_path):

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from gpt.config import AdapterConfig, UsageError
 from gpt.interop.huggingface import load_folder
@@ -101,7 +102,18 @@ def test_an_adapter_of_peft_gives_its_logits_here(pair, tmp_path, stabilised):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("use_dora", True), ("bias", "all"), ("rank_pattern", {"q": 2}), ("r", "x")],
+    [
+        ("use_dora", True),
+        ("bias", "all"),
+        ("rank_pattern", {"q": 2}),
+        ("r", "x"),
+        ("r", True),
+        ("lora_dropout", "x"),
+        ("lora_alpha", None),
+        ("init_lora_weights", "pissa_niter_4"),
+        ("alora_invocation_tokens", [1, 2]),
+        ("layer_replication", [[0, 2], [1, 2]]),
+    ],
 )
 def test_settings_of_peft_that_are_not_supported_are_named(field, value, pair, tmp_path):
     _, ours, _ = pair
@@ -111,6 +123,30 @@ def test_settings_of_peft_that_are_not_supported_are_named(field, value, pair, t
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
     with pytest.raises(UsageError, match=rf"adapter_config.json.*\b{field}\b"):
+        load_peft(tmp_path / "adapter", ours)
+
+
+CHANGES = {
+    "another rank": lambda a, b: (a[:-1], b[:, :-1]),
+    "another number of columns": lambda a, b: (a, b[:, :-1]),
+    "a vector": lambda a, b: (a[0], b),
+    "a number that is none": lambda a, b: (a * torch.nan, b),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_matrices_that_do_not_fit_the_settings_are_refused(change, pair, tmp_path):
+    _, ours, _ = pair
+    config = AdapterConfig(kind="lora", rank=3)
+    adapt(ours, config)
+    save_peft(ours, config, "base", tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = min(n for n in tensors if ".lora_A." in n)
+    other = name.replace(".lora_A.", ".lora_B.")
+    a, b = CHANGES[change](tensors[name], tensors[other])
+    save_file(tensors | {name: a.contiguous(), other: b.contiguous()}, path)
+    with pytest.raises(UsageError, match="must have finite matrices of rank 3"):
         load_peft(tmp_path / "adapter", ours)
 
 

@@ -7,6 +7,7 @@ import torch
 from gpt.config import AdapterConfig, ModelConfig, OptimizerConfig, UsageError
 from gpt.generation.frozen import freeze_rounded, round_weights
 from gpt.generation.inference import prepare_for_inference
+from gpt.model import adapter as adapters
 from gpt.model.adapter import adapt, adapter_weights, fingerprint, freeze, merge
 from gpt.model.gpt import GPT
 from gpt.training.optimizer import make_optimizers
@@ -90,6 +91,20 @@ def test_only_the_adapter_has_gradients_and_a_place_in_the_optimizer(kind):
     assert {id(p) for p in trained} == {id(p) for p in own.values()}
 
 
+@pytest.mark.parametrize("kind", ["all", "bottleneck"])
+def test_the_dropout_of_an_adapter_is_that_of_its_input_in_training_alone(kind, monkeypatch):
+    model, seen = new_model(), []
+    adapt(model, AdapterConfig(**ADAPTERS[kind], dropout=0.25))
+    learn(model)
+    plain = model(tokens())
+    monkeypatch.setattr(adapters, "dropout", lambda x, p: seen.append(p) or torch.zeros_like(x))
+    assert torch.equal(model(tokens()), plain)
+    assert not seen
+    model.train()(tokens())
+    n = sum(name.endswith("adapter_a") for name in adapter_weights(model))
+    assert seen == [0.25] * n
+
+
 def saved_bytes(model):
     sizes = {}
 
@@ -111,6 +126,16 @@ def test_an_adapter_keeps_less_memory_for_the_backward_pass_than_full_training()
     adapted = new_model(mlp="gated", n_inner=256).train()
     adapt(adapted, AdapterConfig(kind="lora", rank=2))
     assert saved_bytes(adapted) < 0.7 * full
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_over_rounded_weights_nothing_of_their_size_is_kept_for_the_backward_pass(weights):
+    model = new_model(mlp="gated", n_inner=256).train()
+    freeze_rounded(model, weights)
+    adapt(model, AdapterConfig(kind="lora", rank=2))
+    floats = new_model(mlp="gated", n_inner=256).train()
+    adapt(floats, AdapterConfig(kind="lora", rank=2))
+    assert saved_bytes(model) <= 1.05 * saved_bytes(floats)
 
 
 @pytest.mark.parametrize("weights", ["bfloat16", "int8", "int4"])

@@ -1,5 +1,4 @@
 import contextlib
-import socket
 import threading
 import time
 
@@ -21,16 +20,15 @@ def model():
 @contextlib.contextmanager
 def serving(model, *, batch_size=4, config=None, length=None, **options):
     """The address of a server on the loopback, and its engine."""
-    import uvicorn
-
+    from gpt.server import http
     from gpt.server.app import Server
 
     config = config or ServeConfig(model="tiny", port=0)
     engine = Engine(model, batch_size=batch_size, **options)
     app = Server(engine, model, config, length or model[0].config.context_length).app()
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        settings = uvicorn.Config(app, http="h11", ws="none", lifespan="off", log_level="critical")
-        server = uvicorn.Server(settings)
+    with http.bind("127.0.0.1", 0) as listening:
+        listening.listen()
+        server = http.server(app, engine, log_level="critical")
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         engine.start()
@@ -38,7 +36,8 @@ def serving(model, *, batch_size=4, config=None, length=None, **options):
             yield f"http://127.0.0.1:{listening.getsockname()[1]}", engine
         finally:
             server.should_exit = True
-            thread.join()
+            thread.join(60)
+            assert not thread.is_alive(), "the server does not end"
             engine.stop()
 
 

@@ -1,9 +1,13 @@
 """The server as its clients see it: the openai client, plain HTTP, and other sites' pages."""
 
+import asyncio
 import concurrent.futures
+import contextlib
 import http.client
+import itertools
 import json
 import re
+import socket
 import sys
 import threading
 from pathlib import Path
@@ -16,6 +20,10 @@ import gpt
 from gpt.config import ServeConfig
 from gpt.evaluation.likelihood import Request as LikelihoodRequest
 from gpt.evaluation.likelihood import likelihoods
+from gpt.generation.chat import chat_prompt
+from gpt.server import guard, requests
+from gpt.server import http as http_server
+from gpt.server.engine import Engine
 from tests.generation.test_chat import HELLO, model_of
 from tests.server.conftest import serving, until
 
@@ -44,6 +52,55 @@ def test_a_completion_is_the_text_of_generate(client, model):
     assert made.usage.prompt_tokens == 5
     assert made.usage.completion_tokens == 16
     assert made.usage.total_tokens == 21
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_several_answers_are_those_of_generate_by_their_index(client, model, stream):
+    made = client.chat.completions.create(
+        model="tiny", messages=HELLO, n=3, seed=4, max_tokens=20, stream=stream
+    )
+    texts = ["", "", ""]
+    for piece in made if stream else [made]:
+        for choice in piece.choices:
+            part = choice.delta if stream else choice.message
+            texts[choice.index] += part.content or ""
+    ids, ends = chat_prompt(model, HELLO)
+    expected = generated(model, ids, num_samples=3, seed=4, max_new_tokens=20)
+    tokens = [itertools.takewhile(lambda i: i not in ends, each.tokens) for each in expected]
+    wanted = [model[1].decode_bytes(list(part)).decode(errors="replace") for part in tokens]
+    assert texts == wanted
+    assert len(set(texts)) > 1
+
+
+def test_a_stop_text_across_tokens_is_never_streamed_in_part(client, model):
+    [whole] = generated(model, "Hello", seed=5, max_new_tokens=40)
+    at = next(i for i in range(5, 35) if whole.text.find(whole.text[i : i + 3]) == i)
+    stop = whole.text[at : at + 3]
+    pieces = client.completions.create(
+        model="tiny", prompt="Hello", seed=5, max_tokens=40, stop=stop, stream=True
+    )
+    choices = [piece.choices[0] for piece in pieces]
+    assert "".join(choice.text for choice in choices) == whole.text[:at]
+    assert choices[-1].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(("seed", "same"), [(-1, 2**63 - 1), (1 - 2**63, 1)])
+def test_a_negative_seed_is_one_of_64_bits(client, model, seed, same):
+    made = client.completions.create(model="tiny", prompt="Hello", seed=seed)
+    assert made.choices[0].text == generated(model, "Hello", seed=same)[0].text
+
+
+def test_a_temperature_of_nearly_0_is_the_likeliest_text(client, model):
+    made = client.completions.create(model="tiny", prompt="Hello", temperature=1e-7)
+    assert made.choices[0].text == generated(model, "Hello", temperature=0)[0].text
+
+
+def test_an_answer_that_would_be_too_large_is_refused(client, monkeypatch):
+    monkeypatch.setattr(requests, "MOST_LOGPROBS", 128 * 21 * 100)
+    with pytest.raises(openai.BadRequestError, match="lower n, max_tokens or the number of"):
+        client.chat.completions.create(
+            model="tiny", messages=HELLO, n=128, logprobs=True, top_logprobs=20, max_tokens=101
+        )
 
 
 def test_a_stream_is_the_same_text_in_pieces(client, model):
@@ -234,7 +291,7 @@ def post(address, content, path="/v1/completions", **headers):
         ({"prompt": "a" * 300}, 400, "the prompt has 300 tokens"),
         ({"prompt": [1, 999]}, 400, "the prompt has the token id 999"),
         ({"prompt": []}, 400, "prompt is [], and must be a text, a list of token ids"),
-        ({"prompt": "a", "logit_bias": {"9999": 1}}, 400, "bias has the token id 9999"),
+        ({"prompt": "a", "logit_bias": {"9999": 1}}, 400, "logit_bias has the token id 9999"),
         ({"prompt": "\ud800"}, 400, "surrogate"),
         ({"prompt": ["a"] * 129}, 400, "may have 128 completions"),
         ({"prompt": "a" * 5000}, 413, "more than 4,000 bytes"),
@@ -291,6 +348,12 @@ def test_a_template_in_a_message_or_prompt_is_text(client, model):
     assert echoed.choices[0].text.startswith(text)
 
 
+def test_an_error_names_the_field_that_the_client_sent(address):
+    error = post(address, {"prompt": "a", "logit_bias": {"9999": 1}}).json()["error"]
+    assert error["param"] == "logit_bias"
+    assert error["message"].startswith("logit_bias has the token id 9999")
+
+
 def test_a_client_that_leaves_ends_its_sequence(model):
     with serving(model_of(context=8192)) as (address, engine):
         for body in ({"stream": True}, {}):
@@ -340,7 +403,7 @@ def test_with_a_key_only_its_owners_are_answered(model):
                 assert answer.status_code == 401
                 assert KEY not in answer.text
         assert httpx.get(f"{address}/health").json() == {"status": "ok"}
-        headers = {"Authorization": f"Bearer {KEY}", "Host": "models.example.com"}
+        headers = {"Authorization": f"bearer {KEY}", "Host": "models.example.com"}
         assert httpx.get(f"{address}/v1/models", headers=headers).status_code == 200
 
 
@@ -382,6 +445,95 @@ def test_a_browser_asks_first_and_only_allowed_pages_may_go_on(model):
             assert answer.status_code == status
             assert ("Access-Control-Allow-Headers" in answer.headers) == (status == 204)
             assert ("Access-Control-Allow-Origin" in answer.headers) == (status == 204)
+
+
+def test_an_allowed_page_may_send_the_headers_that_its_client_has(model):
+    config = ServeConfig(model="tiny", allow_origin=("app://obsidian.md",))
+    asked = {"Origin": "app://obsidian.md", "Access-Control-Request-Headers": "x-stainless-lang"}
+    with serving(model, config=config) as (address, _):
+        answer = httpx.options(f"{address}/v1/completions", headers=asked)
+        assert answer.headers["Access-Control-Allow-Headers"] == "x-stainless-lang"
+
+
+def silent_client(address, body):
+    """A connection that asks and reads nothing."""
+    place, content = urlsplit(address), json.dumps(body).encode()
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect((place.hostname, place.port))
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {place.netloc}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    connection.sendall(head.encode() + content)
+    return connection
+
+
+WORDY = {**ENDLESS, "stream": True, "logprobs": 20, "n": 4}
+
+
+def test_a_client_that_reads_nothing_ends_its_sequences(monkeypatch):
+    monkeypatch.setattr(guard, "SEND_SECONDS", 0.2)
+    with serving(model_of(context=8192)) as (address, engine):
+        with contextlib.closing(silent_client(address, WORDY)):
+            until(lambda: engine.running == 4)
+            until(lambda: engine.running == 0, seconds=60)
+            assert engine.metrics.generated_tokens < 4 * 8000
+        assert post(address, {"prompt": "b"}).status_code == 200
+
+
+def test_the_server_ends_though_a_client_reads_nothing(monkeypatch):
+    monkeypatch.setattr(http_server, "LAST_SECONDS", 0.2)
+    big = {**WORDY, "max_tokens": 600, "n": 16}
+    model = model_of(context=1024)
+    with contextlib.ExitStack() as after, serving(model, batch_size=16) as (address, engine):
+        after.enter_context(contextlib.closing(silent_client(address, big)))  # ends after it
+        until(lambda: engine.running == 16)
+        until(lambda: engine.running == 0, seconds=60)
+
+
+class Transport:
+    """That of a connection which was closed, or not, and whose client reads nothing."""
+
+    def __init__(self, closing):
+        self.transport, self.closing, self.aborted = self, closing, False
+
+    def is_closing(self):
+        return self.closing
+
+    def abort(self):
+        self.aborted = True
+
+
+def test_a_connection_that_is_closed_and_not_read_is_ended(model, monkeypatch):
+    server = http_server.server(None, Engine(model))
+    closed, open_one = Transport(True), Transport(False)
+    server.server_state.connections |= {closed, open_one}
+    asyncio.run(server.on_tick(1))
+    assert not closed.aborted
+    monkeypatch.setattr(http_server, "LAST_SECONDS", -1.0)
+    asyncio.run(server.on_tick(2))
+    assert closed.aborted
+    assert not open_one.aborted
+
+
+@pytest.mark.parametrize("size", [0, 1, 9, 10, 11, 20, 21, 45])
+def test_a_large_body_is_sent_in_parts(size, monkeypatch):
+    monkeypatch.setattr(guard, "PART", 10)
+    body = bytes(range(size))
+    parts = list(guard._parts({"type": "http.response.body", "body": body}))
+    assert b"".join(part["body"] for part in parts) == body
+    assert all(len(part["body"]) <= 10 for part in parts)
+    assert [part.get("more_body", False) for part in parts] == [True] * (len(parts) - 1) + [False]
+
+
+def test_the_metrics_are_read_while_the_model_runs():
+    with serving(model_of(context=8192), prefix_bytes=1 << 20) as (address, engine):
+        body = {**ENDLESS, "stream": True}
+        with httpx.stream("POST", f"{address}/v1/completions", json=body):
+            for number in range(200):
+                assert httpx.get(f"{address}/metrics").status_code == 200
+                if number % 10 == 0:
+                    post(address, {"prompt": f"{number} " * 10, "max_tokens": 1})
+        until(lambda: engine.running == 0)
 
 
 def test_the_metrics_count_what_was_done(model):

@@ -10,6 +10,8 @@ import httpx
 import pytest
 
 from gpt.config import ServeConfig
+from gpt.generation.chat import chat_prompt
+from tests.generation.test_chat import HELLO
 from tests.server.conftest import serving
 
 selenium = pytest.importorskip("selenium", reason="needs the package selenium")
@@ -186,6 +188,80 @@ def test_a_conversation_goes_on(page):
     roles = [each.get_attribute("data-role") for each in page.all(".message")]
     assert roles == ["user", "assistant", "user", "assistant"]
     assert page.one(".message.assistant").text == answer
+
+
+def sent(page):
+    """The bodies of the requests that the page sends from now on."""
+    page.browser.execute_script("""
+        window.sent = [];
+        const ask = window.fetch;
+        window.fetch = (place, options) => {
+          if (options?.body) window.sent.push(JSON.parse(options.body));
+          return ask(place, options);
+        };
+    """)
+    return lambda: page.browser.execute_script("return window.sent")
+
+
+def test_what_ends_an_answer_is_shown_and_not_said(page, model):
+    bodies = sent(page)
+    end = next(iter(chat_prompt(model, HELLO)[1]))
+    page.click("#tab-chat")
+    page.set("max_tokens", 8)
+    page.set("min_tokens", 3)
+    page.set("logit_bias", f"{end}=100")
+    page.type("hello")
+    page.ended()
+    shown = page.tokens()
+    assert shown[-1].startswith("<|")
+    assert "unsaid" in page.all(".made .token")[-1].get_attribute("class")
+    assert "unsaid" not in page.all(".made .token")[0].get_attribute("class")
+    page.type("again")
+    page.until(lambda: len(page.all(".message.user")) == 2)
+    page.ended()
+    history = bodies()[-1]["messages"]
+    assert history[1] == {"role": "assistant", "content": "".join(shown[:-1])}
+
+
+def test_the_attention_of_an_answer_is_shown_over_the_conversation(page):
+    page.click("#tab-chat")
+    page.set("max_tokens", 4)
+    page.type("hello")
+    page.ended()
+    assert not page.all(".prompt .token")
+    page.click(".made .token", 1)
+    page.click("#popup button", len(page.all("#popup button")) - 1)
+    page.until(lambda: page.all(".prompt .token"))
+    assert "hello" in page.one(".prompt").text
+    spans = "[...document.querySelectorAll('.prompt .token')]"
+    code = f"return {spans}.map(t => t.style.getPropertyValue('--w'))"
+    assert any(float(weight) for weight in page.browser.execute_script(code))
+    page.click(".close")
+    assert [each.text for each in page.all(".message.user")] == ["hello"]
+    assert not page.all(".prompt .token")
+
+
+def test_after_a_stop_another_token_is_chosen_and_only_it_is_read(page, place):
+    page.set("max_tokens", 250)
+    page.browser.execute_script(ESCAPE_AT_THE_FIRST_TOKEN)
+    page.type("A prompt that is long enough to be kept")
+    page.until(lambda: not page.one("#stop").get_attribute("disabled") or page.statuses()[0])
+    page.until(lambda: page.one("#stop").get_attribute("disabled"))
+    before = cached(place)
+    page.set("max_tokens", 3)
+    page.click(".made .token", 0)
+    page.until(lambda: page.one("#popup").is_displayed())
+    choices = [each.get_attribute("class") for each in page.all(".choice")]
+    page.click(".choice", choices.index("choice"))
+    page.ended()
+    assert cached(place) - before == len("A prompt that is long enough to be kept")
+
+
+def cached(place):
+    """The tokens that the server did not read again."""
+    lines = httpx.get(f"{place}/metrics").text.splitlines()
+    [line] = [line for line in lines if line.startswith("gpt_cached_tokens_total ")]
+    return int(line.split()[1])
 
 
 def test_two_settings_answer_side_by_side(page):

@@ -87,7 +87,7 @@ def test_a_text_is_that_of_generate(model, engine, changes):
 
 
 def test_a_text_among_32_others_of_other_settings_is_that_of_generate(model):
-    engine = Engine(model, batch_size=12, say=print)
+    engine = Engine(model, batch_size=33, say=print)
     engine.start()
     jobs = []
     for number in range(33):
@@ -167,6 +167,43 @@ def test_the_prefix_cache_keeps_what_was_used_last_and_within_its_bound(model):
     assert [engine.prefixes.known(prompt) for prompt in prompts] == [39, 0, 39]
     assert engine.prefixes.nbytes <= 2.5 * one
     engine.stop()
+
+
+def test_what_a_client_that_left_had_read_is_kept(engine, model, monkeypatch):
+    prompt = ids(model[1], "A prompt that is long enough to be worth it. ")
+    left = Asked(engine, [prompt], settings(max_new_tokens=200, bias={258: -100.0}))
+    pieces = left.pieces()
+    made = [next(pieces) for _ in range(5)]
+    engine.cancel(left.job)
+    until(lambda: engine.running == 0)
+    tokens = made[0].completion.tokens
+    assert 5 <= len(tokens) < 200
+    read = counted(model[0], monkeypatch)
+    fork = [*prompt, *tokens[:2], 65]
+    list(Asked(engine, [fork], settings(max_new_tokens=1)).pieces())
+    assert read == [1]
+
+
+@pytest.mark.parametrize("most", [0, 1000])
+def test_a_long_prompt_that_cannot_be_kept_is_read_once(most, monkeypatch):
+    model = model_of(context=8 * PART)
+    engine = Engine(model, batch_size=2, prefix_bytes=most)
+    engine.start()
+    prompt = ids(model[1], "To be or not to be. " * 70)
+    assert len(prompt) > engines.PART_ALONE
+    read = counted(model[0], monkeypatch)
+    asked = Asked(engine, [prompt], settings(max_new_tokens=1))
+    list(asked.pieces())
+    assert read == [len(prompt)]
+    engine.stop()
+
+
+def test_the_prefix_caches_memory_is_that_of_its_entries(engine, model):
+    for number in range(12):
+        prompt = ids(model[1], f"{number} was a number " * (1 + number % 3))
+        list(Asked(engine, [prompt], settings(max_new_tokens=1 + number)).pieces())
+    caches = [entry.cache for entry in engine.prefixes._entries.values()]
+    assert engine.prefixes.nbytes == sum(cache.nbytes for cache in caches) > 0
 
 
 def test_without_a_prefix_cache_nothing_is_kept(model):

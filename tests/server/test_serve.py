@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from gpt.cli import main
-from gpt.config import ServeConfig, UsageError
+from gpt.config import ServeConfig, UsageError, parse
 from tests.test_cli import RUN
 
 
@@ -76,6 +76,8 @@ def test_the_command_serves_and_sigterm_ends_it_after_what_runs():
         first, curl = server.stderr.readline(), server.stderr.readline()
         address = re.search(r"http://127\.0\.0\.1:\d+", first)[0]
         assert "secret" not in first + curl
+        host, port = address.removeprefix("http://").split(":")
+        socket.create_connection((host, int(port))).close()  # it listens when it says so
         assert f"curl {address}/v1/completions -H" in curl
         asked = {"prompt": "ROMEO", "max_tokens": 10, "stream": True}
         headers = {"Authorization": "Bearer secret"}
@@ -92,3 +94,20 @@ def test_the_command_serves_and_sigterm_ends_it_after_what_runs():
         server.kill()
         server.wait()
         server.stderr.close()
+
+
+def test_a_typed_key_wins_over_the_environments_and_is_told(monkeypatch, capsys):
+    from gpt.commands import serve
+
+    monkeypatch.setenv("GPT_API_KEY", "other")
+    keys = []
+    monkeypatch.setattr(serve, "parse", lambda *about, prog: keys.append(parse(*about, prog=prog)))
+    for word in ("--api_key=mine", "--api-key=mine", "--port=1"):
+        with pytest.raises(AttributeError):  # where the command goes on without a configuration
+            serve.serve(["m", word], "gpt serve")
+    assert [config.api_key for config in keys] == ["mine", "mine", "other"]
+    for config in keys[1:]:
+        serve._greet(config, "http://127.0.0.1:1", 1, 1, chats=False)
+    said = read(capsys)
+    assert "-H 'Authorization: Bearer 'KEY " in said
+    assert "'Authorization: Bearer '$GPT_API_KEY " in said

@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import httpx
 
@@ -35,11 +36,37 @@ N_SEEDS = 6
 STATUS = Path("/proc")
 
 
+class Case(NamedTuple):
+    """A request without its ``stream``, and the texts that it must get."""
+
+    path: str
+    body: dict[str, Any]
+    texts: list[str]
+
+
+def cases_of(model: Any) -> list[Case]:
+    """Completions and conversations, by the functions that the server must agree with."""
+    cases = []
+    for prompt, seed, n in itertools.product(TEXTS, range(N_SEEDS), (8, 60)):
+        for more in ({}, {"stop": ["e", "th"]}, {"n": 2}):
+            options: dict[str, Any] = {"num_samples": more.get("n", 1)}
+            options |= {"stop": tuple(more["stop"])} if "stop" in more else {}
+            options |= {"temperature": 1.0, "past_context": "stop", "max_new_tokens": n}
+            texts = [each.text for each in gpt.generate(model, prompt, seed=seed, **options)]
+            body = {"prompt": prompt, "seed": seed, "max_tokens": n, **more}
+            cases.append(Case("/v1/completions", body, texts))
+    for seed, n in itertools.product(range(N_SEEDS), (8, 60)):
+        text = gpt.chat(model, HELLO, seed=seed, temperature=1.0, max_new_tokens=n)
+        body = {"messages": HELLO, "seed": seed, "max_tokens": n, "logprobs": True}
+        cases.append(Case("/v1/chat/completions", body, [text]))
+    return cases
+
+
 class Load:
     """The clients' work, and what they saw."""
 
-    def __init__(self, address: str, expected: dict[tuple[str, int, int], str], end: float) -> None:
-        self.address, self.expected, self.end = address, expected, end
+    def __init__(self, address: str, cases: list[Case], end: float) -> None:
+        self.address, self.cases, self.end = address, cases, end
         self.statuses: collections.Counter[int] = collections.Counter()
         self.first: list[float] = []
         self.whole: list[float] = []
@@ -58,36 +85,35 @@ class Load:
                 except Exception as error:
                     self.problems.append(f"{type(error).__name__}: {error}")
 
-    def asked(self, draw: random.Random) -> tuple[tuple[str, int, int], dict[str, object]]:
-        prompt, seed, n = draw.choice(list(self.expected))
-        body = {"prompt": prompt, "seed": seed, "max_tokens": n, "stream": draw.random() < 0.5}
-        return (prompt, seed, n), body
-
     def stays(self, http: httpx.Client, draw: random.Random) -> None:
-        """Ask, and compare the text."""
-        key, body = self.asked(draw)
-        start = time.monotonic()
-        if not body["stream"]:
-            answer = http.post("/v1/completions", json=body)
+        """Ask, and compare the texts."""
+        case, start = draw.choice(self.cases), time.monotonic()
+        if draw.random() < 0.5:
+            answer = http.post(case.path, json=case.body)
             self.statuses[answer.status_code] += 1
             if answer.status_code == 200:
-                self.compare(key, answer.json()["choices"][0]["text"])
+                self.compare(case, answer.json()["choices"], answer.json()["usage"])
                 self.whole.append(time.monotonic() - start)
             else:
                 self.wait(answer, draw)
             return
-        with http.stream("POST", "/v1/completions", json=body) as answer:
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        with http.stream("POST", case.path, json=case.body | options) as answer:
             self.statuses[answer.status_code] += 1
             if answer.status_code != 200:
                 self.wait(answer, draw)
                 return
-            pieces = []
+            choices, usage, has_begun = [], {}, False
             for line in answer.iter_lines():
-                if line.startswith("data: {"):
-                    if not pieces:
-                        self.first.append(time.monotonic() - start)
-                    pieces.append(json.loads(line[6:])["choices"][0]["text"])
-            self.compare(key, "".join(pieces))
+                if not line.startswith("data: {"):
+                    continue
+                event = json.loads(line[6:])
+                usage = event.get("usage") or usage
+                choices += event["choices"]
+                if not has_begun and any(map(_text, event["choices"])):
+                    has_begun = True
+                    self.first.append(time.monotonic() - start)
+            self.compare(case, choices, usage)
             self.whole.append(time.monotonic() - start)
 
     def wait(self, answer: httpx.Response, draw: random.Random) -> None:
@@ -98,10 +124,13 @@ class Load:
             self.problems.append("429 without Retry-After")
         time.sleep(draw.random())
 
-    def compare(self, key: tuple[str, int, int], text: str) -> None:
-        self.tokens += key[2]
-        if text != self.expected[key]:
-            self.problems.append(f"{key}: {text!r} is not {self.expected[key]!r}")
+    def compare(self, case: Case, choices: list[dict[str, Any]], usage: dict[str, int]) -> None:
+        texts = [""] * len(case.texts)
+        for choice in choices:
+            texts[choice["index"]] += _text(choice)
+        self.tokens += usage["completion_tokens"]
+        if texts != case.texts:
+            self.problems.append(f"{case.body}: {texts!r} is not {case.texts!r}")
 
     def leaves(self, http: httpx.Client, draw: random.Random) -> None:
         """Ask for much, and close the connection before the answer is whole."""
@@ -133,6 +162,12 @@ class Load:
         time.sleep(draw.random() * 0.2)
 
 
+def _text(choice: dict[str, Any]) -> str:
+    """The text in a choice of any kind of answer."""
+    said = choice.get("message") or choice.get("delta") or choice
+    return said.get("text") or said.get("content") or ""
+
+
 def memory(process: int) -> int:
     """Bytes that a process has in memory."""
     text = (STATUS / str(process) / "status").read_text()
@@ -141,17 +176,14 @@ def memory(process: int) -> int:
 
 def gauges(address: str) -> dict[str, float]:
     """The server's numbers."""
-    lines = httpx.get(f"{address}/metrics").text.splitlines()
+    lines = httpx.get(f"{address}/metrics").raise_for_status().text.splitlines()
     return {line.split()[0]: float(line.split()[1]) for line in lines if line[0] != "#"}
 
 
 def run(seconds: float, clients: int) -> int:
     """Load a server, and return the number of problems, which are printed."""
     model = model_of(context=256)
-    expected = {}
-    for prompt, seed, n in itertools.product(TEXTS, range(N_SEEDS), (8, 60)):
-        options = {"temperature": 1.0, "past_context": "stop", "max_new_tokens": n}
-        expected[prompt, seed, n] = gpt.generate(model, prompt, seed=seed, **options)[0].text
+    cases = cases_of(model)
     with tempfile.TemporaryDirectory() as folder:
         export_huggingface(*model, Path(folder) / "tiny")
         words = [sys.executable, "-m", "gpt", "serve", str(Path(folder) / "tiny"), "--port", "0"]
@@ -160,7 +192,7 @@ def run(seconds: float, clients: int) -> int:
         server = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment)
         try:
             address = re.search(r"http://[\d.:]+", server.stderr.readline())[0]
-            return _run(Load(address, expected, time.monotonic() + seconds), server, clients)
+            return _run(Load(address, cases, time.monotonic() + seconds), server, clients)
         finally:
             server.kill()
             server.wait()
@@ -176,6 +208,7 @@ def _run(load: Load, server: "subprocess.Popen[str]", clients: int) -> int:
     while time.monotonic() < load.end:
         time.sleep(min(5.0, seconds / 20))
         sizes.append(memory(server.pid))
+        gauges(load.address)
     for thread in threads:
         thread.join()
     end = time.monotonic() + 10

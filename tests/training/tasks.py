@@ -20,7 +20,7 @@ from gpt.interop.load import load
 from gpt.model.gpt import GPT
 from gpt.training.loop import Trainer
 from gpt.training.parallel import World
-from gpt.training.run import train
+from gpt.training.run import train, train_on
 from gpt.training.tasks import FIELDS, task_of
 from tests.tiny import tiny_run
 
@@ -105,10 +105,14 @@ def trainer_of(
     return Trainer(config, data, world=world, model=model, task=task)
 
 
-def run(config: TrainConfig) -> str:
-    """Train, and return what was printed."""
+def run(config: TrainConfig, world: World | None = None) -> str:
+    """Train, perhaps as one process of a world, and return what was printed."""
     console = Console(file=io.StringIO(), width=200)
-    train(config, console=console, initial=partial(load, trainable=True), write=write_texts)
+    starts = {"initial": partial(load, trainable=True), "write": write_texts}
+    if world is None:
+        train(config, console=console, **starts)
+    else:
+        train_on(world, config, console=console, **starts)
     return console.file.getvalue()
 
 

@@ -14,8 +14,11 @@ from rich.console import Console
 from gpt.cli import main
 from gpt.data.example_windows import ExampleWindows
 from gpt.data.examples import Example, load_examples, save_examples
+from gpt.evaluation.answers import Answer, figures
 from gpt.generation.examples import ExampleEncoder
+from gpt.interop.families import family_for
 from gpt.interop.huggingface import load_folder
+from gpt.interop.weights import layout
 from gpt.training.run import train
 from gpt.training.source import next_token
 from tests.tiny import change, tiny_run
@@ -67,8 +70,12 @@ def test_the_loss_and_gradients_are_those_of_transformers_with_masked_labels(tmp
         their_loss = their_loss + n * theirs(ids, labels=labels).loss
     their_loss.backward()
     assert loss.item() == pytest.approx(their_loss.item(), rel=1e-6)  # the loss is in float32
-    gradient = theirs.transformer.h[0].attn.c_attn.weight.grad.T
-    torch.testing.assert_close(ours.blocks[0].attn.qkv.weight.grad, gradient, rtol=1e-5, atol=1e-6)
+    wanted = {name: p.grad for name, p in theirs.named_parameters()}
+    for name, held in layout(family_for(ours.config, "gpt2"), ours).items():
+        for rows in held:
+            own = ours.get_parameter(rows.parameter).grad[rows.ours]
+            theirs_too = wanted[name].T if rows.part.turn else wanted[name]
+            torch.testing.assert_close(own, theirs_too[rows.theirs], rtol=1e-5, atol=1e-6)
 
 
 def test_a_run_learns_only_answers_and_resumes_bit_for_bit(sums, tmp_path):
@@ -101,6 +108,39 @@ def test_answers_to_held_out_questions_are_shown_and_scored(sums, tmp_path, caps
     assert ", exact match 0" in output
     records = records_of(tmp_path / "run")
     assert {"exact_match", "bleu"} <= set([r for r in records if "validation_loss" in r][-1])
+
+
+def test_a_mixture_shows_the_answers_of_its_instructions(sums, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("1 and 2 and 3\n" * 40)
+    (tmp_path / "mix.toml").write_text(
+        f'[[data.mixture]]\nsource = "{tmp_path / "text.txt"}"\n'
+        f'[[data.mixture]]\nsource = "{sums}"\n'
+    )
+    start = tmp_path / "start"
+    shape = ["--model.context_length=16", "--model.n_layer=1", "--model.n_head=2",
+             "--model.n_embd=32", "--training.max_steps=1", "--training.batch_tokens=64",
+             "--training.micro_batch_size=4"]  # fmt: skip
+    text = ["--data.tokenizer=byte", f"--data.source={tmp_path / 'text.txt'}"]
+    assert main(["train", f"--run_dir={start}", *text, *shape]) == 0
+    words = [str(tmp_path / "mix.toml"), f"--run_dir={tmp_path / 'run'}", f"--init={start}"]
+    assert main(["train", *words, *shape, "--evaluation.answers=2"]) == 0
+    output = capsys.readouterr().out
+    assert "reference: " in output
+    assert "exact_match" in [r for r in records_of(tmp_path / "run") if "validation_loss" in r][-1]
+
+
+def test_the_figures_of_answers_are_exact_matches_and_the_corpus_bleu():
+    sacrebleu = pytest.importorskip("sacrebleu", reason="needs sacrebleu")
+    pairs = [
+        ("the cat sat on the mat", " the cat sat on the mat\n"),
+        ("a dog ran in the thick fog", "a dog sat in the fog"),
+    ]
+    answers = [Answer("?", reference, answer) for reference, answer in pairs]
+    found = figures(answers)
+    references, texts = zip(*pairs, strict=True)
+    assert found["exact_match"] == 0.5
+    assert found["bleu"] == sacrebleu.corpus_bleu(list(texts), [list(references)]).score > 10
+    assert figures(answers[1:])["exact_match"] == 0
 
 
 @pytest.mark.slow

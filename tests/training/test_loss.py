@@ -7,7 +7,7 @@ from gpt.config import ModelConfig
 from gpt.data.batches import IGNORED
 from gpt.model.gpt import GPT
 from gpt.training import loss
-from gpt.training.loss import loss_of_features, summed_loss
+from gpt.training.loss import loss_of_features, losses_of_features, summed_loss
 
 
 def made(dtype=torch.float32):
@@ -124,3 +124,29 @@ def test_a_frozen_head_has_no_loss_where_nothing_counts():
     model.requires_grad_(False)
     loss_of_features(model, features, targets=torch.full_like(targets, IGNORED)).backward()
     assert not features.grad.any()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("head", ["plain", "capped"])
+def test_each_loss_is_that_of_the_scaled_logits_of_the_tokenizers_tokens(head, frozen, monkeypatch):
+    monkeypatch.setattr(loss, "ROWS", 4)
+    model, features, _ = features_of(**HEADS[head])
+    model.requires_grad_(not frozen)
+    flat, targets = features.flatten(0, 1), torch.randint(50, (21,))
+    logits = model.logits(flat)[:, :50] / 0.7
+    wanted = -logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    weights = torch.randn(21)
+    [slope] = torch.autograd.grad((wanted * weights).sum(), features)
+    own = losses_of_features(model, features.flatten(0, 1), targets, temperature=0.7, vocab_size=50)
+    torch.testing.assert_close(own, wanted)
+    [found] = torch.autograd.grad((own * weights).sum(), features)
+    torch.testing.assert_close(found, slope)
+
+
+def test_under_an_adapter_the_losses_of_texts_never_make_the_logits_of_a_whole_batch(monkeypatch):
+    monkeypatch.setattr(loss, "ROWS", 2)
+    model, features, targets = features_of()
+    model.requires_grad_(False)
+    with Largest() as largest:
+        losses_of_features(model, features.flatten(0, 1), targets.flatten()).sum().backward()
+    assert largest.elements <= features.numel() < targets.numel() * 61

@@ -24,13 +24,14 @@ from gpt.training.build import saves_shards
 from gpt.training.parallel import World, _meet, choose_strategy
 from gpt.training.setup import sequences_a_step
 from tests.conftest import LINES
-from tests.training.tasks import write_records
+from tests.training.tasks import make_start, write_records
 from tests.training.worker import (
     COMPOSITES,
     FORMATS,
     KINDS,
     MADE,
     MICRO,
+    RESUMED,
     USUAL,
     family,
     run_of,
@@ -48,6 +49,7 @@ def folder(tmp_path_factory, request):
     """A folder with the results of worker.py on one, two and four processes."""
     place = tmp_path_factory.mktemp("parallel")
     write_records(place / "records.jsonl")
+    make_start(place)
     sums = ({"prompt": f"{i}+1=", "completion": str(i + 1) * (1 + i % 3)} for i in range(60))
     (place / "sums.jsonl").write_text("".join(json.dumps(record) + "\n" for record in sums))
     (place / "text.txt").write_text("".join(LINES[i % 3] for i in range(160)))
@@ -96,13 +98,31 @@ def test_gradients_are_the_same_however_a_step_is_split(n, strategy, micro, kind
     assert split["norm"].item() == pytest.approx(whole["norm"].item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", [*COMPOSITES, "lora", "bottleneck"])
-@pytest.mark.parametrize(("n", "strategy"), PLACES[1:])
+PIECES = [*COMPOSITES, "lora", "bottleneck", "frozen"]
+
+
+@pytest.mark.parametrize(
+    ("n", "strategy", "kind"),
+    [*((n, s, kind) for n, s in PLACES[1:] for kind in PIECES), (2, "ddp", "over int4")],
+)
 def test_gradients_of_composite_models_are_those_of_one_process(n, strategy, kind, results):
     split, whole = results[n][strategy, kind], results[1]["single", kind]
     assert max(difference(split, whole)) < 1e-5
     assert split["loss"].item() == pytest.approx(whole["loss"].item(), rel=1e-6)
     assert split["norm"].item() == pytest.approx(whole["norm"].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("n", "strategy"), PLACES[1:])
+def test_learning_rates_by_pattern_are_those_of_one_process(n, strategy, results):
+    whole = results[1]["single", "rates"]
+    torch.testing.assert_close(results[n][strategy, "rates"], whole, rtol=1e-5, atol=0)
+    assert (whole - results[1]["single", "muon"]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("kind", RESUMED)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_resume_an_objective_bit_for_bit(strategy, kind, results):
+    assert results[2][strategy, "again", kind]
 
 
 def rows_of(strategy):

@@ -54,6 +54,13 @@ def test_a_users_function_gets_the_prompt_the_text_and_the_record(tmp_path):
     assert made(f"{file}:count")("p", "banana", {"letter": "a"}) == 3
 
 
+@pytest.mark.parametrize("value", ["True", "np.bool_(True)", "np.float32(1)", "torch.ones(())"])
+def test_a_users_function_may_return_any_kind_of_number(value, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(f"import numpy as np, torch\ndef f(p, t, r):\n    return {value}\n")
+    assert made(f"{file}:f")("p", "t", {}) == 1.0
+
+
 CODES = {
     "def f(prompt, text, record):\n    return float('nan')\n": r"f of .*mine.py returned nan for",
     "def f(prompt, text, record):\n    return 'good'\n": r"returned 'good' for the text 't', and",
@@ -61,6 +68,9 @@ CODES = {
     "def f(prompt, text, record):\n    x = 1\n    return record['none']\n": (
         r"mine.py line 3: f failed: KeyError: 'none'"
     ),
+    "def f(prompt, text, record):\n    return 10**400\n": r"f of .*mine.py returned 1000",
+    "def f(prompt, text, record):\n    raise SystemExit(3)\n": r"f failed: SystemExit: 3",
+    "raise SystemExit(3)\n": r"mine.py line 1: cannot be imported: SystemExit: 3",
     "def f(prompt, text):\n    return 1\n": r"f failed: TypeError: f\(\) takes 2 positional",
     "def f(:\n": r"mine.py line 1: cannot be imported: SyntaxError: invalid syntax",
     "x = 1\n1 / 0\n": r"mine.py line 2: cannot be imported: ZeroDivisionError: division by zero",

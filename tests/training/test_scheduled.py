@@ -136,6 +136,20 @@ def test_tokens_of_prompts_are_never_replaced():
     assert read[1].tolist() == [[0, 0, 0, 1, 1, 0]]
 
 
+def test_the_first_token_of_a_packed_document_is_never_replaced():
+    tokens = torch.zeros(1, 6, dtype=torch.int64)
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1]])
+    read = []
+
+    def model(ids):
+        read.append(ids)
+        return torch.tensor([0.0, 9.0]).repeat(1, 6, 1).requires_grad_()  # a 1
+
+    batch = Batch(tokens, torch.zeros_like(tokens), documents)
+    scheduled(forward_of(model), Mixed(batch, torch.full((1, 6), 0.5), 0.9))
+    assert read[1].tolist() == [[0, 1, 1, 0, 1, 1]]
+
+
 def test_the_draws_depend_on_seed_and_step_and_not_on_how_processes_share_it(config):
     source = trainer_of(config).source
     training = dataclasses.replace(config.training, scheduled_sampling=0.5)

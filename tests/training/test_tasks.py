@@ -8,20 +8,23 @@ import re
 
 import pytest
 import torch
+from torch.distributions import Categorical
 
-from gpt.config import UsageError
+from gpt.config import ModelConfig, UsageError
 from gpt.data.batches import IGNORED
 from gpt.data.completions import padded
 from gpt.data.prompts import read_prompts
 from gpt.data.tokenizer import ByteTokenizer
 from gpt.generation import rollout
 from gpt.model.adapter import adapter_weights, merge
+from gpt.model.gpt import GPT
 from gpt.training.dpo import Pairs, dpo_loss
 from gpt.training.parallel import World
 from gpt.training.records import StartLogits
 from gpt.training.rewarded import Rewarded
 from tests.training.tasks import (
     KINDS,
+    MODEL,
     config_of,
     make_start,
     run,
@@ -225,6 +228,55 @@ def test_the_samples_of_one_prompt_differ(folder):
     trainer = trainer_of(config_of(folder, "reward", objective={"records": 20}))
     made = trainer.task._written(0, World())
     assert len({tuple(ids) for ids in made.tokens}) > len(made.tokens) / 2
+
+
+def first_letter(prompt, text, record):
+    """A reward that each of 257 tokens has, as a text of its own."""
+    return ord(text[0]) / 100 if text[:1].isascii() and text else 0.0
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_the_gradient_of_texts_that_are_written_is_that_of_their_mean_reward(temperature, folder):
+    """Texts of one token, whose mean reward is a sum over the vocabulary. The model has more rows
+    than the tokenizer has tokens, and these are never written.
+    """
+    settings = {"max_new_tokens": 1, "temperature": temperature}
+    settings |= {"records": 16, "samples": 8}
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(**MODEL | {"vocab_size": 280})).eval()
+    with torch.no_grad():
+        model.embed.weight.mul_(8)  # so that no text is about as likely as another
+    trainer = trainer_of(config_of(folder, "reward", objective=settings), model=model)
+    task, parameters = trainer.task, list(model.parameters())
+    task.reward = first_letter
+    texts = [ByteTokenizer().decode_bytes([i]).decode(errors="replace") for i in range(257)]
+    rewards = torch.tensor([first_letter("", text, {}) for text in texts])
+
+    mean, entropy = 0.0, 0.0
+    for row in task.train:
+        logits = model(torch.tensor([row]))[0, -1, :257] / temperature
+        mean = mean + logits.softmax(-1) @ rewards / len(task.train)
+        entropy += Categorical(logits=logits).entropy().item() / len(task.train)
+    exact = torch.cat([g.flatten() for g in torch.autograd.grad(-mean, parameters)])
+
+    along = []
+    for step in range(100):
+        batch = task.batch(step, World())
+        loss = task.objective(model, batch) / len(batch.texts.tokens)
+        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+        along.append((gradient @ exact / exact.square().sum()).item())
+    found = torch.tensor(along)
+    error = found.std().item() / math.sqrt(len(found))
+    assert error < 0.1
+    assert found.mean().item() == pytest.approx(1, abs=4 * error)
+    task.figures.settle(World())
+    assert task.figures.take()["entropy"] == pytest.approx(entropy, abs=0.05)
+
+
+def test_references_that_are_missing_are_told_before_the_first_step(folder):
+    config = config_of(folder, "reward", objective={"reward": "bleu"})
+    with pytest.raises(UsageError, match="objective.reward bleu needs a text in .reference."):
+        trainer_of(config)
 
 
 def test_micro_batches_do_not_change_the_gradient(folder):

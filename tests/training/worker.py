@@ -26,6 +26,7 @@ from gpt.data.batches import IGNORED, Batch, TextWindows
 from gpt.data.instructions import prepare_instructions
 from gpt.data.prepare import prepare
 from gpt.generation.examples import ExampleEncoder
+from gpt.generation.frozen import freeze_rounded
 from gpt.model.adapter import adapter_weights
 from gpt.model.gpt import GPT
 from gpt.training.loop import Shown, Trainer
@@ -57,6 +58,13 @@ KINDS = (
     "reward of an adapter",
 )  # fmt: skip
 """Objectives of tests/training/tasks.py."""
+RESUMED = ("dpo", "reward, several updates", "reward of an adapter")
+"""Those that two processes resume."""
+ADAPTERS = {
+    "lora": AdapterConfig(kind="lora", rank=3),
+    "bottleneck": AdapterConfig(kind="bottleneck", rank=3),
+    "over int4": AdapterConfig(kind="lora", rank=3, base="int4"),
+}
 FORMATS = {"fsdp": ("full", "sharded"), "hybrid": ("full", "sharded")}
 MADE = ("single-1-full", "fsdp-2-full", "fsdp-2-sharded", "hybrid-4-sharded")
 """Runs that are resumed by other numbers of processes."""
@@ -122,7 +130,10 @@ def trainer_of(config: TrainConfig, world: World, teachers=()) -> Trainer:
             models.append(GPT(model))
         return Trainer(config, data, world=world, teachers=models)
     torch.manual_seed(3)
-    trainer = Trainer(config, data, world=world, model=GPT(model))
+    base = GPT(model)
+    if config.adapter.base == "int4":
+        freeze_rounded(base, "int4")
+    trainer = Trainer(config, data, world=world, model=base)
     with torch.no_grad():
         for parameter in adapter_weights(trainer.model).values():
             parameter.add_(0.05)  # a new one has gradients of 0
@@ -169,6 +180,30 @@ def objective_gradients(folder: Path, kind: str, world: World, options: dict) ->
     written = getattr(trainer.task, "_round", None)
     figures = trainer.task.figures.take() | trainer.task.evaluate().figures
     return {"gradients": numbers, "texts": written and written.tokens, "figures": figures}
+
+
+def resumes(folder: Path, kind: str, world: World, strategy: str) -> bool:
+    """Whether a run that is resumed ends as the uninterrupted one, bit for bit."""
+    from tests.training import tasks
+
+    ends = []
+    for name in ("whole", "stopped"):
+        parallel = {"strategy": strategy}
+        config = tasks.config_of(
+            folder, kind, checkpoint={"every": 2, "keep": 9}, parallel=parallel
+        )
+        config = dataclasses.replace(config, run_dir=str(folder / f"{kind}-{strategy}-{name}"))
+        tasks.run(config, world)
+        if name == "stopped":
+            if world.is_main:
+                for step in ("step-00000006", "step-00000007"):
+                    (config.run / "checkpoints" / step / "meta.json").unlink()
+            world.wait_for_all()
+            tasks.run(dataclasses.replace(config, resume=True), world)
+        world.wait_for_all()
+        ends.append(tasks.weights(config))
+    whole, stopped = ends
+    return all(torch.equal(whole[name], stopped[name]) for name in whole)
 
 
 def instructions_gradients(folder: Path, world: World, options: dict) -> dict:
@@ -227,10 +262,17 @@ def main(folder: Path, everything: bool) -> None:
             for kind, model in COMPOSITES.items():
                 config = config_of(folder, "none", **options, model=model)
                 results[name, kind] = gradients(config, world)
-            for kind in ("lora", "bottleneck"):
-                adapter = AdapterConfig(kind=kind, rank=3)
+            for kind, adapter in ADAPTERS.items():
+                if kind == "over int4" and name in ("fsdp", "hybrid"):
+                    continue  # which cannot shard it
                 config = config_of(folder, "none", **options, init="base", adapter=adapter)
                 results[name, kind] = gradients(config, world)
+            training = {"freeze": ("embed.*", "blocks.0.*")}
+            config = config_of(folder, "none", **options, training=training)
+            results[name, "frozen"] = gradients(config, world)
+            rates = OptimizerConfig(warmup_steps=2, rates=("embed.*=0.1", "blocks.*=2"))
+            trainer = trainer_of(config_of(folder, "none", **options, optimizer=rates), world)
+            results[name, "rates"] = torch.tensor([trainer.update()[0] for _ in range(4)])
             for kind, model in family(name, all_rows=everything).items() if n < 4 else ():
                 training = {"micro_batch_size": 4}
                 config = config_of(folder, "none", **options, model=model, training=training)
@@ -242,6 +284,8 @@ def main(folder: Path, everything: bool) -> None:
                 results[name, "distilled"] = gradients(config, world, teachers=(5, 6))
                 for kind in KINDS:
                     results[name, kind] = objective_gradients(folder, kind, world, options)
+            for kind in RESUMED if n == 2 else ():
+                results[name, "again", kind] = resumes(folder, kind, world, name)
             config = config_of(folder, "none", **options)
             results[name, "new"] = weights(trainer_of(config, world))
             for kind in ("selective", "full"):

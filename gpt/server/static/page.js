@@ -93,7 +93,7 @@ function go() {
     }
     if (!text.trim()) continue;
     const before = pane.messages.slice();
-    if (pane.tokens.length) before.push({ role: "assistant", content: pane.answer() });
+    if (pane.tokens.length) before.push({ role: "assistant", content: pane.said });
     pane.run({ messages: [...before, { role: "user", content: text }] });
   }
   if (mode === "chat") get("prompt").value = "";

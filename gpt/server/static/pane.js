@@ -29,6 +29,8 @@ export class Pane {
     this.find("h2").textContent = title;
     this.prompt = [];       // tokens that the model read
     this.tokens = [];       // tokens of the answer
+    this.said = "";         // its text, without a stop text and without special tokens
+    this.ended = false;     // whether said is whole
     this.messages = [];     // of a conversation, before the answer
     this.source = null;     // {prompt} or {messages}
     this.history = [];
@@ -62,12 +64,16 @@ export class Pane {
     stop.className = "wide";
     this.stopText = Object.assign(document.createElement("textarea"), { rows: 2, name: "stop" });
     stop.append("stop", this.stopText, small("The answer ends before one of these texts, one a line (\\n is a new line)."));
+    const bias = document.createElement("label");
+    bias.className = "wide";
+    this.bias = Object.assign(document.createElement("input"), { name: "logit_bias", pattern: "\\s*(\\d+=-?\\d+(\\.\\d+)?(\\s+|$))*", placeholder: "262=-100 11=2.5" });
+    bias.append("logit bias", this.bias, small("Numbers that are added to the logits of token ids, -100 to 100. -100: never."));
     const server = document.createElement("label");
     server.className = "wide";
     this.address = Object.assign(document.createElement("input"), { type: "url", value: address, name: "server", placeholder: "this server" });
-    server.append("server", this.address, small("Another gpt serve on this machine, such as http://127.0.0.1:9000, started with --allow_origin and this page's address."));
+    server.append("server", this.address, small("Another gpt serve on this machine, such as http://127.0.0.1:9000, without a key, started with --allow_origin and this page's address."));
     this.address.onchange = () => this.greet();
-    box.append(stop, server);
+    box.append(stop, bias, server);
   }
 
   settings() {
@@ -76,6 +82,9 @@ export class Pane {
       if (!input.reportValidity()) throw new Error(`${name.replaceAll("_", " ")}: ${input.validationMessage}`);
       if (input.value !== "") asked[name] = Number(input.value);
     }
+    if (!this.bias.reportValidity()) throw new Error(`logit bias: ${this.bias.validationMessage}`);
+    const biases = this.bias.value.split(/\s+/).filter(Boolean).map((pair) => pair.split("="));
+    if (biases.length) asked.logit_bias = Object.fromEntries(biases.map(([id, value]) => [id, Number(value)]));
     const stops = this.stopText.value.split("\n").filter(Boolean);
     if (stops.length) asked.stop = stops.map((text) => text.replaceAll("\\n", "\n"));
     return asked;
@@ -83,7 +92,8 @@ export class Pane {
 
   async ask(path, body, signal) {
     const headers = { "Content-Type": "application/json" };
-    if (this.shared.key()) headers.Authorization = `Bearer ${this.shared.key()}`;
+    const isOwn = new URL(this.base || "/", location).origin === location.origin;
+    if (this.shared.key() && isOwn) headers.Authorization = `Bearer ${this.shared.key()}`;
     const response = await fetch(this.base + path, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal });
     if (!response.ok) throw new Error((await response.json()).error.message);
     return response;
@@ -107,9 +117,8 @@ export class Pane {
   async run(source, begun = []) {
     this.stop();
     if (this.tokens.length || this.prompt.length) this.#remember();
-    this.source = source;
-    this.messages = source.messages ?? [];
-    this.tokens = begun;
+    const said = this.#textOf(begun);
+    Object.assign(this, { source, messages: source.messages ?? [], tokens: begun, said, ended: false });
     if (!begun.length) this.prompt = [];
     this.draw();
     const running = (this.running = new AbortController());
@@ -128,17 +137,19 @@ export class Pane {
       }
       this.#say("reading");
       for await (const event of events(await this.ask(path, asked, running.signal))) {
+        if (running.signal.aborted) return;
         const choice = event.choices[0];
         if (choice?.prompt_tokens && !begun.length) this.prompt = choice.prompt_tokens;
         this.tokens = [...this.tokens, ...(choice?.tokens ?? [])];
+        this.said += choice?.delta?.content ?? choice?.text ?? "";
+        this.ended = Boolean(choice?.finish_reason);
         this.draw();
         const made = this.tokens.length - begun.length;
         const rate = made / ((performance.now() - start) / 1000);
         this.#say(`${made} tokens, ${rate.toFixed(0)} per second${choice?.finish_reason ? `, ended: ${choice.finish_reason}` : ""}`);
       }
     } catch (error) {
-      if (error.name === "AbortError") this.#say(`stopped after ${this.tokens.length - begun.length} tokens`);
-      else this.#say(error.message, true);
+      if (!running.signal.aborted) this.#say(error.message, true);
     } finally {
       if (this.running === running) {
         this.running = null;
@@ -148,7 +159,12 @@ export class Pane {
     }
   }
 
-  stop() { this.running?.abort(); }
+  stop() {
+    if (!this.running) return;
+    this.running.abort();
+    this.said = this.#textOf(this.tokens);
+    this.#say(`stopped with ${this.tokens.length} tokens`);
+  }
 
   /** Go on from another token at `index` of the answer. */
   fork(index, other) {
@@ -158,8 +174,8 @@ export class Pane {
   }
 
   #remember() {
-    const { prompt, tokens, messages, source } = this;
-    this.history.push({ prompt, tokens, messages, source });
+    const { prompt, tokens, said, ended, messages, source } = this;
+    this.history.push({ prompt, tokens, said, ended, messages, source });
     this.find(".undo").disabled = false;
   }
 
@@ -173,28 +189,37 @@ export class Pane {
   clear() {
     this.stop();
     if (this.tokens.length || this.prompt.length) this.#remember();
-    Object.assign(this, { prompt: [], tokens: [], messages: [], source: null });
+    Object.assign(this, { prompt: [], tokens: [], said: "", ended: false, messages: [], source: null });
     this.draw();
     this.#say("");
   }
 
-  /** The answer's text. */
-  answer() { return texts(this.tokens).join(""); }
+  /** The text of tokens that are the beginning of this answer. */
+  #textOf(tokens) {
+    const text = texts(tokens.filter((token) => !token.special)).join("");
+    return this.#opens(text) ? text.slice(1) : text;
+  }
 
-  draw() {
-    this.#look(null);
+  /** Whether the tokens' text begins with a space that is not the answer's. */
+  #opens(text) { return text.startsWith(" ") && this.said !== "" && !this.said.startsWith(" "); }
+
+  draw() { this.#look(null); }
+
+  /** Messages and answer; where attention is shown, a conversation is shown as the model reads it. */
+  #render() {
     const box = document.createDocumentFragment();
-    for (const { role, content } of this.messages) {
+    const isChat = Boolean(this.source?.messages);
+    const asTokens = !isChat || this.weights;
+    for (const { role, content } of asTokens ? [] : this.messages) {
       const message = document.createElement("div");
       message.className = `message ${role}`;
       message.dataset.role = role;
       message.textContent = content;
       box.append(message);
     }
-    const isChat = Boolean(this.source?.messages);
     const answer = document.createElement("div");
-    if (isChat) Object.assign(answer, { className: "message assistant" }).dataset.role = "assistant";
-    if (!isChat) answer.append(this.#spans(this.prompt, "prompt"));
+    if (isChat) Object.assign(answer, { className: "message assistant" }).dataset.role = asTokens ? "as the model reads it" : "assistant";
+    if (asTokens) answer.append(this.#spans(this.prompt, "prompt"));
     answer.append(this.#spans(this.tokens, "made"));
     if (this.source) box.append(answer);
     this.textBox.replaceChildren(box);
@@ -204,9 +229,14 @@ export class Pane {
     const group = document.createElement("span");
     group.className = kind;
     const shown = texts(tokens);
+    let written = this.#opens(shown.join("")) ? -1 : 0;
     tokens.forEach((token, index) => {
       const span = document.createElement("span");
       span.className = token.chosen ? "token chosen" : "token";
+      const isPast = this.ended && written >= this.said.length;
+      const isUnsaid = kind === "made" && (token.special || isPast);  // an end, or a stop text
+      span.classList.toggle("unsaid", Boolean(isUnsaid));
+      if (!token.special) written += shown[index].length;
       span.textContent = shown[index];
       span.dataset.index = index;
       if (kind === "made") {
@@ -264,10 +294,12 @@ export class Pane {
 
   #look(weights, index) {
     this.weights = weights;
+    this.#render();
     this.find(".attention").hidden = !weights;
     this.textBox.classList.toggle("looked", Boolean(weights));
     if (!weights) return;
     this.asking = index;
+    this.find(`.made .token[data-index="${index}"]`)?.focus();
     this.find(".of").textContent = nameOf(this.tokens[index]);
     this.find(".layer").max = weights.length;       // the first stop is the mean over all
     this.find(".head").max = weights[0].length;
