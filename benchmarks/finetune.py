@@ -1,10 +1,12 @@
-"""Steps that raise a reward, beside TRL's: ``python benchmarks/finetune.py [--trl FOLDER]``.
+"""Tuning beside PEFT's and TRL's: ``python benchmarks/finetune.py [--trl FOLDER]``.
 
-REINFORCE with a leave-one-out baseline on a model of GPT-2's kind with random weights, without a
-divergence term: TRL's ``RLOOTrainer`` and this project write as many texts for as many prompts,
-from models of one shape on the same tokens, in float32 and in bfloat16. Each contender is a process
-of its own, and they run in turns; figures are medians of the steps after the first. TRL comes
-without its dependencies: ``pip install --no-deps --target FOLDER trl==1.16.0``; it needs datasets.
+Three tables: LoRA (``lora.py``), how full packed windows are (``data.py packing``), and steps that
+raise a reward; ``--rewards`` prints the last one alone. These are steps of REINFORCE with a
+leave-one-out baseline on a model of GPT-2's kind with random weights, without a divergence term:
+TRL's ``RLOOTrainer`` and this project write as many texts for as many prompts, from models of one
+shape on the same tokens, in float32 and in bfloat16. Each contender is a process of its own, and
+they run in turns; figures are medians of the steps after the first. TRL comes without its
+dependencies: ``pip install --no-deps --target FOLDER trl==1.16.0``; it needs datasets.
 """
 
 import argparse
@@ -201,6 +203,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--rewards", action="store_true", help="without the first two tables")
     parser.add_argument("--bfloat16", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -209,6 +212,9 @@ def main() -> None:
         figures = CONTENDERS[options.contender](options)
         sys.stdout.write(f"\n{json.dumps(figures)}\n")
         return
+    for other in () if options.rewards else ("lora.py", "data.py packing"):
+        program, *words = other.split()
+        subprocess.run([sys.executable, Path(__file__).with_name(program), *words], check=True)
     names = [name for name in NAMES if options.trl or name.startswith("ours")]
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for _ in range(options.rounds):
