@@ -270,7 +270,11 @@ using Half = float;
 // does not multiply it, float32; for int8 and int4 signed bytes, with a scale for each GROUP. Of CHUNK
 // bytes, the first halves of the four groups come first, and then the second ones.
 struct Activations {
-  std::vector<Half> halves;  // [M, n]
+  struct Line {
+    alignas(64) uint8_t bytes[64];
+  };
+  std::vector<Line> memory;  // a vector that crosses two of the cache's lines takes twice as long
+  Half* halves = nullptr;    // [M, n], in it
 
   long K = 0;                  // padded
   std::vector<int8_t> values;  // [M, K]
@@ -279,8 +283,9 @@ struct Activations {
   std::vector<float> totals;   // [M], of the sums
 
   void round(const float* x, long M, long n) {
-    halves.resize(M * n);
-    for (long m = 0; m < M; m++) round(x + m * n, n, &halves[m * n]);
+    memory.resize((M * n * sizeof(Half) + sizeof(Line) - 1) / sizeof(Line));
+    halves = reinterpret_cast<Half*>(memory.data());
+    for (long m = 0; m < M; m++) round(x + m * n, n, halves + m * n);
   }
 
   static void round(const float* x, long n, uint16_t* out) {
@@ -371,36 +376,63 @@ inline void fetch(const void* weights) {
   if (M == 1 && WIDTH < 64) __builtin_prefetch(static_cast<const char*>(weights) + AHEAD);
 }
 
+// A loop over rows whose sums stay in registers: where GCC does not unroll it at once, it keeps them in
+// memory, which takes twice as long.
+#define UNROLL _Pragma("GCC unroll 16")
+
+// To y [R, M], what products leaves out: the numbers from k on.
+template <int R, int M, class Weight, class Number>
+void add_rest(const Weight* rows, const Number* x, long k, long K, float* y) {
+  for (int r = 0; r < R; r++)
+    for (int m = 0; m < M; m++) {
+      float rest = 0;
+      for (long i = k; i < K; i++)
+        rest = std::fma(number(rows[r * K + i]), number(x[m * K + i]), rest);
+      y[r * M + m] += rest;
+    }
+}
+
+#if defined(GPT_AVX512)  // inline, GCC would find no registers for 2 R M sums
+#define ALONE __attribute__((noinline))
+#else
+#define ALONE inline
+#endif
+
 // M rows x [M, K] times R rows of weights: y [R, M]. A sum has one order whatever M is.
 template <int R, int M, class Weight, class Number>
-inline void products(const Weight* rows, const Number* x, long K, float* y) {
+ALONE void products(const Weight* rows, const Number* x, long K, float* y) {
   using Vector = std::conditional_t<sizeof(Number) == 2, Pairs, Floats>;
   constexpr long STEP = 2 * WIDTH / sizeof(Number);
-  Floats even[R][M] = {}, odd[R][M] = {};
+  Floats even[R][M], odd[R][M];
+  UNROLL
+  for (int r = 0; r < R; r++)
+    UNROLL
+    for (int m = 0; m < M; m++) even[r][m] = odd[r][m] = Floats{};
   long k = 0;
   for (; k + STEP <= K; k += STEP) {
     Vector w[R][2];
+    UNROLL
     for (int r = 0; r < R; r++) two(rows + r * K + k, w[r]);
     fetch<M>(rows + k);
+    UNROLL
     for (int m = 0; m < M; m++) {
       Vector v[2];
       two(x + m * K + k, v);
+      UNROLL
       for (int r = 0; r < R; r++) {
         even[r][m] = dot(even[r][m], w[r][0], v[0]);
         odd[r][m] = dot(odd[r][m], w[r][1], v[1]);
       }
     }
   }
+  UNROLL
   for (int r = 0; r < R; r++) {
-    for (int m = 0; m < M; m++) even[r][m] += odd[r][m];
-    sums<M>(even[r], y + r * M);
-    for (int m = 0; m < M && k < K; m++) {
-      float rest = 0;
-      for (long i = k; i < K; i++)
-        rest = std::fma(number(rows[r * K + i]), number(x[m * K + i]), rest);
-      y[r * M + m] += rest;
-    }
+    Floats total[M];  // the sums themselves have no address, so that they stay in registers
+    UNROLL
+    for (int m = 0; m < M; m++) total[m] = even[r][m] + odd[r][m];
+    sums<M>(total, y + r * M);
   }
+  if (k < K) add_rest<R, M>(rows, x, k, K, y);
 }
 
 // A row of int8 times M rows of activations: vectors whose sums, times the row's scale, are the
@@ -415,6 +447,7 @@ inline void products_int8(const uint8_t* row, const Activations& x, long first, 
     for (size_t i = k; i < k + CHUNK / 2; i += WIDTH) {
       Bytes a = load<Bytes>(row + i), b = load<Bytes>(row + i + CHUNK / 2);
       fetch<M>(row + k + 2 * (i - k));
+      UNROLL
       for (size_t m = 0; m < M; m++) {
         const int8_t* v = values + m * K + i;
         Ints sums = dot_int8(dot_int8(Ints{}, a, v), b, v + CHUNK / 2);
@@ -422,7 +455,8 @@ inline void products_int8(const uint8_t* row, const Activations& x, long first, 
                     floats(scales + m * K / 8 + k / 8 + (i - k) / 4);
       }
     }
-  std::copy_n(total, M, out);
+  UNROLL
+  for (size_t m = 0; m < M; m++) out[m] = total[m];
 }
 
 // What the groups of a row are multiplied with besides the scales: to M totals, `factor` times the
@@ -434,9 +468,11 @@ inline void add_sums(const Number* row, float factor, const Activations& x, long
   const float* sums = &x.sums[first * all];
   size_t g = 0;
   for (; g + LANES <= G; g += LANES)
+    UNROLL
     for (size_t m = 0; m < M; m++)
       total[m] += factor * floats(row + g) * floats(sums + m * all + g);
   for (; g < G; g += 4)
+    UNROLL
     for (size_t m = 0; m < M; m++) {
       Floats four = {};
       for (size_t i = 0; i < std::min<size_t>(4, G - g); i++)
@@ -454,6 +490,7 @@ inline void products_int8(const uint8_t* row, const Float16* scales, const Activ
   const float* steps = &x.scales[first * K / 8];
   Floats total[M] = {};
   auto add = [&](size_t k, size_t i, Bytes a, Bytes b, Floats scale) {
+    UNROLL
     for (size_t m = 0; m < M; m++) {
       const int8_t* v = values + m * K + k + i;
       Ints sums = dot_int8(dot_int8(Ints{}, a, v), b, v + CHUNK / 2);
@@ -475,7 +512,8 @@ inline void products_int8(const uint8_t* row, const Float16* scales, const Activ
         spread_some(scales + k / GROUP + g, rest - g));
   }
   if (ZERO != 0) add_sums<M>(scales, -ZERO, x, first, G, total);
-  std::copy_n(total, M, out);
+  UNROLL
+  for (size_t m = 0; m < M; m++) out[m] = total[m];
 }
 
 // A row of int4. The 16 bytes of a group have its first 16 weights in their lower halves. A weight w
@@ -489,6 +527,7 @@ inline void products_int4(const uint8_t* row, const Scale* scales, const Scale* 
   Floats total[M] = {};
   auto add = [&](size_t k, size_t i, Bytes both, Floats scale) {
     Bytes a = both & 15, b = both >> 4;
+    UNROLL
     for (size_t m = 0; m < M; m++) {
       const int8_t* v = values + m * K + k + i;
       Ints sums = dot_int4(a, v, b, v + CHUNK / 2);
@@ -507,7 +546,8 @@ inline void products_int4(const uint8_t* row, const Scale* scales, const Scale* 
     add(k, g * HALF, load_some(row + k / 2 + g * HALF, rest - g),
         spread_some(scales + k / GROUP + g, rest - g));
   add_sums<M>(lows, 1, x, first, G, total);
-  std::copy_n(total, M, out);
+  UNROLL
+  for (size_t m = 0; m < M; m++) out[m] = total[m];
 }
 
 // The groups of a row.
@@ -595,7 +635,7 @@ void sweep(const Product& product, long begin, long end, long first, const float
   if (matrix.format == 0) {
     sweep_floats<M>(product, static_cast<const float*>(matrix.weights), begin, end, first, x);
   } else if (matrix.format == 1) {
-    sweep_floats<M>(product, halves, begin, end, first, q.halves.data());
+    sweep_floats<M>(product, halves, begin, end, first, q.halves);
   } else if (matrix.format == 2) {
     auto scales = static_cast<const float*>(matrix.scales);
     auto finish = [=, &q](long n, int m, float sum) {
@@ -736,7 +776,7 @@ void multiply(const Matrix& matrix, long M, const float* x, float* y, bool add =
   Share own(matrix.N);
 #if defined(GPT_AMX)
   if (matrix.format == 1 && matrix.K % (2 * TILE) == 0 && has_tiles())
-    return multiply_tiles({matrix, y, add}, own.begin, own.end, M, q.halves.data());
+    return multiply_tiles({matrix, y, add}, own.begin, own.end, M, q.halves);
 #endif
   for (long n = own.begin; n < own.end; n += BLOCK)  // it stays in the processor's cache
     for (long first = 0; first < M; first += AT_ONCE)
