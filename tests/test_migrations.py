@@ -6,7 +6,7 @@ import torch
 
 from gpt import checkpoint as checkpoints
 from gpt import migrations
-from gpt.config import OptimizerConfig
+from gpt.config import OptimizerConfig, TrainingConfig
 from gpt.training.averaging import Average
 from gpt.training.optimizer import make_optimizers
 from gpt.training.state import restore
@@ -23,7 +23,7 @@ def test_a_checkpoint_of_every_version_restores_its_optimizers_and_its_progress(
     model.initialise()
     optimizers = make_optimizers(model, OptimizerConfig(name="muon"))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    progress = restore(model, optimizers, scaler, Average({}), checkpoint)
+    progress = restore(model, optimizers, scaler, Average({}), checkpoint, TrainingConfig())
     assert all(torch.equal(p, trained[name]) for name, p in model.named_parameters())
     state = {p: kept for optimizer in optimizers for p, kept in optimizer.state.items()}
     assert state.keys() == set(model.parameters())

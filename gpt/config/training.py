@@ -169,6 +169,8 @@ def _by_pattern(
             raise UsageError(
                 f"optimizer.{field} has {quoted(text)}, and needs a pattern and {wanted}"
             )
+    if len(found) < len(texts):
+        raise UsageError(f"optimizer.{field} is {' '.join(texts)}, and has a pattern twice")
     return found
 
 

@@ -248,7 +248,7 @@ def _verdict(report: Report) -> Text | None:
     if report.difference is None:
         return None
     difference, low, high = report.difference
-    one, two = map(foreign, report.scores)
+    one, two = map(foreign, list(report.scores)[:2])  # a third one is their ensemble
     better = (
         f"{two} is better" if low > 0 else f"{one} is better" if high < 0 else "it may be noise"
     )

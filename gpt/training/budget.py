@@ -16,8 +16,8 @@ from gpt.training.loop import Data, Sample, Trainer
 from gpt.training.parallel import World
 
 FEWEST, SHARE, MOST_SECONDS = 3, 0.02, 20.0
-"""Steps to measure; the share of the minutes and the seconds that the measurement takes at most,
-after these steps."""
+"""Steps to measure, after one that warms up; the share of the minutes and the seconds that the
+measurement takes at most, after these steps."""
 
 
 def plan(
@@ -34,8 +34,17 @@ def plan(
     ``model`` is the one that the run starts from, and stays as it is.
     """
     minutes = config.training.max_minutes
-    trainer = Trainer(config, data, world=world, model=copy.deepcopy(model), teachers=teachers)
-    step, evaluation = measure(trainer, sample, seconds=min(MOST_SECONDS, 60 * minutes * SHARE))
+    # the longest steps of the run: with whole attention windows, and two passes where it has them
+    training = dataclasses.replace(
+        config.training,
+        window_start=0,
+        scheduled_sampling_schedule="constant",
+        scheduled_sampling_start=0.0,
+    )
+    longest = dataclasses.replace(config, training=training)
+    trainer = Trainer(longest, data, world=world, model=copy.deepcopy(model), teachers=teachers)
+    enough = min(MOST_SECONDS, 60 * minutes * SHARE)
+    step, evaluation = measure(trainer, sample, seconds=enough, most=60 * minutes)
     step, evaluation = world.broadcast(lambda: [step, evaluation])  # those of the main process
     steps = steps_of(60 * minutes, step, evaluation, every=config.evaluation.every)
     say(
@@ -46,9 +55,12 @@ def plan(
     return dataclasses.replace(config, training=training)
 
 
-def measure(trainer: Trainer, sample: Sample | None, *, seconds: float) -> tuple[float, float]:
-    """The seconds of a step (the median) and of an evaluation. The first step warms up, and counts
-    only if it is all there is time for.
+def measure(
+    trainer: Trainer, sample: Sample | None, *, seconds: float, most: float
+) -> tuple[float, float]:
+    """The seconds of a step (the median) and of an evaluation, from ``seconds`` of steps, or more
+    for a few of them, up to ``most``. The first step warms up, and counts only if it is all there
+    is time for.
     """
     times: list[float] = []
     began = time.monotonic()
@@ -57,13 +69,14 @@ def measure(trainer: Trainer, sample: Sample | None, *, seconds: float) -> tuple
         start = time.monotonic()
         trainer.update()
         times.append(time.monotonic() - start)
-        enough = len(times) > FEWEST and time.monotonic() - began >= seconds
+        took = time.monotonic() - began
+        enough = took >= (seconds if len(times) > FEWEST else most)
         more = not trainer.world.largest(enough)
     start = time.monotonic()
     trainer.held_out_loss()
     if sample is not None:
         trainer.sample(sample)
-    return statistics.median(times[1:]), time.monotonic() - start
+    return statistics.median(times[1:] or times), time.monotonic() - start
 
 
 def steps_of(seconds: float, step: float, evaluation: float, *, every: int) -> int:

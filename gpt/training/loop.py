@@ -201,7 +201,14 @@ class Trainer:
 
         Returns a sentence for each entry of :meth:`environment` that has changed.
         """
-        progress = state.restore(self.model, self.optimizers, self.scaler, self.average, checkpoint)
+        progress = state.restore(
+            self.model,
+            self.optimizers,
+            self.scaler,
+            self.average,
+            checkpoint,
+            self.config.training,
+        )
         self.step, self.best, self.losses = checkpoint.step, progress["best"], progress["losses"]
         self.best_loss, self.least_loss = progress["best_loss"], progress["least_loss"]
         self.skipped, self.overflows = progress["skipped"], progress["overflows"]
@@ -454,7 +461,11 @@ class Trainer:
         average of its weights, if there is one.
         """
         with self.average.applied():
-            return self._evaluate(sample)
+            loss = self._evaluate(sample)
+        if self.step:
+            self.stale = 0 if loss < self.least_loss else self.stale + 1
+        self.least_loss = min(self.least_loss, loss)
+        return loss
 
     def _evaluate(self, sample: Sample | None) -> float:
         result = self.held_out_loss() if self.task is None else self.task.evaluate()
@@ -474,7 +485,6 @@ class Trainer:
         record |= shown.figures
         best = self.step > 0 and result.loss < self.least_loss
         self.reporter.evaluation(record, best=best, sample=shown.text)
-        self.least_loss = min(self.least_loss, result.loss)
         return result.loss
 
     def held_out_loss(self) -> Evaluation:
@@ -540,11 +550,8 @@ class Trainer:
                 f"a weight is not finite at step {self.step}: training has diverged since the "
                 "last checkpoint; try a lower optimizer.learning_rate"
             )
-        if loss is not None:
-            self.stale += 1
-            if loss < self.best_loss:
-                self.best_loss, self.best = loss, checkpoints.name_of(self.step)
-                self.stale = 0
+        if loss is not None and loss < self.best_loss:
+            self.best_loss, self.best = loss, checkpoints.name_of(self.step)
         saver.save(
             State(
                 step=self.step,
@@ -559,6 +566,7 @@ class Trainer:
                     "skipped": self.skipped,
                     "overflows": self.overflows,
                     "stale": self.stale,
+                    "averaged": self.average.count,
                     "scaler": self.scaler.state_dict(),
                     "settings": setup.settings(self.config, self.data.train),
                     "tokenizer": self._tokenizer,

@@ -47,9 +47,13 @@ def make_optimizers(
     """
     named = roles(model)
     rates, decays, betas = config.rate_factors(), config.decay_factors(), config.pairs_of_betas()
-    for field, patterns in (("rates", rates), ("decays", decays), ("betas", betas)):
+    matrices = [name for name, role in named.items() if role != "vector"]  # the others never decay
+    has_muon = config.name == "muon"
+    adamw = [name for name, role in named.items() if not (has_muon and role == "hidden matrix")]
+    fields = (("rates", rates, named), ("decays", decays, matrices), ("betas", betas, adamw))
+    for field, patterns, having_it in fields:
         if patterns:
-            selected(named, tuple(patterns), f"optimizer.{field}")
+            selected(having_it, tuple(patterns), f"optimizer.{field}")
     usual = config.beta1, config.beta2
 
     def having(wanted: set[Role]) -> list[nn.Parameter]:

@@ -207,7 +207,7 @@ def as_it_was_planned(config: TrainConfig, checkpoint: Checkpoint, say: Say) -> 
     recorded = recorded if isinstance(recorded, dict) else {}
     steps = recorded.get("training.max_steps", config.training.max_steps)
     say(
-        f"training.max_minutes was planned when the run began: it has {steps:,} steps, and "
+        f"training.max_minutes plans new runs: this one began with {steps:,} steps, and "
         "training.max_steps without training.max_minutes changes that"
     )
     training = dataclasses.replace(config.training, max_steps=steps, max_minutes=0.0)

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from gpt import checkpoint as checkpoints
 from gpt import migrations, tensors
 from gpt.checkpoint import Checkpoint
-from gpt.config import UsageError, foreign, quoted
+from gpt.config import TrainingConfig, UsageError, foreign, quoted
 from gpt.model.adapter import adapter_weights
 from gpt.training.averaging import RAW, Average
 
@@ -53,6 +53,7 @@ def restore(
     scaler: torch.amp.GradScaler,
     average: Average,
     checkpoint: Checkpoint,
+    config: TrainingConfig,
 ) -> dict[str, Any]:
     """Load the weights and the state of the optimizers, the scaler and the average, in place. Each
     process reads its own shards. Returns the progress: ``best``, ``best_loss``, ``losses``,
@@ -81,7 +82,7 @@ def restore(
         tensors.read(path, saved)
     ending = f"/{RAW}"
     raw = {name.removesuffix(ending): saved.pop(name) for name in [*saved] if name.endswith(ending)}
-    average.restore(raw)
+    average.restore(raw, progress.get("averaged"), checkpoint.step, config)
     for optimizer, names in zip(optimizers, names_of(model, optimizers), strict=True):
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in saved.items():

@@ -89,6 +89,15 @@ def test_the_held_out_text_of_runs_gives_their_validation_loss(runs, capsys):
     assert "ensemble of 2" in capsys.readouterr().out
 
 
+def test_an_ensemble_is_shown_beside_a_paired_comparison(runs, capsys):
+    words = ["evaluate", *(str(config.run) for config, _ in runs[:2]), "--ensemble", "--paired"]
+    words += ["--text", str(runs[0][0].data.source), "--weights", "float32", "--device", "cpu"]
+    assert main(words) == 0
+    output = capsys.readouterr().out
+    assert "ensemble of 2" in output
+    assert "nats/token, 95 % from" in output
+
+
 def test_held_out_text_needs_runs_on_one_text(runs, tmp_path, capsys):
     one = str(runs[0][0].run)
     other = tiny_run(tmp_path, runs[0][0].data.source, training={"max_steps": 1})

@@ -12,7 +12,7 @@ from gpt import checkpoint as checkpoints
 from gpt.config import TrainingConfig
 from gpt.data.prepare import prepare
 from gpt.interop.load import load
-from gpt.training.averaging import Average, rate
+from gpt.training.averaging import Average, is_averaged
 from gpt.training.loop import Trainer
 from gpt.training.run import train
 from tests.tiny import change, interrupted_before, tiny_run
@@ -62,7 +62,7 @@ def test_the_average_is_the_mean_and_then_a_moving_average(decay):
 
 
 def test_there_is_no_average_by_default():
-    assert {rate(step, TrainingConfig(max_steps=10)) for step in range(12)} == {0.0}
+    assert not any(is_averaged(step, TrainingConfig(max_steps=10)) for step in range(11))
 
 
 def test_evaluations_and_checkpoints_have_the_average_and_training_does_not(config):
@@ -113,3 +113,35 @@ def test_a_run_without_an_average_continues_from_the_weights(config):
     training = saved(config, "training")
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(parameter, training[f"{name}/raw"])
+
+
+def evaluated(trainer):
+    """The weights that an evaluation sees."""
+    with trainer.average.applied():
+        return [p.detach().clone() for p in trainer.model.parameters()]
+
+
+@pytest.mark.parametrize("longer", [{"max_steps": 40}, {"average_fraction": 0.0, "max_steps": 14}])
+def test_a_continued_run_does_not_evaluate_the_average_of_the_shorter_one(longer, config):
+    run(config)
+    trainer = trainer_of(change(config, training=longer))
+    trainer.resume(checkpoints.find(config.run, "last"))
+    for _ in range(2):
+        own = [p.detach().clone() for p in trainer.model.parameters()]
+        assert all(map(torch.equal, evaluated(trainer), own))
+        assert not trainer.average.state()
+        trainer.update()
+
+
+def test_an_average_that_begins_late_is_the_mean_of_what_it_took_in(config):
+    late = change(config, training={"average_fraction": 0.0, "max_steps": 9})
+    run(late)
+    trainer = trainer_of(change(config, training=FIELDS | {"average_decay": 0.99}))
+    trainer.resume(checkpoints.find(late.run, "last"))
+    taken = []
+    for _ in range(3):
+        trainer.update()
+        taken.append([p.detach().clone() for p in trainer.model.parameters()])
+    means = [torch.stack(each).mean(0) for each in zip(*taken, strict=True)]
+    for mean, own in zip(means, evaluated(trainer), strict=True):
+        torch.testing.assert_close(own, mean)

@@ -10,8 +10,10 @@ from safetensors.torch import load_file
 
 from gpt import checkpoint as checkpoints
 from gpt.config import TrainConfig, UsageError, parse
+from gpt.data.prepare import prepare
 from gpt.interop.load import load
 from gpt.training import budget
+from gpt.training.loop import Trainer
 from gpt.training.run import train
 from tests.tiny import change, tiny_run
 
@@ -26,8 +28,9 @@ def quick(monkeypatch):
     """Steps and evaluations that seem to take some seconds."""
     measure, shown = budget.measure, []
 
-    def measured(trainer, sample, *, seconds):
-        real = measure(trainer, sample, seconds=0.0)
+    def measured(trainer, sample, *, seconds, most):
+        assert most == 60 * 0.5
+        real = measure(trainer, sample, seconds=0.0, most=most)
         shown.append((trainer.step, seconds, *real))
         return 2.0, 4.0
 
@@ -66,6 +69,35 @@ def test_a_planned_run_is_the_run_of_so_many_steps(config, quick):
     assert len(quick) == 1
 
 
+def test_a_measurement_ends_with_the_time_that_the_run_has(config):
+    trainer = trainer_of(config)
+    step, _ = budget.measure(trainer, None, seconds=0.0, most=0.0)
+    assert trainer.step == 1
+    assert step > 0
+
+
+def test_the_longest_steps_of_a_run_are_measured(config, monkeypatch):
+    seen = []
+    monkeypatch.setattr(budget, "measure", lambda trainer, *_, **__: seen.append(trainer) or (1, 1))
+    training = {
+        "window_start": 4, "scheduled_sampling": 0.5, "scheduled_sampling_start": 0.5,
+        "max_minutes": 0.05,
+    }  # fmt: skip
+    run(change(config, training=training))
+    [trainer] = seen
+    passes = []
+    trainer.model.register_forward_hook(lambda *_: passes.append(1))
+    trainer.update()
+    assert trainer.model.window_limit == 0
+    assert len(passes) == 4  # two of each micro batch
+
+
+def trainer_of(config):
+    data = prepare(config.data, config.cache_dir)
+    model = dataclasses.replace(config.model, vocab_size=data.tokenizer.vocab_size)
+    return Trainer(dataclasses.replace(config, model=model), data)
+
+
 def test_a_plan_leaves_the_initial_model_as_it_is(config, quick):
     plain = change(config, training={"max_minutes": 0.0, "max_steps": 7})
     run(plain)
@@ -90,7 +122,7 @@ def test_the_plan_is_written_down_and_kept_when_the_run_is_resumed(config, quick
         again = change(config, training={"max_minutes": minutes})
         result, output = run(dataclasses.replace(again, resume=True))
         assert result.step == 7
-        assert "training.max_minutes was planned when the run began: it has 7 steps" in output
+        assert "this one began with 7 steps" in output
         assert "changed" not in output
     more = change(config, training={"max_minutes": 0.0, "max_steps": 9})
     result, _ = run(dataclasses.replace(more, resume=True))

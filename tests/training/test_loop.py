@@ -1165,6 +1165,16 @@ def test_patience_ends_a_run_that_no_longer_improves(config, monkeypatch):
     assert (result.step, result.best_loss) == (12, 1.0)
 
 
+def test_patience_counts_from_the_loss_before_training(config, monkeypatch):
+    losses = iter([2.0, 2.5, 2.4, 2.3])
+    monkeypatch.setattr(Trainer, "_evaluate", lambda trainer, sample: next(losses))
+    config = change(change(config, "evaluation", every=2, patience=2), "checkpoint", keep=9)
+    result, output = run(config)
+    assert result.step == 4
+    assert "no new lowest validation loss in 2 evaluations" in output
+    assert (config.run / "best").read_text() == "step-00000004\n"
+
+
 def test_attention_windows_of_a_run_grow_with_its_steps(config):
     config = change(config, "training", window_start=4, window_fraction=0.5)
     trainer, seen = trainer_of(config), []

@@ -136,12 +136,27 @@ def test_parameters_have_their_own_rates_decays_and_betas(tiny_model):
         ({"betas": ("embed.*=0.9",)}, "needs a pattern and two numbers"),
         ({"betas": ("embed.*=0.9,1",)}, "optimizer.betas has 'embed.*=0.9,1'"),
         ({"betas": ("embed.*=0.9,nan",)}, "optimizer.betas has 'embed.*=0.9,nan'"),
+        (
+            {"rates": ("a=1", "b=2", "a=3")},
+            "optimizer.rates is a=1 b=2 a=3, and has a pattern twice",
+        ),
     ],
     ids=str,
 )
 def test_a_pattern_without_fitting_numbers_is_refused(fields, said):
     with pytest.raises(UsageError, match=re.escape(said)):
         OptimizerConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"betas": ("attn.qkv.weight=0.8,0.9",)}, {"decays": ("norm.weight=2",)}],
+    ids=["Muon has no betas", "vectors do not decay"],
+)
+def test_a_pattern_without_an_effect_is_refused(fields, tiny_model):
+    [field] = fields
+    with pytest.raises(UsageError, match=f"optimizer.{field} has .*, which matches none"):
+        make_optimizers(tiny_model, OptimizerConfig(name="muon", **fields))
 
 
 @pytest.mark.parametrize("field", ["rates", "decays", "betas"])
