@@ -155,3 +155,8 @@ def test_techniques_that_were_measured_fill_the_page_and_a_picture(
     assert rows[3].endswith("| 9,000 | 2.250 ± 0.150 | 10 | 8 | 1,024 |")
     assert filled.endswith("\nThe end.\n")
     assert "multi query" in "".join(ElementTree.parse(picture).getroot().itertext())
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+def test_no_page_has_a_gap_to_be_filled(page):
+    assert "@@" not in page.read_text(encoding="utf-8")
