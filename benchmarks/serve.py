@@ -181,7 +181,8 @@ def main() -> None:
     parser.add_argument("--peer_path", default=[], action="append", help="a folder of the peer's")
     parser.add_argument("--llama_server", default="", help="llama.cpp's own server program")
     options = parser.parse_args()
-    file = named_file(options.model) if options.model == "smollm2" else Path(options.model)
+    named = options.model == "smollm2"
+    file = named_file(options.model, say=print) if named else Path(options.model)
     tokenizer, clients = load(file).tokenizer, [int(n) for n in options.clients.split(",")]
     has_peer = options.llama_server or options.peer_path or importlib.util.find_spec("llama_cpp")
     servers = ["gpt", "llama.cpp"] if has_peer else ["gpt"]
