@@ -23,6 +23,7 @@ from gpt.evaluation.likelihood import likelihoods
 from gpt.generation.chat import chat_prompt
 from gpt.server import guard, requests
 from gpt.server import http as http_server
+from gpt.server.app import Server
 from gpt.server.engine import Engine
 from tests.generation.test_chat import HELLO, model_of
 from tests.server.conftest import serving, until
@@ -250,6 +251,18 @@ def test_a_second_turn_says_what_it_did_not_read_again(client):
     second = client.chat.completions.create(model="tiny", messages=messages, max_tokens=1)
     cached = second.usage.prompt_tokens_details.cached_tokens
     assert cached >= first.usage.prompt_tokens
+
+
+@pytest.mark.parametrize(("begun", "begins"), [([], True), ([72, 105], False)])
+def test_an_answer_that_was_begun_keeps_the_space_of_its_next_token(model, begun, begins):
+    body = {"messages": HELLO, "answer_token_ids": begun}
+    asked = requests.chat(model, body, requests.Limits("tiny", 256))
+
+    async def job():
+        server = Server(Engine(model), model, ServeConfig(model="tiny"), 256)
+        return server._job(asked, asyncio.Queue())
+
+    assert asyncio.run(job()).begins is begins
 
 
 def test_the_model_is_listed(client):
