@@ -392,7 +392,8 @@ void add_rest(const Weight* rows, const Number* x, long k, long K, float* y) {
     }
 }
 
-#if defined(GPT_AVX512)  // inline, GCC would find no registers for 2 R M sums
+// A function of its own: inlined into others, GCC finds no registers for its 2 R M sums.
+#if defined(GPT_AVX512)
 #define ALONE __attribute__((noinline))
 #else
 #define ALONE inline

@@ -39,7 +39,7 @@ def unescaped(text: str) -> str:
 
 CacheFormat = Literal["float", "int8"]
 LEAST_TEMPERATURE = 1e-5
-"""Of those above 0: a smaller one would overflow."""
+"""The smallest temperature above 0: logits divided by a smaller one would overflow."""
 _MOST_BIAS = 1e30
 """Far beyond any logit, and finite in bfloat16 and float32."""
 

@@ -173,7 +173,10 @@ def load_peft(
 
 
 def _number(settings: dict[str, Any], name: str, folder: Path) -> float:
-    value = settings.get(name, 0.0 if name == "lora_dropout" else None)
+    """A number among PEFT's settings, of which the dropout may be absent."""
+    value = settings.get(name)
+    if value is None and name == "lora_dropout":
+        return 0.0
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise UsageError(
             f"{foreign(folder / CONFIG)} has {name} {quoted(value)}, and must have a number"

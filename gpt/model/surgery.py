@@ -102,5 +102,7 @@ def set_dropout(model: GPT, p: float) -> None:
 
 
 def _resized(rows: Tensor, n: int) -> Tensor:
-    mean = rows.double().mean(dim=0, keepdim=True).to(rows)  # rounded alike on every machine
+    mean = (
+        rows.double().mean(dim=0, keepdim=True).to(rows)
+    )  # in float64, which machines round alike
     return torch.cat([rows[:n], mean.expand(max(0, n - len(rows)), -1)])

@@ -226,8 +226,8 @@ class Server:
 
 
 class _Streaming(StreamingResponse):
-    """A stream of events, which calls ``end`` when it has ended in any way: also if the client has
-    left or does not read.
+    """A stream of events. It calls ``end`` at its end, also when the client has left or does not
+    read.
     """
 
     def __init__(self, pieces: AsyncIterator[str], end: Callable[[], None]) -> None:

@@ -13,8 +13,8 @@ from gpt.config import UsageError, foreign
 from gpt.server.engine import Engine
 
 LAST_SECONDS = 10.0
-"""How long a client may read nothing of an answer that is complete, once its connection or the
-server is to end."""
+"""Seconds in which a client may read the rest of its answer after the server has closed the
+connection, or is told to end."""
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -82,7 +82,8 @@ def restore(
         tensors.read(path, saved)
     ending = f"/{RAW}"
     raw = {name.removesuffix(ending): saved.pop(name) for name in [*saved] if name.endswith(ending)}
-    average.restore(raw, progress.get("averaged"), checkpoint.step, config)
+    count = progress.get("averaged")
+    average.restore(raw, count if type(count) is int else None, checkpoint.step, config)
     for optimizer, names in zip(optimizers, names_of(model, optimizers), strict=True):
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in saved.items():
