@@ -102,7 +102,6 @@ def set_dropout(model: GPT, p: float) -> None:
 
 
 def _resized(rows: Tensor, n: int) -> Tensor:
-    mean = (
-        rows.double().mean(dim=0, keepdim=True).to(rows)
-    )  # in float64, which machines round alike
+    # in float64, so that all machines round it alike
+    mean = rows.double().mean(dim=0, keepdim=True).to(rows)
     return torch.cat([rows[:n], mean.expand(max(0, n - len(rows)), -1)])
