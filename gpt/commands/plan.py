@@ -61,8 +61,10 @@ class Plan:
     """As ``training.max_steps``, or as many as fit into ``training.max_minutes``."""
     tokens: int
     flops: float
+    step: float | None
+    """Seconds of a step."""
     seconds: float | None
-    """Of the whole run."""
+    """Of the whole run, with its evaluations."""
     how: str
     """Where the time is from."""
     sequences: int
@@ -142,6 +144,7 @@ def make_plan(config: PlanConfig, settings: Path, words: Sequence[str]) -> Plan:
         steps=steps,
         tokens=tokens,
         flops=float(each) * tokens,
+        step=step,
         seconds=seconds,
         how=how,
         sequences=sequences,

@@ -3,7 +3,8 @@
 The step of :mod:`gpt.training.rehearsal` runs on fake tensors, which have shapes and no numbers.
 A dispatch mode counts the bytes of the storages that are alive. So every variant of the model, each
 mode of activation checkpointing and each optimizer is counted by what it does, not by a formula.
-All layers of one kind take the same, so a deep model is counted with few layers, and extrapolated.
+All layers of one kind take the same, so a very deep model is counted with fewer layers, and
+extrapolated.
 """
 
 import contextlib
@@ -27,6 +28,9 @@ from gpt.training import loss
 from gpt.training.rehearsal import Rehearsal
 
 CPU = torch.device("cpu")
+DEEP = 24
+"""Layers that are counted. With fewer, the peak may be at another place of a step than it is in the
+whole model, and grow with the depth in another way."""
 
 
 class Footprint(NamedTuple):
@@ -37,13 +41,20 @@ class Footprint(NamedTuple):
     optimizer: float
     activations: float
     """What the forward pass of a micro batch keeps for its backward pass."""
-    passes: float
-    """All that is alive at the peak of forward and backward pass."""
+    forward: float
+    """All that is alive at the peak of the forward pass."""
+    backward: float
+    """All that is alive at the peak of the backward pass."""
     update: float
     """All that is alive at the peak of the optimizer's update."""
     copies: float
     """Copies beside the step's own tensors: the state that a thread writes as a checkpoint (on a
     CPU; for a GPU it is in the host's memory), and the average of the weights."""
+
+    @property
+    def passes(self) -> float:
+        """All that is alive at the peak of forward and backward pass."""
+        return max(self.forward, self.backward)
 
     @property
     def peak(self) -> float:
@@ -97,9 +108,10 @@ class Planner:
 
     def _deep(self, rows: int, accumulates: bool, n_layer: int = 0) -> Footprint:
         n_layer, p = n_layer or self.config.model.n_layer, self.period
-        if n_layer <= 3 * p:
+        few = p if self.config.model.n_expert else max(p, DEEP - 2 * p)
+        if n_layer <= few + 2 * p:
             return self._count(n_layer, rows, accumulates)
-        start = p + n_layer % p  # whole periods are left
+        start = few + (n_layer - few) % p  # whole periods are left
         one, two = (self._count(start + n * p, rows, accumulates) for n in (0, 1))
         return _line(one, two, (n_layer - start) // p)
 
@@ -128,16 +140,18 @@ class Planner:
             live.restart()
             before = live.now
             total = step.forward(rows)
-            activations = live.now - before
+            activations, forward = live.now - before, live.peak
+            live.restart()
             total.backward()
             del total
-            passes = live.peak
+            backward = live.peak
             live.restart()
             step.update()
             copies = sum(each.nbytes for each in step.copied(checkpoint=not self.for_gpu))
             found = Footprint(
-                weights, gradients, optimizer, activations, passes, live.peak, float(copies)
-            )
+                weights, gradients, optimizer, activations, forward, backward, live.peak,
+                float(copies),
+            )  # fmt: skip
         torch.set_rng_state(state)
         return found
 

@@ -1,13 +1,12 @@
 """The loss, which is not part of the model: cross-entropy of the next token, in nats.
 
 With a large vocabulary, the logits are the largest tensor of a step, and a float32 copy of bfloat16
-logits takes twice their memory. So the loss and its gradient are computed for a few rows at a time,
-and the gradient overwrites the logits. Under an adapter the head is frozen. Then its logits are
-computed for a few rows at a time too, and their gradient for the features at once: the logits of a
-whole batch never exist.
+logits takes twice their memory. So the head, the loss and the gradients of both are computed for a
+few rows at a time, and the gradient of the logits overwrites them: the logits of a whole batch
+never exist.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +18,12 @@ from gpt.model.gpt import GPT
 
 ROWS = 256
 """Positions that go through a frozen head at a time."""
+LOGITS = {"cpu": 2**25, "gpu": 2**27}
+"""Logits of a head that learns, computed at a time. Each time, the gradient of its matrix is added
+to the sum so far."""
+WORTH = 4
+"""Positions for each feature from which a head that learns is computed for a few rows at a time.
+For fewer, two gradients of its matrix take more memory than the logits do."""
 Head = Callable[[Tensor], Tensor]
 """Logits ``[N, V]`` of features ``[N, C]``."""
 CHUNK = {"cpu": 2**22, "gpu": 2**26}
@@ -86,24 +91,65 @@ class _LossesOfFrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, targets: Tensor, head: Head) -> Tensor:
-        wide = torch.float64 if features.dtype == torch.float64 else torch.float32
-        found = torch.empty(len(features), dtype=wide, device=features.device)
-        slope = torch.empty_like(features) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(features), ROWS):
-            rows = slice(start, start + ROWS)
-            with torch.set_grad_enabled(slope is not None):
-                some = features[rows].detach().requires_grad_(slope is not None)
-                losses = _losses(head(some), targets[rows])
-            found[rows] = losses.detach()
-            if slope is not None:
-                [slope[rows]] = torch.autograd.grad(losses, some, torch.ones_like(losses))
-        ctx.slope = slope
+        found, [ctx.slope] = _in_chunks(head, ROWS, targets, features, ctx.needs_input_grad[0], ())
         return found
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return ctx.slope.mul_(gradient[:, None]), None, None
+
+
+class _SumOfHead(torch.autograd.Function):
+    """The summed losses of features ``[N, C]`` by a head with ``weights`` that learn. The gradients
+    are computed with the sum, so the gradient that comes back only scales them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, head: Head, rows: int, targets: Tensor, features: Tensor, *weights: Tensor
+    ) -> Tensor:
+        found, ctx.slopes = _in_chunks(
+            head, rows, targets, features, ctx.needs_input_grad[3], weights
+        )
+        return found.sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = [None if slope is None else slope.mul_(gradient) for slope in ctx.slopes]
+        return None, None, None, *scaled
+
+
+def _in_chunks(
+    head: Head,
+    rows: int,
+    targets: Tensor,
+    features: Tensor,
+    learned: bool,
+    weights: Sequence[Tensor],
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The losses ``[N]`` of so many rows of ``features`` at a time, and the gradients of their sum:
+    for the features, if ``learned`` (else ``None``), and for the head's ``weights``.
+    """
+    wide = torch.float64 if features.dtype == torch.float64 else torch.float32
+    found = torch.empty(len(features), dtype=wide, device=features.device)
+    slope = torch.empty_like(features) if learned else None
+    slopes = [torch.zeros_like(weight, dtype=wide) for weight in weights]
+    for start in range(0, len(features), rows):
+        part = slice(start, start + rows)
+        some = features[part].detach().requires_grad_(learned)
+        with torch.set_grad_enabled(learned or bool(weights)):
+            losses = _losses(head(some), targets[part])
+            total = losses.sum()
+        found[part] = losses.detach()
+        wanted = [some, *weights] if learned else [*weights]
+        own = list(torch.autograd.grad(total, wanted)) if wanted else []
+        if slope is not None:
+            slope[part] = own.pop(0)
+        for known, gradient in zip(slopes, own, strict=True):
+            known += gradient
+    return found, [slope, *slopes]
 
 
 def counted_positions(targets: Tensor) -> Tensor | None:
@@ -123,7 +169,15 @@ def loss_of_features(model: GPT, features: Tensor, *, targets: Tensor) -> Tensor
     if counted is not None:
         features, targets = features[counted][None], targets[counted][None]
     if not is_frozen:
-        return summed_loss(model.logits(features), targets)
+        V, C = model.head.weight.shape
+        rows = LOGITS["cpu" if targets.device.type == "cpu" else "gpu"] // V
+        if model.pointer is not None or targets.numel() <= max(rows, WORTH * C):
+            return summed_loss(model.logits(features), targets)
+        learns = torch.is_grad_enabled()  # within the function, nothing tells
+        weights = [p for p in model.head.parameters() if learns and p.requires_grad]
+        flat = targets.flatten(), features.flatten(0, 1)
+        total: Tensor = _SumOfHead.apply(model.logits, rows, *flat, *weights)  # type: ignore[no-untyped-call]
+        return total
     return losses_of_features(model, features.flatten(0, 1), targets.flatten()).sum()
 
 

@@ -18,8 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gpt import training_kernels
-from gpt.config import TrainConfig, UsageError
+from gpt.config import ModelConfig, TrainConfig, UsageError
 from gpt.device import choose_precision, keep_freed_memory
 from gpt.model.gpt import GPT
 from gpt.speed import product_flops
@@ -132,7 +131,7 @@ def _measure(what: _Measurement) -> tuple[StepTime, float | None]:
     """The times, and the bytes by which the process grew at its peak, if they are known."""
     device, dtype = what.device, what.dtype
     torch.set_num_threads(what.threads)
-    _load_libraries(device, dtype)
+    _warm_up(device, dtype)
     before = _resident("VmRSS")
     keep_freed_memory()
     fast = choose_precision("auto", device)
@@ -144,13 +143,14 @@ def _measure(what: _Measurement) -> tuple[StepTime, float | None]:
     return time, peak - before
 
 
-def _load_libraries(device: torch.device, dtype: torch.dtype) -> None:
-    """Load what torch loads at the first product, backward pass and update."""
-    product_flops(dtype, device)
-    training_kernels.library()
-    weight = torch.nn.Parameter(torch.ones(1, device=device))
-    weight.sum().backward()
-    torch.optim.AdamW([weight]).step()
+def _warm_up(device: torch.device, dtype: torch.dtype) -> None:
+    """Make a step of a tiny model, so that all that torch loads, compiles and starts at its first
+    products and updates is there.
+    """
+    model = ModelConfig(vocab_size=64, context_length=16, n_layer=1, n_head=1, n_embd=16)
+    tiny = Rehearsal(TrainConfig(model=model), n_layer=1, device=device, dtype=dtype, fast=dtype)
+    tiny.forward(1).backward()
+    tiny.update()
 
 
 def _resident(what: str) -> float | None:

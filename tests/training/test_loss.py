@@ -83,16 +83,26 @@ HEADS = {
 def features_of(**fields):
     torch.manual_seed(0)
     model = GPT(
-        ModelConfig(vocab_size=61, context_length=8, n_layer=1, n_head=2, n_embd=16, **fields)
+        ModelConfig(
+            **{"vocab_size": 61, "context_length": 8, "n_layer": 1, "n_head": 2, "n_embd": 16}
+            | fields
+        )
     )
     tokens, (_, targets) = torch.randint(61, (3, 7)), made()
     return model, model.features(tokens).detach().requires_grad_(), targets
 
 
+@pytest.fixture
+def few_rows(monkeypatch):
+    """Two positions of the small heads at a time."""
+    monkeypatch.setattr(loss, "ROWS", 2)
+    monkeypatch.setattr(loss, "WORTH", 0)
+    monkeypatch.setitem(loss.LOGITS, "cpu", 2 * 61)
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("head", HEADS)
-def test_the_loss_of_features_is_that_of_their_logits(head, frozen, monkeypatch):
-    monkeypatch.setattr(loss, "ROWS", 4)
+def test_the_loss_of_features_is_that_of_their_logits(head, frozen, few_rows):
     model, features, targets = features_of(**HEADS[head])
     wanted = summed_loss(model.logits(features), targets)
     weight = model.head.weight
@@ -110,13 +120,58 @@ def test_the_loss_of_features_is_that_of_their_logits(head, frozen, monkeypatch)
     assert sum(rows) == (targets != IGNORED).sum() < targets.numel()
 
 
-def test_a_frozen_head_never_makes_the_logits_of_a_whole_batch(monkeypatch):
-    monkeypatch.setattr(loss, "ROWS", 2)
-    model, features, targets = features_of()
-    model.requires_grad_(False)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_logits_of_a_whole_batch_are_never_made(frozen, few_rows):
+    model, features, targets = features_of(n_embd=4)
+    model.requires_grad_(not frozen)
+    n = int((targets != IGNORED).sum()) * 61
     with Largest() as largest:
         loss_of_features(model, features, targets=targets).backward()
-    assert largest.elements <= features.numel() < (targets != IGNORED).sum() * 61
+    assert largest.elements <= model.head.weight.numel() < n
+
+
+def test_few_positions_of_a_head_that_learns_are_computed_at_once(monkeypatch):
+    """Two gradients of its matrix would take more memory than the logits."""
+    monkeypatch.setitem(loss.LOGITS, "cpu", 61)
+    model, features, targets = features_of()
+    rows = []
+    model.head.register_forward_hook(lambda head, given, out: rows.append(out.shape[-2]))
+    loss_of_features(model, features, targets=targets)
+    assert rows == [int((targets != IGNORED).sum())]
+
+
+def test_the_gradients_of_a_chunked_head_are_summed_in_float32(few_rows):
+    """In bfloat16, 256 + 1 is 256."""
+    model, features, _ = features_of()
+    model.to(torch.bfloat16)
+    many = features[:1, :1].detach().bfloat16().expand(1, 2000, -1)
+    loss_of_features(model, many, targets=torch.full((1, 2000), 5)).backward()
+    found, model.head.weight.grad = model.head.weight.grad, None
+    loss_of_features(model, many[:, :2], targets=torch.full((1, 2), 5)).backward()
+    torch.testing.assert_close(found, 1000 * model.head.weight.grad)
+
+
+@pytest.mark.parametrize("learns", [set(), {"head"}, {"features"}, {"features", "head"}])
+def test_only_the_gradients_that_are_wanted_are_computed(learns, few_rows):
+    model, features, targets = features_of()
+    features = features.requires_grad_("features" in learns)
+    model.head.requires_grad_("head" in learns)
+    asked = set()
+    model.head.register_forward_hook(
+        lambda head, given, out: asked.add((given[0].requires_grad, out.requires_grad))
+    )
+    total = loss_of_features(model, features, targets=targets)
+    assert asked == {("features" in learns, bool(learns))}
+    assert total.requires_grad == bool(learns)
+
+
+def test_an_evaluation_of_a_chunked_head_computes_no_gradients(few_rows):
+    model, features, targets = features_of()
+    asked = set()
+    model.head.register_forward_hook(lambda head, given, out: asked.add(out.requires_grad))
+    with torch.no_grad():
+        loss_of_features(model, features.detach(), targets=targets)
+    assert asked == {False}
 
 
 def test_a_frozen_head_has_no_loss_where_nothing_counts():

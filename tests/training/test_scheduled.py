@@ -96,7 +96,7 @@ def test_the_draws_have_the_models_probabilities():
 
 def forward_of(model):
     """A forward of a model whose features are its logits."""
-    head = SimpleNamespace(weight=torch.empty(0, requires_grad=True))
+    head = SimpleNamespace(weight=torch.empty(2, 2, requires_grad=True))
     whole = SimpleNamespace(pointer=None, head=head, logits=lambda features: features * 1.0)
 
     def forward(ids, documents, read=None):
