@@ -24,6 +24,9 @@ to the sum so far."""
 WORTH = 4
 """Positions for each feature from which a head that learns is computed for a few rows at a time.
 For fewer, two gradients of its matrix take more memory than the logits do."""
+STEP = 32
+"""Where some targets do not count, positions go through the head in a multiple of so many: oneDNN
+compiles a product for each number of rows."""
 Head = Callable[[Tensor], Tensor]
 """Logits ``[N, V]`` of features ``[N, C]``."""
 CHUNK = {"cpu": 2**22, "gpu": 2**26}
@@ -158,6 +161,16 @@ def counted_positions(targets: Tensor) -> Tensor | None:
     return None if counted.all() else counted
 
 
+def _only(counted: Tensor, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The ``counted`` positions in one row, and some that are not, up to a multiple of ``STEP``."""
+    at = counted.flatten().nonzero()[:, 0]
+    n = len(at)
+    at = F.pad(at, (0, min(-n % STEP, counted.numel() - n)))
+    chosen = targets.flatten()[at]
+    chosen[n:] = IGNORED
+    return features.flatten(0, 1)[at][None], chosen[None]
+
+
 def loss_of_features(model: GPT, features: Tensor, *, targets: Tensor) -> Tensor:
     """The :func:`summed_loss` of the logits that the model makes of its features ``[B, T, C]``.
 
@@ -167,7 +180,7 @@ def loss_of_features(model: GPT, features: Tensor, *, targets: Tensor) -> Tensor
     is_frozen = has_frozen_head(model)
     counted = counted_positions(targets) if is_frozen or not targets.is_cuda else None
     if counted is not None:
-        features, targets = features[counted][None], targets[counted][None]
+        features, targets = _only(counted, features, targets)
     if not is_frozen:
         V, C = model.head.weight.shape
         rows = LOGITS["cpu" if targets.device.type == "cpu" else "gpu"] // V

@@ -51,6 +51,7 @@ def check_packed(row, monkeypatch):
     ]
     alone = torch.cat([model(part[None])[0] for part in parts])
     expected = gradients(model, F.cross_entropy(alone, targets))
+    monkeypatch.setattr(documents, "STEP", 4)
     for way, scores in WAYS.items():
         monkeypatch.setattr(documents, "SCORES_A_DOCUMENT", scores)
         assert (documents_of(marks, 4).lengths is None) == (way == "with a mask")
@@ -85,6 +86,19 @@ def test_packed_documents_train_in_each_dtype(way, dtype, monkeypatch):
         alone = model(tokens[2:, :13])
     within = {torch.float32: 1e-4, torch.bfloat16: 0.3}[dtype]
     torch.testing.assert_close(together[2:, :13], alone, rtol=0, atol=within)
+
+
+def test_one_by_one_few_lengths_are_computed(monkeypatch):
+    """oneDNN keeps what it has compiled for each."""
+    monkeypatch.setattr(documents, "STEP", 16)
+    monkeypatch.setattr(documents, "SCORES_A_DOCUMENT", 1)
+    asked, real = set(), documents._cut
+    monkeypatch.setattr(
+        documents, "_cut", lambda x, start, n: [cut := real(x, start, n), asked.add(cut.shape[2])][0]
+    )
+    tokens, marks = packed(SIZES)
+    make_model(config_of({}))(tokens, documents=marks)
+    assert asked == {16, CONTEXT}
 
 
 def test_no_token_sees_another_document():
