@@ -7,12 +7,13 @@ time; without it, CONFIG says how many steps or minutes. The clock stops during 
 are of the whole held-out part. Options of train.py after ``--`` are for all runs.
 ``--row 'NAME: OPTIONS'``, once or more, adds a recipe with other options: an ablation. The runs of
 all rows take turns, first all with the first seed. ``--json FILE`` keeps what was measured; what is
-there already is not run again. ``--png FILE`` draws the curves.
+there already, with the same CONFIG, is not run again. ``--png FILE`` draws the curves.
 """
 
 import argparse
 import dataclasses
 import json
+import re
 import shlex
 import statistics
 import subprocess
@@ -24,7 +25,7 @@ from typing import Any
 
 from machine import describe
 
-from gpt.config import TrainConfig, parse
+from gpt.config import TrainConfig, UsageError, parse
 from gpt.data.prepare import prepare
 from gpt.device import keep_freed_memory
 from gpt.training import budget, setup
@@ -74,7 +75,8 @@ def in_a_process(words: list[str], seed: int, seconds: float, evaluations: int) 
         check=False,
     )
     if done.returncode:
-        raise SystemExit(f"{' '.join(words)}: {done.stderr}")
+        sys.stderr.write(f"{' '.join(words)}: {done.stderr}")
+        raise SystemExit(done.returncode)
     figures: Figures = json.loads(done.stdout.rpartition("@")[2])
     return figures
 
@@ -155,20 +157,36 @@ def main() -> None:
     if arguments.run is not None:
         keep_freed_memory()
         options = {"seconds": arguments.seconds, "evaluations": arguments.evaluations}
-        print("@", json.dumps(run([arguments.config, *common], arguments.run, **options)))
+        try:
+            found = run([arguments.config, *common], arguments.run, **options)
+        except UsageError as error:
+            parser.exit(2, f"{error}\n")
+        print("@", json.dumps(found))
         return
+    if not Path(arguments.config).is_file():
+        parser.error(f"{arguments.config} is not a file; it is a TOML file of train.py")
+    if not re.fullmatch(r"\d+(,\d+)*", arguments.seeds):
+        parser.error(f"--seeds is {arguments.seeds!r}, and must be numbers such as 1,2,3")
+    if arguments.evaluations < 1 or arguments.seconds < 0:
+        parser.error("--evaluations must be at least 1, and --seconds at least 0")
     rows = {BASE: []} | {
         name.strip(): shlex.split(own)
         for name, _, own in (row.partition(":") for row in arguments.row)
     }
     kept: dict[str, Figures] = {}
     if arguments.json is not None and arguments.json.exists():
-        kept = json.loads(arguments.json.read_text(encoding="utf-8"))
+        try:
+            kept = json.loads(arguments.json.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            parser.error(f"--json {arguments.json} cannot be read: {error}")
+    settings_of = Path(arguments.config).read_text(encoding="utf-8")
     results: dict[str, dict[str, Figures]] = {name: {} for name in rows}
     for seed in map(int, arguments.seeds.split(",")):
         for name, own in rows.items():
             settings = [arguments.config, *common, *own]
-            key = json.dumps([settings, seed, arguments.seconds, arguments.evaluations])
+            key = json.dumps(
+                [settings, settings_of, seed, arguments.seconds, arguments.evaluations]
+            )
             if key not in kept:
                 kept[key] = in_a_process(settings, seed, arguments.seconds, arguments.evaluations)
                 if arguments.json is not None:

@@ -1,12 +1,13 @@
 """Training speed beside nanoGPT and Hugging Face, in one run: the 10.7M-parameter character model
-(6 layers, 6 heads, 384 wide, T=256, dropout 0.2), or GPT-2 124M (T=1024, no dropout).
+(6 layers, 6 heads, 384 wide, T=256, dropout 0.2), and GPT-2 124M (T=1024, no dropout).
 
-``python benchmarks/train.py [--model 124m] [--sequences N] [--nanogpt PATH/model.py]``. A step is
-forward, backward, clipping and optimizer of N sequences (64, and 1 for 124m). Each line is a
+``python benchmarks/train.py [--model 10m|124m] [--sequences N] [--nanogpt PATH/model.py]``. A step
+is forward, backward, clipping and optimizer of N sequences (64, and 1 for 124m). Each line is a
 process of its own, and they run in turns; a figure is the median over all turns. The rate of the
 products is that of large square matrices in the row's dtype, measured at the end. nanoGPT's model
-file is used as it is, in eager float32 with fused AdamW, as is Hugging Face's GPT-2. For 10m, the
-defaults that matter on a CPU are also turned off one by one.
+file is used as it is, eager with fused AdamW, as is Hugging Face's GPT-2: in float32, and under
+autocast where the processor multiplies bfloat16 fast. For 10m, the defaults that matter on a CPU
+are also turned off one by one.
 """
 
 import argparse
@@ -43,8 +44,12 @@ VARIANTS = {
     "freed memory": "... without keeping freed memory",
     "operators": "... with torch's operators between the products",
     "nanogpt": "nanoGPT, eager float32",
+    "nanogpt bfloat16": "nanoGPT, eager bfloat16",
     "hugging face": "Hugging Face GPT-2, eager float32",
+    "hugging face bfloat16": "Hugging Face GPT-2, eager bfloat16",
 }
+PEERS = [name for name, line in VARIANTS.items() if "eager" in line]
+ABLATIONS = ("float32", "freed memory", "operators")
 
 
 def ours(model: ModelConfig, sequences: int, precision: str) -> Callable[[], object]:
@@ -64,15 +69,21 @@ def ours(model: ModelConfig, sequences: int, precision: str) -> Callable[[], obj
         return Trainer(config, data).update  # the shards stay mapped after the folder is gone
 
 
-def theirs(model: torch.nn.Module, shape: ModelConfig, sequences: int) -> Callable[[], object]:
-    """Steps of a model whose call with tokens and targets gives the loss."""
+def theirs(
+    model: torch.nn.Module, shape: ModelConfig, sequences: int, dtype: torch.dtype
+) -> Callable[[], object]:
+    """Steps of a model whose call with tokens and targets gives the loss, under autocast to
+    ``dtype``.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     micro = min(16, sequences)
     ids = torch.randint(shape.vocab_size, (sequences // micro, micro, shape.context_length))
 
     def step() -> None:
         for tokens in ids:
-            (model(tokens, tokens) / len(ids)).backward()
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                loss = model(tokens, tokens) / len(ids)
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -121,14 +132,14 @@ def nanogpt(path: str, shape: ModelConfig) -> torch.nn.Module:
 
 def measure(variant: str, shape: ModelConfig, sequences: int, steps: int, path: str) -> list[float]:
     """Tokens/s of each step of a variant, in this process, and its peak memory in GB."""
-    if variant not in ("freed memory", "nanogpt", "hugging face"):
+    if variant not in ("freed memory", *PEERS):
         keep_freed_memory()
     if variant == "operators":
         training_kernels.library = lambda: None
-    if variant == "hugging face":
-        step = theirs(hugging_face(shape), shape, sequences)
-    elif variant == "nanogpt":
-        step = theirs(nanogpt(path, shape), shape, sequences)
+    if variant in PEERS:
+        model = nanogpt(path, shape) if variant.startswith("nanogpt") else hugging_face(shape)
+        dtype = torch.bfloat16 if variant.endswith("bfloat16") else torch.float32
+        step = theirs(model, shape, sequences, dtype)
     else:
         step = ours(shape, sequences, "float32" if variant == "float32" else "auto")
     step()
@@ -137,51 +148,30 @@ def measure(variant: str, shape: ModelConfig, sequences: int, steps: int, path: 
     return [*rates, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=SHAPES, default="10m")
-    parser.add_argument("--dropout", type=float)
-    parser.add_argument("--sequences", type=int)
-    parser.add_argument("--steps", type=int, default=2, help="of each turn")
-    parser.add_argument("--turns", type=int, default=2)
-    parser.add_argument("--nanogpt", default="", help="its model.py")
-    parser.add_argument("--only", help="these variants, with commas between them")
-    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    dropout = arguments.dropout
-    if dropout is None:
-        dropout = 0.2 if arguments.model == "10m" else 0.0
-    shape = ModelConfig(**SHAPES[arguments.model], dropout=dropout)
-    sequences = arguments.sequences or SEQUENCES[arguments.model]
-    if sequences > 16 and sequences % 16:
-        parser.error(f"--sequences is {sequences}, and above 16 must be a multiple of 16")
-    if arguments.variant:
-        figures = measure(arguments.variant, shape, sequences, arguments.steps, arguments.nanogpt)
-        print("@", *figures)
-        return
-    console = Console(width=max(100, Console().width))
-    console.print(describe(), highlight=False, soft_wrap=True)
-    chosen = list(VARIANTS) if arguments.model == "10m" else ["defaults", "nanogpt", "hugging face"]
-    if arguments.only:
-        chosen = arguments.only.split(",")
-    if not arguments.nanogpt and "nanogpt" in chosen:
-        console.print("nanoGPT is left out: --nanogpt names its model.py")
-        chosen.remove("nanogpt")
+def compare(name: str, arguments: argparse.Namespace, chosen: list[str]) -> Table:
+    """The table of the ``chosen`` variants of a model."""
+    shape, sequences = shape_of(name, arguments.dropout), arguments.sequences or SEQUENCES[name]
     rates: dict[str, list[float]] = {variant: [] for variant in chosen}
     memory: dict[str, float] = {}
     for _ in range(arguments.turns):
         for variant in chosen:
-            words = [sys.executable, __file__, "--variant", variant, "--model", arguments.model]
-            words += ["--steps", str(arguments.steps), "--dropout", str(dropout)]
+            words = [sys.executable, __file__, "--variant", variant, "--model", name]
+            words += ["--steps", str(arguments.steps), "--dropout", str(shape.dropout)]
             words += ["--sequences", str(sequences), "--nanogpt", arguments.nanogpt]
-            done = subprocess.run(words, check=True, capture_output=True, text=True)
+            done = subprocess.run(words, check=False, capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(f"{VARIANTS[variant]}: {done.stderr}")
             *figures, peak = map(float, done.stdout.rpartition("@")[2].split())
             rates[variant] += figures
             memory[variant] = max(peak, memory.get(variant, 0))
-    peers = [variant for variant in ("nanogpt", "hugging face") if variant in chosen]
+    peers = [variant for variant in PEERS if variant in chosen]
     tokens = sequences * shape.context_length
-    table = Table(title=f"{arguments.model}, {tokens:,} tokens a step, dropout {dropout}")
-    for heading in ("", "tokens/s", *(f"of {VARIANTS[peer].split(',')[0]}" for peer in peers)):
+    table = Table(title=f"{name}, {tokens:,} tokens a step, dropout {shape.dropout}")
+    for heading in (
+        "",
+        "tokens/s",
+        *(f"of {VARIANTS[peer].replace(' eager', '')}" for peer in peers),
+    ):
         table.add_column(heading, justify="right" if heading else "left")
     table.add_column("of the products' rate", justify="right")
     table.add_column("peak GB", justify="right")
@@ -192,11 +182,60 @@ def main() -> None:
     median = {variant: statistics.median(values) for variant, values in rates.items()}
     for variant in chosen:
         ratios = [f"{median[variant] / median[peer]:.2f} x" for peer in peers]
-        dtype = torch.float32 if variant in (*peers, "float32") else fast
+        dtype = torch.float32 if "float32" in VARIANTS[variant] else fast
         share = f"{100 * median[variant] * flops / peaks[dtype]:.0f} %"
         figures = (f"{median[variant]:,.0f}", *ratios, share, f"{memory[variant]:.2f}")
         table.add_row(VARIANTS[variant], *figures)
-    console.print(table)
+    return table
+
+
+def shape_of(name: str, dropout: float | None) -> ModelConfig:
+    usual = 0.2 if name == "10m" else 0.0
+    return ModelConfig(**SHAPES[name], dropout=usual if dropout is None else dropout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=SHAPES, help="one of the two")
+    parser.add_argument("--dropout", type=float)
+    parser.add_argument("--sequences", type=int)
+    parser.add_argument("--steps", type=int, default=2, help="of each turn")
+    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--nanogpt", default="", help="its model.py")
+    parser.add_argument("--only", default="", help="these variants, with commas between them")
+    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    only = [name for name in arguments.only.split(",") if name]
+    if wrong := [name for name in only if name not in VARIANTS]:
+        parser.error(f"--only has {', '.join(wrong)}; there are {', '.join(VARIANTS)}")
+    if arguments.nanogpt and not Path(arguments.nanogpt).is_file():
+        parser.error(f"--nanogpt {arguments.nanogpt} is not a file; it is nanoGPT's model.py")
+    if arguments.dropout is not None and not 0 <= arguments.dropout < 1:
+        parser.error(f"--dropout is {arguments.dropout}, and must be at least 0 and below 1")
+    for name in ("steps", "turns", "sequences"):
+        if (number := getattr(arguments, name)) is not None and number < 1:
+            parser.error(f"--{name} is {number}, and must be at least 1")
+    n = arguments.sequences or 1
+    if n > 16 and n % 16:
+        parser.error(f"--sequences is {n}, and above 16 must be a multiple of 16")
+    if arguments.variant:
+        shape = shape_of(arguments.model, arguments.dropout)
+        print("@", *measure(arguments.variant, shape, n, arguments.steps, arguments.nanogpt))
+        return
+    console = Console(width=max(120, Console().width))
+    console.print(describe(), highlight=False, soft_wrap=True)
+    if not arguments.nanogpt:
+        console.print("nanoGPT is left out: --nanogpt names its model.py")
+    fast = choose_precision("auto", torch.device("cpu"))
+    for name in [arguments.model] if arguments.model else SHAPES:
+        chosen = only or [
+            variant
+            for variant, line in VARIANTS.items()
+            if not (variant in ABLATIONS and name != "10m")
+            and not (line.endswith("bfloat16") and fast != torch.bfloat16)
+        ]
+        chosen = [v for v in chosen if arguments.nanogpt or not v.startswith("nanogpt")]
+        console.print(compare(name, arguments, chosen))
 
 
 if __name__ == "__main__":

@@ -93,9 +93,12 @@ def test_one_by_one_few_lengths_are_computed(monkeypatch):
     monkeypatch.setattr(documents, "STEP", 16)
     monkeypatch.setattr(documents, "SCORES_A_DOCUMENT", 1)
     asked, real = set(), documents._cut
-    monkeypatch.setattr(
-        documents, "_cut", lambda x, start, n: [cut := real(x, start, n), asked.add(cut.shape[2])][0]
-    )
+
+    def cut(x, start, n):
+        asked.add(real(x, start, n).shape[2])
+        return real(x, start, n)
+
+    monkeypatch.setattr(documents, "_cut", cut)
     tokens, marks = packed(SIZES)
     make_model(config_of({}))(tokens, documents=marks)
     assert asked == {16, CONTEXT}

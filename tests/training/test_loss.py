@@ -139,7 +139,8 @@ def test_few_positions_of_a_head_that_learns_are_computed_at_once(monkeypatch):
     model.head.register_forward_hook(lambda head, given, out: rows.append(out.shape[-2]))
     monkeypatch.setattr(loss, "STEP", 4)
     loss_of_features(model, features, targets=targets)
-    assert rows == [12] and (targets != IGNORED).sum() == 10
+    assert (targets != IGNORED).sum() == 10
+    assert rows == [12]
 
 
 def test_the_gradients_of_a_chunked_head_are_summed_in_float32(few_rows):

@@ -70,3 +70,40 @@ def test_rows_are_compared_in_a_table_and_a_picture(speedrun, words, tmp_path, m
     assert "| as it is | 9,000 | 7 | 90 | 2.0200 ± 0.0100 | not reached |" in said
     assert "| gated | 9,000 | 7 | 90 | 1.8200 ± 0.0100 | 20.0 ± 0.0 |" in said
     assert picture.stat().st_size > 1000
+
+
+def test_another_content_of_the_file_is_measured_again(speedrun, words, tmp_path, monkeypatch):
+    figures = {"parameters": 1, "steps": 1, "tokens/s": 1.0, "curve": [[1.0, 2.0]]}
+    asked, kept = [], str(tmp_path / "kept.json")
+    monkeypatch.setattr(speedrun, "in_a_process", lambda *about: asked.append(about) or figures)
+    monkeypatch.setattr(
+        sys, "argv", ["speedrun.py", words[0], "--seeds", "1", "--json", kept, "--", *words[1:]]
+    )
+    speedrun.main()
+    speedrun.main()
+    assert len(asked) == 1
+    settings = Path(words[0])
+    settings.write_text(settings.read_text() + "\n[optimizer]\nlearning_rate = 0.1\n")
+    speedrun.main()
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["nothing.toml"], "nothing.toml is not a file"),
+        (["--seeds", "one"], "--seeds is 'one', and must be numbers such as 1,2,3"),
+        (["--evaluations", "0"], "--evaluations must be at least 1"),
+        (["--json", "broken"], "cannot be read"),
+        (["--run", "1", "--", "--model.n_head=3"], "n_head"),
+    ],
+)
+def test_a_mistake_is_one_sentence(options, said, speedrun, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("broken").write_text("{")
+    config = [] if options[0].endswith(".toml") else [words[0]]
+    monkeypatch.setattr(sys, "argv", ["speedrun.py", *config, *options])
+    with pytest.raises(SystemExit) as ended:
+        speedrun.main()
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
