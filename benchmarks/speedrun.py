@@ -45,7 +45,8 @@ def run(words: list[str], seed: int, *, seconds: float, evaluations: int) -> Fig
         config = setup.resolve(config, data, None)
         seconds = seconds or 60 * config.training.max_minutes
         if seconds:
-            step, _ = budget.measure(Trainer(config, data), None, seconds=min(20, 0.05 * seconds))
+            enough = min(20, 0.05 * seconds)
+            step, _ = budget.measure(Trainer(config, data), None, seconds=enough, most=seconds)
             steps = max(1, round(seconds / step))
             training = dataclasses.replace(config.training, max_steps=steps)
             config = dataclasses.replace(config, training=training)

@@ -210,6 +210,8 @@ def main() -> None:
         parser.error(f"--only has {', '.join(wrong)}; there are {', '.join(VARIANTS)}")
     if arguments.nanogpt and not Path(arguments.nanogpt).is_file():
         parser.error(f"--nanogpt {arguments.nanogpt} is not a file; it is nanoGPT's model.py")
+    if not arguments.nanogpt and any(name.startswith("nanogpt") for name in only):
+        parser.error("--only has nanoGPT, whose model.py --nanogpt names")
     if arguments.dropout is not None and not 0 <= arguments.dropout < 1:
         parser.error(f"--dropout is {arguments.dropout}, and must be at least 0 and below 1")
     for name in ("steps", "turns", "sequences"):
@@ -234,7 +236,8 @@ def main() -> None:
             if not (variant in ABLATIONS and name != "10m")
             and not (line.endswith("bfloat16") and fast != torch.bfloat16)
         ]
-        chosen = [v for v in chosen if arguments.nanogpt or not v.startswith("nanogpt")]
+        if not only and not arguments.nanogpt:
+            chosen = [variant for variant in chosen if not variant.startswith("nanogpt")]
         console.print(compare(name, arguments, chosen))
 
 

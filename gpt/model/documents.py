@@ -16,10 +16,11 @@ from torch import Tensor
 
 SCORES_A_DOCUMENT = 1 << 14
 """Computing a document's attention alone costs as much time as this many masked scores."""
-STEP = 32
-"""Attention of one document is computed for a multiple of so many tokens: those after its end are
-in the future, so it does not see them. oneDNN compiles a product for each of its shapes, and keeps
-hundreds of megabytes of them where each length has its own."""
+STEP, SHORT_STEP = 32, 8
+"""Attention of one document is computed for a multiple of so many tokens, with zeros behind its
+last one, which are in the future, so it does not see them; the second is for documents that are
+shorter than the first. oneDNN compiles a product for each of its shapes, and keeps hundreds of
+megabytes of them where each length has its own."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ def documents_of(marks: Tensor, n_head: int) -> Documents | None:
 
 
 def _up(n: int) -> int:
-    """To a multiple of ``STEP``."""
-    return n + -n % STEP
+    """To a multiple of a step."""
+    return n + -n % (STEP if n > STEP else SHORT_STEP)
 
 
 def one_by_one(*tensors: Tensor, **options: Any) -> Tensor:
@@ -92,30 +93,29 @@ def _one_by_one(
     attend: Callable[..., Tensor],
 ) -> Tensor:
     """Attention by ``attend`` (:func:`gpt.model.attend.attend`) inside each document. ``mask`` and
-    the keys of ``to_sinks`` are those of the longest document, with what follows it.
+    the keys of ``to_sinks`` are those of the longest document, with the zeros behind it.
     """
-    T = q.shape[2]
-    flat = [_in_a_row(x) for x in (q, k, v, *(to_sinks or ())[:1])]
-    parts, start = [], 0
-    for n in lengths.tolist():
+    T, sizes = q.shape[2], lengths.tolist()
+    others = [None] * len(sizes) if to_sinks is None else _split(to_sinks[0], sizes)
+    parts = []
+    for n, *heads, other in zip(sizes, *(_split(x, sizes) for x in (q, k, v)), others, strict=True):
         wide = min(T, _up(n))
-        *heads, other = [_cut(x, start, wide) for x in flat] + [None] * (4 - len(flat))
-        assert to_sinks is None or other is not None
-        sinks = None if to_sinks is None else (other, to_sinks[1][..., :wide])
         seen = None if mask is None else mask[..., :wide, :wide]
-        part = attend(*heads, mask=seen, to_sinks=sinks)
+        sinks = None
+        if to_sinks is not None and other is not None:
+            sinks = _padded(other, wide), to_sinks[1][..., :wide]
+        part = attend(*(_padded(x, wide) for x in heads), mask=seen, to_sinks=sinks)
         parts.append(part[:, :, :n].transpose(1, 2))
-        start += n
     B, H = q.shape[:2]
     return torch.cat(parts, dim=1).view(B, T, H, -1).transpose(1, 2)
 
 
-def _in_a_row(x: Tensor) -> Tensor:
-    """``[B, H, T, D]`` to ``[1, H, B T, D]``."""
-    return x.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2)
+def _split(x: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    """``[B, H, T, D]`` document by document, each ``[1, H, n, D]``."""
+    rows = x.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2)
+    return torch.split(rows, sizes, dim=2)
 
 
-def _cut(x: Tensor, start: int, n: int) -> Tensor:
-    """``n`` tokens of ``[1, H, T, D]`` from ``start`` on; behind the last token come zeros."""
-    found = x[:, :, start : start + n]
-    return F.pad(found, (0, 0, 0, n - found.shape[2])) if found.shape[2] < n else found
+def _padded(x: Tensor, n: int) -> Tensor:
+    """``[1, H, T, D]`` with zeros behind it, ``[1, H, n, D]``."""
+    return x if x.shape[2] == n else F.pad(x, (0, 0, 0, n - x.shape[2]))

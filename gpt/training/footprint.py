@@ -94,13 +94,15 @@ class Planner:
         ``rows`` is a number that is counted anyway. ``state`` replaces the bytes of weights,
         gradients, optimizer and copies, if given.
         """
-        one, many = (self.footprint(n, accumulates=True) for n in (1, max(2, rows)))
+        n = max(2, rows)
+        one, many, twice = (self.footprint(m, accumulates=True) for m in (1, n, 2 * n))
         usual = one.weights + one.gradients + one.optimizer + one.copies
-        more = one.copies + (state - usual if state else 0.0)
-        each = (many.passes - one.passes) / (max(2, rows) - 1)
-        if max(one.passes, one.update) + more > limit:
+        left = limit - one.copies - (state - usual if state else 0.0)
+        if max(one.passes, one.update) > left:
             return 0
-        return 1 + int((limit - one.passes - more) / each)
+        if many.passes > left:
+            return 1 + int((left - one.passes) / (many.passes - one.passes) * (n - 1))
+        return n + int((left - many.passes) / (twice.passes - many.passes) * n)
 
     def at(self, n_layer: int, rows: int) -> Footprint:
         """Of a step with gradients of earlier micro batches, for so many layers."""
@@ -231,5 +233,6 @@ def _kernels_of_a_gpu() -> Iterator[None]:
         mock.patch.object(attend, "_trains_faster_plainly", return_value=False),
         mock.patch.object(training_kernels, "library", return_value=None),
         mock.patch.dict(loss.CHUNK, cpu=loss.CHUNK["gpu"]),
+        mock.patch.dict(loss.LOGITS, cpu=loss.LOGITS["gpu"]),
     ):
         yield

@@ -1,9 +1,10 @@
 """The loss, which is not part of the model: cross-entropy of the next token, in nats.
 
 With a large vocabulary, the logits are the largest tensor of a step, and a float32 copy of bfloat16
-logits takes twice their memory. So the head, the loss and the gradients of both are computed for a
-few rows at a time, and the gradient of the logits overwrites them: the logits of a whole batch
-never exist.
+logits takes twice their memory. So the loss and its gradient are computed for a few rows at a time,
+and the gradient overwrites the logits. Of many positions, the head is computed for a few rows at a
+time too, and the gradients of its matrix and of the features with it: then the logits of a whole
+batch never exist, and the time of this part of the backward pass counts as forward.
 """
 
 from collections.abc import Callable, Sequence
@@ -100,7 +101,8 @@ class _LossesOfFrozenHead(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.slope.mul_(gradient[:, None]), None, None
+        slope, ctx.slope = ctx.slope, None  # a second backward pass would scale it again
+        return slope.mul_(gradient[:, None]), None, None
 
 
 class _SumOfHead(torch.autograd.Function):
@@ -120,7 +122,8 @@ class _SumOfHead(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [None if slope is None else slope.mul_(gradient) for slope in ctx.slopes]
+        slopes, ctx.slopes = ctx.slopes, None  # a second backward pass would scale them again
+        scaled = [None if slope is None else slope.mul_(gradient) for slope in slopes]
         return None, None, None, *scaled
 
 
@@ -162,7 +165,9 @@ def counted_positions(targets: Tensor) -> Tensor | None:
 
 
 def _only(counted: Tensor, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The ``counted`` positions in one row, and some that are not, up to a multiple of ``STEP``."""
+    """The ``counted`` positions in one row; up to a multiple of ``STEP`` it is the first position
+    of all, without a target.
+    """
     at = counted.flatten().nonzero()[:, 0]
     n = len(at)
     at = F.pad(at, (0, min(-n % STEP, counted.numel() - n)))
@@ -182,9 +187,8 @@ def loss_of_features(model: GPT, features: Tensor, *, targets: Tensor) -> Tensor
     if counted is not None:
         features, targets = _only(counted, features, targets)
     if not is_frozen:
-        V, C = model.head.weight.shape
-        rows = LOGITS["cpu" if targets.device.type == "cpu" else "gpu"] // V
-        if model.pointer is not None or targets.numel() <= max(rows, WORTH * C):
+        rows = _rows_at_a_time(model, features)
+        if rows == 0 or targets.numel() <= rows:
             return summed_loss(model.logits(features), targets)
         learns = torch.is_grad_enabled()  # within the function, nothing tells
         weights = [p for p in model.head.parameters() if learns and p.requires_grad]
@@ -192,6 +196,19 @@ def loss_of_features(model: GPT, features: Tensor, *, targets: Tensor) -> Tensor
         total: Tensor = _SumOfHead.apply(model.logits, rows, *flat, *weights)  # type: ignore[no-untyped-call]
         return total
     return losses_of_features(model, features.flatten(0, 1), targets.flatten()).sum()
+
+
+def _rows_at_a_time(model: GPT, features: Tensor) -> int:
+    """For how many positions of ``features`` a head that learns is computed at a time; 0: for all.
+    It is all in float16, where the scale of the loss must reach the gradient of the logits.
+    """
+    kind, (V, C) = features.device.type, model.head.weight.shape
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else features.dtype
+    few = features.shape[:-1].numel() <= WORTH * C
+    if few or model.pointer is not None or dtype == torch.float16:
+        return 0
+    rows = LOGITS["cpu" if kind == "cpu" else "gpu"] // V
+    return max(STEP, rows - rows % STEP)
 
 
 def has_frozen_head(model: GPT) -> bool:

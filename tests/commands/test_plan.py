@@ -17,7 +17,7 @@ from gpt.commands.gpus import GPUS
 from gpt.config import PlanConfig, TrainConfig, parse
 from gpt.device import PEAK_FLOPS
 from gpt.model.gpt import GPT
-from gpt.training import footprint, timing
+from gpt.training import footprint, loss, timing
 from gpt.training.footprint import Live, Planner, cache_bytes
 from gpt.training.rehearsal import Rehearsal
 from tests.test_cli import ROOT
@@ -57,9 +57,12 @@ VARIANTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_fake_tensors_take_the_bytes_of_real_ones_but_for_some_scalars(variant):
-    planner = planner_of(*VARIANTS[variant])
+@pytest.mark.parametrize("variant", [*VARIANTS, "many positions"])
+def test_fake_tensors_take_the_bytes_of_real_ones_but_for_some_scalars(variant, monkeypatch):
+    if variant == "many positions":  # whose head is computed for some at a time
+        monkeypatch.setattr(loss, "WORTH", 0)
+        monkeypatch.setitem(loss.LOGITS, "cpu", 32 * 61)
+    planner = planner_of(*VARIANTS.get(variant, []))
     counted = planner.footprint(8, accumulates=False)
     cpu = torch.device("cpu")
     with Live() as live:
@@ -133,6 +136,22 @@ def test_checkpointing_takes_less_memory_and_a_gpu_no_scores():
         planner_of(*long, **half, for_gpu=on).footprint(2, accumulates=True) for on in (0, 1)
     )
     assert gpu.activations < cpu.activations  # on a CPU, bfloat16 trains with the plain formula
+
+
+def test_a_gpu_computes_more_logits_at_a_time(monkeypatch):
+    monkeypatch.setattr(loss, "WORTH", 0)
+    monkeypatch.setattr(loss, "LOGITS", {"cpu": 32 * 4000, "gpu": 128 * 4000})
+    words = ["--model.vocab_size=4000", "--optimizer.name=adamw"]
+    cpu, gpu = (planner_of(*words, for_gpu=on).footprint(8, accumulates=True) for on in (0, 1))
+    assert gpu.forward - cpu.forward > 90 * 4000 * 4
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_the_largest_micro_batch_is_the_same_whatever_is_counted_anyway(rows):
+    planner = planner_of("--optimizer.name=adamw")
+    five = planner.footprint(5, accumulates=True).peak
+    assert planner.largest(five, rows=rows) == 5
+    assert planner.largest(five - 1, rows=rows) == 4
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])

@@ -52,6 +52,7 @@ def check_packed(row, monkeypatch):
     alone = torch.cat([model(part[None])[0] for part in parts])
     expected = gradients(model, F.cross_entropy(alone, targets))
     monkeypatch.setattr(documents, "STEP", 4)
+    monkeypatch.setattr(documents, "SHORT_STEP", 2)
     for way, scores in WAYS.items():
         monkeypatch.setattr(documents, "SCORES_A_DOCUMENT", scores)
         assert (documents_of(marks, 4).lengths is None) == (way == "with a mask")
@@ -92,16 +93,16 @@ def test_one_by_one_few_lengths_are_computed(monkeypatch):
     """oneDNN keeps what it has compiled for each."""
     monkeypatch.setattr(documents, "STEP", 16)
     monkeypatch.setattr(documents, "SCORES_A_DOCUMENT", 1)
-    asked, real = set(), documents._cut
+    asked, real = set(), documents._padded
 
-    def cut(x, start, n):
-        asked.add(real(x, start, n).shape[2])
-        return real(x, start, n)
+    def padded(x, n):
+        asked.add(n)
+        return real(x, n)
 
-    monkeypatch.setattr(documents, "_cut", cut)
+    monkeypatch.setattr(documents, "_padded", padded)
     tokens, marks = packed(SIZES)
     make_model(config_of({}))(tokens, documents=marks)
-    assert asked == {16, CONTEXT}
+    assert asked == {8, 16, CONTEXT}
 
 
 def test_no_token_sees_another_document():

@@ -13,7 +13,7 @@ from gpt.training.loss import loss_of_features, losses_of_features, summed_loss
 def made(dtype=torch.float32):
     logits = torch.randn(3, 7, 61, dtype=dtype, requires_grad=True)
     targets = torch.randint(61, (3, 7))
-    targets[0, :4] = targets[2] = IGNORED
+    targets[0, 1:5] = targets[2] = IGNORED
     return logits, targets
 
 
@@ -94,11 +94,11 @@ def features_of(**fields):
 
 @pytest.fixture
 def few_rows(monkeypatch):
-    """Two positions of the small heads at a time."""
+    """Two positions of the small heads at a time, or four if they learn."""
     monkeypatch.setattr(loss, "ROWS", 2)
     monkeypatch.setattr(loss, "WORTH", 0)
-    monkeypatch.setattr(loss, "STEP", 2)
-    monkeypatch.setitem(loss.LOGITS, "cpu", 2 * 61)
+    monkeypatch.setattr(loss, "STEP", 4)
+    monkeypatch.setitem(loss.LOGITS, "cpu", 4 * 61)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -175,6 +175,29 @@ def test_an_evaluation_of_a_chunked_head_computes_no_gradients(few_rows):
     with torch.no_grad():
         loss_of_features(model, features.detach(), targets=targets)
     assert asked == {False}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_second_backward_pass_is_an_error(frozen, few_rows):
+    model, features, targets = features_of()
+    model.requires_grad_(not frozen)
+    total = loss_of_features(model, features, targets=targets)
+    total.backward(retain_graph=True)
+    with pytest.raises((TypeError, AttributeError)):
+        total.backward()
+
+
+def test_in_float16_the_scale_of_the_loss_reaches_the_gradient_of_the_logits(few_rows):
+    """Each of them is too small for float16 without it."""
+    model, features, _ = features_of()
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.weight[5] = 20 * features[0, 0] / features[0, 0].square().sum()
+    features = features[:1, :1].expand(1, 9, -1)
+    with torch.autocast("cpu", torch.float16):
+        total = loss_of_features(model, features, targets=torch.full((1, 9), 5))
+    (2.0**14 * total).backward()
+    assert model.head.weight.grad[6].any()
 
 
 def test_a_frozen_head_has_no_loss_where_nothing_counts():

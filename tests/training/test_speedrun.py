@@ -4,6 +4,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -40,7 +41,8 @@ def test_a_run_has_its_curve_of_seconds_and_losses(speedrun, words):
 
 
 def test_a_run_is_planned_to_take_the_seconds(speedrun, words, monkeypatch):
-    monkeypatch.setattr(speedrun.budget, "measure", lambda trainer, sample, seconds: (0.5, 1.0))
+    measured = mock.create_autospec(speedrun.budget.measure, return_value=(0.5, 1.0))
+    monkeypatch.setattr(speedrun.budget, "measure", measured)
     assert speedrun.run(words, 1, seconds=2, evaluations=1)["steps"] == 4
 
 

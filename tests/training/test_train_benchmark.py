@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from gpt import training_kernels
 from gpt.config import ModelConfig
@@ -76,6 +77,7 @@ def test_each_row_trains_and_is_in_the_table(benchmark, monkeypatch, tmp_path, c
     [
         (["--only", "defaults,nonsense"], "--only has nonsense; there are defaults"),
         (["--nanogpt", "nothing.py"], "--nanogpt nothing.py is not a file"),
+        (["--only", "nanogpt"], "--only has nanoGPT, whose model.py --nanogpt names"),
         (["--dropout", "1"], "--dropout is 1.0, and must be at least 0 and below 1"),
         (["--turns", "0"], "--turns is 0, and must be at least 1"),
         (["--sequences", "17"], "--sequences is 17, and above 16 must be a multiple of 16"),
@@ -86,3 +88,17 @@ def test_a_mistake_is_one_sentence(words, said, benchmark, monkeypatch, capsys):
         run(benchmark, monkeypatch, *words)
     assert ended.value.code == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_others_compute_in_the_dtype_of_their_row(dtype, benchmark):
+    seen = []
+
+    class Other(torch.nn.Linear):
+        def forward(self, tokens, targets):
+            out = super().forward(torch.ones(2))
+            seen.append(out.dtype)
+            return out.sum()
+
+    benchmark.theirs(Other(2, 2), ModelConfig(**TINY), 2, dtype)()
+    assert seen == [dtype]
