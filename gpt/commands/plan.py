@@ -83,6 +83,8 @@ class Plan:
 def plan(config: PlanConfig, settings: Path, words: Sequence[str]) -> int:
     """Run the command. ``settings`` is the TOML file, and ``words`` are the user's."""
     config = with_vocabulary(config)
+    if more := _uncounted(config):
+        tell(f"a step that learns the next tokens is planned; not counted: {more}")
     made = make_plan(config, settings, words)
     if config.json:
         shown = dataclasses.asdict(made)
@@ -153,6 +155,16 @@ def make_plan(config: PlanConfig, settings: Path, words: Sequence[str]) -> Plan:
         chinchilla=CHINCHILLA * count,
         line=_line(config, place, micro, settings, words),
     )
+
+
+def _uncounted(config: PlanConfig) -> str:
+    """What the run has beyond a :class:`gpt.training.rehearsal.Rehearsal`."""
+    parts = {
+        "the teachers of objective.distill": bool(config.objective.distill),
+        f"what objective.kind {config.objective.kind} adds": config.objective.kind != "next_token",
+        "the first pass of training.scheduled_sampling": config.training.scheduled_sampling > 0,
+    }
+    return ", ".join(name for name, there in parts.items() if there)
 
 
 def _place(config: PlanConfig, parameters: int) -> Place:

@@ -263,6 +263,20 @@ def test_a_measurement_that_is_killed_is_one_sentence(monkeypatch, capsys):
     assert "was killed, probably because memory ran out" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--objective.distill=a,b"], "not counted: the teachers of objective.distill"),
+        (["--training.scheduled_sampling=0.5"], "not counted: the first pass of training.sched"),
+        ([], ""),
+    ],
+)
+def test_what_is_not_counted_is_told(words, said, capsys):
+    assert main(["plan", SHAKESPEARE, *SMALL, "--no_measure", *words]) == 0
+    told = capsys.readouterr().err
+    assert said in told if said else "not counted" not in told
+
+
 def test_minutes_are_planned_as_the_steps_that_fit_into_them(capsys):
     words = [SHAKESPEARE, *SMALL, "--training.precision=auto", "--gpu=h100", "--json"]
     assert main(["plan", *words, "--training.max_steps=10"]) == 0
