@@ -5,9 +5,9 @@
 is forward, backward, clipping and optimizer of N sequences (64, and 1 for 124m). Each line is a
 process of its own, and they run in turns; a figure is the median over all turns. The rate of the
 products is that of large square matrices in the row's dtype, measured at the end. nanoGPT's model
-file is used as it is, eager with fused AdamW, as is Hugging Face's GPT-2: in float32, and under
-autocast where the processor multiplies bfloat16 fast. For 10m, the defaults that matter on a CPU
-are also turned off one by one.
+file is used as it is, eager with fused AdamW and micro batches of at most 16, as is Hugging Face's
+GPT-2: in float32, and under autocast where the processor multiplies bfloat16 fast. For 10m, the
+defaults that matter on a CPU are also turned off one by one.
 """
 
 import argparse
@@ -196,7 +196,7 @@ def shape_of(name: str, dropout: float | None) -> ModelConfig:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=SHAPES, help="one of the two")
+    parser.add_argument("--model", choices=SHAPES, help="without it: both")
     parser.add_argument("--dropout", type=float)
     parser.add_argument("--sequences", type=int)
     parser.add_argument("--steps", type=int, default=2, help="of each turn")

@@ -47,7 +47,7 @@ class Place(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The answer."""
+    """What the command prints."""
 
     place: Place
     parameters: int
@@ -120,7 +120,7 @@ def make_plan(config: PlanConfig, settings: Path, words: Sequence[str]) -> Plan:
     if training.max_minutes and config.gpu == "none" and not config.measure:
         raise UsageError(
             "training.max_minutes is set, and how many steps fit into it is measured: leave out "
-            "--no-measure, or set --training.max_minutes 0 and --training.max_steps"
+            "--no_measure, or set --training.max_minutes 0 and --training.max_steps"
         )
     flops = each * batch_tokens
     step, evaluation, overhead, how = _time(config, place, planners, flops, sequences)
@@ -214,18 +214,16 @@ def _state(config: PlanConfig, place: Place, planner: Planner) -> float:
     one, two = (parameter_count(dataclasses.replace(config.model, n_layer=i)) for i in (1, 2))
     block = (two - one) * place.dtype.itemsize
     outside = 4 * (one - (two - one))  # embeddings and head, in float32
-    state = found.weights + found.gradients + found.optimizer + found.copies
-    return state / n + 2 * block + outside
+    return found.state / n + 2 * block + outside
 
 
 def _by_kind(found: Footprint, fixed: float, overhead: float | None) -> dict[str, float]:
     kinds = {name: float(getattr(found, name)) for name in KINDS}
     peak = found.peak
     if fixed:
-        state = found.weights + found.gradients + found.optimizer + found.copies
-        peak = peak - state + fixed
+        peak = peak - found.state + fixed
         for name in (*KINDS[:3], "copies"):
-            kinds[name] *= fixed / state
+            kinds[name] *= fixed / found.state
     measured = {} if overhead is None else {"process": peak + overhead}
     return {**kinds, "peak": peak, **measured}
 
@@ -257,7 +255,7 @@ def _time(
         free=0.8 * (free_memory() if device.type == "cpu" else place.memory),
     )
     if time is None:
-        how = "not measured: not even two layers fit into this machine's memory and time"
+        how = "not measured: even a part of it takes more than the free memory, or --seconds"
         return None, 0.0, None, how
     rows = min(config.training.micro_batch_size, sequences)
     step = sequences / rows * time.micro_batch + time.update
@@ -284,7 +282,7 @@ def _line(
             skip = name in mine
         if not skip:
             rest.append(word)
-    given = settings if settings.is_absolute() is False or words[:1] == [str(settings)] else None
+    given = settings if not settings.is_absolute() or words[:1] == [str(settings)] else None
     own = Path(__file__).parents[2] / "train.py"  # of a checkout
     script = "train.py" if own.is_file() and own.parent == Path.cwd() else "-m gpt train"
     start = f"python {script}"

@@ -16,11 +16,10 @@ from torch import Tensor
 
 SCORES_A_DOCUMENT = 1 << 14
 """Computing a document's attention alone costs as much time as this many masked scores."""
-STEP, SHORT_STEP = 32, 8
-"""Attention of one document is computed for a multiple of so many tokens, with zeros behind its
-last one, which are in the future, so it does not see them; the second is for documents that are
-shorter than the first. oneDNN compiles a product for each of its shapes, and keeps hundreds of
-megabytes of them where each length has its own."""
+MULTIPLE, SHORT_MULTIPLE = 32, 8
+"""A document is padded with zeros to a multiple of so many tokens (the second, if it is shorter
+than the first). Causal attention does not see them. oneDNN compiles a product for each shape, and
+keeps it: hundreds of megabytes, if each length has its own."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Documents:
     lengths: Tensor | None = None
     """The lengths of all documents, row after row, where attention is computed one by one."""
     longest: int = 0
-    """The most tokens for which attention is computed at once, where :attr:`lengths` are given."""
+    """The padded length of the longest document, where :attr:`lengths` are given."""
 
     def same(self) -> Tensor:
         """Whether query and key belong to the same document, ``[B, T, T]``."""
@@ -64,7 +63,7 @@ def documents_of(marks: Tensor, n_head: int) -> Documents | None:
 
 def _up(n: int) -> int:
     """To a multiple of a step."""
-    return n + -n % (STEP if n > STEP else SHORT_STEP)
+    return n + -n % (MULTIPLE if n > MULTIPLE else SHORT_MULTIPLE)
 
 
 def one_by_one(*tensors: Tensor, **options: Any) -> Tensor:

@@ -29,8 +29,8 @@ from gpt.training.rehearsal import Rehearsal
 
 CPU = torch.device("cpu")
 DEEP = 24
-"""Layers that are counted. With fewer, the peak may be at another place of a step than it is in the
-whole model, and grow with the depth in another way."""
+"""The most layers that are counted without extrapolation. With fewer, the peak may be at another
+place of a step than it is in the whole model, and grow with the depth in another way."""
 
 
 class Footprint(NamedTuple):
@@ -52,6 +52,11 @@ class Footprint(NamedTuple):
     CPU; for a GPU it is in the host's memory), and the average of the weights."""
 
     @property
+    def state(self) -> float:
+        """What a run keeps from step to step, with the gradients."""
+        return self.weights + self.gradients + self.optimizer + self.copies
+
+    @property
     def passes(self) -> float:
         """All that is alive at the peak of forward and backward pass."""
         return max(self.forward, self.backward)
@@ -64,8 +69,7 @@ class Footprint(NamedTuple):
     @property
     def temporary(self) -> float:
         """What the peak has beside weights, gradients, optimizer state, activations and copies."""
-        known = self.weights + self.gradients + self.optimizer + self.activations + self.copies
-        return max(0.0, self.peak - known)
+        return max(0.0, self.peak - self.state - self.activations)
 
 
 class Planner:
@@ -86,7 +90,7 @@ class Planner:
         """
         if self.config.model.n_expert:  # their sizes depend on numbers, so few rows are computed
             one, two = (self._deep(n, accumulates) for n in (1, 2))
-            return _line(one, two, rows - 1)
+            return _extrapolated(one, two, rows - 1)
         return self._deep(rows, accumulates)
 
     def largest(self, limit: float, *, rows: int, state: float = 0.0) -> int:
@@ -96,8 +100,7 @@ class Planner:
         """
         n = max(2, rows)
         one, many, twice = (self.footprint(m, accumulates=True) for m in (1, n, 2 * n))
-        usual = one.weights + one.gradients + one.optimizer + one.copies
-        left = limit - one.copies - (state - usual if state else 0.0)
+        left = limit - one.copies - (state - one.state if state else 0.0)
         if max(one.passes, one.update) > left:
             return 0
         if many.passes > left:
@@ -115,7 +118,7 @@ class Planner:
             return self._count(n_layer, rows, accumulates)
         start = few + (n_layer - few) % p  # whole periods are left
         one, two = (self._count(start + n * p, rows, accumulates) for n in (0, 1))
-        return _line(one, two, (n_layer - start) // p)
+        return _extrapolated(one, two, (n_layer - start) // p)
 
     def _count(self, n_layer: int, rows: int, accumulates: bool) -> Footprint:
         about = n_layer, rows, accumulates
@@ -211,7 +214,7 @@ class Live(TorchDispatchMode):
         self.now -= n
 
 
-def _line(first: Footprint, second: Footprint, steps: int) -> Footprint:
+def _extrapolated(first: Footprint, second: Footprint, steps: int) -> Footprint:
     """What comes ``steps`` after ``first``, if ``second`` comes one after it."""
     return Footprint(*(a + steps * (b - a) for a, b in zip(first, second, strict=True)))
 

@@ -2,9 +2,9 @@
 
 With a large vocabulary, the logits are the largest tensor of a step, and a float32 copy of bfloat16
 logits takes twice their memory. So the loss and its gradient are computed for a few rows at a time,
-and the gradient overwrites the logits. Of many positions, the head is computed for a few rows at a
-time too, and the gradients of its matrix and of the features with it: then the logits of a whole
-batch never exist, and the time of this part of the backward pass counts as forward.
+and the gradient overwrites the logits. Of many positions, the head is computed in such chunks too,
+with the gradients of its matrix and of the features: then the logits of a whole batch never exist,
+and the time of this part of the backward pass counts as forward.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,10 +22,10 @@ ROWS = 256
 LOGITS = {"cpu": 2**25, "gpu": 2**27}
 """Logits of a head that learns, computed at a time. Each time, the gradient of its matrix is added
 to the sum so far."""
-WORTH = 4
-"""Positions for each feature from which a head that learns is computed for a few rows at a time.
-For fewer, two gradients of its matrix take more memory than the logits do."""
-STEP = 32
+MIN_POSITIONS_PER_FEATURE = 4
+"""A head that learns is computed in chunks only above so many positions for each feature. Below,
+two gradients of its matrix take more memory than the logits."""
+MULTIPLE = 32
 """Where some targets do not count, positions go through the head in a multiple of so many: oneDNN
 compiles a product for each number of rows."""
 Head = Callable[[Tensor], Tensor]
@@ -105,7 +105,7 @@ class _LossesOfFrozenHead(torch.autograd.Function):
         return slope.mul_(gradient[:, None]), None, None
 
 
-class _SumOfHead(torch.autograd.Function):
+class _LossOfLearnedHead(torch.autograd.Function):
     """The summed losses of features ``[N, C]`` by a head with ``weights`` that learn. The gradients
     are computed with the sum, so the gradient that comes back only scales them.
     """
@@ -164,13 +164,13 @@ def counted_positions(targets: Tensor) -> Tensor | None:
     return None if counted.all() else counted
 
 
-def _only(counted: Tensor, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The ``counted`` positions in one row; up to a multiple of ``STEP`` it is the first position
-    of all, without a target.
+def _counted_only(counted: Tensor, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The ``counted`` positions as one row, padded to a multiple of ``MULTIPLE`` with position 0,
+    without its target.
     """
     at = counted.flatten().nonzero()[:, 0]
     n = len(at)
-    at = F.pad(at, (0, min(-n % STEP, counted.numel() - n)))
+    at = F.pad(at, (0, min(-n % MULTIPLE, counted.numel() - n)))
     chosen = targets.flatten()[at]
     chosen[n:] = IGNORED
     return features.flatten(0, 1)[at][None], chosen[None]
@@ -179,36 +179,37 @@ def _only(counted: Tensor, features: Tensor, targets: Tensor) -> tuple[Tensor, T
 def loss_of_features(model: GPT, features: Tensor, *, targets: Tensor) -> Tensor:
     """The :func:`summed_loss` of the logits that the model makes of its features ``[B, T, C]``.
 
-    Positions without a target do not go through the head, where the processor knows them: to ask
-    a GPU for them would wait for it.
+    Positions without a target do not go through the head. On a GPU only a frozen head leaves them
+    out, because to find them is to wait for the device.
     """
     is_frozen = has_frozen_head(model)
     counted = counted_positions(targets) if is_frozen or not targets.is_cuda else None
     if counted is not None:
-        features, targets = _only(counted, features, targets)
+        features, targets = _counted_only(counted, features, targets)
     if not is_frozen:
         rows = _rows_at_a_time(model, features)
-        if rows == 0 or targets.numel() <= rows:
+        if rows >= targets.numel():
             return summed_loss(model.logits(features), targets)
-        learns = torch.is_grad_enabled()  # within the function, nothing tells
+        learns = torch.is_grad_enabled()  # within a Function, it always says no
         weights = [p for p in model.head.parameters() if learns and p.requires_grad]
         flat = targets.flatten(), features.flatten(0, 1)
-        total: Tensor = _SumOfHead.apply(model.logits, rows, *flat, *weights)  # type: ignore[no-untyped-call]
+        total: Tensor = _LossOfLearnedHead.apply(model.logits, rows, *flat, *weights)  # type: ignore[no-untyped-call]
         return total
     return losses_of_features(model, features.flatten(0, 1), targets.flatten()).sum()
 
 
 def _rows_at_a_time(model: GPT, features: Tensor) -> int:
-    """For how many positions of ``features`` a head that learns is computed at a time; 0: for all.
-    It is all in float16, where the scale of the loss must reach the gradient of the logits.
+    """The positions of a chunk of ``features``, for a head that learns. In float16 it is all of
+    them, because the scale of the loss must reach the gradient of the logits.
     """
     kind, (V, C) = features.device.type, model.head.weight.shape
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else features.dtype
-    few = features.shape[:-1].numel() <= WORTH * C
+    n = features.shape[:-1].numel()
+    few = n <= MIN_POSITIONS_PER_FEATURE * C
     if few or model.pointer is not None or dtype == torch.float16:
-        return 0
+        return n
     rows = LOGITS["cpu" if kind == "cpu" else "gpu"] // V
-    return max(STEP, rows - rows % STEP)
+    return max(MULTIPLE, rows - rows % MULTIPLE)
 
 
 def has_frozen_head(model: GPT) -> bool:

@@ -29,7 +29,7 @@ SHARE = 0.5
 """The part of the speed of large products that a step reaches at least; only to choose what is
 measured."""
 CALLS = 4
-"""A warm-up and three that count."""
+"""A warm-up and three that count; if these take too long, two."""
 
 
 class StepTime(NamedTuple):
@@ -174,18 +174,16 @@ def _timed(step: Rehearsal, rows: int, seconds: float, *, head: bool) -> StepTim
             step.forward(rows, head=head)
 
     end = time.perf_counter() + seconds
-    while len(passes) < CALLS or time.perf_counter() < end:
+    while len(passes) < 3 or time.perf_counter() < end:
         passes.append(_seconds(lambda: step.forward(rows, head=head).backward(), step.device))
-        # The second pass finds no gradients, and the third adds to some.
+        # There is no update after the second pass, so the third adds to its gradients.
         if len(passes) != 2 and (len(updates) < CALLS or len(passes) % 4 == 0):
             updates.append(_seconds(step.update, step.device))
             forwards.append(_seconds(without_gradients, step.device))
-        if not copies:
+        if not copies:  # alive from here on, as a checkpoint's are
             copies += [t.clone() for t in step.copied(checkpoint=step.device.type == "cpu")]
-        if time.perf_counter() > end and len(passes) > 2:
-            break
     micro, evaluation, update = (
-        statistics.median(each[1:] or each) for each in (passes, forwards, updates)
+        statistics.median(each[1:]) for each in (passes, forwards, updates)
     )
     return StepTime(micro, evaluation, update, "the whole model")
 

@@ -60,7 +60,7 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", [*VARIANTS, "many positions"])
 def test_fake_tensors_take_the_bytes_of_real_ones_but_for_some_scalars(variant, monkeypatch):
     if variant == "many positions":  # whose head is computed for some at a time
-        monkeypatch.setattr(loss, "WORTH", 0)
+        monkeypatch.setattr(loss, "MIN_POSITIONS_PER_FEATURE", 0)
         monkeypatch.setitem(loss.LOGITS, "cpu", 32 * 61)
     planner = planner_of(*VARIANTS.get(variant, []))
     counted = planner.footprint(8, accumulates=False)
@@ -139,7 +139,7 @@ def test_checkpointing_takes_less_memory_and_a_gpu_no_scores():
 
 
 def test_a_gpu_computes_more_logits_at_a_time(monkeypatch):
-    monkeypatch.setattr(loss, "WORTH", 0)
+    monkeypatch.setattr(loss, "MIN_POSITIONS_PER_FEATURE", 0)
     monkeypatch.setattr(loss, "LOGITS", {"cpu": 32 * 4000, "gpu": 128 * 4000})
     words = ["--model.vocab_size=4000", "--optimizer.name=adamw"]
     cpu, gpu = (planner_of(*words, for_gpu=on).footprint(8, accumulates=True) for on in (0, 1))

@@ -51,8 +51,8 @@ def check_packed(row, monkeypatch):
     ]
     alone = torch.cat([model(part[None])[0] for part in parts])
     expected = gradients(model, F.cross_entropy(alone, targets))
-    monkeypatch.setattr(documents, "STEP", 4)
-    monkeypatch.setattr(documents, "SHORT_STEP", 2)
+    monkeypatch.setattr(documents, "MULTIPLE", 4)
+    monkeypatch.setattr(documents, "SHORT_MULTIPLE", 2)
     for way, scores in WAYS.items():
         monkeypatch.setattr(documents, "SCORES_A_DOCUMENT", scores)
         assert (documents_of(marks, 4).lengths is None) == (way == "with a mask")
@@ -91,7 +91,7 @@ def test_packed_documents_train_in_each_dtype(way, dtype, monkeypatch):
 
 def test_one_by_one_few_lengths_are_computed(monkeypatch):
     """oneDNN keeps what it has compiled for each."""
-    monkeypatch.setattr(documents, "STEP", 16)
+    monkeypatch.setattr(documents, "MULTIPLE", 16)
     monkeypatch.setattr(documents, "SCORES_A_DOCUMENT", 1)
     asked, real = set(), documents._padded
 

@@ -96,8 +96,8 @@ def features_of(**fields):
 def few_rows(monkeypatch):
     """Two positions of the small heads at a time, or four if they learn."""
     monkeypatch.setattr(loss, "ROWS", 2)
-    monkeypatch.setattr(loss, "WORTH", 0)
-    monkeypatch.setattr(loss, "STEP", 4)
+    monkeypatch.setattr(loss, "MIN_POSITIONS_PER_FEATURE", 0)
+    monkeypatch.setattr(loss, "MULTIPLE", 4)
     monkeypatch.setitem(loss.LOGITS, "cpu", 4 * 61)
 
 
@@ -137,7 +137,7 @@ def test_few_positions_of_a_head_that_learns_are_computed_at_once(monkeypatch):
     model, features, targets = features_of()
     rows = []
     model.head.register_forward_hook(lambda head, given, out: rows.append(out.shape[-2]))
-    monkeypatch.setattr(loss, "STEP", 4)
+    monkeypatch.setattr(loss, "MULTIPLE", 4)
     loss_of_features(model, features, targets=targets)
     assert (targets != IGNORED).sum() == 10
     assert rows == [12]

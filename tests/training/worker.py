@@ -256,7 +256,7 @@ def main(folder: Path, everything: bool) -> None:
                 training = {"micro_batch_size": micro, "gradient_clip": 0.0}
                 config = config_of(folder, "none", **options, training=training)
                 results[name, "gradients", micro] = gradients(config, world)
-                few = {"WORTH": 0, "STEP": 4, "LOGITS": {"cpu": 1}}
+                few = {"MIN_POSITIONS_PER_FEATURE": 0, "MULTIPLE": 4, "LOGITS": {"cpu": 1}}
                 with mock.patch.multiple("gpt.training.loss", **few):
                     results[name, "head in chunks", micro] = gradients(config, world)
                 for kind, windows in {"masked": Masked, "documents": Several}.items():
