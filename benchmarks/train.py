@@ -224,7 +224,7 @@ def main() -> None:
         shape = shape_of(arguments.model, arguments.dropout)
         print("@", *measure(arguments.variant, shape, n, arguments.steps, arguments.nanogpt))
         return
-    console = Console(width=max(120, Console().width))
+    console = Console(width=max(160, Console().width))
     console.print(describe(), highlight=False, soft_wrap=True)
     if not arguments.nanogpt:
         console.print("nanoGPT is left out: --nanogpt names its model.py")

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SCORES_A_DOCUMENT = 1 << 14
+SCORES_A_DOCUMENT = 1 << 15
 """Computing a document's attention alone costs as much time as this many masked scores."""
 MULTIPLE, SHORT_MULTIPLE = 32, 8
 """A document is padded with zeros to a multiple of so many tokens (the second, if it is shorter
