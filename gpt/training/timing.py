@@ -163,7 +163,9 @@ def _resident(what: str) -> float | None:
 
 
 def _timed(step: Rehearsal, rows: int, seconds: float, *, head: bool) -> StepTime:
-    """Medians over about ``seconds``; without the head, of a step that leaves it out."""
+    """Medians (of two, the shorter: the other one grew the heap) over about ``seconds``; without
+    the head, of a step that leaves it out.
+    """
     passes: list[float] = []
     forwards: list[float] = []
     updates: list[float] = []
@@ -183,7 +185,7 @@ def _timed(step: Rehearsal, rows: int, seconds: float, *, head: bool) -> StepTim
         if not copies:  # alive from here on, as a checkpoint's are
             copies += [t.clone() for t in step.copied(checkpoint=step.device.type == "cpu")]
     micro, evaluation, update = (
-        statistics.median(each[1:]) for each in (passes, forwards, updates)
+        statistics.median_low(each[1:]) for each in (passes, forwards, updates)
     )
     return StepTime(micro, evaluation, update, "the whole model")
 
