@@ -62,7 +62,7 @@ def documents_of(marks: Tensor, n_head: int) -> Documents | None:
 
 
 def _up(n: int) -> int:
-    """To a multiple of a step."""
+    """The padded length of a document of ``n`` tokens."""
     return n + -n % (MULTIPLE if n > MULTIPLE else SHORT_MULTIPLE)
 
 

@@ -20,8 +20,8 @@ from gpt.model.gpt import GPT
 ROWS = 256
 """Positions that go through a frozen head at a time."""
 LOGITS = {"cpu": 2**25, "gpu": 2**27}
-"""Logits of a head that learns, computed at a time. Each time, the gradient of its matrix is added
-to the sum so far."""
+"""The most logits in a chunk of a head that learns. Each chunk adds a gradient of the head's matrix
+to the sum so far, so small chunks take more time."""
 MIN_POSITIONS_PER_FEATURE = 4
 """A head that learns is computed in chunks only above so many positions for each feature. Below,
 two gradients of its matrix take more memory than the logits."""
