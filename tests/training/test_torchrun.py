@@ -203,8 +203,10 @@ def test_two_nodes_train_together_and_again_after_a_process_was_killed(whole):
     os.kill(workers(other)[1], signal.SIGKILL)
     outputs = [finish(node)[0] for node in nodes]
     told = "".join(outputs)
-    assert told.count("fsdp on 2 processes") == 2  # by one of them, at each start
-    assert re.search(r"continuing from step [12]\d", told)
+    again = re.findall(r"continuing from step (\d+)", told)  # torchrun may need more than one start
+    assert again
+    assert all(int(step) >= 19 for step in again)
+    assert told.count("fsdp on 2 processes") == 1 + len(again)  # by one of them, at each start
     for one, two in zip(metrics(whole, "nodes"), metrics(whole, "whole"), strict=True):
         assert one["step"] == two["step"]
         for key in {"loss", "validation_loss"} & two.keys():
