@@ -6,8 +6,8 @@ is forward, backward, clipping and optimizer of N sequences (64, and 1 for 124m)
 process of its own, and they run in turns; a figure is the median over all turns. The rate of the
 products is that of large square matrices in the row's dtype, measured at the end. nanoGPT's model
 file is used as it is, eager with fused AdamW and micro batches of at most 16, as is Hugging Face's
-GPT-2: in float32, and under autocast where the processor multiplies bfloat16 fast. For 10m, the
-defaults that matter on a CPU are also turned off one by one.
+GPT-2: in float32, and under autocast where the processor multiplies bfloat16 fast. The defaults
+that matter on a CPU are also turned off one by one.
 """
 
 import argparse
@@ -43,16 +43,21 @@ VARIANTS = {
     "float32": "... in float32",
     "freed memory": "... without keeping freed memory",
     "operators": "... with torch's operators between the products",
+    "one block": "... with attention in one block of queries",
+    "single weights": "... with an update of AdamW for each parameter",
     "nanogpt": "nanoGPT, eager float32",
     "nanogpt bfloat16": "nanoGPT, eager bfloat16",
     "hugging face": "Hugging Face GPT-2, eager float32",
     "hugging face bfloat16": "Hugging Face GPT-2, eager bfloat16",
 }
 PEERS = [name for name, line in VARIANTS.items() if "eager" in line]
-ABLATIONS = ("float32", "freed memory", "operators")
+ABLATIONS = {
+    "10m": ["float32", "freed memory", "operators", "single weights"],
+    "124m": ["operators", "one block"],
+}
 
 
-def ours(model: ModelConfig, sequences: int, precision: str) -> Callable[[], object]:
+def ours(model: ModelConfig, sequences: int, precision: str) -> Trainer:
     with tempfile.TemporaryDirectory() as folder:
         data = prepare(DataConfig(), Path(folder))
         micro = min(16, sequences)
@@ -66,7 +71,7 @@ def ours(model: ModelConfig, sequences: int, precision: str) -> Callable[[], obj
             ),
             optimizer=OptimizerConfig(learning_rate=1e-3),
         )
-        return Trainer(config, data).update  # the shards stay mapped after the folder is gone
+        return Trainer(config, data)  # the shards stay mapped after the folder is gone
 
 
 def theirs(
@@ -136,12 +141,18 @@ def measure(variant: str, shape: ModelConfig, sequences: int, steps: int, path: 
         keep_freed_memory()
     if variant == "operators":
         training_kernels.library = lambda: None
+    if variant == "one block":
+        training_kernels.QUERIES = shape.context_length
     if variant in PEERS:
         model = nanogpt(path, shape) if variant.startswith("nanogpt") else hugging_face(shape)
         dtype = torch.bfloat16 if variant.endswith("bfloat16") else torch.float32
         step = theirs(model, shape, sequences, dtype)
     else:
-        step = ours(shape, sequences, "float32" if variant == "float32" else "auto")
+        trainer = ours(shape, sequences, "float32" if variant == "float32" else "auto")
+        if variant == "single weights":
+            for group in (group for own in trainer.optimizers for group in own.param_groups):
+                group |= {"fused": False, "foreach": False}
+        step = trainer.update
     step()
     tokens = sequences * shape.context_length
     rates = [tokens / seconds(step) for _ in range(steps)]
@@ -233,7 +244,7 @@ def main() -> None:
         chosen = only or [
             variant
             for variant, line in VARIANTS.items()
-            if not (variant in ABLATIONS and name != "10m")
+            if (variant == "defaults" or variant in [*ABLATIONS[name], *PEERS])
             and not (line.endswith("bfloat16") and fast != torch.bfloat16)
         ]
         if not only and not arguments.nanogpt:

@@ -231,71 +231,82 @@ void split_heads_back(const Heads& heads, const Number* qkv, const Number* const
 // Which places of a vector are below n.
 inline Ints below(long n) { return (Ints)counting() < (int32_t)std::min(n, LANES); }
 
-// Rows of causal scores [M, T, T], times `scale`, to their softmax, in place; and what dropout leaves of it.
-template <class Number>
-void causal_softmax(Number* scores, Number* left, long M, long T, double scale, Dropout dropout) {
-  shared(M * T, [=](long begin, long end) {
-    std::vector<float> row(T + LANES);
+// Scores [M, queries, T] of M heads: those of the queries before position T and of all keys that they may see.
+struct Causal {
+  long M, queries, T, length;  // length: of the whole sequence, which numbers the weights for dropout
+  double scale;
+};
+
+// The rows of a block of scores: `function` of the row, the keys that it sees, those padded to whole vectors, the
+// number of its first weight, and room for a row.
+template <class Function>
+void causal_rows(Causal c, Function function) {
+  shared(c.M * c.queries, [=](long begin, long end) {
+    std::vector<float> row(c.T + LANES);
     for (long r = begin; r < end; r++) {
-      long n = r % T + 1, used = std::min(T, (n + LANES - 1) / LANES * LANES);
-      Number *own = scores + r * T, *rest = left + r * T;
-      Floats most = Floats{} - INFINITY;
-      for (long i = 0; i < n; i += LANES) {
-        Floats v = part(own + i, T - i) * float(scale);
-        v = below(n - i) ? v : Floats{} - INFINITY;
-        std::memcpy(&row[i], &v, sizeof v);
-        most = v > most ? v : most;
-      }
-      float largest = -INFINITY;
-      for (long j = 0; j < LANES; j++) largest = std::max(largest, most[j]);
-      Floats total = {};
-      for (long i = 0; i < n; i += LANES) {
-        Floats v = exponential(floats(&row[i]) - largest);
-        v = below(n - i) ? v : Floats{};
-        std::memcpy(&row[i], &v, sizeof v);
-        total += v;
-      }
-      float inverse = 1 / sum(total);
-      for (long i = 0; i < n; i += LANES) {
-        Floats v = floats(&row[i]) * inverse;
-        put(own + i, v, T - i);
-        if (left) put(rest + i, v * factors(dropout, r * T + i), T - i);
-      }
-      std::fill_n(own + used, T - used, Number{});
-      if (left) std::fill_n(rest + used, T - used, Number{});
+      long t = c.T - c.queries + r % c.queries, n = t + 1;
+      long used = std::min(c.T, (n + LANES - 1) / LANES * LANES);
+      function(r, n, used, (r / c.queries * c.length + t) * c.length, row.data());
     }
   });
 }
 
-// The slopes of what dropout left [M, T, T] to those of the scores, in place; and with `left`, that again.
-// Weights that the causal mask hides are 0.
+// Causal scores, times `scale`, to their softmax, in place; and with `left`, what dropout leaves of it.
 template <class Number>
-void causal_softmax_back(const Number* weights, Number* slopes, Number* left, long M, long T, double scale,
-                         Dropout dropout) {
-  shared(M * T, [=](long begin, long end) {
-    std::vector<float> row(T + LANES);
-    for (long r = begin; r < end; r++) {
-      long n = r % T + 1, used = std::min(T, (n + LANES - 1) / LANES * LANES);
-      const Number* own = weights + r * T;
-      Number *slope = slopes + r * T, *rest = left + r * T;
-      Floats dots = {};
-      for (long i = 0; i < n; i += LANES) {
-        Floats v = part(slope + i, T - i), w = part(own + i, T - i);
-        v = below(n - i) ? v : Floats{};  // what is hidden may be infinite
-        if (left) {
-          Floats kept = factors(dropout, r * T + i);
-          put(rest + i, w * kept, T - i);
-          v *= kept;
-        }
-        std::memcpy(&row[i], &v, sizeof v);
-        dots += v * w;
-      }
-      float mean = sum(dots);
-      for (long i = 0; i < n; i += LANES)
-        put(slope + i, part(own + i, T - i) * (floats(&row[i]) - mean) * float(scale), T - i);
-      std::fill_n(slope + used, T - used, Number{});
-      if (left) std::fill_n(rest + used, T - used, Number{});
+void causal_softmax(Number* scores, Number* left, Causal c, Dropout dropout) {
+  causal_rows(c, [=, T = c.T](long r, long n, long used, long number, float* row) {
+    Number *own = scores + r * T, *rest = left + r * T;
+    Floats most = Floats{} - INFINITY;
+    for (long i = 0; i < n; i += LANES) {
+      Floats v = part(own + i, T - i) * float(c.scale);
+      v = below(n - i) ? v : Floats{} - INFINITY;
+      std::memcpy(&row[i], &v, sizeof v);
+      most = v > most ? v : most;
     }
+    float largest = -INFINITY;
+    for (long j = 0; j < LANES; j++) largest = std::max(largest, most[j]);
+    Floats total = {};
+    for (long i = 0; i < n; i += LANES) {
+      Floats v = exponential(floats(&row[i]) - largest);
+      v = below(n - i) ? v : Floats{};
+      std::memcpy(&row[i], &v, sizeof v);
+      total += v;
+    }
+    float inverse = 1 / sum(total);
+    for (long i = 0; i < n; i += LANES) {
+      Floats v = floats(&row[i]) * inverse;
+      put(own + i, v, T - i);
+      if (left) put(rest + i, v * factors(dropout, number + i), T - i);
+    }
+    std::fill_n(own + used, T - used, Number{});
+    if (left) std::fill_n(rest + used, T - used, Number{});
+  });
+}
+
+// The slopes of what dropout left to those of the scores, in place; and with `left`, that again. Weights that the
+// causal mask hides are 0.
+template <class Number>
+void causal_softmax_back(const Number* weights, Number* slopes, Number* left, Causal c, Dropout dropout) {
+  causal_rows(c, [=, T = c.T](long r, long n, long used, long number, float* row) {
+    const Number* own = weights + r * T;
+    Number *slope = slopes + r * T, *rest = left + r * T;
+    Floats dots = {};
+    for (long i = 0; i < n; i += LANES) {
+      Floats v = part(slope + i, T - i), w = part(own + i, T - i);
+      v = below(n - i) ? v : Floats{};  // what is hidden may be infinite
+      if (left) {
+        Floats kept = factors(dropout, number + i);
+        put(rest + i, w * kept, T - i);
+        v *= kept;
+      }
+      std::memcpy(&row[i], &v, sizeof v);
+      dots += v * w;
+    }
+    float mean = sum(dots);
+    for (long i = 0; i < n; i += LANES)
+      put(slope + i, part(own + i, T - i) * (floats(&row[i]) - mean) * float(c.scale), T - i);
+    std::fill_n(slope + used, T - used, Number{});
+    if (left) std::fill_n(rest + used, T - used, Number{});
   });
 }
 
@@ -371,18 +382,18 @@ void gpt_split_heads_back(long type, const Heads* heads, const void* qkv, const 
   });
 }
 
-void gpt_causal_softmax(long type, void* scores, void* left, long M, long T, double scale, Dropout dropout) {
+void gpt_causal_softmax(long type, void* scores, void* left, Causal causal, Dropout dropout) {
   typed(type, [&](auto* of) {
     using Number = decltype(of);
-    causal_softmax((Number)scores, (Number)left, M, T, scale, dropout);
+    causal_softmax((Number)scores, (Number)left, causal, dropout);
   });
 }
 
-void gpt_causal_softmax_back(long type, const void* weights, void* slopes, void* left, long M, long T,
-                             double scale, Dropout dropout) {
+void gpt_causal_softmax_back(long type, const void* weights, void* slopes, void* left, Causal causal,
+                             Dropout dropout) {
   typed(type, [&](auto* of) {
     using Number = decltype(of);
-    causal_softmax_back((Number)weights, (Number)slopes, (Number)left, M, T, scale, dropout);
+    causal_softmax_back((Number)weights, (Number)slopes, (Number)left, causal, dropout);
   });
 }
 }

@@ -24,6 +24,8 @@ from gpt import cpp_library
 SOURCE = Path(__file__).with_suffix(".cpp")
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 """The dtypes of activations, with their numbers in ``training_kernels.cpp``."""
+QUERIES = 256
+"""The most queries in a block of causal attention."""
 KINDS = (Tensor, nn.Parameter, FakeTensor)
 """The types of tensors that the kernels take. Distributed tensors are not among them."""
 
@@ -44,6 +46,12 @@ class _Heads(ctypes.Structure):
     )  # fmt: skip
 
 
+class _Causal(ctypes.Structure):
+    _fields_ = (
+        *((name, _LONG) for name in ("M", "queries", "T", "length")), ("scale", _DOUBLE),
+    )  # fmt: skip
+
+
 SIGNATURES = {
     "gpt_rms_norm": (_LONG, _LONG, *[_POINTER] * 4, _LONG, _LONG, _DOUBLE),
     "gpt_rms_norm_back": (_LONG, _LONG, *[_POINTER] * 6, _LONG, _LONG),
@@ -52,8 +60,8 @@ SIGNATURES = {
     "gpt_relu_squared": (_LONG, *[_POINTER] * 3, _LONG),
     "gpt_split_heads": (_LONG, ctypes.POINTER(_Heads), *[_POINTER] * 4),
     "gpt_split_heads_back": (_LONG, ctypes.POINTER(_Heads), *[_POINTER] * 5),
-    "gpt_causal_softmax": (_LONG, *[_POINTER] * 2, _LONG, _LONG, _DOUBLE, _Dropout),
-    "gpt_causal_softmax_back": (_LONG, *[_POINTER] * 3, _LONG, _LONG, _DOUBLE, _Dropout),
+    "gpt_causal_softmax": (_LONG, *[_POINTER] * 2, _Causal, _Dropout),
+    "gpt_causal_softmax_back": (_LONG, *[_POINTER] * 3, _Causal, _Dropout),
 }
 
 
@@ -269,37 +277,76 @@ def split_heads(
     return out
 
 
+def _blocks(length: int) -> list[tuple[int, int]]:
+    """The first query, and the one after the last, of blocks of at most :data:`QUERIES`."""
+    n = -(-length // QUERIES)
+    return [(length * i // n, length * (i + 1) // n) for i in range(n)]
+
+
+def _weights(
+    q: Tensor, k: Tensor, length: int, scale: float, dropout: _Dropout | None
+) -> tuple[Tensor, Tensor]:
+    """The weights ``[M, n, S]`` of the ``n`` queries before position ``S``, and what dropout leaves
+    of them. ``length`` is that of the whole sequence.
+    """
+    weights = q @ k.mT
+    left = None if dropout is None else torch.empty_like(weights)
+    causal = _Causal(*weights.shape, length, scale)
+    _run("gpt_causal_softmax", weights.dtype, weights, left, causal, dropout or _Dropout())
+    return weights, weights if left is None else left
+
+
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, p: float, scale: float) -> Tensor:
-        T, shape = q.shape[-2], v.shape
+        shape, T = v.shape, v.shape[-2]
         q, k, v = (x.flatten(0, 1).contiguous() for x in (q, k, v))
-        weights = q @ k.mT
-        dropout = _drawn(p, q)
-        left = None if dropout is None else torch.empty_like(weights)
-        sizes = len(weights), T, scale, dropout or _Dropout()
-        _run("gpt_causal_softmax", weights.dtype, weights, left, *sizes)
-        ctx.save_for_backward(q, k, v, weights)
-        ctx.dropout, ctx.scale = dropout, scale
-        return ((weights if left is None else left) @ v).view(shape)
+        ctx.dropout, ctx.scale, y = _drawn(p, q), scale, torch.empty_like(v)
+        for begin, end in _blocks(T):
+            weights, left = _weights(q[:, begin:end], k[:, :end], T, scale, ctx.dropout)
+            torch.bmm(left, v[:, :end], out=y[:, begin:end])
+        ctx.save_for_backward(q, k, v, weights)  # those of the last block
+        return y.view(shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, weights = ctx.saved_tensors
-        shape, slope = slope.shape, slope.flatten(0, 1).contiguous()
-        scores = slope @ v.mT
-        left = None if ctx.dropout is None else torch.empty_like(weights)
-        sizes = len(weights), weights.shape[-1], ctx.scale, ctx.dropout or _Dropout()
-        _run("gpt_causal_softmax_back", weights.dtype, weights, scores, left, *sizes)
-        of_v = (weights if left is None else left).mT @ slope
-        of_q, of_k = scores @ k, scores.mT @ q
-        return of_q.view(shape), of_k.view(shape), of_v.view(shape), None, None
+        shape, slope, T = slope.shape, slope.flatten(0, 1).contiguous(), v.shape[1]
+        of_q, of_k, of_v = torch.empty_like(q), None, None
+        for begin, end in reversed(_blocks(T)):
+            own, above = q[:, begin:end], slope[:, begin:end]
+            if end < T:
+                weights, _ = _weights(own, k[:, :end], T, ctx.scale, None)
+            scores = above @ v[:, :end].mT
+            left = None if ctx.dropout is None else torch.empty_like(weights)
+            causal = _Causal(*weights.shape, T, ctx.scale)
+            dropout = ctx.dropout or _Dropout()
+            _run("gpt_causal_softmax_back", weights.dtype, weights, scores, left, causal, dropout)
+            torch.bmm(scores, k[:, :end], out=of_q[:, begin:end])
+            of_k = _plus(of_k, scores.mT @ own)
+            of_v = _plus(of_v, (weights if left is None else left).mT @ above)
+        assert of_k is not None
+        assert of_v is not None
+        return of_q.view(shape), of_k.to(k).view(shape), of_v.to(v).view(shape), None, None
+
+
+def _plus(total: Tensor | None, first: Tensor) -> Tensor:
+    """``total`` ``[M, T, D]``, in float32, with ``first`` added to its first rows."""
+    if total is None:
+        return first
+    total = total.float()
+    total[:, : first.shape[1]] += first
+    return total
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, p: float, scale: float) -> Tensor:
     """Square causal attention of ``q``, ``k`` and ``v`` ``[B, H, T, D]`` of one shape, with dropout
-    of its weights. The ``T * T`` weights of each head are kept for the backward pass.
+    of its weights.
+
+    Blocks of queries are multiplied with the keys that they may see, and not with those after
+    them. The last block's weights are kept for the backward pass, which computes the others again
+    (arXiv:2205.14135).
     """
     out: Tensor = _CausalAttention.apply(q, k, v, p, scale)  # type: ignore[no-untyped-call]
     return out

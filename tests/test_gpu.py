@@ -24,6 +24,7 @@ from gpt.generation.ahead import capture
 from gpt.generation.decode import decode
 from gpt.generation.quantisation import Matrix
 from gpt.model import head
+from gpt.training import float8
 from gpt.training.activations import checkpoint_activations
 from gpt.training.loss import summed_loss
 from gpt.training.run import train
@@ -73,6 +74,25 @@ def test_training_learns_on_a_gpu_and_resumes(precision, compile_mode, text_file
     longer = dataclasses.replace(config.training, max_steps=50)
     config = dataclasses.replace(config, resume=True, training=longer)
     assert train(config, console=console).step == 50
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < float8.CAPABILITY,
+    reason="this GPU does not multiply float8",
+)
+def test_training_in_float8_learns_on_a_gpu_as_in_bfloat16(text_file, tmp_path):
+    losses = {}
+    for in_float8 in (False, True):
+        config = tiny_run(
+            tmp_path / str(in_float8),
+            text_file,
+            model=vars(CONFIG) | {"vocab_size": 0},
+            training=ON_GPU | {"max_steps": 40, "precision": "bfloat16", "float8": in_float8},
+            evaluation={"every": 20, "windows": 4},
+        )
+        losses[in_float8] = train(config, console=Console(file=io.StringIO())).best_loss
+    assert losses[True] != losses[False]
+    assert losses[True] == pytest.approx(losses[False], rel=0.05)
 
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])

@@ -89,6 +89,11 @@ CASES = {
         functools.partial(attention_by_operators, scale=0.3),
         lambda: [torch.randn(2, 3, 37, 10) * 2 for _ in range(3)],
     ),
+    "attention in three blocks": (
+        functools.partial(training_kernels.causal_attention, p=0.0, scale=0.3),
+        functools.partial(attention_by_operators, scale=0.3),
+        lambda: [torch.randn(1, 2, 2 * training_kernels.QUERIES + 7, 10) for _ in range(3)],
+    ),
 }
 """A function of the module, its formula, and what both are computed of."""
 
@@ -117,7 +122,7 @@ def computed_by(name, dtype):
     """The kernels' results in ``dtype``, and the formulas' of the same numbers in float64."""
     torch.manual_seed(1)
     function, formula, make = CASES[name]
-    tensors = [t.to(dtype) if i == 0 or name == "attention" else t for i, t in enumerate(make())]
+    tensors = [t.to(dtype) if i == 0 or "attention" in name else t for i, t in enumerate(make())]
     assert training_kernels.takes(tensors[0].requires_grad_())
     return learned(function, tensors), learned(formula, [t.double() for t in tensors])
 
@@ -222,9 +227,11 @@ def test_neighbours_are_dropped_independently():
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-def test_attention_with_dropout_has_the_gradients_of_the_weights_that_are_left(dtype):
+@pytest.mark.parametrize("length", [33, 300])
+def test_attention_with_dropout_has_the_gradients_of_the_weights_that_are_left(length, dtype):
     torch.manual_seed(5)
-    T = 33
+    T = length
+    assert len(training_kernels._blocks(T)) == 1 + T // training_kernels.QUERIES
     q, k = (torch.randn(2, 2, T, T, dtype=dtype, requires_grad=True) for _ in range(2))
     v = torch.eye(T, dtype=dtype).repeat(2, 2, 1, 1).requires_grad_()
     left = training_kernels.causal_attention(q, k, v, p=0.25, scale=0.2)  # of the identity
@@ -239,6 +246,30 @@ def test_attention_with_dropout_has_the_gradients_of_the_weights_that_are_left(d
     (dropped @ exact[2]).backward(slope.double())
     for got, expected in zip((q, k, v), exact, strict=True):
         assert apart(got.grad, expected.grad) < 2 * TOLERANCES[dtype]
+
+
+def test_attention_computes_few_hidden_pairs_and_keeps_the_weights_of_one_block(monkeypatch):
+    T, kept = 2048, []
+    q, k, v = (torch.randn(1, 2, T, 8, requires_grad=True) for _ in range(3))
+    products = []
+    run = training_kernels._run
+    monkeypatch.setattr(
+        training_kernels,
+        "_run",
+        lambda name, dtype, weights, *rest: (
+            products.append(weights.numel()),
+            run(name, dtype, weights, *rest),
+        ),
+    )
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.append(x.numel()) or x, lambda x: x
+    ):
+        out = training_kernels.causal_attention(q, k, v, p=0.0, scale=1.0)
+    assert sum(products) < 0.6 * 2 * T * T
+    assert sum(kept) == 3 * q.numel() + 2 * training_kernels.QUERIES * T
+    products.clear()
+    out.sum().backward()
+    assert sum(products) < 1.2 * 2 * T * T  # once more, and their slopes
 
 
 def test_neither_the_number_of_threads_nor_the_run_changes_a_bit():

@@ -43,6 +43,9 @@ class TrainingConfig:
     it."""
     tf32: bool = False
     """Compute float32 matrix products in TensorFloat-32 on NVIDIA GPUs."""
+    float8: bool = False
+    """Multiply in float8 in the blocks' linear layers, on a GPU that can (Ada, Hopper and newer;
+    arXiv:2209.05433). Evaluations, the head and the weights keep their precision."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Apply torch.compile to each block. auto: on CUDA with a working compiler."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"

@@ -16,6 +16,7 @@ aten = torch.ops.aten
 KEPT = {
     aten.mm.default,
     aten.addmm.default,
+    aten._scaled_mm_v2.default,
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,

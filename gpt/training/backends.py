@@ -1,24 +1,40 @@
-"""The attention kernels for training on CUDA: cuDNN's or torch's own, chosen by measurement.
+"""The attention kernels for training on CUDA, chosen by measurement: torch's own, cuDNN's, and
+FlashAttention 3 (arXiv:2407.08608) on Hopper where its package is installed.
 
-The faster one depends on the GPU, the shape and the versions. So each run first times both, forward
-and backward, on its own shape. cuDNN's results must also agree with torch's.
+Which is the fastest depends on the GPU, the shape and the versions. So each run first times them,
+forward and backward, on its own shape. Their results must also agree with those of torch's own.
+FlashAttention 3 has not run on a GPU here.
 """
 
+import contextlib
 import functools
+import importlib.util
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import (
+    SDPBackend,
+    activate_flash_attention_impl,
+    current_flash_attention_impl,
+    restore_flash_attention_impl,
+    sdpa_kernel,
+)
 
 from gpt.config import ModelConfig
 from gpt.model.attend import INFERENCE
 from gpt.training.parallel import World
 
-KERNELS = {"cudnn": [SDPBackend.CUDNN_ATTENTION], "flash": INFERENCE}
+KERNELS = {
+    "flash": INFERENCE,
+    "cudnn": [SDPBackend.CUDNN_ATTENTION],
+    "flash 3": [SDPBackend.FLASH_ATTENTION],
+}
 """The candidates by name. If flash attention does not support a shape, torch uses its next one."""
+FLASH_3, ITS_PACKAGE = "FA3", "flash_attn_interface"
+"""torch's name of FlashAttention 3, and the module that torch takes it from."""
 TOLERANCE = 0.05
 """Relative to the largest number; larger than the rounding errors of bfloat16."""
 WARM_UP, TIMED = 3, 20
@@ -33,24 +49,44 @@ def choose_attention(
     dtype: torch.dtype,
     say: Callable[[str], None],
 ) -> None:
-    """Enable cuDNN's attention in this process if it is faster for ``rows`` sequences of the full
-    context; ``say`` gets the result. All processes use the main process's measurement.
+    """Use the fastest kernel for ``rows`` sequences of the full context in this process; ``say``
+    gets the result. All processes use the main process's measurement.
     """
     if device.type != "cuda":
         return
     times = world.broadcast(lambda: measure(config, rows=rows, device=device, dtype=dtype))
     chosen = min(times, key=lambda name: times[name], default="flash")
     torch.backends.cuda.enable_cudnn_sdp(chosen == "cudnn")
+    _use_flash_3(chosen == "flash 3")
     measured = ", ".join(f"{name} {1000 * seconds:.3f} ms" for name, seconds in times.items())
-    reason = f"forward and backward: {measured}" if times else "cuDNN's cannot be used"
+    reason = f"forward and backward: {measured}" if times else "no other can be used"
     say(f"attention {chosen} ({reason})")
+
+
+def _use_flash_3(use: bool) -> None:
+    """Whether torch's flash attention is version 3, in this process."""
+    if use:
+        activate_flash_attention_impl(FLASH_3)
+    elif current_flash_attention_impl() == FLASH_3:
+        restore_flash_attention_impl()
+
+
+@contextlib.contextmanager
+def _only(name: str) -> Iterator[None]:
+    """Attention inside is computed by this one of ``KERNELS``."""
+    _use_flash_3(name == "flash 3")
+    try:
+        with sdpa_kernel(KERNELS[name]):
+            yield
+    finally:
+        _use_flash_3(False)
 
 
 def measure(
     config: ModelConfig, *, rows: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, float]:
     """Seconds of a forward and a backward pass through one layer's attention, for each of
-    ``KERNELS``; empty if cuDNN does not support the shape or disagrees with torch.
+    ``KERNELS`` that supports the shape and agrees with torch's own; empty if no other does.
     """
     config = config.resolved()
     generator = torch.Generator(device).manual_seed(0)
@@ -66,23 +102,37 @@ def measure(
     )
     grouped = config.n_head != config.n_kv_head
     asked = torch.backends.cuda.SDPAParams(q, k, v, None, config.dropout, True, grouped)
-    if not torch.backends.cuda.can_use_cudnn_attention(asked):
-        return {}
+    names = ["flash"]
+    if torch.backends.cuda.can_use_cudnn_attention(asked):
+        names.append("cudnn")
+    if has_flash_3(device) and config.dropout == 0 and dtype != torch.float32:
+        names.append("flash 3")
 
     def run(name: str, dropout: float) -> list[Tensor]:
-        with sdpa_kernel(KERNELS[name]):
+        with _only(name):
             y = F.scaled_dot_product_attention(
                 q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=grouped
             )
             return [y, *torch.autograd.grad(y, (q, k, v), dy)]
 
-    timed = {name: functools.partial(run, name, config.dropout) for name in KERNELS}
-    try:
-        if not _agree(run("cudnn", 0.0), run("flash", 0.0)):
-            return {}
-        return {name: _seconds(step, device) for name, step in timed.items()}
-    except RuntimeError:  # cuDNN can fail on shapes that it said it supports
+    if names == ["flash"]:
         return {}
+    expected, times = run("flash", 0.0), {}
+    for name in names:
+        try:
+            if _agree(run(name, 0.0), expected):
+                step = functools.partial(run, name, config.dropout)
+                times[name] = _seconds(step, device)
+        except RuntimeError:  # a kernel can fail on shapes that it said it supports
+            continue
+    return times if len(times) > 1 else {}
+
+
+def has_flash_3(device: torch.device) -> bool:
+    """Whether FlashAttention 3 is installed, and the GPU is one of those that it is for."""
+    return importlib.util.find_spec(ITS_PACKAGE) is not None and (
+        torch.cuda.get_device_capability(device)[0] == 9
+    )
 
 
 def _agree(one: Sequence[Tensor], two: Sequence[Tensor]) -> bool:

@@ -20,6 +20,7 @@ from gpt.model.gpt import GPT, parameter_count
 from gpt.training.activations import checkpoint_activations
 from gpt.training.backends import choose_attention
 from gpt.training.compilation import compile_blocks
+from gpt.training.float8 import use_float8
 from gpt.training.parallel import STATE_BYTES, Strategy, World, replicate, shard
 
 NO_ADAPTER = AdapterConfig()
@@ -51,6 +52,9 @@ def build_model(
     else:
         with torch.device("meta" if strategy == "fsdp" else "cpu"):
             model = GPT(start)
+    if training.float8:
+        tokens = training.micro_batch_size * model.config.context_length
+        use_float8(model, device=device, tokens=tokens)
     if adapter.kind != "none":
         adapt(model, adapter)
     freeze(model, training.freeze)

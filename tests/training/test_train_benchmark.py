@@ -35,7 +35,8 @@ def benchmark(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "keep_freed_memory", lambda: None)
-    monkeypatch.setattr(training_kernels, "library", training_kernels.library)
+    for name in ("library", "QUERIES"):
+        monkeypatch.setattr(training_kernels, name, getattr(training_kernels, name))
     monkeypatch.setattr(module, "SHAPES", {"10m": TINY, "124m": TINY})
     return module
 
@@ -58,14 +59,16 @@ def test_each_row_trains_and_is_in_the_table(benchmark, monkeypatch, tmp_path, c
         rates = benchmark.measure(given["--variant"], shape, 2, 1, given["--nanogpt"])
         return SimpleNamespace(returncode=0, stdout=f"@ {' '.join(map(str, rates))}")
 
-    monkeypatch.setattr(benchmark.subprocess, "run", in_here)
+    monkeypatch.setattr(benchmark, "subprocess", SimpleNamespace(run=in_here))
     monkeypatch.setattr(benchmark, "choose_precision", lambda *_: benchmark.torch.bfloat16)
     monkeypatch.setattr(benchmark, "product_flops", lambda dtype: 1e9)
     words = ["--sequences", "2", "--steps", "1", "--turns", "1", "--nanogpt", str(nanogpt)]
     run(benchmark, monkeypatch, *words)
-    assert seen == [("10m", name) for name in benchmark.VARIANTS] + [
-        ("124m", name) for name in ("defaults", *benchmark.PEERS)
-    ]
+    assert set(seen) == {
+        (model, name)
+        for model, ablations in benchmark.ABLATIONS.items()
+        for name in ("defaults", *ablations, *benchmark.PEERS)
+    }
     said = capsys.readouterr().out
     assert "10m, 32 tokens a step, dropout 0.2" in said
     assert "124m, 32 tokens a step, dropout 0.0" in said
