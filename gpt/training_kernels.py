@@ -284,51 +284,56 @@ def _blocks(length: int) -> list[tuple[int, int]]:
 
 
 def _weights(
-    q: Tensor, k: Tensor, length: int, scale: float, dropout: _Dropout | None
+    q: Tensor, k: Tensor, sizes: _Causal, dropout: _Dropout | None
 ) -> tuple[Tensor, Tensor]:
-    """The weights ``[M, n, S]`` of the ``n`` queries before position ``S``, and what dropout leaves
-    of them. ``length`` is that of the whole sequence.
+    """The weights of a block, ``[M, rows, S]`` for ``q`` ``[M, rows, D]`` and ``k`` ``[M, S, D]``,
+    and what dropout leaves of them.
     """
     weights = q @ k.mT
     left = None if dropout is None else torch.empty_like(weights)
-    causal = _Causal(*weights.shape, length, scale)
-    _run("gpt_causal_softmax", weights.dtype, weights, left, causal, dropout or _Dropout())
+    _run("gpt_causal_softmax", weights.dtype, weights, left, sizes, dropout or _Dropout())
     return weights, weights if left is None else left
 
 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, p: float, scale: float) -> Tensor:
-        shape, T = v.shape, v.shape[-2]
-        q, k, v = (x.flatten(0, 1).contiguous() for x in (q, k, v))
-        ctx.dropout, ctx.scale, y = _drawn(p, q), scale, torch.empty_like(v)
+        shape, T = q.shape, q.shape[-2]
+        k, v = (x.flatten(0, 1).contiguous() for x in (k, v))
+        q = q.contiguous().view(len(k), -1, *shape[-2:])  # heads of keys, queries' heads of each
+        ctx.dropout, ctx.scale = _drawn(p, q), scale
+        y = q.new_empty(*q.shape[:3], v.shape[-1])
         for begin, end in _blocks(T):
-            weights, left = _weights(q[:, begin:end], k[:, :end], T, scale, ctx.dropout)
-            torch.bmm(left, v[:, :end], out=y[:, begin:end])
+            own, above = (x[:, :, begin:end] for x in (q, y))
+            sizes = _Causal(q.shape[0] * q.shape[1], end - begin, end, T, scale)
+            weights, left = _weights(own.flatten(1, 2), k[:, :end], sizes, ctx.dropout)
+            above.copy_((left @ v[:, :end]).view_as(above))
         ctx.save_for_backward(q, k, v, weights)  # those of the last block
-        return y.view(shape)
+        return y.view(*shape[:3], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, weights = ctx.saved_tensors
-        shape, slope, T = slope.shape, slope.flatten(0, 1).contiguous(), v.shape[1]
-        of_q, of_k, of_v = torch.empty_like(q), None, None
+        shape, T, of_q, of_k, of_v = slope.shape, slope.shape[-2], torch.empty_like(q), None, None
+        slope = slope.contiguous().view(*q.shape[:3], -1)
+        dropout = ctx.dropout or _Dropout()
         for begin, end in reversed(_blocks(T)):
-            own, above = q[:, begin:end], slope[:, begin:end]
+            own, above = (x[:, :, begin:end].flatten(1, 2) for x in (q, slope))
+            sizes = _Causal(q.shape[0] * q.shape[1], end - begin, end, T, ctx.scale)
             if end < T:
-                weights, _ = _weights(own, k[:, :end], T, ctx.scale, None)
+                weights, _ = _weights(own, k[:, :end], sizes, None)
             scores = above @ v[:, :end].mT
             left = None if ctx.dropout is None else torch.empty_like(weights)
-            causal = _Causal(*weights.shape, T, ctx.scale)
-            dropout = ctx.dropout or _Dropout()
-            _run("gpt_causal_softmax_back", weights.dtype, weights, scores, left, causal, dropout)
-            torch.bmm(scores, k[:, :end], out=of_q[:, begin:end])
+            _run("gpt_causal_softmax_back", weights.dtype, weights, scores, left, sizes, dropout)
+            into = of_q[:, :, begin:end]
+            into.copy_((scores @ k[:, :end]).view_as(into))
             of_k = _plus(of_k, scores.mT @ own)
             of_v = _plus(of_v, (weights if left is None else left).mT @ above)
         assert of_k is not None
         assert of_v is not None
-        return of_q.view(shape), of_k.to(k).view(shape), of_v.to(v).view(shape), None, None
+        of_k, of_v = (x.to(q).unflatten(0, (shape[0], -1)) for x in (of_k, of_v))
+        return of_q.view(*shape[:3], -1), of_k, of_v, None, None
 
 
 def _plus(total: Tensor | None, first: Tensor) -> Tensor:
@@ -341,8 +346,8 @@ def _plus(total: Tensor | None, first: Tensor) -> Tensor:
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, p: float, scale: float) -> Tensor:
-    """Square causal attention of ``q``, ``k`` and ``v`` ``[B, H, T, D]`` of one shape, with dropout
-    of its weights.
+    """Square causal attention of ``q`` ``[B, H, T, D]`` over ``k`` and ``v`` ``[B, Hkv, T, D]``,
+    with dropout of its weights. ``Hkv`` divides ``H``.
 
     Blocks of queries are multiplied with the keys that they may see, and not with those after
     them. The last block's weights are kept for the backward pass, which computes the others again

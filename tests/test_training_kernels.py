@@ -44,6 +44,7 @@ def split_heads_by_operators(qkv, cos, sin, *, eps):
 
 def attention_by_operators(q, k, v, *, scale):
     hidden = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool).triu(1)
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     scores = (q @ k.mT * scale).masked_fill(hidden, -torch.inf)
     return scores.softmax(-1) @ v
 
@@ -89,6 +90,11 @@ CASES = {
         functools.partial(attention_by_operators, scale=0.3),
         lambda: [torch.randn(2, 3, 37, 10) * 2 for _ in range(3)],
     ),
+    "attention of grouped queries": (
+        functools.partial(training_kernels.causal_attention, p=0.0, scale=0.3),
+        functools.partial(attention_by_operators, scale=0.3),
+        lambda: [torch.randn(2, n, training_kernels.QUERIES + 7, 10) for n in (6, 2, 2)],
+    ),
     "attention in three blocks": (
         functools.partial(training_kernels.causal_attention, p=0.0, scale=0.3),
         functools.partial(attention_by_operators, scale=0.3),
@@ -99,12 +105,12 @@ CASES = {
 
 
 def learned(function, tensors, slope=None):
-    """The result, and its gradients by the first tensor and those of its shape or a weight's."""
+    """The result, and its gradients by the first tensor, a weight, keys and values."""
     leaves = [
         t.detach()
         .clone()
         .requires_grad_(
-            t is tensors[0] or t.ndim == 1 or (len(tensors) == 3 and t.shape == tensors[0].shape)
+            t is tensors[0] or t.ndim == 1 or (len(tensors) == 3 and t.ndim == tensors[0].ndim)
         )
         for t in tensors
     ]

@@ -161,7 +161,7 @@ def _trains_faster_plainly(q: Tensor, dropout: float) -> bool:
 
 
 def _is_for_kernels(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    is_one_kind = q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype
+    is_one_kind = k.shape == v.shape and q.shape[3] == k.shape[3] and q.dtype == k.dtype == v.dtype
     return is_one_kind and training_kernels.takes(q, k, v)
 
 
