@@ -1,18 +1,20 @@
 """Wall-clock to a validation loss, and the loss after some seconds, of one or more recipes:
 ``python benchmarks/speedrun.py CONFIG.toml --seconds 66 --loss 1.886``.
 
-Each run is the program's own trainer with the settings of CONFIG, in a process of its own. With
-``--seconds``, the number of its steps is planned from a measurement, so that all rows take the same
-time; without it, CONFIG says how many steps or minutes. The clock stops during evaluations, which
-are of the whole held-out part. Options of train.py after ``--`` are for all runs.
+Each run is the program's own trainer with the settings of CONFIG, new weights and no early stop, in
+a process of its own. With ``--seconds``, the number of its steps is planned from a measurement, so
+that all rows take the same time; without it, CONFIG says how many steps or minutes. The clock stops
+during the ``--evaluations``, which are of the whole held-out part. The seconds to a loss are
+interpolated between two of them. Options of train.py after ``--`` are for all runs.
 ``--row 'NAME: OPTIONS'``, once or more, adds a recipe with other options: an ablation. The runs of
 all rows take turns, first all with the first seed. ``--json FILE`` keeps what was measured; what is
-there already, with the same CONFIG, is not run again. ``--png FILE`` draws the curves.
+there already, with the same CONFIG and machine, is not run again. ``--png FILE`` draws the curves.
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import re
 import shlex
 import statistics
@@ -25,13 +27,19 @@ from typing import Any
 
 from machine import describe
 
+import gpt
 from gpt.config import TrainConfig, UsageError, parse
 from gpt.data.prepare import prepare
+from gpt.data.tokenizer import Tokenizer
 from gpt.device import keep_freed_memory
+from gpt.model.gpt import GPT
 from gpt.training import budget, setup
+from gpt.training.distillation import load_teachers
 from gpt.training.loop import Trainer
 
-COLUMNS = ("recipe", "parameters", "steps", "tokens/s", "loss", "seconds to {loss:g}")
+COLUMNS = (
+    "recipe", "parameters", "steps", "tokens/s", "seconds", "loss", "seconds to {loss:g}",
+)  # fmt: skip
 BASE = "as it is"
 Figures = dict[str, Any]
 
@@ -42,15 +50,25 @@ def run(words: list[str], seed: int, *, seconds: float, evaluations: int) -> Fig
         words = [*words, "--training.seed", str(seed), "--evaluation.windows", "0"]
         config = parse(TrainConfig, [*words, "--run_dir", folder], prog="speedrun.py")
         data = prepare(config.data, config.cache_dir)
+        for field, value in (
+            ("init", config.init),
+            ("embeddings", config.embeddings),
+            ("adapter.kind", config.adapter.kind != "none"),
+        ):
+            if value:
+                raise UsageError(f"{field} is set, and speedrun.py compares runs of new weights")
         config = setup.resolve(config, data, None)
+        teachers = load_teachers(config, data.tokenizer, load_model)
         seconds = seconds or 60 * config.training.max_minutes
         if seconds:
             enough = min(20, 0.05 * seconds)
-            step, _ = budget.measure(Trainer(config, data), None, seconds=enough, most=seconds)
+            trainer = Trainer(budget.longest(config), data, teachers=teachers)
+            step, _ = budget.measure(trainer, None, seconds=enough, most=seconds)
             steps = max(1, round(seconds / step))
             training = dataclasses.replace(config.training, max_steps=steps)
             config = dataclasses.replace(config, training=training)
-        trainer, last, spent, curve = Trainer(config, data), config.training.max_steps, 0.0, []
+        trainer = Trainer(config, data, teachers=teachers)
+        last, spent, curve = config.training.max_steps, 0.0, []
         due = {round(last * n / evaluations) for n in range(1, evaluations + 1)}
         for n in range(1, last + 1):
             start = time.perf_counter()
@@ -64,6 +82,11 @@ def run(words: list[str], seed: int, *, seconds: float, evaluations: int) -> Fig
         "tokens/s": last * config.training.batch_tokens / spent,
         "curve": curve,
     }
+
+
+def load_model(name: str) -> tuple[GPT, Tokenizer]:
+    model = gpt.load(name, weights="float32")
+    return model.model, model.tokenizer
 
 
 def in_a_process(words: list[str], seed: int, seconds: float, evaluations: int) -> Figures:
@@ -83,8 +106,14 @@ def in_a_process(words: list[str], seed: int, seconds: float, evaluations: int) 
 
 
 def reached(curve: list[tuple[float, float]], loss: float) -> float | None:
-    """The seconds of the first evaluation with at most this loss."""
-    return next((seconds for seconds, own in curve if own <= loss), None)
+    """The seconds to this loss, on the line between the evaluations before and after it."""
+    before, higher = 0.0, math.inf
+    for seconds, own in curve:
+        if own <= loss:
+            share = (higher - loss) / (higher - own) if higher < math.inf else 1.0
+            return before + share * (seconds - before)
+        before, higher = seconds, own
+    return None
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -97,7 +126,7 @@ def spread(values: list[float], digits: int) -> str:
 
 def table(results: dict[str, dict[str, Figures]], loss: float) -> str:
     """Markdown, a row for each recipe."""
-    rows = [tuple(column.format(loss=loss) for column in COLUMNS), ("---",) + ("--:",) * 5]
+    rows = [tuple(column.format(loss=loss) for column in COLUMNS), ("---",) + ("--:",) * 6]
     for name, seeds in results.items():
         runs = list(seeds.values())
         times = [reached(each["curve"], loss) for each in runs]
@@ -110,6 +139,7 @@ def table(results: dict[str, dict[str, Figures]], loss: float) -> str:
                 f"{runs[0]['parameters']:,}",
                 f"{statistics.mean(each['steps'] for each in runs):,.0f}",
                 f"{statistics.median(each['tokens/s'] for each in runs):,.0f}",
+                spread([each["curve"][-1][0] for each in runs], 1),
                 spread([each["curve"][-1][1] for each in runs], 4),
                 when,
             )
@@ -127,7 +157,7 @@ def draw(results: dict[str, dict[str, Figures]], loss: float, path: Path) -> Non
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for name, seeds in results.items():
         curves = [each["curve"] for each in seeds.values()]
-        turns = list(zip(*curves, strict=True))
+        turns = list(zip(*curves, strict=False))  # a run of few steps has fewer evaluations
         times, losses = ([[at[i] for at in turn] for turn in turns] for i in (0, 1))
         mean = [statistics.mean(each) for each in times]
         axes.plot(mean, [statistics.mean(each) for each in losses], marker=".", label=name)
@@ -186,7 +216,7 @@ def main() -> None:
         for name, own in rows.items():
             settings = [arguments.config, *common, *own]
             key = json.dumps(
-                [settings, settings_of, seed, arguments.seconds, arguments.evaluations]
+                [settings, settings_of, seed, arguments.seconds, arguments.evaluations, describe()]
             )
             if key not in kept:
                 kept[key] = in_a_process(settings, seed, arguments.seconds, arguments.evaluations)

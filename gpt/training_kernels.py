@@ -353,5 +353,6 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, p: float, scale: float)
     them. The last block's weights are kept for the backward pass, which computes the others again
     (arXiv:2205.14135).
     """
-    out: Tensor = _CausalAttention.apply(q, k, v, p, scale)  # type: ignore[no-untyped-call]
+    with torch.autocast("cpu", enabled=False):  # the products have the dtype of q, k and v
+        out: Tensor = _CausalAttention.apply(q, k, v, p, scale)  # type: ignore[no-untyped-call]
     return out

@@ -162,6 +162,7 @@ def _uncounted(config: PlanConfig) -> str:
     parts = {
         "the teachers of objective.distill": bool(config.objective.distill),
         f"what objective.kind {config.objective.kind} adds": config.objective.kind != "next_token",
+        "what training.float8 saves": config.training.float8,
         "the first pass of training.scheduled_sampling": config.training.scheduled_sampling > 0,
     }
     return ", ".join(name for name, there in parts.items() if there)

@@ -46,8 +46,9 @@ class TrainingConfig:
     float8: bool = False
     """Multiply in float8 in the blocks' linear layers, on a GPU that can (Ada, Hopper and newer;
     arXiv:2209.05433). Evaluations, the head and the weights keep their precision."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """Apply torch.compile to each block. auto: on CUDA with a working compiler."""
+    compile: Literal["auto", "on", "off", "whole"] = "auto"
+    """Apply torch.compile to each block. auto: on CUDA with a working compiler; whole: to the
+    forward pass and its loss as one graph, which takes longer to compile."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """Saves memory and costs time. selective: keep the outputs of linear layers and fused
     attention, and recompute the rest of a block in the backward pass; full: keep only a block's
@@ -327,6 +328,11 @@ class TrainConfig:
                 f"training.scheduled_sampling is {self.training.scheduled_sampling}, and must be 0 "
                 f"with objective.kind {kind}"
             )
+        if self.training.float8 and (kind != "next_token" or self.adapter.base != "float32"):
+            other = f"objective.kind {kind}"
+            if self.adapter.base != "float32":
+                other = f"adapter.base {self.adapter.base}"
+            raise UsageError(f"training.float8 is on, and must be off with {other}")
         micro = self.training.micro_batch_size * self.model.context_length
         if kind == "next_token" and micro and self.training.batch_tokens % micro:
             near = max(1, round(self.training.batch_tokens / micro)) * micro

@@ -15,13 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import (
-    SDPBackend,
-    activate_flash_attention_impl,
-    current_flash_attention_impl,
-    restore_flash_attention_impl,
-    sdpa_kernel,
-)
+from torch.nn import attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpt.config import ModelConfig
 from gpt.model.attend import INFERENCE
@@ -35,6 +30,8 @@ KERNELS = {
 """The candidates by name. If flash attention does not support a shape, torch uses its next one."""
 FLASH_3, ITS_PACKAGE = "FA3", "flash_attn_interface"
 """torch's name of FlashAttention 3, and the module that torch takes it from."""
+HAS_VERSIONS = hasattr(attention, "restore_flash_attention_impl")
+"""Whether this torch can change the version of flash attention."""
 TOLERANCE = 0.05
 """Relative to the largest number; larger than the rounding errors of bfloat16."""
 WARM_UP, TIMED = 3, 20
@@ -66,9 +63,9 @@ def choose_attention(
 def _use_flash_3(use: bool) -> None:
     """Whether torch's flash attention is version 3, in this process."""
     if use:
-        activate_flash_attention_impl(FLASH_3)
-    elif current_flash_attention_impl() == FLASH_3:
-        restore_flash_attention_impl()
+        attention.activate_flash_attention_impl(FLASH_3)
+    elif HAS_VERSIONS and attention.current_flash_attention_impl() == FLASH_3:
+        attention.restore_flash_attention_impl()
 
 
 @contextlib.contextmanager
@@ -123,16 +120,15 @@ def measure(
             if _agree(run(name, 0.0), expected):
                 step = functools.partial(run, name, config.dropout)
                 times[name] = _seconds(step, device)
-        except RuntimeError:  # a kernel can fail on shapes that it said it supports
-            continue
+        except (RuntimeError, OSError, ImportError, AttributeError):
+            continue  # it has no kernel for the shape, or FlashAttention 3 is of another torch
     return times if len(times) > 1 else {}
 
 
 def has_flash_3(device: torch.device) -> bool:
     """Whether FlashAttention 3 is installed, and the GPU is one of those that it is for."""
-    return importlib.util.find_spec(ITS_PACKAGE) is not None and (
-        torch.cuda.get_device_capability(device)[0] == 9
-    )
+    is_installed = HAS_VERSIONS and importlib.util.find_spec(ITS_PACKAGE) is not None
+    return is_installed and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _agree(one: Sequence[Tensor], two: Sequence[Tensor]) -> bool:

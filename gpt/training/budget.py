@@ -6,6 +6,7 @@ step depends on follows from the seed and the step, so the measurement changes n
 
 import copy
 import dataclasses
+import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -34,17 +35,12 @@ def plan(
     ``model`` is the one that the run starts from, and stays as it is.
     """
     minutes = config.training.max_minutes
-    # the longest steps of the run: with whole attention windows, and two passes where it has them
-    training = dataclasses.replace(
-        config.training,
-        window_start=0,
-        scheduled_sampling_schedule="constant",
-        scheduled_sampling_start=0.0,
-    )
-    longest = dataclasses.replace(config, training=training)
-    trainer = Trainer(longest, data, world=world, model=copy.deepcopy(model), teachers=teachers)
+    start = copy.deepcopy(model)
+    trainer = Trainer(longest(config), data, world=world, model=start, teachers=teachers)
     enough = min(MOST_SECONDS, 60 * minutes * SHARE)
     step, evaluation = measure(trainer, sample, seconds=enough, most=60 * minutes)
+    del trainer, start
+    gc.collect()  # it may refer to itself, and would stay beside the run's own
     step, evaluation = world.broadcast(lambda: [step, evaluation])  # those of the main process
     steps = steps_of(60 * minutes, step, evaluation, every=config.evaluation.every)
     say(
@@ -52,6 +48,19 @@ def plan(
         f"and an evaluation {evaluation:.2f} s on this machine"
     )
     training = dataclasses.replace(config.training, max_steps=steps, max_minutes=0.0)
+    return dataclasses.replace(config, training=training)
+
+
+def longest(config: TrainConfig) -> TrainConfig:
+    """The configuration with the longest steps of the run for all: with whole attention windows,
+    and with two passes where it has them.
+    """
+    training = dataclasses.replace(
+        config.training,
+        window_start=0,
+        scheduled_sampling_schedule="constant",
+        scheduled_sampling_start=0.0,
+    )
     return dataclasses.replace(config, training=training)
 
 

@@ -46,6 +46,11 @@ def build_model(
     checkpointing wraps a block, the compiler wraps both, and the strategy wraps the model. A
     compiled block keeps the attention kernels that were chosen before.
     """
+    if strategy == "fsdp" and training.compile == "whole":
+        raise UsageError(
+            "training.compile is whole, and parallel.strategy is fsdp, which shards the model "
+            "block by block; use on"
+        )
     if isinstance(start, GPT):
         model = start
         model.config.check_learns()

@@ -15,17 +15,17 @@ from gpt.model.moe import MoE
 
 def compile_blocks(
     model: GPT,
-    mode: Literal["auto", "on", "off"],
+    mode: Literal["auto", "on", "off", "whole"],
     *,
     device: torch.device,
     say: Callable[[str], None],
 ) -> None:
     """Compile each block, in place: all blocks share one graph, and a strategy can shard the model
-    block by block.
+    block by block. With ``whole`` compile the model, with the loss that a call reads.
 
     ``auto`` compiles on CUDA, and says so if the compiler does not work. On a CPU, compiling made
-    training slower, so only ``on`` compiles there. ``on`` raises ``UsageError`` if the compiler
-    does not work.
+    training slower, so only ``on`` and ``whole`` compile there. They raise ``UsageError`` if the
+    compiler does not work.
     """
     if mode == "off" or (mode == "auto" and device.type != "cuda"):
         return
@@ -33,16 +33,19 @@ def compile_blocks(
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
     except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if mode == "on":
+        if mode != "auto":
             raise UsageError(
-                f"training.compile is on, and torch.compile does not work here: {reason}"
+                f"training.compile is {mode}, and torch.compile does not work here: {reason}"
             ) from error
         say(f"torch.compile does not work here ({reason}); training continues without it")
         return
     for block in model.blocks:
         if isinstance(block.mlp, MoE):
             block.mlp.compute_eagerly()
-        block.compile()
+        if mode != "whole":
+            block.compile()
+    if mode == "whole":
+        model.compile()
 
 
 def uncompiled() -> contextlib.AbstractContextManager[None]:

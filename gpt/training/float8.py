@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import ScalingType
 
 from gpt.config import UsageError
 from gpt.model.gpt import GPT
@@ -30,7 +29,7 @@ class Float8Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` ``[..., in]`` to ``[..., out]``, in autocast's dtype or that of ``x``."""
-        if not (self.training and torch.is_grad_enabled()):
+        if not (self.training and torch.is_grad_enabled()) or x.numel() == 0:  # of an idle expert
             return super().forward(x)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
@@ -73,7 +72,7 @@ def _by_columns(x: Tensor) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor, scale: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
-    whole = ScalingType.TensorWise
+    whole = F.ScalingType.TensorWise
     return F.scaled_mm(a, b, scale, whole, other, whole, output_dtype=dtype)
 
 

@@ -103,8 +103,7 @@ class Trainer:
         """Build a run at step 0. ``source`` gives the batches (default: ``data``'s windows in a new
         order each epoch) and ``objective`` their loss; a ``task`` has both, and an evaluation. The
         weights are those of ``model``, or new; with ``teachers`` it learns what they predict.
-        ``base`` describes the model under an adapter; each
-        checkpoint records it.
+        ``base`` describes the model under an adapter; each checkpoint records it.
         """
         torch.manual_seed(config.training.seed)
         self.config, self.data, self.world = config, data, world or World()
@@ -129,6 +128,8 @@ class Trainer:
             if config.training.scheduled_sampling and objective is next_token:
                 self.source = ScheduledSampling(self.source, config.training)
                 self.objective = scheduled
+        if config.objective.distill and not teachers:
+            raise ValueError("objective.distill is set, and the teachers are not given")
         if teachers:
             self.objective = Distillation(
                 teachers, config.objective, device=self.device, autocast=self.autocast

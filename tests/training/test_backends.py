@@ -1,5 +1,6 @@
 import contextlib
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,7 +50,12 @@ def test_training_on_cuda_uses_the_faster_attention_and_says_so(
 @pytest.fixture
 def flash_3(monkeypatch):
     """As if FlashAttention 3 were installed on Hopper: the times when torch switched it off."""
-    removed = []
+    removed, broken = [], []
+
+    def install():
+        if broken:
+            raise broken[0]
+        return Handle()
 
     class Handle:
         def remove(self):
@@ -57,10 +63,10 @@ def flash_3(monkeypatch):
 
     registry = torch.nn.attention._registry._FLASH_ATTENTION_IMPLS
     monkeypatch.setattr(torch.nn.attention._registry, "_FLASH_ATTENTION_IMPLS", dict(registry))
-    register_flash_attention_impl("FA3", register_fn=Handle)
+    register_flash_attention_impl("FA3", register_fn=install)
     monkeypatch.setattr(backends, "ITS_PACKAGE", "torch")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    yield removed
+    yield SimpleNamespace(removed=removed, broken=broken)
     backends._use_flash_3(False)
 
 
@@ -76,14 +82,17 @@ def test_flash_attention_3_is_used_while_it_is_the_fastest(
     times["flash"] = 0.0001
     choose_attention(tiny_config, World(), device=CUDA, **options)
     assert current_flash_attention_impl() is None
-    assert flash_3 == ["FA3"]
+    assert flash_3.removed == ["FA3"]
 
 
 def test_flash_attention_3_is_timed_where_it_is_for(flash_3, tiny_config, monkeypatch):
     half = {"dtype": torch.bfloat16, "fits": False}
     assert list(measured(tiny_config, monkeypatch, **half)) == ["flash", "flash 3"]
-    assert flash_3
+    assert flash_3.removed
     assert current_flash_attention_impl() is None  # until it is chosen
+    flash_3.broken.append(ImportError("undefined symbol"))
+    assert measured(tiny_config, monkeypatch, **half) == {}
+    flash_3.broken.clear()
     dropped = dataclasses.replace(tiny_config, dropout=0.1)
     assert measured(dropped, monkeypatch, **half) == {}
     assert measured(tiny_config, monkeypatch, **half | {"dtype": torch.float32}) == {}

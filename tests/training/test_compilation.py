@@ -5,8 +5,12 @@ import subprocess
 import pytest
 import torch
 
+from gpt.config import ParallelConfig, TrainingConfig, UsageError
+from gpt.data.batches import Batch
+from gpt.training.build import build_model
 from gpt.training.compilation import compile_blocks
-from gpt.training.loss import summed_loss
+from gpt.training.parallel import World
+from gpt.training.source import next_token
 from tests.conftest import make_model
 
 
@@ -78,20 +82,45 @@ MODERN = {
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("settings", [{}, MODERN], ids=["gpt2", "modern"])
-def test_forward_loss_and_backward_are_one_graph_without_a_break(settings, tiny_config):
-    model = make_model(dataclasses.replace(tiny_config, **settings)).train()
+def test_a_whole_model_and_its_loss_are_one_graph_without_a_break(
+    settings, tiny_config, monkeypatch
+):
+    config = dataclasses.replace(tiny_config, **settings)
     generator = torch.Generator().manual_seed(0)
-    tokens, targets = (torch.randint(61, (2, 16), generator=generator) for _ in range(2))
+    batches = [
+        Batch(*(torch.randint(61, (2, 16), generator=generator) for _ in range(2)))
+        for _ in range(2)
+    ]
+    graphs = []
 
-    def loss_of():
-        return summed_loss(model(tokens), targets)
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
 
-    found = []
+    monkeypatch.setattr(
+        torch, "compile", functools.partial(torch.compile, fullgraph=True, backend=backend)
+    )
     torch._dynamo.reset()
-    for make_loss in (loss_of, torch.compile(loss_of, fullgraph=True, backend="aot_eager")):
-        model.zero_grad(set_to_none=True)
-        loss = make_loss()
-        loss.backward()
-        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    aot_eager, found = torch._dynamo.lookup_backend("aot_eager"), []
+    for mode in ("off", "whole"):
+        model = make_model(config).train()
+        compile_blocks(model, mode, device=torch.device("cpu"), say=print)
+        graphs.clear()
+        for batch in batches:
+            model.zero_grad(set_to_none=True)
+            loss = next_token(model, batch)
+            loss.backward()
+            found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
     torch._dynamo.reset()
-    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+    assert len(graphs) == 1
+    for one, other in zip(found[:2], found[2:], strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-4)
+
+
+def test_a_sharded_model_is_not_compiled_whole(tiny_config):
+    options = {"device": torch.device("cpu"), "dtype": torch.float32, "say": print}
+    groups = (tiny_config, TrainingConfig(compile="whole"), ParallelConfig())
+    with pytest.raises(
+        UsageError, match="training.compile is whole, and parallel.strategy is fsdp"
+    ):
+        build_model(*groups, World(), "fsdp", **options)

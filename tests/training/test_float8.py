@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from gpt.config import UsageError
+from gpt.config import TrainConfig, UsageError, parse
 from gpt.training.float8 import NUMBERS, SLOPES, Float8Linear, _rounded, convert, use_float8
 from gpt.training.loss import summed_loss
 from tests.conftest import make_model
@@ -128,7 +128,8 @@ def test_a_float8_layer_is_one_graph():
     y = compiled(x)
     y.backward(slope)
     torch._dynamo.reset()
-    for got, wanted in zip((y, x.grad, rounded.weight.grad), expected, strict=False):
+    gradients_of = rounded.weight.grad, rounded.bias.grad
+    for got, wanted in zip((y, x.grad, *gradients_of), expected, strict=True):
         torch.testing.assert_close(got, wanted)
 
 
@@ -139,6 +140,8 @@ def test_a_router_and_odd_sides_stay_exact(tiny_config):
     block = model.blocks[0]
     assert type(block.mlp.router) is nn.Linear
     assert type(block.attn.qkv) is Float8Linear
+    model.train()(torch.zeros(1, 4, dtype=torch.int64)).sum().backward()  # some experts are idle
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize(
@@ -161,3 +164,18 @@ def test_what_cannot_be_is_said(monkeypatch, tiny_config, width, capability, tok
         return
     with pytest.raises(UsageError, match=said):
         use_float8(model, device=device, tokens=tokens)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--objective.kind", "dpo", "--init", "x"], "off with objective.kind dpo"),
+        (
+            ["--adapter.kind", "lora", "--adapter.base", "int8", "--init", "x"],
+            "off with adapter.base int8",
+        ),
+    ],
+)
+def test_tasks_of_any_length_and_rounded_bases_have_no_float8(words, said):
+    with pytest.raises(UsageError, match=f"training.float8 is on, and must be {said}"):
+        parse(TrainConfig, ["--training.float8", *words], prog="train.py")

@@ -8,6 +8,8 @@ from unittest import mock
 
 import pytest
 
+from gpt.cli import main as gpt
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -43,7 +45,21 @@ def test_a_run_has_its_curve_of_seconds_and_losses(speedrun, words):
 def test_a_run_is_planned_to_take_the_seconds(speedrun, words, monkeypatch):
     measured = mock.create_autospec(speedrun.budget.measure, return_value=(0.5, 1.0))
     monkeypatch.setattr(speedrun.budget, "measure", measured)
-    assert speedrun.run(words, 1, seconds=2, evaluations=1)["steps"] == 4
+    growing = [*words, "--training.window_start", "4"]
+    assert speedrun.run(growing, 1, seconds=2, evaluations=1)["steps"] == 4
+    [trainer] = measured.call_args.args[:1]
+    assert trainer.config.training.window_start == 0  # the longest steps
+
+
+def test_a_student_learns_from_its_teacher(speedrun, words, tmp_path, monkeypatch):
+    teacher, seen = str(tmp_path / "teacher"), []
+    assert gpt(["train", *words, "--run_dir", teacher]) == 0
+    made = speedrun.Trainer
+    monkeypatch.setattr(
+        speedrun, "Trainer", lambda *args, **own: seen.append(own["teachers"]) or made(*args, **own)
+    )
+    speedrun.run([*words, "--objective.distill", teacher], 1, seconds=0, evaluations=1)
+    assert [len(teachers) for teachers in seen] == [1]
 
 
 def test_rows_are_compared_in_a_table_and_a_picture(speedrun, words, tmp_path, monkeypatch, capsys):
@@ -69,8 +85,8 @@ def test_rows_are_compared_in_a_table_and_a_picture(speedrun, words, tmp_path, m
     assert asked[1][0] == [*words[1:], "--model.mlp", "gated"]
     assert len(json.loads(kept.read_text())) == 4
     said = capsys.readouterr().out
-    assert "| as it is | 9,000 | 7 | 90 | 2.0200 ± 0.0100 | not reached |" in said
-    assert "| gated | 9,000 | 7 | 90 | 1.8200 ± 0.0100 | 20.0 ± 0.0 |" in said
+    assert "| as it is | 9,000 | 7 | 90 | 20.0 ± 0.0 | 2.0200 ± 0.0100 | not reached |" in said
+    assert "| gated | 9,000 | 7 | 90 | 20.0 ± 0.0 | 1.8200 ± 0.0100 | 19.0 ± 0.1 |" in said
     assert picture.stat().st_size > 1000
 
 
@@ -98,6 +114,7 @@ def test_another_content_of_the_file_is_measured_again(speedrun, words, tmp_path
         (["--evaluations", "0"], "--evaluations must be at least 1"),
         (["--json", "broken"], "cannot be read"),
         (["--run", "1", "--", "--model.n_head=3"], "n_head"),
+        (["--run", "1", "--", "--init", "gpt2"], "init is set, and speedrun.py compares runs of"),
     ],
 )
 def test_a_mistake_is_one_sentence(options, said, speedrun, words, tmp_path, monkeypatch, capsys):
