@@ -2,7 +2,8 @@
 
 "Causal" means something else when there are fewer queries than keys: query ``i`` of ``Tq`` sits at
 key position ``Tk - Tq + i``, while ``is_causal`` of the fused kernel starts at key 0. Hence the
-paths: square causal, one query, a mask; and the plain formula where a CPU trains faster with it.
+paths: square causal, one query, a mask; and where a CPU trains faster, this project's own kernels
+or the plain formula.
 On CUDA, :mod:`gpt.model.flex` computes what is neither fused nor short.
 """
 
@@ -117,11 +118,12 @@ def attend(
         mask = mask.to(q.dtype)
     if softcap or top_k or learned_sinks is not None or to_sinks is not None:
         return _plain(q, k, v, mask, dropout, scale, to_sinks, softcap, top_k, learned_sinks)
-    if n_query > 1 and _trains_faster_plainly(q, dropout):
+    if n_query > 1 and _trains_slowly_fused(q, dropout):
         if mask is None and _is_for_kernels(q, k, v):
             own = shape[-1] ** -0.5 if scale is None else scale
             return training_kernels.causal_attention(q, k, v, p=dropout, scale=own)
-        return _plain(q, k, v, mask, dropout, scale)
+        if dropout > 0 or n_query <= PLAIN_UP_TO:
+            return _plain(q, k, v, mask, dropout, scale)
     if n_query == 1 and q.shape[1] != k.shape[1]:
         # The queries of a group see the same keys: as rows of one head, they are what every kernel
         # takes. With a mask only some take fewer heads of keys.
@@ -151,13 +153,10 @@ def _kernels(q: Tensor, training: bool) -> contextlib.AbstractContextManager[Non
     return _without_cudnn
 
 
-def _trains_faster_plainly(q: Tensor, dropout: float) -> bool:
-    """On a CPU the fused kernel has no dropout, and its bfloat16 backward pass takes 2 to 4 times
-    the time of the plain formula (benchmarks/RESULTS.md).
-    """
-    if not (q.requires_grad and q.device.type == "cpu"):
-        return False
-    return dropout > 0 or (q.dtype == torch.bfloat16 and q.shape[-2] <= PLAIN_UP_TO)
+def _trains_slowly_fused(q: Tensor, dropout: float) -> bool:
+    """On a CPU the fused kernel has no dropout, and is slow in bfloat16 (benchmarks/RESULTS.md)."""
+    is_slow = dropout > 0 or q.dtype == torch.bfloat16
+    return is_slow and q.requires_grad and q.device.type == "cpu"
 
 
 def _is_for_kernels(q: Tensor, k: Tensor, v: Tensor) -> bool:

@@ -7,6 +7,7 @@ the cross-entropy of the text's own next token. An ensemble of k seeds becomes o
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from gpt.data import tokenizer as tokenizers
 from gpt.data.batches import IGNORED, Batch
 from gpt.data.tokenizer import Tokenizer
 from gpt.model.gpt import GPT
-from gpt.training.loss import chunks
+from gpt.training.loss import chunks, summed_by_head
 from gpt.training.source import Forward
 
 
@@ -39,28 +40,50 @@ class Distillation:
 
     def __call__(self, forward: Forward, batch: Batch) -> Tensor:
         """The loss of a batch, summed over its targets."""
-        taught = self.probabilities(batch)
-        logits = forward(batch.tokens, batch.documents)
-        loss: Tensor = _Distilled.apply(  # type: ignore[no-untyped-call]
-            logits.flatten(0, 1), batch.targets.flatten(), taught, self.weight, self.temperature
-        )
-        return loss
+        read = partial(self._loss, targets=batch.targets.flatten(), taught=self.features(batch))
+        return forward(batch.tokens, documents=batch.documents, read=read)
 
     @torch.no_grad()
-    def probabilities(self, batch: Batch) -> Tensor:
-        """The teachers' averaged probabilities of each next token, float32 ``[B T, V]``."""
+    def features(self, batch: Batch) -> list[Tensor]:
+        """Each teacher's features of the batch, ``[B T, C]``."""
+        with self.autocast:
+            return [
+                teacher.features(batch.tokens, documents=batch.documents).flatten(0, 1)
+                for teacher in self.teachers
+            ]
+
+    @torch.no_grad()
+    def probabilities(self, taught: list[Tensor]) -> Tensor:
+        """The teachers' averaged probabilities of each next token, float32 ``[n, V]``, of their
+        features ``[n, C]``.
+        """
         total: Tensor | None = None
-        for teacher in self.teachers:
+        for teacher, features in zip(self.teachers, taught, strict=True):
             with self.autocast:
-                logits = teacher(batch.tokens, documents=batch.documents)
-            own = (logits.flatten(0, 1).float() / self.temperature).softmax(dim=-1)
+                logits = teacher.logits(features)
+            own = (logits.float() / self.temperature).softmax(dim=-1)
             total = own if total is None else total.add_(own)
         assert total is not None, "a run with this objective has teachers"
         return total if len(self.teachers) == 1 else total.div_(len(self.teachers))
 
+    def _loss(
+        self, model: GPT, features: Tensor, *, targets: Tensor, taught: list[Tensor]
+    ) -> Tensor:
+        """Of the student's ``features`` ``[B, T, C]``. Of many positions all probabilities are
+        computed for some at a time.
+        """
+
+        def losses_of(some: Tensor, part: slice) -> Tensor:
+            p = self.probabilities([each[part] for each in taught])
+            own = model.logits(some), targets[part], p, self.weight, self.temperature
+            losses: Tensor = _Distilled.apply(*own)  # type: ignore[no-untyped-call]
+            return losses
+
+        return summed_by_head(model, features.flatten(0, 1), losses_of)
+
 
 class _Distilled(torch.autograd.Function):
-    """The loss of ``logits`` ``[N, V]``, whose backward pass overwrites them."""
+    """The losses ``[N]`` of ``logits`` ``[N, V]``, whose backward pass overwrites them."""
 
     @staticmethod
     def forward(
@@ -68,22 +91,23 @@ class _Distilled(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(logits, targets, taught)
         ctx.weight, ctx.temperature = weight, temperature
-        total = torch.zeros((), device=logits.device)
+        found = []
         for rows, some, p in chunks(logits, targets, taught):
             log_q = (rows.float() / temperature).log_softmax(dim=-1)
             divergence = (torch.xlogy(p, p) - p * log_q).sum(dim=-1)
-            total += weight * temperature**2 * divergence[some != IGNORED].sum()
+            losses = weight * temperature**2 * divergence.masked_fill_(some == IGNORED, 0)
             if weight < 1:
-                hard = F.cross_entropy(rows.float(), some, reduction="sum", ignore_index=IGNORED)
-                total += (1 - weight) * hard
-        return total
+                hard = F.cross_entropy(rows.float(), some, reduction="none", ignore_index=IGNORED)
+                losses += (1 - weight) * hard
+            found.append(losses)
+        return torch.cat(found)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         logits, targets, taught = ctx.saved_tensors
         weight, temperature = ctx.weight, ctx.temperature
-        for rows, some, p in chunks(logits, targets, taught):
+        for rows, some, p, slopes in chunks(logits, targets, taught, gradient):
             counted = some != IGNORED
             slope = (rows.float() / temperature).softmax(dim=-1).sub_(p).mul_(weight * temperature)
             if weight < 1:
@@ -91,7 +115,7 @@ class _Distilled(torch.autograd.Function):
                 index = torch.where(counted, some, 0)[:, None]
                 hard.scatter_add_(1, index, torch.full_like(index, -1, dtype=hard.dtype))
                 slope.add_(hard, alpha=1 - weight)
-            rows.copy_(slope.mul_((counted * gradient)[:, None]))
+            rows.copy_(slope.mul_((counted * slopes)[:, None]))
         return logits, None, None, None, None
 
 

@@ -26,6 +26,7 @@ from gpt.data.mixture import Mixture
 from gpt.data.prepared import Prepared
 from gpt.data.prompts import Records
 from gpt.device import choose_device, choose_precision, peak_flops
+from gpt.model.adapter import fingerprint
 from gpt.model.gpt import GPT, Read, parameter_count
 from gpt.model.moe import auxiliary_loss
 from gpt.training import build, experts, nonfinite, setup, state
@@ -130,6 +131,7 @@ class Trainer:
                 self.objective = scheduled
         if config.objective.distill and not teachers:
             raise ValueError("objective.distill is set, and the teachers are not given")
+        self._teachers = [fingerprint(teacher) for teacher in teachers]
         if teachers:
             self.objective = Distillation(
                 teachers, config.objective, device=self.device, autocast=self.autocast
@@ -200,7 +202,8 @@ class Trainer:
     def resume(self, checkpoint: Checkpoint) -> list[str]:
         """Load the checkpoint's weights, optimizer state and progress, to continue after its step.
 
-        Returns a sentence for each entry of :meth:`environment` that has changed.
+        Returns a sentence for each entry of :meth:`environment` that has changed, and one if the
+        teachers have.
         """
         progress = state.restore(
             self.model,
@@ -227,7 +230,10 @@ class Trainer:
             self.best, self.best_loss = None, math.inf
         old = progress["place"]
         changed = [(name, old.get(name, now), now) for name, now in self.environment().items()]
-        return [f"{name} was {was} and is {now}" for name, was, now in changed if was != now]
+        told = [f"{name} was {was} and is {now}" for name, was, now in changed if was != now]
+        if self._teachers and progress.get("teachers", self._teachers) != self._teachers:
+            told.append("the teachers have other weights than before")
+        return told
 
     def choose_strategy(self) -> Strategy:
         """The way in which the processes divide the work."""
@@ -573,6 +579,7 @@ class Trainer:
                     "tokenizer": self._tokenizer,
                     "place": self.environment(),
                     **({"adapter": self.base} if self.base else {}),
+                    **({"teachers": self._teachers} if self._teachers else {}),
                     **self.task_state(),
                 },
                 metrics={} if loss is None else {"validation_loss": loss},

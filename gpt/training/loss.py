@@ -28,8 +28,8 @@ two gradients of its matrix take more memory than the logits."""
 MULTIPLE = 32
 """Where some targets do not count, positions go through the head in a multiple of so many: oneDNN
 compiles a product for each number of rows."""
-Head = Callable[[Tensor], Tensor]
-"""Logits ``[N, V]`` of features ``[N, C]``."""
+LossesOf = Callable[[Tensor, slice], Tensor]
+"""The losses ``[n]`` of the features ``[n, C]`` of a slice of the rows."""
 CHUNK = {"cpu": 2**22, "gpu": 2**26}
 """Logits to convert to float32 at a time: 16 MB on a CPU, enough to keep a GPU busy."""
 
@@ -94,15 +94,16 @@ class _LossesOfFrozenHead(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, targets: Tensor, head: Head) -> Tensor:
-        found, [ctx.slope] = _in_chunks(head, ROWS, targets, features, ctx.needs_input_grad[0], ())
+    def forward(ctx: Any, losses_of: LossesOf, features: Tensor) -> Tensor:
+        learned = ctx.needs_input_grad[1]
+        found, [ctx.slope] = _in_chunks(losses_of, ROWS, features, learned, ())
         return found
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
         slope, ctx.slope = ctx.slope, None  # a second backward pass would scale it again
-        return slope.mul_(gradient[:, None]), None, None
+        return None, slope.mul_(gradient[:, None])
 
 
 class _LossOfLearnedHead(torch.autograd.Function):
@@ -112,11 +113,10 @@ class _LossOfLearnedHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, head: Head, rows: int, targets: Tensor, features: Tensor, *weights: Tensor
+        ctx: Any, losses_of: LossesOf, rows: int, features: Tensor, *weights: Tensor
     ) -> Tensor:
-        found, ctx.slopes = _in_chunks(
-            head, rows, targets, features, ctx.needs_input_grad[3], weights
-        )
+        learned = ctx.needs_input_grad[2]
+        found, ctx.slopes = _in_chunks(losses_of, rows, features, learned, weights)
         return found.sum()
 
     @staticmethod
@@ -124,16 +124,11 @@ class _LossOfLearnedHead(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         slopes, ctx.slopes = ctx.slopes, None  # a second backward pass would scale them again
         scaled = [None if slope is None else slope.mul_(gradient) for slope in slopes]
-        return None, None, None, *scaled
+        return None, None, *scaled
 
 
 def _in_chunks(
-    head: Head,
-    rows: int,
-    targets: Tensor,
-    features: Tensor,
-    learned: bool,
-    weights: Sequence[Tensor],
+    losses_of: LossesOf, rows: int, features: Tensor, learned: bool, weights: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The losses ``[N]`` of so many rows of ``features`` at a time, and the gradients of their sum:
     for the features, if ``learned`` (else ``None``), and for the head's ``weights``.
@@ -146,7 +141,7 @@ def _in_chunks(
         part = slice(start, start + rows)
         some = features[part].detach().requires_grad_(learned)
         with torch.set_grad_enabled(learned or bool(weights)):
-            losses = _losses(head(some), targets[part])
+            losses = losses_of(some, part)
             total = losses.sum()
         found[part] = losses.detach()
         wanted = [some, *weights] if learned else [*weights]
@@ -188,25 +183,34 @@ def loss_of_features(model: GPT, features: Tensor, *, targets: Tensor) -> Tensor
     counted = counted_positions(targets) if is_frozen or not targets.is_cuda else None
     if counted is not None:
         features, targets = _counted_only(counted, features, targets)
-    if not is_frozen:
-        rows = _rows_at_a_time(model, features)
-        if rows >= targets.numel():
-            return summed_loss(model.logits(features), targets)
-        learns = torch.is_grad_enabled()  # within a Function, it always says no
-        weights = [p for p in model.head.parameters() if learns and p.requires_grad]
-        flat = targets.flatten(), features.flatten(0, 1)
-        total: Tensor = _LossOfLearnedHead.apply(model.logits, rows, *flat, *weights)  # type: ignore[no-untyped-call]
-        return total
-    return losses_of_features(model, features.flatten(0, 1), targets.flatten()).sum()
+    flat = targets.flatten()
+    if is_frozen:
+        return losses_of_features(model, features.flatten(0, 1), flat).sum()
+    return summed_by_head(
+        model, features.flatten(0, 1), lambda some, part: _losses(model.logits(some), flat[part])
+    )
+
+
+def summed_by_head(model: GPT, features: Tensor, losses_of: LossesOf) -> Tensor:
+    """The sum of the losses of features ``[N, C]`` by the model's head, which learns. Of many
+    features ``losses_of`` gets a few at a time, and the gradients are computed with the sum.
+    """
+    rows = _rows_at_a_time(model, features)
+    if rows >= len(features):
+        return losses_of(features, slice(None)).sum()
+    learns = torch.is_grad_enabled()  # within a Function, it always says no
+    weights = [p for p in model.head.parameters() if learns and p.requires_grad]
+    total: Tensor = _LossOfLearnedHead.apply(losses_of, rows, features, *weights)  # type: ignore[no-untyped-call]
+    return total
 
 
 def _rows_at_a_time(model: GPT, features: Tensor) -> int:
-    """The positions of a chunk of ``features``, for a head that learns. In float16 it is all of
-    them, because the scale of the loss must reach the gradient of the logits.
+    """The rows of a chunk of ``features`` ``[N, C]``, for a head that learns. In float16 it is all
+    of them, because the scale of the loss must reach the gradient of the logits.
     """
     kind, (V, C) = features.device.type, model.head.weight.shape
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else features.dtype
-    n = features.shape[:-1].numel()
+    n = len(features)
     few = n <= MIN_POSITIONS_PER_FEATURE * C
     if few or model.pointer is not None or dtype == torch.float16:
         return n
@@ -240,5 +244,9 @@ def losses_of_features(
 
     if not has_frozen_head(model):
         return _losses(head(features), targets)
-    losses: Tensor = _LossesOfFrozenHead.apply(features, targets, head)  # type: ignore[no-untyped-call]
+
+    def losses_of(some: Tensor, part: slice) -> Tensor:
+        return _losses(head(some), targets[part])
+
+    losses: Tensor = _LossesOfFrozenHead.apply(losses_of, features)  # type: ignore[no-untyped-call]
     return losses

@@ -2,7 +2,9 @@
 
 import dataclasses
 import io
+import shutil
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from gpt.data.batches import IGNORED, Batch
 from gpt.data.prepare import prepare
 from gpt.interop.load import load
 from gpt.model.gpt import GPT
+from gpt.training import loss
 from gpt.training.distillation import Distillation
 from gpt.training.loop import Trainer
 from gpt.training.run import train
@@ -47,8 +50,14 @@ def gradients(model, make_loss):
     return loss.detach(), [p.grad.clone() for p in model.parameters()]
 
 
+@pytest.mark.parametrize("in_chunks", [False, True])
 @pytest.mark.parametrize(("weight", "temperature"), [(0.3, 2.0), (1.0, 0.7), (0.5, 1.0)])
-def test_the_loss_is_its_formula(weight, temperature, tiny_config):
+def test_the_loss_is_its_formula(weight, temperature, in_chunks, tiny_config, monkeypatch):
+    if in_chunks:
+        monkeypatch.setattr(loss, "MIN_POSITIONS_PER_FEATURE", 0)
+        monkeypatch.setattr(loss, "MULTIPLE", 4)
+        monkeypatch.setattr(loss, "LOGITS", {"cpu": 5 * tiny_config.vocab_size})
+    positions = []
     student, *teachers = (make_model(tiny_config, seed=seed) for seed in (1, 2, 3))
     batch = some_batch()
 
@@ -64,7 +73,10 @@ def test_the_loss_is_its_formula(weight, temperature, tiny_config):
         return weight * temperature**2 * divergence + (1 - weight) * hard
 
     mine = objective(teachers, weight=weight, temperature=temperature)
+    probabilities = mine.probabilities
+    mine.probabilities = lambda taught: positions.append(len(taught[0])) or probabilities(taught)
     got = gradients(student, lambda forward: mine(forward, batch))
+    assert positions == ([4, 4, 4, 4, 2] if in_chunks else [18])
     torch.testing.assert_close(got, gradients(student, expected), rtol=1e-4, atol=1e-5)
 
 
@@ -113,6 +125,15 @@ def test_a_run_with_teachers_is_resumed_bit_for_bit(taught):
     run(dataclasses.replace(other, resume=True))
     one, two = last(taught), last(other)
     assert all(torch.equal(one[name], two[name]) for name in one)
+    first, second = map(Path, taught.objective.teachers)
+    shutil.rmtree(first)
+    shutil.copytree(second, first)  # a teacher of the same name
+    said = io.StringIO()
+    longer = change(taught, training={"max_steps": taught.training.max_steps + 1})
+    console = Console(file=said, width=200)
+    initial = partial(load, trainable=True)
+    train(dataclasses.replace(longer, resume=True), console=console, initial=initial)
+    assert "the teachers have other weights than before" in said.getvalue()
     plain = change(taught, objective={"distill": ""})
     run(dataclasses.replace(plain, run_dir=taught.run_dir + "-plain"))
     three = last(dataclasses.replace(plain, run_dir=taught.run_dir + "-plain"))
