@@ -254,6 +254,18 @@ def test_attention_with_dropout_has_the_gradients_of_the_weights_that_are_left(l
         assert apart(got.grad, expected.grad) < 2 * TOLERANCES[dtype]
 
 
+def test_autocast_does_not_change_the_dtype_of_attention():
+    torch.manual_seed(7)
+    q, k, v = (torch.randn(1, n, 300, 8, requires_grad=True) for n in (4, 2, 2))
+    slope, found = torch.randn_like(q), []
+    for enabled in (False, True):
+        torch.manual_seed(8)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = training_kernels.causal_attention(q, k, v, p=0.1, scale=0.3)
+        found.append([y, *torch.autograd.grad(y, (q, k, v), slope)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_attention_computes_few_hidden_pairs_and_keeps_the_weights_of_one_block(monkeypatch):
     T, kept = 2048, []
     q, k, v = (torch.randn(1, 2, T, 8, requires_grad=True) for _ in range(3))

@@ -2,6 +2,8 @@
 
 import dataclasses
 import io
+import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -12,8 +14,9 @@ from gpt import checkpoint as checkpoints
 from gpt.config import TrainConfig, UsageError, parse
 from gpt.data.prepare import prepare
 from gpt.interop.load import load
-from gpt.training import budget
+from gpt.training import budget, setup
 from gpt.training.loop import Trainer
+from gpt.training.parallel import World
 from gpt.training.run import train
 from tests.tiny import change, tiny_run
 
@@ -54,6 +57,26 @@ def last(config):
 )
 def test_steps_and_evaluations_fit_into_the_time(seconds, steps):
     assert budget.steps_of(seconds, 2.0, 4.0, every=10) == steps
+
+
+def test_the_measured_model_is_gone_before_the_run_builds_its_own(config, quick, monkeypatch):
+    measured, made = [], budget.Trainer
+    monkeypatch.setattr(
+        budget,
+        "Trainer",
+        lambda *args, **own: measured.append(made(*args, **own)) or measured[-1],
+    )
+
+    def refer(trainer, *args, **own):
+        measured[:] = [weakref.ref(trainer.model)]
+        return 2.0, 4.0
+
+    monkeypatch.setattr(budget, "measure", refer)
+    config = change(config, training={"activation_checkpointing": "full"})
+    data = prepare(config.data, config.cache_dir)
+    config = setup.resolve(config, data, None)
+    budget.plan(config, data, world=World(), model=None, sample=None, say=print)
+    assert measured[0]() is None
 
 
 def test_a_planned_run_is_the_run_of_so_many_steps(config, quick):
@@ -101,8 +124,6 @@ def trainer_of(config):
 def test_a_plan_leaves_the_initial_model_as_it_is(config, quick):
     plain = change(config, training={"max_minutes": 0.0, "max_steps": 7})
     run(plain)
-    from functools import partial
-
     tuned = [
         dataclasses.replace(each, init=str(config.run), run_dir=f"{config.run_dir}-{n}")
         for n, each in enumerate((config, plain))
