@@ -68,7 +68,7 @@ def test_the_measured_model_is_gone_before_the_run_builds_its_own(config, quick,
     )
 
     def refer(trainer, *args, **own):
-        measured[:] = [weakref.ref(trainer.model)]
+        measured[:] = [weakref.ref(trainer.model.blocks[0])]
         return 2.0, 4.0
 
     monkeypatch.setattr(budget, "measure", refer)
