@@ -1,10 +1,11 @@
 """Causal attention in training on a CPU: ``python benchmarks/attention.py``.
 
-Milliseconds of a forward and a backward pass of one layer, the medians of 7 turns: torch's fused
-attention, the plain formula operator by operator, and this project's kernels with so many queries
-in a block. The kernels of a run have blocks of :data:`gpt.training_kernels.QUERIES`.
+Milliseconds of a forward and a backward pass of one layer, medians of 7 turns: torch's fused
+attention, the plain formula, and this project's kernels by the number of queries in a block.
+Training uses :data:`gpt.training_kernels.QUERIES`.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -21,7 +22,7 @@ SHAPES = [
     (8, 9, 3, 256, 64, 0.0), (4, 12, 12, 1024, 64, 0.0), (1, 12, 12, 2048, 64, 0.0),
     (1, 12, 12, 4096, 64, 0.0),
 ]  # fmt: skip
-"""Sequences, heads of queries, heads of keys, tokens, numbers of a head, and dropout."""
+"""Batch, query heads, key heads, tokens, head dimension, dropout."""
 BLOCKS = 64, 128, 256, 512
 WHOLE = "one block"
 
@@ -50,7 +51,7 @@ def ways(shape: tuple[int, ...], p: float, dtype: torch.dtype) -> dict[str, Call
     if T <= PLAIN_UP_TO:
         found["plain"] = plain
     sizes = {WHOLE: T} | {str(n): n for n in BLOCKS if n < T}
-    return found | {name: (lambda n=n: kernels(n)) for name, n in sizes.items()}
+    return found | {name: functools.partial(kernels, n) for name, n in sizes.items()}
 
 
 def main() -> None:
@@ -58,7 +59,11 @@ def main() -> None:
     training_kernels.load()
     table = Table(title="Forward and backward, ms")
     columns = ["fused", "plain", *map(str, BLOCKS), WHOLE]
-    for heading in ("sequences, heads, keys' heads, T, width, dropout", "dtype", *columns):
+    for heading in (
+        "batch, query heads, key heads, tokens, head dimension, dropout",
+        "dtype",
+        *columns,
+    ):
         table.add_column(heading, justify="right" if heading in columns else "left")
     fast = choose_precision("auto", torch.device("cpu"))
     for dtype in dict.fromkeys((fast, torch.float32)):

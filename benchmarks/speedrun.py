@@ -2,8 +2,9 @@
 ``python benchmarks/speedrun.py CONFIG.toml --seconds 66 --loss 1.886``.
 
 Each run is the program's own trainer with the settings of CONFIG, new weights and no early stop, in
-a process of its own. With ``--seconds``, the number of its steps is planned from a measurement, so
-that all rows take the same time; without it, CONFIG says how many steps or minutes. The clock stops
+a process of its own. With ``--seconds``, the number of steps is planned from a measurement of the
+longest steps of the run, so that all rows take about this time (less where steps are shorter at
+first); without it, CONFIG says how many steps or minutes. The clock stops
 during the ``--evaluations``, which are of the whole held-out part. The seconds to a loss are
 interpolated between two of them. Options of train.py after ``--`` are for all runs.
 ``--row 'NAME: OPTIONS'``, once or more, adds a recipe with other options: an ablation. The runs of
@@ -13,6 +14,8 @@ there already, with the same CONFIG and machine, is not run again. ``--png FILE`
 
 import argparse
 import dataclasses
+import functools
+import gc
 import json
 import math
 import re
@@ -27,12 +30,10 @@ from typing import Any
 
 from machine import describe
 
-import gpt
 from gpt.config import TrainConfig, UsageError, parse
 from gpt.data.prepare import prepare
-from gpt.data.tokenizer import Tokenizer
 from gpt.device import keep_freed_memory
-from gpt.model.gpt import GPT
+from gpt.interop.load import load
 from gpt.training import budget, setup
 from gpt.training.distillation import load_teachers
 from gpt.training.loop import Trainer
@@ -58,12 +59,14 @@ def run(words: list[str], seed: int, *, seconds: float, evaluations: int) -> Fig
             if value:
                 raise UsageError(f"{field} is set, and speedrun.py compares runs of new weights")
         config = setup.resolve(config, data, None)
-        teachers = load_teachers(config, data.tokenizer, load_model)
+        teachers = load_teachers(config, data.tokenizer, functools.partial(load, trainable=True))
         seconds = seconds or 60 * config.training.max_minutes
         if seconds:
             enough = min(20, 0.05 * seconds)
             trainer = Trainer(budget.longest(config), data, teachers=teachers)
             step, _ = budget.measure(trainer, None, seconds=enough, most=seconds)
+            del trainer
+            gc.collect()
             steps = max(1, round(seconds / step))
             training = dataclasses.replace(config.training, max_steps=steps)
             config = dataclasses.replace(config, training=training)
@@ -82,11 +85,6 @@ def run(words: list[str], seed: int, *, seconds: float, evaluations: int) -> Fig
         "tokens/s": last * config.training.batch_tokens / spent,
         "curve": curve,
     }
-
-
-def load_model(name: str) -> tuple[GPT, Tokenizer]:
-    model = gpt.load(name, weights="float32")
-    return model.model, model.tokenizer
 
 
 def in_a_process(words: list[str], seed: int, seconds: float, evaluations: int) -> Figures:

@@ -231,9 +231,9 @@ void split_heads_back(const Heads& heads, const Number* qkv, const Number* const
 // Which places of a vector are below n.
 inline Ints below(long n) { return (Ints)counting() < (int32_t)std::min(n, LANES); }
 
-// Scores [M, queries, T] of M heads: those of the queries before position T and of all keys that they may see.
+// A block of scores [M, queries, keys]: M heads, and the queries that end at position `keys`.
 struct Causal {
-  long M, queries, T, length;  // length: of the whole sequence, which numbers the weights for dropout
+  long M, queries, keys, length;  // length: of the whole sequence, which numbers the weights for dropout
   double scale;
 };
 
@@ -242,10 +242,10 @@ struct Causal {
 template <class Function>
 void causal_rows(Causal c, Function function) {
   shared(c.M * c.queries, [=](long begin, long end) {
-    std::vector<float> row(c.T + LANES);
+    std::vector<float> row(c.keys + LANES);
     for (long r = begin; r < end; r++) {
-      long t = c.T - c.queries + r % c.queries, n = t + 1;
-      long used = std::min(c.T, (n + LANES - 1) / LANES * LANES);
+      long t = c.keys - c.queries + r % c.queries, n = t + 1;
+      long used = std::min(c.keys, (n + LANES - 1) / LANES * LANES);
       function(r, n, used, (r / c.queries * c.length + t) * c.length, row.data());
     }
   });
@@ -254,7 +254,7 @@ void causal_rows(Causal c, Function function) {
 // Causal scores, times `scale`, to their softmax, in place; and with `left`, what dropout leaves of it.
 template <class Number>
 void causal_softmax(Number* scores, Number* left, Causal c, Dropout dropout) {
-  causal_rows(c, [=, T = c.T](long r, long n, long used, long number, float* row) {
+  causal_rows(c, [=, T = c.keys](long r, long n, long used, long number, float* row) {
     Number *own = scores + r * T, *rest = left + r * T;
     Floats most = Floats{} - INFINITY;
     for (long i = 0; i < n; i += LANES) {
@@ -287,7 +287,7 @@ void causal_softmax(Number* scores, Number* left, Causal c, Dropout dropout) {
 // causal mask hides are 0.
 template <class Number>
 void causal_softmax_back(const Number* weights, Number* slopes, Number* left, Causal c, Dropout dropout) {
-  causal_rows(c, [=, T = c.T](long r, long n, long used, long number, float* row) {
+  causal_rows(c, [=, T = c.keys](long r, long n, long used, long number, float* row) {
     const Number* own = weights + r * T;
     Number *slope = slopes + r * T, *rest = left + r * T;
     Floats dots = {};

@@ -48,7 +48,7 @@ class _Heads(ctypes.Structure):
 
 class _Causal(ctypes.Structure):
     _fields_ = (
-        *((name, _LONG) for name in ("M", "queries", "T", "length")), ("scale", _DOUBLE),
+        *((name, _LONG) for name in ("M", "queries", "keys", "length")), ("scale", _DOUBLE),
     )  # fmt: skip
 
 
@@ -304,10 +304,10 @@ class _CausalAttention(torch.autograd.Function):
         ctx.dropout, ctx.scale = _drawn(p, q), scale
         y = q.new_empty(*q.shape[:3], v.shape[-1])
         for begin, end in _blocks(T):
-            own, above = (x[:, :, begin:end] for x in (q, y))
+            q_rows, y_rows = (x[:, :, begin:end] for x in (q, y))
             sizes = _Causal(q.shape[0] * q.shape[1], end - begin, end, T, scale)
-            weights, left = _weights(own.flatten(1, 2), k[:, :end], sizes, ctx.dropout)
-            above.copy_((left @ v[:, :end]).view_as(above))
+            weights, left = _weights(q_rows.flatten(1, 2), k[:, :end], sizes, ctx.dropout)
+            y_rows.copy_((left @ v[:, :end]).view_as(y_rows))
         ctx.save_for_backward(q, k, v, weights)  # those of the last block
         return y.view(*shape[:3], -1)
 
@@ -315,21 +315,22 @@ class _CausalAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, weights = ctx.saved_tensors
-        shape, T, of_q, of_k, of_v = slope.shape, slope.shape[-2], torch.empty_like(q), None, None
+        shape, T = slope.shape, slope.shape[-2]
+        of_q, of_k, of_v = torch.empty_like(q), None, None
         slope = slope.contiguous().view(*q.shape[:3], -1)
         dropout = ctx.dropout or _Dropout()
         for begin, end in reversed(_blocks(T)):
-            own, above = (x[:, :, begin:end].flatten(1, 2) for x in (q, slope))
+            q_rows, slope_rows = (x[:, :, begin:end].flatten(1, 2) for x in (q, slope))
             sizes = _Causal(q.shape[0] * q.shape[1], end - begin, end, T, ctx.scale)
             if end < T:
-                weights, _ = _weights(own, k[:, :end], sizes, None)
-            scores = above @ v[:, :end].mT
+                weights, _ = _weights(q_rows, k[:, :end], sizes, None)
+            scores = slope_rows @ v[:, :end].mT
             left = None if ctx.dropout is None else torch.empty_like(weights)
             _run("gpt_causal_softmax_back", weights.dtype, weights, scores, left, sizes, dropout)
             into = of_q[:, :, begin:end]
             into.copy_((scores @ k[:, :end]).view_as(into))
-            of_k = _plus(of_k, scores.mT @ own)
-            of_v = _plus(of_v, (weights if left is None else left).mT @ above)
+            of_k = _plus(of_k, scores.mT @ q_rows)
+            of_v = _plus(of_v, (weights if left is None else left).mT @ slope_rows)
         assert of_k is not None
         assert of_v is not None
         of_k, of_v = (x.to(q).unflatten(0, (shape[0], -1)) for x in (of_k, of_v))
@@ -337,7 +338,9 @@ class _CausalAttention(torch.autograd.Function):
 
 
 def _plus(total: Tensor | None, first: Tensor) -> Tensor:
-    """``total`` ``[M, T, D]``, in float32, with ``first`` added to its first rows."""
+    """``total`` ``[M, T, D]``, in float32, with ``first`` added to its first rows. The first block
+    that is added has all rows, and stays as it is if it is the only one.
+    """
     if total is None:
         return first
     total = total.float()

@@ -1,4 +1,4 @@
-"""Softmax attention: the only caller of fused attention.
+"""Softmax attention: the model's only call of fused attention.
 
 "Causal" means something else when there are fewer queries than keys: query ``i`` of ``Tq`` sits at
 key position ``Tk - Tq + i``, while ``is_causal`` of the fused kernel starts at key 0. Hence the
@@ -118,7 +118,7 @@ def attend(
         mask = mask.to(q.dtype)
     if softcap or top_k or learned_sinks is not None or to_sinks is not None:
         return _plain(q, k, v, mask, dropout, scale, to_sinks, softcap, top_k, learned_sinks)
-    if n_query > 1 and _trains_slowly_fused(q, dropout):
+    if n_query > 1 and _fused_is_slow(q, dropout):
         if mask is None and _is_for_kernels(q, k, v):
             own = shape[-1] ** -0.5 if scale is None else scale
             return training_kernels.causal_attention(q, k, v, p=dropout, scale=own)
@@ -153,7 +153,7 @@ def _kernels(q: Tensor, training: bool) -> contextlib.AbstractContextManager[Non
     return _without_cudnn
 
 
-def _trains_slowly_fused(q: Tensor, dropout: float) -> bool:
+def _fused_is_slow(q: Tensor, dropout: float) -> bool:
     """On a CPU the fused kernel has no dropout, and is slow in bfloat16 (benchmarks/RESULTS.md)."""
     is_slow = dropout > 0 or q.dtype == torch.bfloat16
     return is_slow and q.requires_grad and q.device.type == "cpu"

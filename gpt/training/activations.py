@@ -21,11 +21,11 @@ KEPT = {
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
-if hasattr(aten, "_scaled_mm_v2"):  # of float8, in the newer versions of torch
-    KEPT.add(aten._scaled_mm_v2.default)
 """Operators whose results ``selective`` keeps: they take the longest to recompute. The attention
 scores of the plain formula (``bmm``) would take too much memory (arXiv:2205.05198).
 """
+if hasattr(aten, "_scaled_mm_v2"):  # of float8, in newer versions of torch
+    KEPT.add(aten._scaled_mm_v2.default)
 
 
 def checkpoint_activations(model: GPT, mode: Literal["none", "selective", "full"]) -> None:

@@ -2,8 +2,8 @@
 FlashAttention 3 (arXiv:2407.08608) on Hopper where its package is installed.
 
 Which is the fastest depends on the GPU, the shape and the versions. So each run first times them,
-forward and backward, on its own shape. Their results must also agree with those of torch's own.
-FlashAttention 3 has not run on a GPU here.
+forward and backward, on its own shape. A kernel is used only if its results agree with those of
+torch's own.
 """
 
 import contextlib
@@ -28,9 +28,11 @@ KERNELS = {
     "flash 3": [SDPBackend.FLASH_ATTENTION],
 }
 """The candidates by name. If flash attention does not support a shape, torch uses its next one."""
-FLASH_3, ITS_PACKAGE = "FA3", "flash_attn_interface"
-"""torch's name of FlashAttention 3, and the module that torch takes it from."""
-HAS_VERSIONS = hasattr(attention, "restore_flash_attention_impl")
+FLASH_3 = "FA3"
+"""torch's name of FlashAttention 3."""
+FLASH_3_PACKAGE = "flash_attn_interface"
+"""The module that torch takes it from."""
+CAN_SWITCH = hasattr(attention, "restore_flash_attention_impl")
 """Whether this torch can change the version of flash attention."""
 TOLERANCE = 0.05
 """Relative to the largest number; larger than the rounding errors of bfloat16."""
@@ -64,7 +66,7 @@ def _use_flash_3(use: bool) -> None:
     """Whether torch's flash attention is version 3, in this process."""
     if use:
         attention.activate_flash_attention_impl(FLASH_3)
-    elif HAS_VERSIONS and attention.current_flash_attention_impl() == FLASH_3:
+    elif CAN_SWITCH and attention.current_flash_attention_impl() == FLASH_3:
         attention.restore_flash_attention_impl()
 
 
@@ -121,13 +123,13 @@ def measure(
                 step = functools.partial(run, name, config.dropout)
                 times[name] = _seconds(step, device)
         except (RuntimeError, OSError, ImportError, AttributeError):
-            continue  # it has no kernel for the shape, or FlashAttention 3 is of another torch
+            continue  # unsupported shape, or FlashAttention 3 was built for another torch
     return times if len(times) > 1 else {}
 
 
 def has_flash_3(device: torch.device) -> bool:
     """Whether FlashAttention 3 is installed, and the GPU is one of those that it is for."""
-    is_installed = HAS_VERSIONS and importlib.util.find_spec(ITS_PACKAGE) is not None
+    is_installed = CAN_SWITCH and importlib.util.find_spec(FLASH_3_PACKAGE) is not None
     return is_installed and torch.cuda.get_device_capability(device)[0] == 9
 
 

@@ -40,7 +40,7 @@ def plan(
     enough = min(MOST_SECONDS, 60 * minutes * SHARE)
     step, evaluation = measure(trainer, sample, seconds=enough, most=60 * minutes)
     del trainer, start
-    gc.collect()  # it may refer to itself, and would stay beside the run's own
+    gc.collect()  # it may be in a reference cycle, which would keep its memory during the run
     step, evaluation = world.broadcast(lambda: [step, evaluation])  # those of the main process
     steps = steps_of(60 * minutes, step, evaluation, every=config.evaluation.every)
     say(
@@ -52,8 +52,8 @@ def plan(
 
 
 def longest(config: TrainConfig) -> TrainConfig:
-    """The configuration with the longest steps of the run for all: with whole attention windows,
-    and with two passes where it has them.
+    """The configuration with every step as long as the run's longest: with full attention windows
+    and, under scheduled sampling, both forward passes.
     """
     training = dataclasses.replace(
         config.training,

@@ -43,8 +43,8 @@ def build_model(
     """The model to train, in training mode, and the module to call for a forward pass.
 
     ``start`` is a model with weights, or the shape of a new one. The order matters: activation
-    checkpointing wraps a block, the compiler wraps both, and the strategy wraps the model. A
-    compiled block keeps the attention kernels that were chosen before.
+    checkpointing wraps a block, the compiler wraps both (or the whole model), and the strategy
+    wraps the model. A compiled block keeps the attention kernels that were chosen before.
     """
     if strategy == "fsdp" and training.compile == "whole":
         raise UsageError(
@@ -58,8 +58,7 @@ def build_model(
         with torch.device("meta" if strategy == "fsdp" else "cpu"):
             model = GPT(start)
     if training.float8:
-        tokens = training.micro_batch_size * model.config.context_length
-        use_float8(model, device=device, tokens=tokens)
+        use_float8(model, device=device)
     if adapter.kind != "none":
         adapt(model, adapter)
     freeze(model, training.freeze)

@@ -21,7 +21,8 @@ def compile_blocks(
     say: Callable[[str], None],
 ) -> None:
     """Compile each block, in place: all blocks share one graph, and a strategy can shard the model
-    block by block. With ``whole`` compile the model, with the loss that a call reads.
+    block by block. With ``whole``, compile the model's forward pass together with the loss that
+    ``read`` computes.
 
     ``auto`` compiles on CUDA, and says so if the compiler does not work. On a CPU, compiling made
     training slower, so only ``on`` and ``whole`` compile there. They raise ``UsageError`` if the
@@ -49,7 +50,7 @@ def compile_blocks(
 
 
 def uncompiled() -> contextlib.AbstractContextManager[None]:
-    """A context in which compiled blocks run as they are written. It does not import the compiler,
+    """A context in which compiled modules run as they are written. It does not import the compiler,
     which needs 150 MB, if nothing has been compiled.
     """
     if "torch._dynamo" not in sys.modules:

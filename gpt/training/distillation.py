@@ -54,8 +54,8 @@ class Distillation:
 
     @torch.no_grad()
     def probabilities(self, taught: list[Tensor]) -> Tensor:
-        """The teachers' averaged probabilities of each next token, float32 ``[n, V]``, of their
-        features ``[n, C]``.
+        """The teachers' mean distribution over the next token, float32 ``[n, V]``, from the
+        features ``[n, C]`` of each teacher.
         """
         total: Tensor | None = None
         for teacher, features in zip(self.teachers, taught, strict=True):
@@ -69,8 +69,8 @@ class Distillation:
     def _loss(
         self, model: GPT, features: Tensor, *, targets: Tensor, taught: list[Tensor]
     ) -> Tensor:
-        """Of the student's ``features`` ``[B, T, C]``. Of many positions all probabilities are
-        computed for some at a time.
+        """The summed loss for the student's ``features`` ``[B, T, C]``. For many positions, the
+        teachers' and the student's logits are computed in chunks.
         """
 
         def losses_of(some: Tensor, part: slice) -> Tensor:

@@ -1,10 +1,10 @@
 """Linear layers whose products are computed in float8 (arXiv:2209.05433), as newer GPUs do at twice
 the rate of bfloat16.
 
-The forward product takes e4m3 numbers, which are more exact. In the backward products the slopes
-are e5m2, which have a larger range. Each tensor is first divided by a scale, so that its largest
-number becomes the largest of its format. Weights, their gradients and the optimizer keep their
-dtypes, and checkpoints their keys. No test has run it on a GPU.
+The forward product is in e4m3, which has more precision. In the backward products the gradient of
+the output is in e5m2, which has more range. Each tensor has one scale, chosen anew in each pass,
+which maps its largest magnitude to the largest number of the format. Parameters, their gradients
+and the optimizer's state keep their dtypes, and checkpoints their keys.
 """
 
 from typing import Any
@@ -17,11 +17,11 @@ from torch.autograd.function import once_differentiable
 from gpt.config import UsageError
 from gpt.model.gpt import GPT
 
-NUMBERS, SLOPES = torch.float8_e4m3fn, torch.float8_e5m2
+FORWARD, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16
-"""Of the sides of the matrices, which the GPU's products demand."""
+"""A GPU's float8 product needs matrices whose sides are multiples of this."""
 CAPABILITY = 8, 9
-"""Of the first GPUs that multiply float8."""
+"""The lowest CUDA capability with float8 products."""
 
 
 class Float8Linear(nn.Linear):
@@ -42,7 +42,7 @@ class Float8Linear(nn.Linear):
 class _Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        (x8, x_scale), (weight8, weight_scale) = _rounded(x, NUMBERS), _rounded(weight, NUMBERS)
+        (x8, x_scale), (weight8, weight_scale) = _rounded(x, FORWARD), _rounded(weight, FORWARD)
         ctx.save_for_backward(x8, x_scale, weight8, weight_scale)
         ctx.dtypes = x.dtype, weight.dtype
         return _product(x8, weight8.t(), x_scale, weight_scale, dtype)
@@ -51,7 +51,7 @@ class _Products(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x8, x_scale, weight8, weight_scale = ctx.saved_tensors
-        (slope8, scale), of_x, of_weight = _rounded(slope, SLOPES), None, None
+        (slope8, scale), of_x, of_weight = _rounded(slope, GRADIENT), None, None
         if ctx.needs_input_grad[0]:
             of_x = _product(slope8, _by_columns(weight8), scale, weight_scale, ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
@@ -61,13 +61,13 @@ class _Products(torch.autograd.Function):
 
 
 def _rounded(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``x`` divided by a scale and rounded, in rows; and the scale."""
+    """``x`` over its scale, rounded to ``dtype`` and contiguous; and the scale."""
     scale = x.detach().abs().amax().float().clamp(min=1e-12) / torch.finfo(dtype).max
     return (x.float() / scale).to(dtype).contiguous(), scale
 
 
 def _by_columns(x: Tensor) -> Tensor:
-    """The same matrix with its columns one after the other in memory, as right factors must be."""
+    """The same matrix in column-major order, which the right factor must have."""
     return x.t().contiguous().t()
 
 
@@ -76,19 +76,20 @@ def _product(a: Tensor, b: Tensor, scale: Tensor, other: Tensor, dtype: torch.dt
     return F.scaled_mm(a, b, scale, whole, other, whole, output_dtype=dtype)
 
 
-def use_float8(model: GPT, *, device: torch.device, tokens: int) -> None:
-    """Make the blocks' linear layers :class:`Float8Linear`, in place, for micro batches of
-    ``tokens``. The head and an expert router stay exact, as do layers whose sides are no multiples
-    of 16. ``UsageError`` if the device or every layer is unsuitable.
+def use_float8(model: GPT, *, device: torch.device) -> None:
+    """Replace the blocks' linear layers by :class:`Float8Linear`, in place. The head and an expert
+    router keep their precision, as do layers with a side that is not a multiple of 16.
+    ``UsageError`` if the device, the context or every layer is unsuitable.
     """
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITY:
         raise UsageError(
             f"training.float8 is on, and needs a GPU of CUDA capability 8.9 or higher (Ada, Hopper "
             f"and newer); the device is {device}"
         )
-    if tokens % MULTIPLE:
+    length = model.config.context_length
+    if length % MULTIPLE:
         raise UsageError(
-            f"training.float8 is on, and a micro batch has {tokens} tokens, which must be a "
+            f"training.float8 is on, and model.context_length is {length}, which must be a "
             f"multiple of {MULTIPLE}"
         )
     if not convert(model):

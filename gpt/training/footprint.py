@@ -233,7 +233,7 @@ def _give_gradients(model: GPT) -> int:
 def _kernels_of_a_gpu() -> Iterator[None]:
     """On the CPU's fake tensors, choose as on a GPU: fused attention, larger parts of logits."""
     with (
-        mock.patch.object(attend, "_trains_slowly_fused", return_value=False),
+        mock.patch.object(attend, "_fused_is_slow", return_value=False),
         mock.patch.object(training_kernels, "library", return_value=None),
         mock.patch.dict(loss.CHUNK, cpu=loss.CHUNK["gpu"]),
         mock.patch.dict(loss.LOGITS, cpu=loss.LOGITS["gpu"]),

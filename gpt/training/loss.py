@@ -29,7 +29,7 @@ MULTIPLE = 32
 """Where some targets do not count, positions go through the head in a multiple of so many: oneDNN
 compiles a product for each number of rows."""
 LossesOf = Callable[[Tensor, slice], Tensor]
-"""The losses ``[n]`` of the features ``[n, C]`` of a slice of the rows."""
+"""From features ``[n, C]``, and the slice of the positions that they are, to losses ``[n]``."""
 CHUNK = {"cpu": 2**22, "gpu": 2**26}
 """Logits to convert to float32 at a time: 16 MB on a CPU, enough to keep a GPU busy."""
 
@@ -177,7 +177,7 @@ def loss_of_features(model: GPT, features: Tensor, *, targets: Tensor) -> Tensor
     Positions without a target do not go through the head. On a GPU only a frozen head leaves them
     out, because to find them is to wait for the device.
     """
-    if torch.compiler.is_compiling():  # what follows depends on numbers, or calls autograd
+    if torch.compiler.is_compiling():  # what follows branches on the targets, or calls autograd
         return summed_loss(model.logits(features), targets)
     is_frozen = has_frozen_head(model)
     counted = counted_positions(targets) if is_frozen or not targets.is_cuda else None
@@ -192,13 +192,13 @@ def loss_of_features(model: GPT, features: Tensor, *, targets: Tensor) -> Tensor
 
 
 def summed_by_head(model: GPT, features: Tensor, losses_of: LossesOf) -> Tensor:
-    """The sum of the losses of features ``[N, C]`` by the model's head, which learns. Of many
-    features ``losses_of`` gets a few at a time, and the gradients are computed with the sum.
+    """The sum of ``losses_of`` over features ``[N, C]``. If there are many, it is called for a
+    chunk at a time, and the gradients are computed in the forward pass.
     """
     rows = _rows_at_a_time(model, features)
     if rows >= len(features):
         return losses_of(features, slice(None)).sum()
-    learns = torch.is_grad_enabled()  # within a Function, it always says no
+    learns = torch.is_grad_enabled()  # inside a Function, gradients are always off
     weights = [p for p in model.head.parameters() if learns and p.requires_grad]
     total: Tensor = _LossOfLearnedHead.apply(losses_of, rows, features, *weights)  # type: ignore[no-untyped-call]
     return total
@@ -212,7 +212,8 @@ def _rows_at_a_time(model: GPT, features: Tensor) -> int:
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else features.dtype
     n = len(features)
     few = n <= MIN_POSITIONS_PER_FEATURE * C
-    if few or model.pointer is not None or dtype == torch.float16:
+    whole = model.pointer is not None or dtype == torch.float16 or torch.compiler.is_compiling()
+    if few or whole:
         return n
     rows = LOGITS["cpu" if kind == "cpu" else "gpu"] // V
     return max(MULTIPLE, rows - rows % MULTIPLE)

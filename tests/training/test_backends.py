@@ -64,7 +64,7 @@ def flash_3(monkeypatch):
     registry = torch.nn.attention._registry._FLASH_ATTENTION_IMPLS
     monkeypatch.setattr(torch.nn.attention._registry, "_FLASH_ATTENTION_IMPLS", dict(registry))
     register_flash_attention_impl("FA3", register_fn=install)
-    monkeypatch.setattr(backends, "ITS_PACKAGE", "torch")
+    monkeypatch.setattr(backends, "FLASH_3_PACKAGE", "torch")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     yield SimpleNamespace(removed=removed, broken=broken)
     backends._use_flash_3(False)
@@ -98,7 +98,7 @@ def test_flash_attention_3_is_timed_where_it_is_for(flash_3, tiny_config, monkey
     assert measured(tiny_config, monkeypatch, **half | {"dtype": torch.float32}) == {}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
     assert measured(tiny_config, monkeypatch, **half) == {}
-    monkeypatch.setattr(backends, "ITS_PACKAGE", "no_such_package")
+    monkeypatch.setattr(backends, "FLASH_3_PACKAGE", "no_such_package")
     assert not backends.has_flash_3(torch.device("cpu"))
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from gpt.config import TrainConfig, UsageError, parse
-from gpt.training.float8 import NUMBERS, SLOPES, Float8Linear, _rounded, convert, use_float8
+from gpt.training.float8 import FORWARD, GRADIENT, Float8Linear, _rounded, convert, use_float8
 from gpt.training.loss import summed_loss
 from tests.conftest import make_model
 
@@ -43,8 +43,8 @@ def test_the_products_are_those_of_the_rounded_numbers():
     exact, rounded = layers()
     x, slope = torch.randn(5, 16, 48) * 3, torch.randn(5, 16, 32) * 1e-4
     y, of_x, of_weight, of_bias = gradients(rounded, x, slope)
-    x8, slope8 = read(x, NUMBERS).flatten(0, 1), read(slope, SLOPES).flatten(0, 1)
-    weight8 = read(exact.weight.detach(), NUMBERS)
+    x8, slope8 = read(x, FORWARD).flatten(0, 1), read(slope, GRADIENT).flatten(0, 1)
+    weight8 = read(exact.weight.detach(), FORWARD)
     assert apart(y.flatten(0, 1) - exact.bias.detach(), x8 @ weight8.T) < 1e-5
     assert apart(of_x.flatten(0, 1), slope8 @ weight8) < 1e-5
     assert apart(of_weight, slope8.T @ x8) < 1e-5
@@ -56,7 +56,7 @@ def test_the_products_are_those_of_the_rounded_numbers():
 
 
 @pytest.mark.parametrize("largest", [1e-6, 1.0, 1e6])
-@pytest.mark.parametrize("dtype", [NUMBERS, SLOPES])
+@pytest.mark.parametrize("dtype", [FORWARD, GRADIENT])
 def test_the_largest_number_becomes_the_largest_of_the_format(dtype, largest):
     x = torch.linspace(-largest, largest / 2, 64).view(8, 8)
     rounded, scale = _rounded(x, dtype)
@@ -145,37 +145,41 @@ def test_a_router_and_odd_sides_stay_exact(tiny_config):
 
 
 @pytest.mark.parametrize(
-    ("width", "capability", "tokens", "said"),
+    ("width", "capability", "length", "said"),
     [
         (32, None, 32, "the device is cpu"),
         (32, (8, 0), 32, "needs a GPU of CUDA capability 8.9"),
-        (32, (9, 0), 24, "a micro batch has 24 tokens, which must be a multiple of 16"),
+        (32, (9, 0), 24, "model.context_length is 24, which must be a multiple of 16"),
         (24, (9, 0), 32, "no linear layer of the blocks has sides that are multiples of 16"),
         (32, (9, 0), 32, None),
     ],
 )
-def test_what_cannot_be_is_said(monkeypatch, tiny_config, width, capability, tokens, said):
-    model = make_model(dataclasses.replace(tiny_config, n_embd=width, n_head=2))
+def test_what_cannot_be_is_said(monkeypatch, tiny_config, width, capability, length, said):
+    shape = {"n_embd": width, "n_head": 2, "context_length": length}
+    model = make_model(dataclasses.replace(tiny_config, **shape))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     device = CPU if capability is None else torch.device("cuda")
     if said is None:
-        use_float8(model, device=device, tokens=tokens)
+        use_float8(model, device=device)
         assert type(model.blocks[0].mlp.up) is Float8Linear
         return
     with pytest.raises(UsageError, match=said):
-        use_float8(model, device=device, tokens=tokens)
+        use_float8(model, device=device)
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--objective.kind", "dpo", "--init", "x"], "off with objective.kind dpo"),
+        (["--training.float8", "--objective.kind", "dpo"], "off with objective.kind dpo"),
         (
-            ["--adapter.kind", "lora", "--adapter.base", "int8", "--init", "x"],
+            ["--training.float8", "--adapter.kind", "lora", "--adapter.base", "int8"],
             "off with adapter.base int8",
         ),
+        (["--training.compile", "whole", "--training.window_start", "8"], "on with .*windows grow"),
+        (["--training.compile", "whole", "--objective.distill", "x"], "on with objective.distill"),
+        (["--training.compile", "whole", "--objective.kind", "dpo"], "on with objective.kind dpo"),
     ],
 )
-def test_tasks_of_any_length_and_rounded_bases_have_no_float8(words, said):
-    with pytest.raises(UsageError, match=f"training.float8 is on, and must be {said}"):
-        parse(TrainConfig, ["--training.float8", *words], prog="train.py")
+def test_float8_and_whole_graphs_are_for_plain_pretraining(words, said):
+    with pytest.raises(UsageError, match=f"{words[0][2:]} is .*, and must be {said}"):
+        parse(TrainConfig, ["--init", "x", *words], prog="train.py")
