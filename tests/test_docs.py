@@ -127,7 +127,9 @@ def test_the_page_of_techniques_names_every_switch_of_the_model():
 def test_the_table_of_techniques_has_the_lines_of_the_code(techniques):
     page = (DOCS / "techniques.md").read_text(encoding="utf-8").partition(techniques.BEGIN)[2]
     lines = {each.name: f"`{each.path}:{each.line}`" for each in techniques.techniques()}
-    for name, line in re.findall(r"^\| (\w+) \|.*\| (`gpt/[^`]*`) \|", page, re.MULTILINE):
+    rows = re.findall(r"^\| (\w+) \|.*\| (`gpt/[^`]*`) \|", page, re.MULTILINE)
+    assert {name for name, _ in rows} == set(lines)  # none is left out
+    for name, line in rows:
         assert line == lines[name], "run `python benchmarks/techniques.py --draw`"
 
 
