@@ -151,7 +151,8 @@ def test_techniques_that_were_measured_fill_the_page_and_a_picture(
         techniques.write({"machine": "a machine", "runs": runs})
     first, filled = page.read_text(encoding="utf-8").split(techniques.BEGIN)
     assert first == (DOCS / "techniques.md").read_text(encoding="utf-8").split(techniques.BEGIN)[0]
-    rows = [line for line in filled.splitlines() if line.startswith("|")]
+    table = filled.partition(techniques.END)[0]
+    rows = [line for line in table.splitlines() if line.startswith("|")]
     assert [row.split(" | ")[0] for row in rows[2:]] == ["| gpt2", "| multi_query"]
     assert "| `n_kv_head = 1` | arXiv:1911.02150 |" in rows[3]
     assert rows[3].endswith("| 9,000 | 2.250 ± 0.150 | 10 | 8 | 1,024 |")
