@@ -62,7 +62,7 @@ def run(words: list[str], seed: int, *, seconds: float, evaluations: int) -> Fig
         teachers = load_teachers(config, data.tokenizer, functools.partial(load, trainable=True))
         seconds = seconds or 60 * config.training.max_minutes
         if seconds:
-            enough = min(20, 0.05 * seconds)
+            enough = min(20, 0.1 * seconds)
             trainer = Trainer(budget.longest(config), data, teachers=teachers)
             step, _ = budget.measure(trainer, None, seconds=enough, most=seconds)
             del trainer
