@@ -6,7 +6,6 @@ the cross-entropy of the text's own next token. An ensemble of k seeds becomes o
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -24,33 +23,26 @@ from gpt.training.source import Forward
 
 
 class Distillation:
-    """The objective of a run with teachers. ``autocast`` gives them the run's precision."""
+    """The objective of a run with teachers."""
 
     def __init__(
-        self,
-        teachers: Sequence[GPT],
-        config: ObjectiveConfig,
-        *,
-        device: torch.device,
-        autocast: AbstractContextManager[object],
+        self, teachers: Sequence[GPT], config: ObjectiveConfig, *, device: torch.device
     ) -> None:
         self.teachers = [teacher.to(device).eval().requires_grad_(False) for teacher in teachers]
         self.weight, self.temperature = config.distill_weight, config.distill_temperature
-        self.autocast = autocast
 
     def __call__(self, forward: Forward, batch: Batch) -> Tensor:
         """The loss of a batch, summed over its targets."""
-        read = partial(self._loss, targets=batch.targets.flatten(), taught=self.features(batch))
+        read = partial(self._loss, batch=batch)
         return forward(batch.tokens, documents=batch.documents, read=read)
 
     @torch.no_grad()
     def features(self, batch: Batch) -> list[Tensor]:
         """Each teacher's features of the batch, ``[B T, C]``."""
-        with self.autocast:
-            return [
-                teacher.features(batch.tokens, documents=batch.documents).flatten(0, 1)
-                for teacher in self.teachers
-            ]
+        return [
+            teacher.features(batch.tokens, documents=batch.documents).flatten(0, 1)
+            for teacher in self.teachers
+        ]
 
     @torch.no_grad()
     def probabilities(self, taught: list[Tensor]) -> Tensor:
@@ -59,19 +51,17 @@ class Distillation:
         """
         total: Tensor | None = None
         for teacher, features in zip(self.teachers, taught, strict=True):
-            with self.autocast:
-                logits = teacher.logits(features)
-            own = (logits.float() / self.temperature).softmax(dim=-1)
+            own = (teacher.logits(features).float() / self.temperature).softmax(dim=-1)
             total = own if total is None else total.add_(own)
         assert total is not None, "a run with this objective has teachers"
         return total if len(self.teachers) == 1 else total.div_(len(self.teachers))
 
-    def _loss(
-        self, model: GPT, features: Tensor, *, targets: Tensor, taught: list[Tensor]
-    ) -> Tensor:
+    def _loss(self, model: GPT, features: Tensor, *, batch: Batch) -> Tensor:
         """The summed loss for the student's ``features`` ``[B, T, C]``. For many positions, the
-        teachers' and the student's logits are computed in chunks.
+        teachers' and the student's logits are computed in chunks. A run reads features under its
+        autocast, so the teachers compute in its precision too.
         """
+        targets, taught = batch.targets.flatten(), self.features(batch)
 
         def losses_of(some: Tensor, part: slice) -> Tensor:
             p = self.probabilities([each[part] for each in taught])

@@ -133,9 +133,7 @@ class Trainer:
             raise ValueError("objective.distill is set, and the teachers are not given")
         self._teachers = [fingerprint(teacher) for teacher in teachers]
         if teachers:
-            self.objective = Distillation(
-                teachers, config.objective, device=self.device, autocast=self.autocast
-            )
+            self.objective = Distillation(teachers, config.objective, device=self.device)
         self.byte_lengths = tokenizers.byte_lengths(data.tokenizer)
         self._tokenizer = tokenizers.fingerprint(data.tokenizer).hex()
         self.strategy: Strategy = self.world.broadcast(self.choose_strategy)

@@ -19,7 +19,7 @@ from gpt.generation.quantisation import Matrix
 def quick(monkeypatch):
     """Measurements of a millisecond, and no network."""
     monkeypatch.setattr("gpt.speed.BYTES", 1 << 16)
-    monkeypatch.setattr("gpt.speed.WIDTH", 16)
+    monkeypatch.setattr("gpt.speed.WIDTHS", (16,))
     monkeypatch.setattr("gpt.speed.SECONDS", 0.0)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 

@@ -18,8 +18,8 @@ from gpt.data.batches import IGNORED, Batch
 from gpt.data.prepare import prepare
 from gpt.interop.load import load
 from gpt.model.gpt import GPT
-from gpt.training import loss
-from gpt.training.distillation import Distillation
+from gpt.training import loss, setup
+from gpt.training.distillation import Distillation, load_teachers
 from gpt.training.loop import Trainer
 from gpt.training.run import train
 from gpt.training.source import next_token
@@ -29,9 +29,7 @@ from tests.tiny import change, interrupted_before, tiny_run
 
 def objective(teachers, **fields):
     config = ObjectiveConfig(**{f"distill_{name}": value for name, value in fields.items()})
-    return Distillation(
-        teachers, config, device=torch.device("cpu"), autocast=torch.autocast("cpu", enabled=False)
-    )
+    return Distillation(teachers, config, device=torch.device("cpu"))
 
 
 def some_batch():
@@ -111,6 +109,20 @@ def taught(text_file, tmp_path):
 def run(config):
     console = Console(file=io.StringIO(), width=200)
     return train(config, console=console, initial=partial(load, trainable=True))
+
+
+def test_teachers_compute_in_the_precision_of_the_run_and_leave_autocast_as_it_was(taught):
+    data = prepare(taught.data, taught.cache_dir)
+    config = setup.resolve(change(taught, training={"precision": "bfloat16"}), data, None)
+    teachers = load_teachers(config, data.tokenizer, partial(load, trainable=True))
+    trainer = Trainer(config, data, teachers=teachers)
+    seen = []
+    for layer in (teachers[0].blocks[0].mlp.up, teachers[0].head):
+        layer.register_forward_hook(lambda layer, inputs, output: seen.append(output.dtype))
+    trainer.update()
+    assert seen
+    assert set(seen) == {torch.bfloat16}
+    assert not torch.is_autocast_enabled("cpu")
 
 
 def last(config):
