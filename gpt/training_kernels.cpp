@@ -237,8 +237,8 @@ struct Causal {
   double scale;
 };
 
-// The rows of a block of scores: `function` of the row, the keys that it sees, those padded to whole vectors, the
-// number of its first weight, and room for a row.
+// Calls `function` for each row of a block of scores. It gets the row, how many keys the row sees, this number rounded
+// up to whole vectors, the number of the row's first weight, and room for a row.
 template <class Function>
 void causal_rows(Causal c, Function function) {
   shared(c.M * c.queries, [=](long begin, long end) {
@@ -251,7 +251,7 @@ void causal_rows(Causal c, Function function) {
   });
 }
 
-// Causal scores, times `scale`, to their softmax, in place; and with `left`, what dropout leaves of it.
+// In place: causal scores, times `scale`, to their softmax. `left` gets what dropout leaves of it.
 template <class Number>
 void causal_softmax(Number* scores, Number* left, Causal c, Dropout dropout) {
   causal_rows(c, [=, T = c.keys](long r, long n, long used, long number, float* row) {
@@ -283,8 +283,8 @@ void causal_softmax(Number* scores, Number* left, Causal c, Dropout dropout) {
   });
 }
 
-// The slopes of what dropout left to those of the scores, in place; and with `left`, that again. Weights that the
-// causal mask hides are 0.
+// In place: the gradient of the weights after dropout, to that of the scores. `left` gets the weights after dropout.
+// Weights that the causal mask hides are 0.
 template <class Number>
 void causal_softmax_back(const Number* weights, Number* slopes, Number* left, Causal c, Dropout dropout) {
   causal_rows(c, [=, T = c.keys](long r, long n, long used, long number, float* row) {

@@ -332,7 +332,7 @@ class TrainConfig:
             other = f"objective.kind {kind}"
             if self.adapter.base != "float32":
                 other = f"adapter.base {self.adapter.base}"
-            raise UsageError(f"training.float8 is on, and must be off with {other}")
+            raise UsageError(f"training.float8 is true, and must be false with {other}")
         if self.training.compile == "whole":
             for setting, why in (
                 (self.training.window_start, "training.window_start, whose windows grow"),
@@ -340,7 +340,7 @@ class TrainConfig:
                 (kind != "next_token", f"objective.kind {kind}"),
             ):
                 if setting:
-                    raise UsageError(f"training.compile is whole, and must be on with {why}")
+                    raise UsageError(f"training.compile is whole, and cannot be with {why}; use on")
         micro = self.training.micro_batch_size * self.model.context_length
         if kind == "next_token" and micro and self.training.batch_tokens % micro:
             near = max(1, round(self.training.batch_tokens / micro)) * micro

@@ -117,7 +117,10 @@ def load_teachers(
     """
     wanted, found = config.model, []
     for name in config.objective.teachers:
-        model, own = load(name)
+        try:
+            model, own = load(name)
+        except UsageError as error:
+            raise UsageError(f"objective.distill: {error}") from None
         if tokenizers.fingerprint(own) != tokenizers.fingerprint(tokenizer):
             raise UsageError(
                 f"objective.distill has {foreign(name)}, whose tokenizer is not that of the run"

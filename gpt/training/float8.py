@@ -29,7 +29,7 @@ class Float8Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` ``[..., in]`` to ``[..., out]``, in autocast's dtype or that of ``x``."""
-        if not (self.training and torch.is_grad_enabled()) or x.numel() == 0:  # of an idle expert
+        if not (self.training and torch.is_grad_enabled()):
             return super().forward(x)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
@@ -77,24 +77,30 @@ def _product(a: Tensor, b: Tensor, scale: Tensor, other: Tensor, dtype: torch.dt
 
 
 def use_float8(model: GPT, *, device: torch.device) -> None:
-    """Replace the blocks' linear layers by :class:`Float8Linear`, in place. The head and an expert
-    router keep their precision, as do layers with a side that is not a multiple of 16.
-    ``UsageError`` if the device, the context or every layer is unsuitable.
+    """Replace the blocks' linear layers by :class:`Float8Linear`, in place. The head keeps its
+    precision, and so do a router, the experts that it chooses (their number of rows varies), and
+    layers with a side that is not a multiple of 16. ``UsageError`` if torch, the device, the
+    context or every layer is unsuitable.
     """
+    if not hasattr(F, "scaled_mm"):
+        raise UsageError(
+            f"training.float8 is true, and torch {torch.__version__} has no "
+            "torch.nn.functional.scaled_mm; a newer torch has it"
+        )
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITY:
         raise UsageError(
-            f"training.float8 is on, and needs a GPU of CUDA capability 8.9 or higher (Ada, Hopper "
-            f"and newer); the device is {device}"
+            f"training.float8 is true, and needs a GPU of CUDA capability 8.9 or higher (Ada, "
+            f"Hopper and newer); the device is {device}"
         )
     length = model.config.context_length
     if length % MULTIPLE:
         raise UsageError(
-            f"training.float8 is on, and model.context_length is {length}, which must be a "
+            f"training.float8 is true, and model.context_length is {length}, which must be a "
             f"multiple of {MULTIPLE}"
         )
     if not convert(model):
         raise UsageError(
-            f"training.float8 is on, and no linear layer of the blocks has sides that are "
+            f"training.float8 is true, and no linear layer of the blocks has sides that are "
             f"multiples of {MULTIPLE}"
         )
 
@@ -107,7 +113,7 @@ def convert(model: GPT) -> int:
         layer
         for name, layer in model.blocks.named_modules()
         if type(layer) is nn.Linear
-        and not name.endswith("router")
+        and not (name.endswith("router") or ".experts." in name)
         and layer.in_features % MULTIPLE == layer.out_features % MULTIPLE == 0
     ]
     for layer in layers:

@@ -153,6 +153,9 @@ def test_a_run_with_teachers_is_resumed_bit_for_bit(taught):
 
 
 def test_teachers_need_the_runs_tokenizer_vocabulary_and_context(taught, text_file, tmp_path):
+    nothing = change(taught, objective={"distill": str(tmp_path / "nothing")})
+    with pytest.raises(UsageError, match="objective.distill: model is .*nothing.*, which is not"):
+        run(dataclasses.replace(nothing, run_dir=str(tmp_path / "none")))
     other = change(taught, data={"tokenizer": "byte"}, model={"vocab_size": 0})
     with pytest.raises(UsageError, match="whose tokenizer is not that of the run"):
         run(dataclasses.replace(other, run_dir=str(tmp_path / "bytes")))
